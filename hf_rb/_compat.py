@@ -1,0 +1,62 @@
+"""The one door to names of TRL, transformers and PEFT that are private, experimental or likely to move.
+
+`from hf_rb import _compat` and use `_compat.<name>`: the name is looked up in `TABLE` and imported on first use, so that
+importing this module costs nothing. A name that is gone raises one `ImportError` that says which library moved it, the
+version that is installed and the versions we tested. `tests/test_compat.py` walks the table on every run.
+"""
+
+from importlib import import_module, metadata
+from typing import Any, NamedTuple
+
+
+class Entry(NamedTuple):
+    """Where a name lives.
+
+    Attributes:
+        module (`str`): Module to import.
+        attribute (`str`): Attribute path inside the module, dots allowed (`"GRPOTrainer._compute_loss"`).
+        parameters (`tuple[str, ...]`): For a callable, the parameters we pass by name or rely on. Checked by the tests.
+    """
+
+    module: str
+    attribute: str
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def library(self) -> str:
+        return self.module.partition(".")[0]
+
+
+TESTED = {"trl": "1.16", "transformers": "5.23", "peft": "0.21", "accelerate": "1.15"}
+
+TABLE: dict[str, Entry] = {}
+
+
+def resolve(name: str) -> Any:
+    """Imports and returns the object that `TABLE` lists under `name`.
+
+    Raises:
+        ImportError: The library is missing or has moved the name.
+    """
+    entry = TABLE[name]
+    try:
+        value = import_module(entry.module)
+        for part in entry.attribute.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        try:
+            installed = metadata.version(entry.library)
+        except metadata.PackageNotFoundError:
+            raise ImportError(f"hf_rb needs {entry.library} for `{name}`, and it is not installed.") from error
+        raise ImportError(
+            f"hf_rb needs `{entry.module}.{entry.attribute}`, which {entry.library} {installed} does not have. hf_rb is "
+            f"tested with {entry.library} {TESTED.get(entry.library, '?')}; install that version or a newer hf_rb."
+        ) from error
+    return value
+
+
+def __getattr__(name: str) -> Any:
+    if name not in TABLE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = resolve(name)
+    return value
