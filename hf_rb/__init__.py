@@ -1,0 +1,40 @@
+"""Recent papers on distillation, RL, quantization and MoE routers as drop-in parts of the Hugging Face stack.
+
+Importing this package registers it with transformers and PEFT, and imports neither of them, nor torch: the public names
+below load on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_rb import _registration
+
+
+if TYPE_CHECKING:
+    from hf_rb.quantizers.ptqtp.config import PTQTPConfig
+    from hf_rb.trainers.sft_config import SFTConfig
+    from hf_rb.trainers.sft_trainer import SFTTrainer
+
+__version__ = "0.1.0.dev0"
+
+_MODULES = {
+    "PTQTPConfig": "hf_rb.quantizers.ptqtp.config",
+    "SFTConfig": "hf_rb.trainers.sft_config",
+    "SFTTrainer": "hf_rb.trainers.sft_trainer",
+}
+
+__all__ = ["PTQTPConfig", "SFTConfig", "SFTTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_registration.register()

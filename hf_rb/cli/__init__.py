@@ -1,0 +1,90 @@
+"""The command line `hf-rb`.
+
+One verb is one module of this folder, imported when the verb is used. It defines
+
+- `EXAMPLE`: one command line, shown by `--help`;
+- `configure(parser)`: adds the verb's arguments;
+- `run(args) -> int`: does the work and returns the exit code; heavy imports go inside.
+
+A verb that passes unknown arguments on, as the trainers' verbs do, sets the default `overrides=[]`.
+"""
+
+import argparse
+import sys
+import traceback
+from difflib import get_close_matches
+from importlib import import_module
+
+
+__all__ = ["VERBS", "main"]
+
+VERBS = {
+    "demo": ("hf_rb.cli.demo", "Fine-tune, quantize and evaluate a tiny model in about three minutes on a CPU."),
+    "check": ("hf_rb.cli.check", "Check a recipe in under a second, without loading anything."),
+    "sft": ("hf_rb.cli.sft", "Fine-tune a model from a recipe."),
+    "quantize": ("hf_rb.cli.quantize", "Quantize a model and save it."),
+    "eval": ("hf_rb.cli.eval", "Measure perplexity, accuracy, size and speed of a model."),
+}
+
+BAD_INPUT = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line and returns its exit code: 0 is success, 2 is bad input, 1 is anything else."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        verb = _overview().parse_args(argv[:1] or ["--help"]).verb
+        module = import_module(VERBS[verb][0])
+        args = _parse(verb, module, argv[1:])
+    except SystemExit as stop:  # argparse has printed the help or the mistake
+        return stop.code
+    try:
+        return module.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"hf-rb {verb}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _verb(name: str) -> str:
+    if name in VERBS:
+        return name
+    close = get_close_matches(name, VERBS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"the verbs are {', '.join(VERBS)}."
+    raise argparse.ArgumentTypeError(f"there is no verb {name!r}; {hint}")
+
+
+def _overview() -> argparse.ArgumentParser:
+    from hf_rb import __version__
+
+    verbs = "\n".join(f"  {verb:<10} {help}" for verb, (_, help) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="hf-rb",
+        usage="hf-rb <verb> [arguments]",
+        description=f"verbs:\n{verbs}\n\n`hf-rb <verb> --help` shows a verb's arguments and an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hf_rb {__version__}")
+    parser.add_argument("verb", type=_verb, help=argparse.SUPPRESS)
+    return parser
+
+
+def _parse(verb: str, module, argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"hf-rb {verb}",
+        description=VERBS[verb][1],
+        epilog=f"example:\n  {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.configure(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and not hasattr(args, "overrides"):
+        options = [option for action in parser._actions for option in action.option_strings]
+        close = get_close_matches(unknown[0], options, n=1)
+        parser.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    if unknown:
+        args.overrides = unknown
+    return args

@@ -1,0 +1,6 @@
+import sys
+
+from hf_rb.cli import main
+
+
+sys.exit(main())
