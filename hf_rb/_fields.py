@@ -1,0 +1,68 @@
+"""What a value of a configuration may be, said once: configs enforce it, `hf-rb check` reads it without importing torch.
+
+A field declares its choices and its range where it is defined:
+
+    profit_threshold: float | None = field(default=None, metadata=described("...", range="[0, 1]"))
+
+A range is an interval in the usual notation, `"[0, 1]"`, `"(0, inf)"`. What depends on several fields is a rule: a
+function of the configuration (or of anything with its attributes) that yields one message for each thing wrong.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+
+__all__ = ["Rule", "described", "validate", "value_problem"]
+
+Rule = Callable[[Any], Iterable[str]]
+
+
+class _Metadata(dict):
+    # HfArgumentParser hands a copy of the metadata to argparse, which refuses the keyword `range`.
+    def copy(self) -> dict[str, Any]:
+        return {key: value for key, value in self.items() if key != "range"}
+
+
+def described(help: str, *, choices: Sequence | None = None, range: str | None = None) -> dict[str, Any]:
+    """Returns the metadata of a dataclass field; `%` in the help is written `%%`, as argparse wants it."""
+    given = {"help": help, "choices": choices, "range": range}
+    return _Metadata({key: value for key, value in given.items() if value is not None})
+
+
+def value_problem(name: str, value: Any, *, choices: Sequence | None = None, range: str | None = None) -> str | None:
+    """Returns what is wrong with the value of one field, or `None`. A value of `None` is never wrong here."""
+    if value is None:
+        return None
+    if choices is not None and value not in choices:
+        return f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}."
+    if range is not None and not _inside(value, range):
+        return f"`{name}` must be in {range}; got {value!r}."
+    return None
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below
+
+
+def validate(config: Any, *rules: Rule) -> None:
+    """Checks a dataclass against the choices and ranges of its fields, then against the rules.
+
+    Raises:
+        ValueError: With the first thing that is wrong.
+    """
+    for problem in _problems(config, rules):
+        raise ValueError(problem)
+
+
+def _problems(config: Any, rules: Iterable[Rule]) -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        limits = {key: field.metadata[key] for key in ("choices", "range") if key in field.metadata}
+        problem = value_problem(field.name, getattr(config, field.name), **limits)
+        if problem:
+            yield problem
+    for rule in rules:
+        yield from rule(config)
