@@ -29,7 +29,15 @@ class Entry(NamedTuple):
 
 TESTED = {"trl": "1.16", "transformers": "5.23", "peft": "0.21", "accelerate": "1.15"}
 
-TABLE: dict[str, Entry] = {}
+TABLE: dict[str, Entry] = {
+    # Where a quantization method is registered (hf_rb/_registration.py).
+    "AUTO_QUANTIZATION_CONFIG_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING"),
+    "AUTO_QUANTIZER_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZER_MAPPING"),
+    "LOADING_ATTRIBUTES_CONFIG_TYPES": Entry("transformers.quantizers.auto", "LOADING_ATTRIBUTES_CONFIG_TYPES"),
+    # `accelerate launch` without a shell (hf_rb/cli/_launch.py).
+    "launch_command": Entry("accelerate.commands.launch", "launch_command", ("args",)),
+    "launch_command_parser": Entry("accelerate.commands.launch", "launch_command_parser"),
+}
 
 
 def resolve(name: str) -> Any:

@@ -36,7 +36,7 @@ def value_problem(name: str, value: Any, *, choices: Sequence | None = None, ran
         return None
     if choices is not None and value not in choices:
         return f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}."
-    if range is not None and not _inside(value, range):
+    if range is not None and not (isinstance(value, (int, float)) and _inside(value, range)):
         return f"`{name}` must be in {range}; got {value!r}."
     return None
 

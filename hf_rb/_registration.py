@@ -1,5 +1,91 @@
-"""Registers our classes with the Hugging Face libraries at the moment each of those is imported."""
+"""Registers our classes with the Hugging Face libraries, whatever is imported first.
+
+A hook runs when the module it names has been imported, or at once if it has been already. It stores names, never
+classes, and imports none of our own modules: at that moment the library is still half imported. An error inside a hook
+would break the library's import, so it is kept, and `require` raises it when a feature that needs the hook is used.
+"""
+
+from abc import ABC
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from wrapt import when_imported
+
+from hf_rb import _compat
+
+
+__all__ = ["LazyMapping", "register", "require"]
+
+_errors: dict[str, Exception] = {}
+
+
+class LazyMapping(dict):
+    """A dict whose values may be `"module:name"` strings, which are imported when they are read."""
+
+    def __getitem__(self, key: Any) -> Any:
+        value = super().__getitem__(key)
+        if isinstance(value, str):
+            module, _, name = value.partition(":")
+            value = self[key] = getattr(import_module(module), name)
+        return value
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def values(self) -> list:
+        return [self[key] for key in self]
+
+    def items(self) -> list[tuple]:
+        return [(key, self[key]) for key in self]
+
+
+class _OurQuantizationConfig(ABC):
+    """Stands for our quantization configs in an `isinstance` test without importing them."""
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return any(base.__module__.startswith("hf_rb.quantizers.") for base in other.__mro__)
+
+
+def _register_quantizers(auto: ModuleType) -> None:
+    # `resolve`, not attributes: those are kept, and other plug-ins may have registered since.
+    configs, quantizers = map(_compat.resolve, ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"))
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING = LazyMapping(configs, ptqtp="hf_rb.quantizers.ptqtp.config:PTQTPConfig")
+    auto.AUTO_QUANTIZER_MAPPING = LazyMapping(quantizers, ptqtp="hf_rb.quantizers.ptqtp.quantizer:PTQTPQuantizer")
+    # The config types whose `get_loading_attributes` may override what a checkpoint stores, as `dequantize=True` does.
+    types = _compat.resolve("LOADING_ATTRIBUTES_CONFIG_TYPES")
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, _OurQuantizationConfig)
+
+
+_HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.quantizers.auto": _register_quantizers,
+}
 
 
 def register() -> None:
-    pass
+    """Installs the hooks. Installing them again replaces what is registered by the same."""
+    for module, hook in _HOOKS.items():
+        when_imported(module)(_guarded(module, hook))
+
+
+def _guarded(name: str, hook: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+    def run(module: ModuleType) -> None:
+        try:
+            hook(module)
+        except Exception as error:
+            _errors[name] = error
+
+    return run
+
+
+def require(library: str) -> None:
+    """Raises the error that kept us from registering with a library (`transformers`, `peft`), if there was one.
+
+    Raises:
+        ImportError: The hook failed, as it does when the library has moved a name that we rely on.
+    """
+    for module, error in _errors.items():
+        if module.partition(".")[0] == library:
+            raise ImportError(f"hf_rb could not register with {module}: {error}") from error
