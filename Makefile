@@ -1,0 +1,47 @@
+# `make demo` and `make test` set up an environment of their own in .venv; an installed torch that fits is reused.
+#   make test PYTHON=python3.12                    another interpreter
+#   make demo PIP_ARGS="-c constraints.txt --pre"  other arguments for pip (the default is `-c constraints.txt`)
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export HF_UPDATE_DOWNLOAD_COUNTS ?= 0
+
+TORCH_FITS := from importlib.metadata import version; assert tuple(map(int, version('torch').split('.')[:2])) >= (2, 9)
+
+.PHONY: demo test test-slow check schemas bench
+
+demo: $(VENV)/.installed
+	$(BIN)/hf-rb demo --output runs/demo --overwrite
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/hf-rb check recipes/*/*.yaml
+
+schemas: $(VENV)/.installed
+	$(BIN)/python -m hf_rb.cli.schemas
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear --system-site-packages $(VENV)
+	@if $(BIN)/python -c "$(TORCH_FITS)" 2>/dev/null; then \
+		echo "Using the torch that is installed"; grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
+	else \
+		$(PYTHON) -m venv --clear $(VENV); cp constraints.txt $(VENV)/constraints.txt; \
+	fi
+	$(BIN)/python -m pip install $(or $(PIP_ARGS),-c $(VENV)/constraints.txt) -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install $(or $(PIP_ARGS),-c $(VENV)/constraints.txt) -e '.[dev]'
+	@touch $@
