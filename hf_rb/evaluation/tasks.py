@@ -1,0 +1,116 @@
+"""Problems with checkable answers: the embedded ones, and files in the format of GSM8K."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from hf_rb import tiny
+
+
+__all__ = ["is_correct", "load_task", "solutions"]
+
+
+def load_task(name: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """Loads held-out problems.
+
+    Args:
+        name (`str`):
+            `"tiny:math"`, or the path of a JSON-lines file with a `question` and an `answer` that ends in `#### <answer>`, as
+            GSM8K has them.
+        limit (`int`, *optional*):
+            Takes the first so many.
+
+    Returns:
+        `list[dict]`: Rows with `prompt` (a conversation of one user message), `solution` (text), `answer` and `kind`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Not a task of ours, not JSON, a column is missing, or there is nothing in it.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} leaves no problem: write 1 or more.")
+    rows = _embedded(name, limit) if name.startswith("tiny:") else _file(Path(name), limit)
+    if not rows:
+        raise ValueError(f"{name} holds no problems.")
+    return rows
+
+
+def _embedded(name: str, limit: int | None) -> list[dict[str, Any]]:
+    dataset = tiny.load_dataset(name.removeprefix("tiny:"), config="prompt_completion", split="test", size=limit)
+    return [
+        {
+            "prompt": row["prompt"],
+            "solution": row["completion"][0]["content"],
+            "answer": row["answer"],
+            "kind": row["kind"],
+        }
+        for row in dataset
+    ]
+
+
+def _file(path: Path, limit: int | None) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no task file {path}: write tiny:math or the path of a JSON-lines file.")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}): write one object a line.") from error
+        if not isinstance(row, dict) or not {"question", "answer"} <= row.keys():
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(
+                f"{path}, line {number} has {found or 'no columns'}: expected the columns question and answer."
+            )
+        answer = tiny.extract_answer(row["answer"])
+        if answer is None:
+            raise ValueError(f"{path}, line {number}: the answer does not end in `#### <answer>`.")
+        prompt = [{"role": "user", "content": row["question"]}]
+        rows.append({"prompt": prompt, "solution": row["answer"], "answer": answer, "kind": path.stem})
+        if len(rows) == limit:
+            break
+    return rows
+
+
+def solutions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """Renders worked solutions as assistant turns.
+
+    Returns:
+        `tuple[list[str], list[str]]`: The solutions, and in front of each the prompt up to where the assistant begins: `texts`
+        and `contexts` of [`perplexity`].
+    """
+    texts, contexts = [], []
+    for row in rows:
+        context = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        turn = [{"role": "assistant", "content": row["solution"]}]
+        texts.append(tokenizer.apply_chat_template(row["prompt"] + turn, tokenize=False).removeprefix(context))
+        contexts.append(context)
+    return texts, contexts
+
+
+def is_correct(text: str, answer: str, lenient: bool = False) -> bool:
+    """Says whether what follows the last `####` of `text` is `answer`, as numbers where both are: `1,080` is `1080.0`.
+
+    Args:
+        text (`str`):
+            Completion of a model.
+        answer (`str`):
+            Reference answer.
+        lenient (`bool`, *optional*, defaults to `False`):
+            Takes the last number of a text without `####` as its answer.
+    """
+    found = tiny.extract_answer(text)
+    if found is None and lenient:
+        found = (re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) or [None])[-1]
+    return found is not None and _canonical(found) == _canonical(answer)
+
+
+def _canonical(answer: str) -> str | float:
+    answer = answer.strip().lower()
+    number = answer.lstrip("$").rstrip(".").replace(",", "")
+    return float(number) if re.fullmatch(r"-?\d+(\.\d+)?", number) else answer

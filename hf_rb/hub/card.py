@@ -1,0 +1,234 @@
+"""Fills `model_cards/template.md.jinja`.
+
+TRL's card loses the base model when it is a local folder, prints `None` for a model without a Hub id, misspells the `license`
+key and cannot use another package's template; this one is rendered from our own data instead.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hf_rb import __version__
+from hf_rb._resources import resource_folder
+from hf_rb.hub.methods import METHODS
+
+
+if TYPE_CHECKING:
+    from hf_rb.evaluation import Size
+
+__all__ = ["ModelCardData", "Result", "changed_hyperparameters", "render_card", "write_model_card"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of a card's evaluation table.
+
+    Args:
+        metric (`str`):
+            Name of the metric, as `"exact match"`.
+        value (`float`):
+            Measured value.
+        dataset (`str`):
+            What it was measured on: a Hub id, a file or an embedded task such as `"tiny:math"`.
+        split (`str`, *optional*, defaults to `"test"`):
+            Split of the dataset.
+        before (`float`, *optional*):
+            The same measurement on the model this one was made from.
+    """
+
+    metric: str
+    value: float
+    dataset: str
+    split: str = "test"
+    before: float | None = None
+
+
+@dataclass
+class ModelCardData:
+    """What a model card of ours says.
+
+    Args:
+        model_name (`str`):
+            Name of the model, not a path.
+        methods (`Sequence[str]`, *optional*, defaults to `()`):
+            Keys of [`METHODS`], in the order in which they were applied.
+        base_model (`str`, *optional*):
+            Hub id, folder or embedded model (`"tiny:student"`). Only a Hub id is linked and enters the metadata; a folder
+            shows by its name alone.
+        dataset_name (`str`, *optional*):
+            Training data, treated like `base_model`.
+        trainer (`str`, *optional*):
+            Class name of the trainer.
+        hyperparameters (`Mapping[str, Any]`, *optional*):
+            What differs from the defaults; [`changed_hyperparameters`] finds it.
+        results (`Sequence[Result]`, *optional*, defaults to `()`):
+            Evaluation table. It is also written as the Hub's `model-index`.
+        size ([`~hf_rb.evaluation.Size`], *optional*):
+            Measured size of the files.
+        repo_id (`str`, *optional*):
+            Hub id that the loading example names.
+        tags (`Sequence[str]`, *optional*, defaults to `()`):
+            Hub tags beside `hf_rb` and the keys of the methods.
+        library_name (`str`, *optional*, defaults to `"transformers"`):
+            `"transformers"` or `"peft"`: what the Hub's widget and snippet load it with.
+        license (`str`, *optional*):
+            License in the Hub's spelling, as `"apache-2.0"`.
+
+    Raises:
+        ValueError: A method or the library is not known.
+    """
+
+    model_name: str
+    methods: Sequence[str] = ()
+    base_model: str | None = None
+    dataset_name: str | None = None
+    trainer: str | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    results: Sequence[Result] = ()
+    size: "Size | None" = None
+    repo_id: str | None = None
+    tags: Sequence[str] = ()
+    library_name: str = "transformers"
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in self.methods:
+            if key not in METHODS:
+                raise ValueError(f"There is no method {key!r}; the methods are {', '.join(METHODS)}.")
+        if self.library_name not in ("transformers", "peft"):
+            raise ValueError(f"`library_name` must be 'transformers' or 'peft', not {self.library_name!r}.")
+
+    def metadata(self) -> huggingface_hub.ModelCardData:
+        """Returns the YAML head of the card."""
+        return huggingface_hub.ModelCardData(
+            base_model=self.base_model if _is_hub_id(self.base_model) else None,
+            datasets=self.dataset_name if _is_hub_id(self.dataset_name) else None,
+            eval_results=[_to_eval_result(result) for result in self.results] or None,
+            library_name=self.library_name,
+            license=self.license,
+            model_name=self.model_name,
+            pipeline_tag="text-generation",
+            tags=["hf_rb", *self.methods, *self.tags],
+        )
+
+
+def render_card(data: ModelCardData) -> str:
+    """Returns the text of `README.md`."""
+    environment = Environment(
+        loader=FileSystemLoader(resource_folder("model_cards"), encoding="utf-8"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(cell=_cell, number=_number, reference=_reference)
+    methods = [METHODS[key] for key in data.methods]
+    return environment.get_template("template.md.jinja").render(
+        data=data,
+        metadata=data.metadata().to_yaml(),
+        methods=methods,
+        needs_import=any(method.kind == "quantizer" for method in methods),
+        compared=any(result.before is not None for result in data.results),
+        location=data.repo_id or f"path/to/{data.model_name}",
+        versions=_versions(data),
+    )
+
+
+def write_model_card(folder: str | Path, data: ModelCardData) -> Path:
+    """Writes `README.md` into a model's folder and returns its path."""
+    path = Path(folder) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render_card(data), encoding="utf-8")
+    return path
+
+
+# Fields that say where and how a run was watched, saved or sped up, not what was computed.
+_SILENT_FIELDS = {
+    "output_dir", "run_name", "project", "report_to", "disable_tqdm", "debug", "do_train", "do_eval", "do_predict", "local_rank",
+    "push_to_hub", "resume_from_checkpoint", "use_cpu", "accelerator_config", "activation_checkpointing",
+    "gradient_checkpointing", "include_num_input_tokens_seen", "pad_to_multiple_of", "trust_remote_code", "dataset_num_proc",
+}  # fmt: skip
+_SILENT_PREFIXES = (
+    "hub_",
+    "log_",
+    "logging_",
+    "save_",
+    "eval_",
+    "trackio_",
+    "dataloader_",
+    "per_device_eval_",
+    "ddp_",
+)
+
+
+def changed_hyperparameters(config: Any) -> dict[str, Any]:
+    """Returns the fields of a config dataclass that differ from their defaults and say what was computed.
+
+    Paths, reporting, Hub and platform fields are left out, so that a card never publishes a folder name or a token.
+    """
+    changed = {}
+    for config_field in fields(config):
+        name, default = config_field.name, config_field.default
+        if config_field.default_factory is not MISSING:
+            default = config_field.default_factory()
+        value = getattr(config, name)
+        if value == default or name in _SILENT_FIELDS or name.startswith(_SILENT_PREFIXES):
+            continue
+        changed[name] = getattr(value, "value", value)  # an enum shows as its value
+    return changed
+
+
+def _is_hub_id(name: str | None) -> bool:
+    if name is None or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _reference(name: str, prefix: str = "") -> str:
+    """A link to a Hub id; the bare name of anything else, without the folders above it."""
+    if _is_hub_id(name):
+        return f"[{name}](https://huggingface.co/{prefix}{name})"
+    return f"`{_cell(Path(name).name)}`"
+
+
+def _to_eval_result(result: Result) -> huggingface_hub.EvalResult:
+    name = result.dataset if _is_hub_id(result.dataset) else Path(result.dataset).name
+    return huggingface_hub.EvalResult(
+        task_type="text-generation",
+        dataset_type=name.replace(":", "-"),
+        dataset_name=name,
+        dataset_split=result.split,
+        metric_type=result.metric.replace(" ", "_"),
+        metric_name=result.metric,
+        metric_value=result.value,
+    )
+
+
+def _cell(value: Any) -> str:
+    """Text that cannot end a table cell or a code span."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("`", "'")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _versions(data: ModelCardData) -> dict[str, str]:
+    libraries = ["transformers", "torch", "tokenizers"]
+    if data.trainer:
+        libraries += ["trl", "datasets", "accelerate"]
+    if data.library_name == "peft":
+        libraries.append("peft")
+    return {"hf_rb": __version__} | {library: version(library) for library in libraries}
