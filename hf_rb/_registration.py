@@ -5,7 +5,6 @@ classes, and imports none of our own modules: at that moment the library is stil
 would break the library's import, so it is kept, and `require` raises it when a feature that needs the hook is used.
 """
 
-from abc import ABC
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
@@ -41,12 +40,13 @@ class LazyMapping(dict):
         return [(key, self[key]) for key in self]
 
 
-class _OurQuantizationConfig(ABC):
-    """Stands for our quantization configs in an `isinstance` test without importing them."""
+class _OurConfigs(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return any(base.__module__.startswith("hf_rb.quantizers.") for base in type(instance).__mro__)
 
-    @classmethod
-    def __subclasshook__(cls, other: type) -> bool:
-        return any(base.__module__.startswith("hf_rb.quantizers.") for base in other.__mro__)
+
+class _OurQuantizationConfig(metaclass=_OurConfigs):
+    """Stands for our quantization configs in an `isinstance` test without importing them."""
 
 
 def _register_quantizers(auto: ModuleType) -> None:

@@ -2,9 +2,9 @@
 
 One verb is one module of this folder, imported when the verb is used. It defines
 
-- `EXAMPLE`: one command line, shown by `--help`;
+- `EXAMPLE`: one command line, shown by `--help`; `{verb}` in it stands for the verb, for modules that serve several;
 - `configure(parser)`: adds the verb's arguments;
-- `run(args) -> int`: does the work and returns the exit code; heavy imports go inside.
+- `run(args) -> int`: does the work and returns the exit code; heavy imports go inside. `args.verb` is the verb.
 
 A verb that passes unknown arguments on, as the trainers' verbs do, sets the default `overrides=[]`.
 """
@@ -21,7 +21,7 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "demo": ("hf_rb.cli.demo", "Fine-tune, quantize and evaluate a tiny model in about three minutes on a CPU."),
     "check": ("hf_rb.cli.check", "Check a recipe in under a second, without loading anything."),
-    "sft": ("hf_rb.cli.sft", "Fine-tune a model from a recipe."),
+    "sft": ("hf_rb.cli.train", "Fine-tune a model from a recipe."),
     "quantize": ("hf_rb.cli.quantize", "Quantize a model and save it."),
     "eval": ("hf_rb.cli.eval", "Measure perplexity, accuracy, size and speed of a model."),
 }
@@ -74,10 +74,11 @@ def _parse(verb: str, module, argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"hf-rb {verb}",
         description=VERBS[verb][1],
-        epilog=f"example:\n  {module.EXAMPLE}",
+        epilog="example:\n  " + module.EXAMPLE.replace("{verb}", verb),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(verb=verb)
     module.configure(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args, unknown = parser.parse_known_args(argv)

@@ -1,0 +1,273 @@
+"""`hf-rb check`: everything wrong with a recipe that can be known without loading anything, in one pass.
+
+Keys, types, choices and ranges come from the schemas, and combinations from the rules that the configs themselves run. What
+a recipe is for follows from its keys: it is for the verb that knows the most of them, the first in `schemas.RECIPES` where
+two know equally many; `--for` says it outright.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from hf_rb import tiny
+from hf_rb._fields import Rule, value_problem
+from hf_rb._resources import find_recipe
+from hf_rb.cli import schemas
+from hf_rb.trainers._rules import profit_rules
+
+
+__all__ = ["Report", "check", "read_overrides", "read_recipe"]
+
+EXAMPLE = "hf-rb check profit/tiny-cpu"
+
+
+@dataclass
+class Report:
+    """What is wrong with a recipe.
+
+    Attributes:
+        recipe (`str`): The recipe's path.
+        verb (`str`): The verb it was checked for.
+        errors (`list[str]`): Messages about what would stop the run.
+        warnings (`list[str]`): Messages about what could not be decided.
+    """
+
+    recipe: str
+    verb: str
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def print(self) -> None:
+        """Prints the findings to stderr, or one line to stdout when there are none."""
+        for kind, messages in (("error", self.errors), ("warning", self.warnings)):
+            for message in messages:
+                print(f"{self.recipe}: {kind}: {message}", file=sys.stderr)
+        if not self.errors:
+            print(f"{self.recipe}: a good recipe for `hf-rb {self.verb}`.")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with hf_rb")
+    parser.add_argument(
+        "--for", dest="target", choices=schemas.RECIPES, help="the verb to check for (default: by the keys)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    path = find_recipe(args.recipe)
+    report = check(path, read_recipe(path), args.target)
+    if args.json:
+        print(json.dumps(asdict(report), indent=1))
+    else:
+        report.print()
+    return 2 if report.errors else 0
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Reads a recipe.
+
+    Raises:
+        ValueError: The file is no YAML mapping.
+    """
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold `key: value` lines; got {type(recipe).__name__}.")
+    return recipe
+
+
+def read_overrides(arguments: Iterable[str], verb: str) -> dict[str, Any]:
+    """Reads `--key value` arguments as the parser of the verb's script does.
+
+    Raises:
+        ValueError: An argument that belongs to no key.
+    """
+    keys = schemas.load(verb)["keys"]
+    values: dict[str, Any] = {}
+    for argument in _split_at_equals(arguments):
+        if argument.startswith("--"):
+            key = argument[2:].replace("-", "_")
+            negated = key not in keys and key.startswith("no_") and key[3:] in keys
+            key = key[3:] if negated else key
+            values[key] = not negated
+        elif not values:
+            raise ValueError(f"unexpected argument {argument!r}: arguments after the recipe are `--key value`.")
+        elif isinstance(values[key], bool):
+            takes_list = any(kind.startswith("list") for kind in keys.get(key, {"types": ()})["types"])
+            values[key] = [argument] if takes_list else argument
+        else:
+            values[key] = [*values[key], argument] if isinstance(values[key], list) else [values[key], argument]
+    return values
+
+
+def _split_at_equals(arguments: Iterable[str]) -> Iterator[str]:
+    for argument in arguments:
+        yield from argument.split("=", 1) if argument.startswith("--") else (argument,)
+
+
+def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Report:
+    """Checks the values of a recipe.
+
+    Args:
+        path (`Path`): Where the recipe came from, for the messages.
+        recipe (`dict`): Key to value, as YAML gives them; strings are converted as the command line's parser does.
+        verb (`str`, *optional*): What the recipe is for, one of `schemas.RECIPES`; by default it follows from the keys.
+    """
+    recipe = {key: value for key, value in recipe.items() if key != "env"}
+    verb = verb or max(schemas.RECIPES, key=lambda verb: len(recipe.keys() & schemas.load(verb)["keys"].keys()))
+    schema = schemas.load(verb)
+    report = Report(str(path), verb)
+    values = _Checker(report, schema["versions"]).values(recipe, schema["keys"])
+    for rule in RULES[verb]:
+        report.errors += rule(SimpleNamespace(**values))
+    return report
+
+
+class _Checker:
+    """Compares values with the keys of a schema and writes what is wrong into a report."""
+
+    def __init__(self, report: Report, versions: dict[str, str]):
+        self.report = report
+        # An installed minor other than the schema's may have other keys.
+        self.moved = [
+            f"{library} {metadata.version(library)} is installed, the schema is of {minor}"
+            for library, minor in versions.items()
+            if not metadata.version(library).startswith(f"{minor}.")
+        ]
+
+    def values(self, given: dict[str, Any], keys: dict[str, dict], prefix: str = "") -> dict[str, Any]:
+        """Returns the good ones of the given values over the defaults, so that the rules can run in any case."""
+        values = {key: entry.get("default") for key, entry in keys.items()}
+        for key, value in given.items():
+            if key not in keys:
+                self._unknown(key, keys, prefix)
+                continue
+            try:
+                values[key] = self._value(prefix + key, value, keys[key])
+            except ValueError as error:
+                self.report.errors.append(str(error))
+        for key, entry in keys.items():
+            if "default" not in entry and key not in given:
+                self.report.errors.append(f"`{prefix}{key}` is missing.")
+        return values
+
+    def _unknown(self, key: Any, keys: Iterable[str], prefix: str) -> None:
+        close = get_close_matches(str(key), keys, n=1)
+        message = f"unknown key `{prefix}{key}`" + (f"; did you mean `{prefix}{close[0]}`?" if close else ".")
+        if self.moved:
+            self.report.warnings.append(f"{message} It may be new: {', '.join(self.moved)}.")
+        else:
+            self.report.errors.append(message)
+
+    def _value(self, key: str, value: Any, entry: dict[str, Any]) -> Any:
+        value = _convert(key, value, entry["types"])
+        problem = value_problem(key, value, choices=entry.get("choices"), range=entry.get("range"))
+        if problem:
+            raise ValueError(problem)
+        for index, item in enumerate(value if "keys" in entry else ()):
+            self.values(item, entry["keys"], f"{key}[{index}].")
+        if isinstance(value, dict):
+            self._quantization(value, key)
+        return value
+
+    def _quantization(self, value: dict[str, Any], key: str) -> None:
+        """Looks for a quantization config of ours in a nested value."""
+        if value.get("quant_method") in schemas.QUANTIZATION:
+            keys = schemas.load(value["quant_method"])["keys"]
+            self.values({k: v for k, v in value.items() if k != "quant_method"}, keys, f"{key}.")
+        elif isinstance(value.get("quantization_config"), dict):
+            self._quantization(value["quantization_config"], f"{key}.quantization_config")
+
+
+_PYTHON = {
+    "null": type(None),
+    "bool": bool,
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "dict": dict,
+    "any": object,
+}
+
+
+def _convert(key: str, value: Any, types: list[str]) -> Any:
+    for kind in types:
+        if _is(value, kind):
+            return value
+    if isinstance(value, str):
+        for kind in types:
+            try:
+                return _FROM_TEXT[kind](value)
+            except (KeyError, ValueError):
+                continue
+    expected = " or ".join(types)
+    hint = " YAML reads no, off, yes and on as booleans: write it in quotes." if isinstance(value, bool) else ""
+    raise ValueError(f"`{key}` must be {expected}; got {value!r} ({type(value).__name__}).{hint}")
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind.startswith("list"):
+        return isinstance(value, list) and all(_is(item, kind[5:-1]) or isinstance(item, str) for item in value)
+    if isinstance(value, bool):
+        return kind in ("bool", "any")
+    return isinstance(value, _PYTHON[kind])
+
+
+def _word(words: dict[str, Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        return words[text.lower()]
+
+    return convert
+
+
+_YES_NO = {word: word in ("yes", "true", "t", "y", "1") for word in "yes true t y 1 no false f n 0".split()}
+_FROM_TEXT = {"int": int, "float": float, "bool": _word(_YES_NO), "null": _word({"none": None, "null": None})}
+
+
+def _tiny_rules(args: Any) -> Iterator[str]:
+    """Names of the embedded assets."""
+    for name in filter(
+        None, (getattr(args, key, None) for key in ("model_name_or_path", "teacher_model_name_or_path"))
+    ):
+        try:
+            tiny.resolve(name)
+        except ValueError as error:
+            yield str(error)
+
+
+def _precision_rules(args: Any) -> Iterator[str]:
+    if args.fp16 and args.bf16:
+        yield "`fp16` and `bf16` are both true. Remove one."
+    if args.fp16 and args.use_cpu:
+        yield "`fp16: true` needs a GPU, and `use_cpu` is true. Write `bf16: true` or `bf16: false` instead."
+
+
+def _data_rules(args: Any) -> Iterator[str]:
+    """A dataset is named, and the local files among its data exist."""
+    if not args.dataset_name and not args.datasets:
+        yield "no dataset: write `dataset_name: ...` or a list `datasets: ...`."
+    for index, dataset in enumerate(args.datasets):
+        files = dataset.get("data_files") or []
+        for file in [files] if isinstance(files, str) else files.values() if isinstance(files, dict) else files:
+            # A pattern or an address is for `datasets` to resolve.
+            if isinstance(file, str) and not re.search(r"[*?\[]|://", file) and not Path(file).exists():
+                yield f"`datasets[{index}].data_files` names {file!r}, which does not exist."
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "sft": (profit_rules, _precision_rules, _data_rules, _tiny_rules),
+    "quantize": (_tiny_rules,),
+}

@@ -1,0 +1,97 @@
+"""Writes the schemas beside this file: `make schemas`, or `python -m hf_rb.cli.schemas.build`."""
+
+import dataclasses
+import enum
+import json
+import types
+import typing
+from collections.abc import Iterable
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import hf_rb
+from hf_rb.cli import schemas
+
+
+__all__ = ["build"]
+
+_NAMES = {type(None): "null", bool: "bool", int: "int", float: "float", str: "str", dict: "dict"}
+
+
+def build(name: str) -> str:
+    """Returns the text of one schema."""
+    if name in schemas.RECIPES:
+        configs = import_module(f"hf_rb.scripts.{name}").make_parser().dataclass_types
+    else:
+        configs = [getattr(hf_rb, schemas.QUANTIZATION[name])]
+    versions = {library: _minor(library) for library in ("transformers", "trl")}
+    return json.dumps({"versions": versions, "keys": _keys(configs)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _minor(library: str) -> str:
+    return ".".join(metadata.version(library).split(".")[:2])
+
+
+def _keys(configs: Iterable[type]) -> dict[str, dict]:
+    return {
+        field.name: _entry(field, typing.get_type_hints(config)[field.name])
+        for config in configs
+        for field in dataclasses.fields(config)
+        if field.init
+    }
+
+
+def _entry(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    entry = {
+        "types": sorted({_name(option) for option in _options(hint)}),
+        "default": default.value if isinstance(default, enum.Enum) else default,
+        "choices": list(field.metadata.get("choices") or _choices(hint)) or None,
+        "range": field.metadata.get("range"),
+        "help": field.metadata.get("help", "").replace("%%", "%"),
+    }
+    if default is dataclasses.MISSING:
+        del entry["default"]
+    elif default is None:  # TrainingArguments has fields typed `str` whose default is None
+        entry["types"] = sorted({*entry["types"], "null"})
+    if field.name == "resume_from_checkpoint":  # typed as a path, and `true` is how the newest is asked for
+        entry["types"].append("bool")
+    for option in _options(hint):
+        for argument in (option, *typing.get_args(option)):
+            if dataclasses.is_dataclass(argument) and typing.get_origin(option) is list:
+                entry["keys"] = _keys([argument])
+    return {key: value for key, value in entry.items() if value is not None or key == "default"}
+
+
+def _options(hint: Any) -> tuple:
+    """The alternatives of a union, or the type alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _name(option: Any) -> str:
+    origin = typing.get_origin(option) or option
+    if origin is list:
+        return f"list[{_name(*typing.get_args(option))}]" if typing.get_args(option) else "list[any]"
+    if origin is typing.Literal:
+        return _NAMES[type(typing.get_args(option)[0])]
+    if isinstance(origin, type) and issubclass(origin, enum.Enum):
+        return "str"
+    if dataclasses.is_dataclass(origin):
+        return "dict"
+    return _NAMES.get(origin, "any")
+
+
+def _choices(hint: Any) -> list:
+    """The values of a `Literal` or of an enumeration, which the config converts a string to."""
+    for option in _options(hint):
+        if typing.get_origin(option) is typing.Literal and str not in _options(hint):
+            return list(typing.get_args(option))
+        if isinstance(option, type) and issubclass(option, enum.Enum):
+            return [member.value for member in option]
+    return []
+
+
+if __name__ == "__main__":
+    for schema in (*schemas.RECIPES, *schemas.QUANTIZATION):
+        Path(__file__).with_name(f"{schema}.json").write_text(build(schema), encoding="utf-8")

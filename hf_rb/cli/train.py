@@ -1,0 +1,50 @@
+"""`hf-rb sft` and the verbs like it: checks a recipe, then runs the trainer's script on it through `accelerate launch`."""
+
+import argparse
+import subprocess
+from pathlib import Path
+
+from hf_rb import _compat
+from hf_rb._resources import find_recipe, resource_folder
+from hf_rb.cli.check import check, read_overrides, read_recipe
+
+
+EXAMPLE = "hf-rb {verb} recipe.yaml --accelerate_config fsdp2 --learning_rate 1e-5"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with hf_rb")
+    parser.add_argument(
+        "--accelerate_config",
+        metavar="FILE",
+        help="a file of `accelerate config`, or the name of one that ships with hf_rb (recipes/accelerate_configs)",
+    )
+    parser.add_argument("--num_processes", help="processes to launch (default: what the accelerate config says)")
+    parser.set_defaults(overrides=[])
+    parser.usage = f"{parser.prog} RECIPE [--accelerate_config FILE] [--num_processes N] [--key value ...]"
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = find_recipe(args.recipe)
+    report = check(recipe, read_recipe(recipe) | read_overrides(args.overrides, args.verb), args.verb)
+    report.print()
+    if report.errors:
+        return 2
+
+    launch = ["--config_file", str(_accelerate_config(args.accelerate_config))] if args.accelerate_config else []
+    launch += ["--num_processes", args.num_processes] if args.num_processes else []
+    launch += ["--module", f"hf_rb.scripts.{args.verb}", "--config", str(recipe), *args.overrides]
+    try:
+        _compat.launch_command(_compat.launch_command_parser().parse_args(launch))
+    except subprocess.CalledProcessError as error:  # the script has printed what went wrong
+        return error.returncode if error.returncode == 2 else 1
+    return 0
+
+
+def _accelerate_config(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    configs = {path.stem: path for path in sorted((resource_folder("recipes") / "accelerate_configs").glob("*.yaml"))}
+    if name not in configs:
+        raise FileNotFoundError(f"No accelerate config {name!r}: give a file, or one of {', '.join(configs)}.")
+    return configs[name]
