@@ -2,6 +2,7 @@
 
 from hf_rb.evaluation.generation import Completion, ExactMatch, PassAtK, exact_match, generate, pass_at_k
 from hf_rb.evaluation.likelihood import Perplexity, perplexity
+from hf_rb.evaluation.loading import find_model, load_model
 from hf_rb.evaluation.report import format_table
 from hf_rb.evaluation.size import Size, model_size
 from hf_rb.evaluation.speed import Speed, decode_speed
@@ -17,9 +18,11 @@ __all__ = [
     "Speed",
     "decode_speed",
     "exact_match",
+    "find_model",
     "format_table",
     "generate",
     "is_correct",
+    "load_model",
     "load_task",
     "model_size",
     "pass_at_k",

@@ -4,6 +4,7 @@ TRL's card loses the base model when it is a local folder, prints `None` for a m
 key and cannot use another package's template; this one is rendered from our own data instead.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import version
@@ -129,7 +130,7 @@ def render_card(data: ModelCardData) -> str:
     )
     environment.filters.update(cell=_cell, number=_number, reference=_reference)
     methods = [METHODS[key] for key in data.methods]
-    return environment.get_template("template.md.jinja").render(
+    text = environment.get_template("template.md.jinja").render(
         data=data,
         metadata=data.metadata().to_yaml(),
         methods=methods,
@@ -138,6 +139,7 @@ def render_card(data: ModelCardData) -> str:
         location=data.repo_id or f"path/to/{data.model_name}",
         versions=_versions(data),
     )
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"  # sections that are left out leave blank lines
 
 
 def write_model_card(folder: str | Path, data: ModelCardData) -> Path:
