@@ -34,6 +34,18 @@ TABLE: dict[str, Entry] = {
     "AUTO_QUANTIZATION_CONFIG_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING"),
     "AUTO_QUANTIZER_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZER_MAPPING"),
     "LOADING_ATTRIBUTES_CONFIG_TYPES": Entry("transformers.quantizers.auto", "LOADING_ATTRIBUTES_CONFIG_TYPES"),
+    # What the trainers override or call (hf_rb/trainers).
+    "FusedCausalLMOutput": Entry("trl.trainer.utils", "FusedCausalLMOutput", ("log_probs", "label_mask")),
+    "Trainer._get_num_items_in_batch": Entry(
+        "transformers.trainer", "Trainer._get_num_items_in_batch", ("batch_samples", "device")
+    ),
+    "Trainer._get_output_dir": Entry("transformers.trainer", "Trainer._get_output_dir", ("trial",)),
+    "Trainer._save_checkpoint": Entry("transformers.trainer", "Trainer._save_checkpoint", ("model", "trial")),
+    "rotate_checkpoints": Entry(
+        "transformers.trainer_utils",
+        "rotate_checkpoints",
+        ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
+    ),
     # `accelerate launch` without a shell (hf_rb/cli/_launch.py).
     "launch_command": Entry("accelerate.commands.launch", "launch_command", ("args",)),
     "launch_command_parser": Entry("accelerate.commands.launch", "launch_command_parser"),

@@ -125,6 +125,12 @@ def _umask() -> int:
     return umask
 
 
+def start_manifest(folder: str | os.PathLike) -> None:
+    """Marks a folder as unfinished until [`write_manifest`] is called; creates it where necessary."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _replace_manifest(Path(folder), files=None)
+
+
 def write_manifest(folder: str | os.PathLike) -> Path:
     """
     Writes `manifest.json`, the list of every file below `folder` with its size in bytes and its SHA-256.
@@ -142,12 +148,16 @@ def write_manifest(folder: str | os.PathLike) -> Path:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / MANIFEST
     }
+    _replace_manifest(folder, files)
+    return folder / MANIFEST
+
+
+def _replace_manifest(folder: Path, files: dict | None) -> None:
     temporary = folder / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=2) + "\n")
     fsync_file(temporary)
     os.replace(temporary, folder / MANIFEST)
     fsync_file(folder)
-    return folder / MANIFEST
 
 
 def verify_manifest(folder: str | os.PathLike) -> list[str]:
@@ -169,6 +179,8 @@ def verify_manifest(folder: str | os.PathLike) -> list[str]:
         return [f"{MANIFEST} is damaged"]
     if version != FORMAT_VERSION:
         return [f"{MANIFEST} has format version {version}, this hf_rb reads {FORMAT_VERSION}"]
+    if files is None:
+        return [f"{MANIFEST} says that the files are not all written"]
     problems = []
     for name, expected in files.items():
         path = folder / name

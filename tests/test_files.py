@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from hf_rb._files import MANIFEST, atomic_folder, verify_manifest, write_manifest
+from hf_rb._files import MANIFEST, atomic_folder, start_manifest, verify_manifest, write_manifest
 
 
 def fill(folder, text="weights"):
@@ -53,6 +53,8 @@ def test_atomic_folder_refuses_what_exists(tmp_path, monkeypatch):
 def test_manifest_names_every_kind_of_damage(tmp_path):
     assert verify_manifest(tmp_path) == [f"{MANIFEST} is missing"]
     fill(tmp_path)
+    start_manifest(tmp_path)
+    assert verify_manifest(tmp_path) == [f"{MANIFEST} says that the files are not all written"]
     write_manifest(tmp_path)
     write_manifest(tmp_path)  # a second one does not list the first
     (tmp_path / "extra.txt").write_text("written later, not attested")

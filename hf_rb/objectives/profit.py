@@ -43,7 +43,7 @@ def profit_mask(
             Whether a probability equal to a threshold is kept, as in the authors' code, rather than dropped, as in the
             paper. Has no effect with `mode="random"`.
         threshold_high (`float`, *optional*):
-            Upper threshold in `[0, 1]`, above `threshold`; given if and only if `mode="middle"`.
+            Upper threshold in `[threshold, 1]`; given if and only if `mode="middle"`.
         uniforms (`torch.Tensor` of shape `(...)`, *optional*):
             Draws from [0, 1), used by `mode="random"` only: a token is kept where its draw is at least τ.
 
@@ -51,9 +51,14 @@ def profit_mask(
         `torch.Tensor` of shape `(...)` and type `bool`: `True` where the token is trained on.
 
     Raises:
-        ValueError: A threshold outside `[0, 1]`, an unknown mode, or a mode without the argument it needs.
+        ValueError: A threshold outside its range, an unknown mode, or a mode without the argument it needs.
     """
-    check_gate(threshold, mode, threshold_high)
+    if mode not in MODES:
+        raise ValueError(f"`mode={mode!r}` is unknown. Choose one of {', '.join(map(repr, MODES))}.")
+    if (mode == "middle") != (threshold_high is not None):
+        raise ValueError(f"`threshold_high` belongs to `mode='middle'`; got mode={mode!r}, {threshold_high=}.")
+    if not 0 <= threshold <= (1 if threshold_high is None else threshold_high) <= 1:
+        raise ValueError(f"Thresholds are probabilities, the lower one first; got {threshold=}, {threshold_high=}.")
     if mode == "random":
         if uniforms is None:
             raise ValueError("`mode='random'` needs `uniforms`, one draw from [0, 1) per token.")
@@ -67,25 +72,6 @@ def profit_mask(
     if mode == "lower":
         return below(log_probs, _log(threshold))
     return above(log_probs, _log(threshold)) & below(log_probs, _log(threshold_high))
-
-
-def check_gate(threshold: float, mode: str, threshold_high: float | None, prefix: str = "") -> None:
-    """Raises `ValueError` unless the thresholds fit the mode. `prefix` is put before the argument names in messages."""
-    if mode not in MODES:
-        raise ValueError(f"`{prefix}mode={mode!r}` is unknown. Choose one of {', '.join(map(repr, MODES))}.")
-    for name, value in ((f"{prefix}threshold", threshold), (f"{prefix}threshold_high", threshold_high)):
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"`{name}={value}` is not a probability. Give a number from 0 to 1.")
-    if mode != "middle" and threshold_high is not None:
-        raise ValueError(
-            f"`{prefix}threshold_high={threshold_high}` acts with `{prefix}mode='middle'` only, and the mode is {mode!r}. "
-            "Remove one of the two."
-        )
-    if mode == "middle" and (threshold_high is None or threshold_high <= threshold):
-        raise ValueError(
-            f"`{prefix}mode='middle'` keeps probabilities between `{prefix}threshold={threshold}` and "
-            f"`{prefix}threshold_high={threshold_high}`. Set `{prefix}threshold_high` to a larger number."
-        )
 
 
 def _log(probability: float) -> float:

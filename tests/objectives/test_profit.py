@@ -120,15 +120,15 @@ def test_lower_is_the_rest(rows, threshold):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((1.5,), "`threshold=1.5` is not a probability"),
-        ((-0.1,), "`threshold=-0.1` is not a probability"),
-        ((math.nan,), "`threshold=nan` is not a probability"),
+        ((1.5,), "Thresholds are probabilities, the lower one first; got threshold=1.5"),
+        ((-0.1,), "got threshold=-0.1"),
+        ((math.nan,), "got threshold=nan"),
         ((0.1, "above"), "`mode='above'` is unknown. Choose one of 'higher', 'lower', 'middle', 'random'"),
         ((0.1, "random"), "needs `uniforms`"),
-        ((0.1, "middle"), "Set `threshold_high` to a larger number"),
-        ((0.1, "middle", False, 0.1), "Set `threshold_high` to a larger number"),
-        ((0.1, "middle", False, 2.0), "`threshold_high=2.0` is not a probability"),
-        ((0.1, "higher", False, 0.5), "acts with `mode='middle'` only"),
+        ((0.1, "middle"), "`threshold_high` belongs to `mode='middle'`; got mode='middle', threshold_high=None"),
+        ((0.1, "higher", False, 0.5), "`threshold_high` belongs to `mode='middle'`; got mode='higher'"),
+        ((0.1, "middle", False, 0.05), "the lower one first; got threshold=0.1, threshold_high=0.05"),
+        ((0.1, "middle", False, 2.0), "got threshold=0.1, threshold_high=2.0"),
     ],
 )
 def test_refusals(arguments, message):

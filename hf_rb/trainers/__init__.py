@@ -1,0 +1,1 @@
+"""TRL's trainers with the methods as flags. A config module imports without its trainer; this package imports neither."""

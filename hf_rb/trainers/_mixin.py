@@ -1,0 +1,238 @@
+"""What all our trainers share beside their losses: identity and model card, metrics, and checkpoints known to be whole."""
+
+import logging
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, is_peft_model
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_rb import _compat
+from hf_rb._files import MANIFEST, start_manifest, verify_manifest, write_manifest
+from hf_rb.hub import METHODS, ModelCardData, Result, changed_hyperparameters, write_model_card
+
+
+__all__ = ["TrainerMixin", "complete_checkpoint", "own_config"]
+
+logger = logging.getLogger(__name__)
+
+
+class TrainerMixin:
+    """
+    Comes before a TRL trainer among a class's bases. The class says in `_methods` which methods its flags switch on.
+
+    - The model card is ours ([`~hf_rb.hub.write_model_card`]).
+    - `_add_metric` averages over tokens, accumulation steps and processes, with one reduction each time the trainer logs.
+    - A checkpoint ends with a manifest of its files, written last. `train(resume_from_checkpoint=True)` takes the newest
+      checkpoint that agrees with its manifest.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        # Of each metric, the sums of its numerator and denominator since the last log, on this process.
+        self._metric_sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _methods(self) -> list[str]:
+        """Keys of `hf_rb.hub.METHODS` that the flags switch on."""
+        return []
+
+    # TRL's class attributes, computed: what a trainer is depends on its flags.
+    @property
+    def _tag_names(self) -> list[str]:
+        return ["hf_rb", *super()._tag_names, *self._methods]
+
+    @property
+    def _name(self) -> str:
+        return " + ".join([super()._name, *(METHODS[key].name for key in self._methods)])
+
+    @property
+    def _paper(self) -> dict[str, str]:
+        return METHODS[self._methods[0]].paper if self._methods else super()._paper
+
+    # Metrics
+
+    def _add_metric(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
+        """
+        Adds to a metric that is logged as the ratio of two sums, over everything since the last log and all processes.
+
+        Args:
+            name (`str`):
+                Name in the logs, where evaluation puts `eval_` before it. A metric whose denominator is zero is left out.
+            numerator, denominator (`torch.Tensor`):
+                Scalars of this process. All processes must add the same metrics in the same order.
+        """
+        sums = self._metric_sums["train" if self.model.training else "eval"]
+        sums[name] = sums[name] + torch.stack([numerator.detach().float(), denominator.float()])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        sums = self._metric_sums[mode]
+        if sums:
+            totals = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
+            prefix = "" if mode == "train" else "eval_"
+            logs.update(
+                {prefix + name: total / count for name, (total, count) in zip(sums, totals, strict=True) if count}
+            )
+            sums.clear()
+        super().log(logs, start_time)
+
+    # Model card
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        base_model: str | None = None,
+    ) -> None:
+        """
+        Writes `README.md` into `args.output_dir`, with the last evaluation in its table.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model. Defaults to the name of `args.output_dir`.
+            dataset_name (`str`, *optional*):
+                Training data: a Hub id, a file or an embedded task.
+            tags (`str` or `list[str]`, *optional*):
+                Hub tags, beside those of the trainer and its methods.
+            base_model (`str`, *optional*):
+                What was trained, when it is not what the model's config says.
+        """
+        if not self.is_world_process_zero():
+            return
+        tags = [tags] if isinstance(tags, str) else tags or []
+        own_tags = {"hf_rb", *self._methods}  # the card adds these itself
+        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        write_model_card(
+            self.args.output_dir,
+            ModelCardData(
+                model_name=model_name or Path(self.args.output_dir).name,
+                methods=self._methods,
+                base_model=base_model or self.model.config._name_or_path or None,
+                dataset_name=dataset_name,
+                trainer=type(self).__name__,
+                hyperparameters=changed_hyperparameters(self.args),
+                results=_results(evaluations[-1], dataset_name) if evaluations else (),
+                repo_id=self.hub_model_id,
+                tags=[tag for tag in dict.fromkeys([*self._tag_names, *tags]) if tag not in own_tags],
+                library_name="peft" if is_peft_model(self.model) else "transformers",
+            ),
+        )
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        run_folder = self._get_output_dir(trial)
+        folder = Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            start_manifest(folder)
+        # The parent ends by deleting old checkpoints. They must outlive the moment at which this one is known to be whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # every process writes files of its own
+        if self.args.should_save:
+            write_manifest(folder)
+            _compat.rotate_checkpoints(
+                output_dir=run_folder,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Trains as [`~transformers.Trainer.train`] does, from a checkpoint that is known to be whole.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                `True` takes the newest checkpoint in `args.output_dir` that agrees with its manifest and warns of each newer
+                one, naming its bad file. A path is checked against its manifest, if it has one.
+
+        Raises:
+            ValueError: The checkpoint, or every one of them, is incomplete.
+        """
+        if resume_from_checkpoint:
+            # One process reads the files; all of them go on, or none.
+            outcome = None
+            if self.is_world_process_zero():
+                try:
+                    outcome = complete_checkpoint(self.args.output_dir, resume_from_checkpoint)
+                except ValueError as error:
+                    outcome = error
+            (outcome,) = broadcast_object_list([outcome])
+            if isinstance(outcome, ValueError):
+                raise outcome
+            resume_from_checkpoint = outcome
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+def complete_checkpoint(output_dir: str, resume: str | bool) -> str:
+    """
+    Returns the checkpoint to resume from.
+
+    Args:
+        output_dir (`str`):
+            Folder of the `checkpoint-<step>` folders.
+        resume (`str` or `bool`):
+            Path of a checkpoint, or `True` for the newest complete one. A checkpoint without a manifest, such as TRL's own,
+            counts as incomplete then, since an interrupted save looks no different; it is accepted by path.
+
+    Raises:
+        ValueError: Nothing complete was found.
+    """
+    if resume is not True:
+        if not Path(resume, MANIFEST).exists():
+            return resume
+        problems = verify_manifest(resume)
+        if problems:
+            raise ValueError(
+                f"Checkpoint {resume} is incomplete: {_listed(problems)}. Give another one, or "
+                "`resume_from_checkpoint=True` to take the newest complete one."
+            )
+        return resume
+
+    numbered = {
+        path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*")
+    }
+    newest_first = sorted((path for path in numbered if numbered[path]), key=lambda path: -int(numbered[path][1]))
+    for path in newest_first:
+        problems = verify_manifest(path)
+        if not problems:
+            return str(path)
+        logger.warning(f"Not resuming from {path}, which is incomplete: {_listed(problems)}.")
+    if newest_first:
+        raise ValueError(
+            f"None of the {len(newest_first)} checkpoints in {output_dir} is complete; the warnings above name their bad "
+            "files. To resume from a checkpoint that another trainer has written, give its path."
+        )
+    raise ValueError(f"There is no checkpoint in {output_dir} to resume from. Train without `resume_from_checkpoint`.")
+
+
+def _listed(problems: list[str]) -> str:
+    return problems[0] if len(problems) == 1 else f"{problems[0]} (and {len(problems) - 1} more)"
+
+
+def _results(evaluation: dict[str, float], dataset_name: str | None) -> list[Result]:
+    names = {"eval_loss": "loss", "eval_mean_token_accuracy": "token accuracy"}
+    dataset = dataset_name or "evaluation data"
+    return [Result(name, evaluation[key], dataset) for key, name in names.items() if key in evaluation]
+
+
+def own_config(
+    config_class: type[TrainingArguments], args: TrainingArguments | None, model: str | PreTrainedModel, suffix: str
+) -> TrainingArguments:
+    """Returns `args` as our config class, with the flags off where `args` is TRL's or missing."""
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return config_class(f"{name.split('/')[-1]}-{suffix}")
+    if not isinstance(args, config_class):
+        return config_class(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the token
+    return args

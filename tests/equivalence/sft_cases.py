@@ -1,0 +1,107 @@
+"""Short seeded SFT runs that the equivalence tests compare; as a script, the same runs in two processes.
+
+torchrun --standalone --nproc_per_node 2 sft_cases.py MODEL OUTPUT.pt
+"""
+
+import sys
+import tempfile
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers.trainer_utils import set_seed
+
+from hf_rb import SFTConfig, SFTTrainer, tiny
+
+
+STEPS = 3
+# Four documents a step, by any split over examples per device, accumulation steps and processes.
+SPLITS = {"4x1": (4, 1), "2x2": (2, 2), "1x4": (1, 4)}
+CASES = {
+    "off": {},
+    "higher": {"profit_threshold": 0.0085},
+    "lower": {"profit_threshold": 0.0085, "profit_mode": "lower"},
+    "middle": {"profit_threshold": 0.006, "profit_mode": "middle", "profit_threshold_high": 0.011},
+    "random": {"profit_threshold": 0.4, "profit_mode": "random"},
+    "sequence": {"profit_threshold": 0.0085, "profit_normalize": "sequence"},
+    "random sequence": {"profit_threshold": 0.4, "profit_mode": "random", "profit_normalize": "sequence"},
+}
+
+
+def save_model(folder):
+    """A random Qwen3 whose label probabilities scatter around 1/vocabulary, on both sides of the thresholds above."""
+    set_seed(0)
+    config = Qwen3Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def documents():
+    """Twelve documents of unequal lengths, each with a prompt without labels."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in (5, 12, 3, 9, 14, 4, 8, 8, 2, 11, 6, 7):
+        ids = torch.randint(3, 128, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (length // 4) + ids[length // 4 :]})
+    return rows
+
+
+def train(model, trainer_class=SFTTrainer, config_class=SFTConfig, rows=None, **config):
+    """Trains from the saved model; returns what was logged at each step and the weights at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = config_class(
+            **{
+                "output_dir": folder,
+                "use_cpu": True,
+                "bf16": False,
+                "gradient_checkpointing": False,
+                "optim": "sgd",  # proportional to the gradient, where Adam would hide its scale
+                "learning_rate": 0.5,
+                "lr_scheduler_type": "constant",
+                "max_grad_norm": 1e3,
+                "train_sampling_strategy": "sequential",
+                "max_steps": STEPS,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                **config,
+            }
+        )
+        trainer = trainer_class(
+            str(model),
+            args,
+            train_dataset=Dataset.from_list(rows or documents()),
+            processing_class=AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer"),
+        )
+        trainer.train()
+    ignored = ("runtime", "per_second", "epoch", "num_tokens")
+    logs = [
+        {key: value for key, value in entry.items() if not key.endswith(ignored)}
+        for entry in trainer.state.log_history
+    ]
+    weights = {
+        name: weight.detach().clone()
+        for name, weight in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
+    }
+    return logs, weights
+
+
+if __name__ == "__main__":
+    model, output = sys.argv[1:]
+    results = {name: train(model, per_device_train_batch_size=2, **case) for name, case in CASES.items()}
+    results["accumulated"] = train(
+        model, per_device_train_batch_size=1, gradient_accumulation_steps=2, **CASES["random sequence"]
+    )
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, output)
+    torch.distributed.destroy_process_group()
