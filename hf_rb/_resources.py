@@ -27,10 +27,10 @@ def find_recipe(recipe: str) -> Path:
     Raises:
         FileNotFoundError: Neither a file nor the name of a recipe of ours.
     """
-    folder = resource_folder("recipes")
-    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
     if Path(recipe).is_file():
         return Path(recipe)
+    folder = resource_folder("recipes")
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
     if recipe.removesuffix(".yaml") in names:
         return names[recipe.removesuffix(".yaml")]
     close = get_close_matches(recipe, names, n=1)

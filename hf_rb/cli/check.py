@@ -237,15 +237,17 @@ _YES_NO = {word: word in ("yes", "true", "t", "y", "1") for word in "yes true t 
 _FROM_TEXT = {"int": int, "float": float, "bool": _word(_YES_NO), "null": _word({"none": None, "null": None})}
 
 
-def _tiny_rules(args: Any) -> Iterator[str]:
-    """Names of the embedded assets."""
-    for name in filter(
-        None, (getattr(args, key, None) for key in ("model_name_or_path", "teacher_model_name_or_path"))
-    ):
-        try:
-            tiny.resolve(name)
-        except ValueError as error:
-            yield str(error)
+def _name_rules(args: Any) -> Iterator[str]:
+    """Names of embedded assets, and paths that can only be local."""
+    for key in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name"):
+        name = getattr(args, key, None) or ""
+        if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
+            yield f"`{key}` names {name!r}, which does not exist."
+        if key != "dataset_name":
+            try:
+                tiny.resolve(name)
+            except ValueError as error:
+                yield f"`{key}`: {error}"
 
 
 def _precision_rules(args: Any) -> Iterator[str]:
@@ -260,14 +262,21 @@ def _data_rules(args: Any) -> Iterator[str]:
     if not args.dataset_name and not args.datasets:
         yield "no dataset: write `dataset_name: ...` or a list `datasets: ...`."
     for index, dataset in enumerate(args.datasets):
-        files = dataset.get("data_files") or []
-        for file in [files] if isinstance(files, str) else files.values() if isinstance(files, dict) else files:
+        for file in _texts(dataset.get("data_files")):
             # A pattern or an address is for `datasets` to resolve.
-            if isinstance(file, str) and not re.search(r"[*?\[]|://", file) and not Path(file).exists():
+            if not re.search(r"[*?\[]|://", file) and not Path(dataset.get("data_dir") or "", file).exists():
                 yield f"`datasets[{index}].data_files` names {file!r}, which does not exist."
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a string, a list or a dict."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
-    "sft": (profit_rules, _precision_rules, _data_rules, _tiny_rules),
-    "quantize": (_tiny_rules,),
+    "sft": (profit_rules, _precision_rules, _data_rules, _name_rules),
 }

@@ -1,0 +1,185 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_rb.cli import main, schemas
+from hf_rb.cli.check import check, read_overrides
+
+
+GOOD = {
+    "model_name_or_path": "tiny:student",
+    "dataset_name": "tiny:math",
+    "dataset_config": "prompt_completion",
+    "output_dir": "out",
+    "learning_rate": 1e-3,
+    "profit_threshold": 0.1,
+    "use_cpu": True,
+    "bf16": False,
+}
+
+
+def errors(**changes) -> list[str]:
+    return check(Path("recipe.yaml"), GOOD | changes).errors
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**changes) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(GOOD | changes))
+        return str(path)
+
+    return write
+
+
+def test_a_good_recipe(recipe, capsys):
+    path = recipe(env={"HF_HUB_OFFLINE": "1"})
+    assert main(["check", path]) == 0
+    assert capsys.readouterr().out == f"{path}: a good recipe for `hf-rb sft`.\n"
+
+
+def test_everything_wrong_is_said_in_one_pass(recipe, capsys):
+    path = recipe(profit_treshold=0.1, max_length="long", profit_threshold=1.5, optim="adamw_troch", fp16=True)
+    assert main(["check", path]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"{path}: error: `max_length` must be int or null; got 'long' (str).",
+        f"{path}: error: `optim` cannot be 'adamw_troch'; did you mean 'adamw_torch'?",
+        f"{path}: error: `profit_threshold` must be in [0, 1]; got 1.5.",
+        f"{path}: error: unknown key `profit_treshold`; did you mean `profit_threshold`?",
+        f"{path}: error: `fp16: true` needs a GPU, and `use_cpu` is true. Write `bf16: true` or `bf16: false` instead.",
+    ]
+
+
+def test_json(recipe, capsys):
+    path = recipe(learning_ratee=1)
+    assert main(["check", path, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out) == {
+        "recipe": path,
+        "verb": "sft",
+        "errors": ["unknown key `learning_ratee`; did you mean `learning_rate`?"],
+        "warnings": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_train_epochs": None}, "`num_train_epochs` must be float; got None"),
+        ({"max_steps": 1.5}, "`max_steps` must be int; got 1.5"),
+        ({"max_steps": True}, "`max_steps` must be int; got True (bool)"),
+        ({"packing": "perhaps"}, "`packing` must be bool; got 'perhaps'"),
+        ({"eval_strategy": False}, "`eval_strategy` must be str; got False (bool). YAML reads no, off, yes and on"),
+        ({"lora_target_modules": "q_proj"}, "`lora_target_modules` must be list[str] or null; got 'q_proj'"),
+        ({"profit_mode": "midle"}, "`profit_mode` cannot be 'midle'; did you mean 'middle'?"),
+        ({"profit_threshold": -0.1}, "`profit_threshold` must be in [0, 1]; got -0.1"),
+        ({"profit_threshold_high": 0.5}, "`profit_threshold_high: 0.5` acts with `profit_mode: middle` only"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor: 0.1`"),
+        ({"dataset_name": None}, "no dataset"),
+        ({"datasets": [{"path": "json", "data_fils": "x"}]}, "did you mean `datasets[0].data_files`?"),
+        ({"datasets": [{"name": "x"}]}, "`datasets[0].path` is missing"),
+        ({"datasets": [{"path": "json", "data_files": "absent.jsonl"}]}, "'absent.jsonl', which does not exist"),
+        (
+            {"datasets": [{"path": "json", "data_files": {"train": ["absent.jsonl"]}}]},
+            "'absent.jsonl', which does not",
+        ),
+        ({"dataset_name": "./absent"}, "`dataset_name` names './absent', which does not exist"),
+        ({"model_name_or_path": "/absent/model"}, "`model_name_or_path` names '/absent/model', which does not exist"),
+        ({"model_name_or_path": "tiny:studnet"}, "write one of tiny:teacher"),
+        ({"fp16": True, "use_cpu": False, "bf16": True}, "`fp16` and `bf16` are both true"),
+    ],
+)
+def test_one_mistake_is_one_error(changes, message):
+    (error,) = errors(**changes)
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"learning_rate": "1e-4"},  # YAML 1.1 reads 1e-4 as a string
+        {"num_train_epochs": 3},
+        {"packing": "true"},
+        {"max_length": "none"},
+        {"report_to": "none"},
+        {"report_to": ["wandb"]},
+        {"resume_from_checkpoint": True},
+        {"model_init_kwargs": {"attn_implementation": "eager"}},
+        {"model_init_kwargs": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}},
+        {"datasets": [{"path": "json", "data_files": ["data/*.jsonl", "https://example.com/x.jsonl"]}]},
+        {"datasets": [{"path": "json", "data_files": __file__}]},
+    ],
+)
+def test_what_the_configs_accept_passes(changes):
+    assert errors(**changes) == []
+
+
+def test_another_minor_turns_unknown_keys_into_warnings(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda library: "9.9.0")
+    report = check(Path("recipe.yaml"), GOOD | {"new_key": 1, "max_steps": "x"})
+    assert report.errors == ["`max_steps` must be int; got 'x' (str)."]
+    assert len(report.warnings) == 1 and "unknown key `new_key`" in report.warnings[0]
+    assert "trl 9.9.0 is installed, the schema is of" in report.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "is not valid YAML"), ("- a\n- b", "must hold `key: value` lines; got list"), ("", "got NoneType")],
+)
+def test_no_recipe_at_all(tmp_path, text, message, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert main(["check", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_recipe(capsys):
+    assert main(["check", "absent.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("hf-rb check: error: No recipe 'absent.yaml'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        (["--learning_rate", "1e-4", "--max-steps=3"], {"learning_rate": "1e-4", "max_steps": "3"}),
+        (["--packing", "--no_shuffle_dataset"], {"packing": True, "shuffle_dataset": False}),
+        (["--lora_target_modules", "q_proj"], {"lora_target_modules": ["q_proj"]}),
+        (
+            ["--lora_target_modules", "q_proj", "k_proj", "v_proj"],
+            {"lora_target_modules": ["q_proj", "k_proj", "v_proj"]},
+        ),
+        (["--max_steps", "-1"], {"max_steps": "-1"}),
+        (["--misspelt", "1"], {"misspelt": "1"}),
+    ],
+)
+def test_overrides(arguments, values):
+    assert read_overrides(arguments, "sft") == values
+
+
+def test_a_stray_argument():
+    with pytest.raises(ValueError, match="unexpected argument '3'"):
+        read_overrides(["3"], "sft")
+
+
+def test_check_needs_neither_torch_nor_a_second(recipe):
+    program = (
+        "import sys; from hf_rb.cli import main; code = main(sys.argv[1:]); "
+        "print({'torch', 'transformers', 'trl', 'numpy'} & set(sys.modules)); sys.exit(code)"
+    )
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", program, "check", recipe()], capture_output=True, text=True, timeout=60
+    )
+    assert time.perf_counter() - start < 1
+    assert result.returncode == 0 and result.stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize("name", [*schemas.RECIPES, *schemas.QUANTIZATION])
+def test_schemas_are_in_step_with_the_configs(name):
+    from hf_rb.cli.schemas.build import build
+
+    assert json.loads(build(name)) == schemas.load(name), "run `make schemas`"

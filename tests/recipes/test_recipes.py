@@ -1,0 +1,49 @@
+import inspect
+from importlib import import_module
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from hf_rb._resources import resource_folder
+from hf_rb.cli.check import check, read_recipe
+
+
+FOLDER = resource_folder("recipes")
+ALL = sorted(FOLDER.rglob("*.yaml"))
+ACCELERATE = [path for path in ALL if path.parent.name == "accelerate_configs"]
+RECIPES = [path for path in ALL if path not in ACCELERATE]
+
+
+def named(paths) -> list:
+    return [pytest.param(path, id=path.relative_to(FOLDER).with_suffix("").as_posix()) for path in paths]
+
+
+@pytest.mark.parametrize("path", named(RECIPES))
+def test_check_finds_nothing_in_the_recipe(path):
+    report = check(path, read_recipe(path))
+    assert not report.errors + report.warnings
+    # The folder of a method says which verb its recipes are for.
+    assert report.verb == {"ptqtp": "quantize", "profit": "sft"}[path.relative_to(FOLDER).parts[0]]
+
+
+@pytest.mark.parametrize("path", named(RECIPES))
+def test_the_config_classes_take_the_recipe(path, tmp_path, monkeypatch):
+    """Parses the recipe as its script does; on the CPU, since a recipe for a GPU may be tested without one."""
+    report = check(path, read_recipe(path))
+    parser = import_module(f"hf_rb.scripts.{report.verb}").make_parser()
+    monkeypatch.chdir(tmp_path)
+    parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
+
+
+@pytest.mark.parametrize("path", named(ACCELERATE))
+def test_accelerate_takes_its_config(path):
+    config = load_config_from_file(str(path))
+    written = yaml.safe_load(path.read_text())
+    assert written.keys() <= inspect.signature(type(config)).parameters.keys()
+    assert config.num_processes == written["num_processes"]
+
+
+def test_recipes_name_their_model_and_output_folder():
+    for path in RECIPES:
+        assert {"model_name_or_path", "output_dir"} <= read_recipe(path).keys(), path

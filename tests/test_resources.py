@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+
+from hf_rb import _resources
+from hf_rb._resources import find_recipe, resource_folder
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch) -> Path:
+    """A package as a wheel installs it, beside somebody else's folder of the same name."""
+    package = tmp_path / "site-packages" / "hf_rb"
+    (package / "_recipes" / "profit").mkdir(parents=True)
+    (package / "_recipes" / "profit" / "tiny-cpu.yaml").write_text("output_dir: out\n")
+    (package.parent / "recipes").mkdir()
+    monkeypatch.setattr(_resources, "__file__", str(package / "_resources.py"))
+    return package
+
+
+@pytest.mark.parametrize("name", ["recipes", "model_cards"])
+def test_found_in_a_source_tree(name):
+    assert resource_folder(name) == Path(__file__).resolve().parents[1] / name
+
+
+def test_found_in_a_wheel(installed):
+    assert resource_folder("recipes") == installed / "_recipes"
+    with pytest.raises(FileNotFoundError, match="no 'model_cards' folder"):
+        resource_folder("model_cards")
+
+
+@pytest.mark.parametrize("name", ["profit/tiny-cpu", "profit/tiny-cpu.yaml"])
+def test_a_recipe_by_name(installed, name):
+    assert find_recipe(name) == installed / "_recipes" / "profit" / "tiny-cpu.yaml"
+
+
+def test_a_file_goes_before_a_name(installed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path("profit/tiny-cpu.yaml")
+    file.parent.mkdir()
+    file.touch()
+    assert find_recipe(str(file)) == file
+
+
+def test_a_misspelt_recipe_gets_a_suggestion(installed):
+    with pytest.raises(FileNotFoundError, match="'profit/tiny-cpus'.*did you mean 'profit/tiny-cpu'"):
+        find_recipe("profit/tiny-cpus")
+    with pytest.raises(FileNotFoundError, match="the recipes of hf_rb are: profit/tiny-cpu"):
+        find_recipe("zzz")
