@@ -3,6 +3,7 @@
 import logging
 import re
 from collections import defaultdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -234,5 +235,6 @@ def own_config(
         name = model if isinstance(model, str) else model.config._name_or_path
         return config_class(f"{name.split('/')[-1]}-{suffix}")
     if not isinstance(args, config_class):
-        return config_class(**{**args.to_dict(), "hub_token": args.hub_token})  # to_dict hides the token
+        # Not `args.to_dict()`, which replaces the value of every field called `..._token`, `eos_token` too.
+        return config_class(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
     return args
