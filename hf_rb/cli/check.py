@@ -55,7 +55,7 @@ class Report:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with hf_rb")
+    parser.add_argument("recipes", nargs="+", metavar="recipe", help="a YAML file, or the name of a recipe of hf_rb")
     parser.add_argument(
         "--for", dest="target", choices=schemas.RECIPES, help="the verb to check for (default: by the keys)"
     )
@@ -63,13 +63,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    path = find_recipe(args.recipe)
-    report = check(path, read_recipe(path), args.target)
+    reports = [check(path, read_recipe(path), args.target) for path in map(find_recipe, args.recipes)]
     if args.json:
-        print(json.dumps(asdict(report), indent=1))
+        print(json.dumps([asdict(report) for report in reports], indent=1))
     else:
-        report.print()
-    return 2 if report.errors else 0
+        for report in reports:
+            report.print()
+    return 2 if any(report.errors for report in reports) else 0
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ EXAMPLE = "hf-rb {verb} recipe.yaml --accelerate_config fsdp2 --learning_rate 1e
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with hf_rb")
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe of hf_rb")
     parser.add_argument(
         "--accelerate_config",
         metavar="FILE",

@@ -58,12 +58,22 @@ def test_everything_wrong_is_said_in_one_pass(recipe, capsys):
 def test_json(recipe, capsys):
     path = recipe(learning_ratee=1)
     assert main(["check", path, "--json"]) == 2
-    assert json.loads(capsys.readouterr().out) == {
-        "recipe": path,
-        "verb": "sft",
-        "errors": ["unknown key `learning_ratee`; did you mean `learning_rate`?"],
-        "warnings": [],
-    }
+    assert json.loads(capsys.readouterr().out) == [
+        {
+            "recipe": path,
+            "verb": "sft",
+            "errors": ["unknown key `learning_ratee`; did you mean `learning_rate`?"],
+            "warnings": [],
+        }
+    ]
+
+
+def test_several_recipes(recipe, tmp_path, capsys):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("learning_ratee: 1\n")
+    assert main(["check", recipe(), str(bad)]) == 2
+    output = capsys.readouterr()
+    assert "a good recipe" in output.out and "did you mean `learning_rate`?" in output.err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Writes the schemas beside this file: `make schemas`, or `python -m hf_rb.cli.schemas.build`."""
+"""Makes the schemas from the config classes."""
 
 import dataclasses
 import enum
@@ -90,8 +90,3 @@ def _choices(hint: Any) -> list:
         if isinstance(option, type) and issubclass(option, enum.Enum):
             return [member.value for member in option]
     return []
-
-
-if __name__ == "__main__":
-    for schema in (*schemas.RECIPES, *schemas.QUANTIZATION):
-        Path(__file__).with_name(f"{schema}.json").write_text(build(schema), encoding="utf-8")
