@@ -45,7 +45,7 @@ class Report:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def print(self) -> None:
+    def show(self) -> None:
         """Prints the findings to stderr, or one line to stdout when there are none."""
         for kind, messages in (("error", self.errors), ("warning", self.warnings)):
             for message in messages:
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([asdict(report) for report in reports], indent=1))
     else:
         for report in reports:
-            report.print()
+            report.show()
     return 2 if any(report.errors for report in reports) else 0
 
 
@@ -76,17 +76,32 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Reads a recipe.
 
     Raises:
-        ValueError: The file is no YAML mapping.
+        ValueError: The file is no YAML mapping, or gives a key twice, of which YAML would keep the last.
     """
     import yaml
 
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        for key in _repeated_keys(yaml.compose(text, yaml.SafeLoader)):
+            raise ValueError(f"{path} gives `{key.value}` twice, again in line {key.start_mark.line + 1}.")
+        recipe = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must hold `key: value` lines; got {type(recipe).__name__}.")
     return recipe
+
+
+def _repeated_keys(node: Any) -> Iterator[Any]:
+    """The nodes of a YAML tree that repeat a key of their mapping."""
+    children = node.value if node and not isinstance(node.value, str) else ()
+    seen = set()
+    for child in children:
+        key, value = child if isinstance(child, tuple) else (None, child)
+        if key and str(key.value) in seen:
+            yield key
+        seen.add(key and str(key.value))
+        yield from _repeated_keys(value)
 
 
 def read_overrides(arguments: Iterable[str], verb: str) -> dict[str, Any]:

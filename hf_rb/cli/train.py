@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     recipe = find_recipe(args.recipe)
     report = check(recipe, read_recipe(recipe) | read_overrides(args.overrides, args.verb), args.verb)
-    report.print()
+    report.show()
     if report.errors:
         return 2
 

@@ -138,7 +138,12 @@ def test_another_minor_turns_unknown_keys_into_warnings(monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", "is not valid YAML"), ("- a\n- b", "must hold `key: value` lines; got list"), ("", "got NoneType")],
+    [
+        ("a: [1", "is not valid YAML"),
+        ("- a\n- b", "must hold `key: value` lines; got list"),
+        ("", "got NoneType"),
+        ("a: 1\nb: [{c: 1,\n c: 2}]", "gives `c` twice, again in line 3"),
+    ],
 )
 def test_no_recipe_at_all(tmp_path, text, message, capsys):
     path = tmp_path / "recipe.yaml"

@@ -7,7 +7,6 @@ import types
 import typing
 from collections.abc import Iterable
 from importlib import import_module, metadata
-from pathlib import Path
 from typing import Any
 
 import hf_rb
