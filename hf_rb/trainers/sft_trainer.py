@@ -1,5 +1,6 @@
 """Supervised fine-tuning: TRL's trainer, with ProFit's gate on the per-token log-probabilities."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from hf_rb.trainers.sft_config import SFTConfig
 
 
 __all__ = ["SFTTrainer"]
+
+logger = logging.getLogger(__name__)
 
 
 class SFTTrainer(TrainerMixin, trl.SFTTrainer):
@@ -137,6 +140,14 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         self._add_metric("profit/kept_prob", (probs * kept).sum(), kept.sum())
         self._add_metric("profit/dropped_prob", (probs * dropped).sum(), dropped.sum())
         self._add_metric("profit/eos_kept_rate", (kept & is_eos).sum(), is_eos.sum())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if logs.get("profit/kept_fraction") == 0:
+            logger.warning(
+                f"`profit_threshold: {self.args.profit_threshold}` has let no label pass since the last log, so the model has "
+                "learnt nothing. Lower the threshold, or start from a model that knows the task."
+            )
 
     def _eos_token_ids(self, device: torch.device) -> torch.Tensor:
         eos = self.model.generation_config.eos_token_id  # the trainer has added the tokenizer's

@@ -1,0 +1,227 @@
+"""What the training scripts share: strict parsing, data that is checked before a model is loaded, and the end of a run."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import datasets
+import trl
+import yaml
+from transformers import Trainer, TrainingArguments
+
+from hf_rb import tiny
+from hf_rb._fields import described
+
+
+__all__ = [
+    "ScriptArguments",
+    "check_output_dir",
+    "columns_of",
+    "load_splits",
+    "model_init_kwargs",
+    "parse",
+    "readable_errors",
+    "train_and_save",
+]
+
+
+@dataclass
+class ScriptArguments(trl.ScriptArguments):
+    """
+    TRL's script arguments, and:
+
+    Args:
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether a model and checkpoints that `output_dir` already holds are deleted when training starts.
+    """
+
+    overwrite: bool = field(
+        default=False,
+        metadata=described(
+            "Whether a model and checkpoints that `output_dir` already holds are deleted when training starts."
+        ),
+    )
+
+
+@contextmanager
+def readable_errors(module: str) -> Iterator[None]:
+    """Turns an error about the user's input into one line on stderr and exit code 2. For the part before training."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{module}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(parser: trl.TrlParser, argv: Sequence[str] | None = None) -> tuple:
+    """
+    Parses a recipe (`--config file.yaml`) and arguments into the parser's dataclasses.
+
+    Raises:
+        ValueError: A key or an argument is unknown; the message names the nearest known one.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [part for item in argv for part in (item.split("=", 1) if item.startswith("--config=") else [item])]
+    known = [field.name for dataclass_type in parser.dataclass_types for field in fields(dataclass_type) if field.init]
+    if "--config" in argv[:-1]:
+        path = argv[argv.index("--config") + 1]
+        with open(path, encoding="utf-8") as file:
+            recipe = yaml.safe_load(file)
+        if isinstance(recipe, dict):  # the parser refuses anything else
+            _refuse_unknown(recipe, [*known, "env"], path)
+    *parsed, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if rest:
+        flags = [argument.removeprefix("--").partition("=")[0] for argument in rest if argument.startswith("--")]
+        _refuse_unknown(flags or rest, known, "the command line")
+    return tuple(parsed)
+
+
+def _refuse_unknown(keys: Iterable[str], known: list[str], where: str) -> None:
+    for key in keys:
+        if key not in known:
+            nearest = get_close_matches(key, known, n=1)
+            remedy = f"Did you mean `{nearest[0]}`?" if nearest else "Remove it."
+            raise ValueError(f"`{key}` in {where} is not an option. {remedy}")
+
+
+# What a finished run leaves in its folder.
+_RUN_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+)
+
+
+def check_output_dir(args: TrainingArguments, overwrite: bool) -> None:
+    """
+    Refuses a folder that holds an earlier run, unless this one overwrites or resumes it.
+
+    Raises:
+        FileExistsError: The folder holds a model or checkpoints.
+    """
+    found = [
+        path.name
+        for pattern in ("config.json", "adapter_config.json", "checkpoint-*")
+        for path in Path(args.output_dir).glob(pattern)
+    ]
+    if found and not overwrite and not args.resume_from_checkpoint:
+        raise FileExistsError(
+            f"`output_dir: {args.output_dir}` already holds a model or checkpoints of one ({found[0]}). Choose another "
+            "folder, pass `--resume_from_checkpoint true` to continue that run, or `--overwrite` to replace it."
+        )
+
+
+def _remove_earlier_run(args: TrainingArguments) -> None:
+    if args.should_save:
+        for pattern in _RUN_FILES:
+            for path in Path(args.output_dir).glob(pattern):
+                path.unlink()
+        for path in Path(args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(path)
+    args.distributed_state.wait_for_everyone()
+
+
+def load_splits(
+    script_args: ScriptArguments, mixture: trl.DatasetMixtureConfig, evaluation: bool
+) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset | datasets.IterableDataset | None]:
+    """
+    Loads the training split and, if `evaluation`, the test split of what a recipe names as `dataset_name` or `datasets`.
+
+    Raises:
+        ValueError: No dataset, or a split that it does not have.
+        OSError: The dataset cannot be found.
+    """
+    names = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluation else [])
+    if mixture.datasets:
+        _check_files(mixture)
+        splits = trl.get_dataset(mixture)
+    elif script_args.dataset_name is None:
+        raise ValueError("There is no dataset. Set `dataset_name`, or `datasets` for a mixture or local files.")
+    elif script_args.dataset_name.startswith("tiny:"):
+        name, config = script_args.dataset_name.removeprefix("tiny:"), script_args.dataset_config or "messages"
+        splits = {split: tiny.load_dataset(name, config=config, split=split) for split in names}
+    elif Path(script_args.dataset_name).suffix in _BUILDERS:
+        path = script_args.dataset_name
+        raise ValueError(
+            f"`dataset_name: {path}` is a file. Write `datasets: [{{path: {_BUILDERS[Path(path).suffix]}, data_files: {path}}}]`."
+        )
+    else:
+        splits = datasets.load_dataset(
+            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+        )
+    for name in names:
+        if name not in splits:
+            raise ValueError(
+                f"The dataset has no split {name!r}, only {', '.join(map(repr, splits))}. Set `dataset_train_split` and "
+                "`dataset_test_split`, `test_split_size` for a mixture, or `eval_strategy: no`."
+            )
+    return splits[names[0]], splits[names[1]] if evaluation else None
+
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def _check_files(mixture: trl.DatasetMixtureConfig) -> None:
+    for entry in mixture.datasets:
+        files = entry.data_files or []
+        files = files.values() if isinstance(files, dict) else [files] if isinstance(files, str) else files
+        for file in files:
+            is_local = entry.path in _BUILDERS.values() and "://" not in file and not set(file) & set("*?[")
+            if is_local and not Path(entry.data_dir or "", file).exists():
+                raise FileNotFoundError(f"`datasets` names the file {file}, which does not exist in {Path.cwd()}.")
+
+
+def columns_of(dataset: datasets.Dataset | datasets.IterableDataset) -> list[str]:
+    """Returns the column names, of a streamed dataset those of its first row."""
+    return list(dataset.column_names or next(iter(dataset)))
+
+
+def model_init_kwargs(model_args: trl.ModelConfig, args: TrainingArguments) -> dict[str, Any]:
+    """Returns what `from_pretrained` gets: the model arguments, and over them `model_init_kwargs` of the recipe."""
+    chosen = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    return {key: value for key, value in chosen.items() if value is not None} | (args.model_init_kwargs or {})
+
+
+def train_and_save(
+    trainer: Trainer, script_args: ScriptArguments, model_args: trl.ModelConfig, mixture: trl.DatasetMixtureConfig
+) -> None:
+    """Trains, evaluates if there is data for it, saves the model with its metrics and card, and pushes if asked to."""
+    args = trainer.args
+    if script_args.overwrite:
+        _remove_earlier_run(args)
+    # A command line or a recipe gives strings.
+    resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_metrics("train", result.metrics)
+    if trainer.eval_dataset is not None:
+        last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {"step": None})
+        is_current = last["step"] == trainer.state.global_step
+        trainer.save_metrics("eval", last if is_current else trainer.evaluate())
+    trainer.save_state()
+    trainer.save_model(args.output_dir)
+    card = {"dataset_name": _dataset_name(script_args, mixture), "base_model": model_args.model_name_or_path}
+    trainer.create_model_card(**card)
+    trainer.accelerator.print(f"The model is in {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    trainer.end()
+
+
+def _dataset_name(script_args: ScriptArguments, mixture: trl.DatasetMixtureConfig) -> str | None:
+    if not mixture.datasets:
+        return script_args.dataset_name
+    names = [entry.data_files if isinstance(entry.data_files, str) else entry.path for entry in mixture.datasets]
+    return names[0] if len(names) == 1 else None
