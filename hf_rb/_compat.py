@@ -46,6 +46,12 @@ TABLE: dict[str, Entry] = {
         "rotate_checkpoints",
         ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
     ),
+    # What a quantizer does to a tensor while it loads, and how it names modules (hf_rb/quantizers).
+    "ConversionOps": Entry("transformers.core_model_loading", "ConversionOps"),
+    "IdentityOp": Entry("transformers.core_model_loading", "_IdentityOp"),
+    "should_convert_module": Entry(
+        "transformers.quantizers.quantizers_utils", "should_convert_module", ("full_name", "patterns")
+    ),
     # `accelerate launch` without a shell (hf_rb/cli/_launch.py).
     "launch_command": Entry("accelerate.commands.launch", "launch_command", ("args",)),
     "launch_command_parser": Entry("accelerate.commands.launch", "launch_command_parser"),

@@ -1,0 +1,118 @@
+"""The configuration of PTQTP, importable without its solver and without torch."""
+
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_rb._fields import described, validate
+
+
+__all__ = ["PTQTPConfig"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class PTQTPConfig(QuantizationConfigMixin):
+    """
+    Configuration of PTQTP, post-training quantization to trit-planes (https://huggingface.co/papers/2509.16989).
+
+    Every `nn.Linear` outside the skipped ones becomes a sum of two ternary matrices with a pair of float16 scales for 128
+    weights. No calibration data is needed. These are nine levels: 3.5 bits a weight in the dense packing with its scales
+    and 4.25 in the nibble packing, not the 1.58 bits of one plane.
+
+    Args:
+        group_size (`int`, *optional*, defaults to `128`):
+            Neighbouring weights of a row that share their scales. A short last group is solved on its true length.
+        planes (`int`, *optional*, defaults to `2`):
+            Ternary planes, 1 or 2.
+        max_iter (`int`, *optional*, defaults to `50`):
+            Upper limit of iterations of the solver.
+        tol (`float`, *optional*, defaults to `1e-4`):
+            A group of weights is done when its scales move less than this.
+        tol_mode (`str`, *optional*, defaults to `"absolute"`):
+            `"absolute"` is the paper's rule; a layer whose median scale is below `30 * tol`, for which that rule stops too
+            early, is solved again with `"relative"` and counted in the report. `"absolute_strict"` never does that.
+        scale_mode (`str`, *optional*, defaults to `"free"`):
+            `"tied"` keeps the first scale at three times the second: a symmetric integer code (not part of the paper).
+        packing (`str`, *optional*, defaults to `"dense"`):
+            Bytes in the file: `"dense"` (5 trits a byte) or `"nibble"` (a weight in 4 bits).
+        modules_to_not_convert (`list[str]`, *optional*):
+            Names, endings or regular expressions of modules to leave as they are, in addition to the output embeddings
+            and everything tied to the input embeddings, which are never quantized.
+        quantize_qk (`bool`, *optional*, defaults to `True`):
+            Whether `q_proj` and `k_proj` are quantized. The paper quantizes them, its authors' checkpoints do not.
+        planes_per_layer (`dict[str, int]`, *optional*):
+            Planes for modules by name, ending or regular expression, instead of `planes`; the first match counts.
+        dequantize (`bool`, *optional*, defaults to `False`):
+            For loading a PTQTP checkpoint: turn it into ordinary `nn.Linear` layers. Not stored.
+
+    Raises:
+        ValueError: A value is out of range, or the checkpoint was written in a newer format.
+    """
+
+    group_size: int = field(
+        default=128, metadata=described("Weights of a row that share their scales.", range="[1, inf)")
+    )
+    planes: int = field(default=2, metadata=described("Ternary planes.", choices=(1, 2)))
+    max_iter: int = field(default=50, metadata=described("Upper limit of solver iterations.", range="[1, inf)"))
+    tol: float = field(
+        default=1e-4, metadata=described("Change of the scales at which a group is done.", range="(0, inf)")
+    )
+    tol_mode: str = field(
+        default="absolute",
+        metadata=described("Meaning of `tol`.", choices=("absolute", "relative", "absolute_strict")),
+    )
+    scale_mode: str = field(
+        default="free",
+        metadata=described("`tied`: the first scale is three times the second.", choices=("free", "tied")),
+    )
+    packing: str = field(default="dense", metadata=described("Bytes in the file.", choices=("dense", "nibble")))
+    modules_to_not_convert: list[str] | None = field(
+        default=None, metadata=described("Modules to leave as they are, besides the output embeddings.")
+    )
+    quantize_qk: bool = field(default=True, metadata=described("Whether q_proj and k_proj are quantized."))
+    planes_per_layer: dict[str, int] | None = field(
+        default=None, metadata=described("Planes by module name, instead of `planes`.")
+    )
+    dequantize: bool = field(default=False, metadata=described("Load a PTQTP checkpoint as ordinary linear layers."))
+    quant_method: str = field(default="ptqtp", metadata=described("The method's name.", choices=("ptqtp",)))
+    format_version: int = field(default=FORMAT_VERSION, metadata=described("Version of the file format."))
+
+    def __post_init__(self):
+        validate(self, _rules)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
+        names = [field.name for field in fields(cls)]
+        for key in config_dict:
+            if key not in names:
+                close = get_close_matches(key, names, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(names)}."
+                raise ValueError(f"PTQTPConfig has no key {key!r}; {hint}")
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What may differ between the stored configuration and the one given to `from_pretrained`."""
+        return {"dequantize": self.dequantize}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what is stored in `config.json`."""
+        stored = super().to_dict()
+        del stored["dequantize"]
+        return stored
+
+
+def _rules(config):
+    if config.format_version != FORMAT_VERSION:
+        yield (
+            f"This checkpoint has PTQTP format version {config.format_version}, this hf_rb reads {FORMAT_VERSION}. "
+            "Update hf_rb."
+        )
+    for pattern, planes in (config.planes_per_layer or {}).items():
+        if planes not in (1, 2):
+            yield f"`planes_per_layer[{pattern!r}]` must be 1 or 2; got {planes!r}."
+    if config.scale_mode == "tied" and {config.planes, *(config.planes_per_layer or {}).values()} != {2}:
+        yield "`scale_mode='tied'` ties two scales: use it with `planes=2` and without other `planes_per_layer`."
