@@ -201,8 +201,7 @@ class _Checker:
     def _quantization(self, value: dict[str, Any], key: str) -> None:
         """Looks for a quantization config of ours in a nested value."""
         if value.get("quant_method") in schemas.QUANTIZATION:
-            keys = schemas.load(value["quant_method"])["keys"]
-            self.values({k: v for k, v in value.items() if k != "quant_method"}, keys, f"{key}.")
+            self.values(value, schemas.load(value["quant_method"])["keys"], f"{key}.")
         elif isinstance(value.get("quantization_config"), dict):
             self._quantization(value["quantization_config"], f"{key}.quantization_config")
 

@@ -34,11 +34,22 @@ def run(args: argparse.Namespace) -> int:
     launch = ["--config_file", str(_accelerate_config(args.accelerate_config))] if args.accelerate_config else []
     launch += ["--num_processes", args.num_processes] if args.num_processes else []
     launch += ["--module", f"hf_rb.scripts.{args.verb}", "--config", str(recipe), *args.overrides]
+    return _launch(launch)
+
+
+def _launch(arguments: list[str]) -> int:
+    """Runs `accelerate launch` and returns the script's exit code; what went wrong, the script has printed."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     try:
-        _compat.launch_command(_compat.launch_command_parser().parse_args(launch))
-    except subprocess.CalledProcessError as error:  # the script has printed what went wrong
-        return error.returncode if error.returncode == 2 else 1
-    return 0
+        _compat.launch_command(_compat.launch_command_parser().parse_args(arguments))
+    except subprocess.CalledProcessError as error:  # one process
+        code = error.returncode
+    except ChildFailedError as error:  # several
+        code = error.get_first_failure()[1].exitcode
+    else:
+        return 0
+    return 2 if code == 2 else 1
 
 
 def _accelerate_config(name: str) -> Path:

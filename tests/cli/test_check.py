@@ -97,6 +97,14 @@ def test_several_recipes(recipe, tmp_path, capsys):
             {"datasets": [{"path": "json", "data_files": {"train": ["absent.jsonl"]}}]},
             "'absent.jsonl', which does not",
         ),
+        (
+            {"model_init_kwargs": {"quantization_config": {"quant_method": "ptqtp", "group_sise": 64}}},
+            "did you mean `model_init_kwargs.quantization_config.group_size`?",
+        ),
+        (
+            {"model_init_kwargs": {"quantization_config": {"quant_method": "ptqtp", "planes": 3}}},
+            "`model_init_kwargs.quantization_config.planes` cannot be 3; it must be one of 1, 2.",
+        ),
         ({"dataset_name": "./absent"}, "`dataset_name` names './absent', which does not exist"),
         ({"model_name_or_path": "/absent/model"}, "`model_name_or_path` names '/absent/model', which does not exist"),
         ({"model_name_or_path": "tiny:studnet"}, "write one of tiny:teacher"),

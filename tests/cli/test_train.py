@@ -2,6 +2,7 @@ import subprocess
 
 import pytest
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from hf_rb import _compat
 from hf_rb.cli import main
@@ -56,10 +57,19 @@ def test_a_mistake_is_found_before_anything_is_launched(recipe, launched, overri
     assert not launched
 
 
+def one_process(code: int) -> Exception:
+    return subprocess.CalledProcessError(code, "python")
+
+
+def several_processes(code: int) -> Exception:
+    return ChildFailedError("script", {1: ProcessFailure(local_rank=1, pid=7, exitcode=code, error_file="")})
+
+
+@pytest.mark.parametrize("error", [one_process, several_processes])
 @pytest.mark.parametrize(("script", "code"), [(2, 2), (1, 1), (-9, 1)])
-def test_the_exit_code_is_the_scripts(recipe, monkeypatch, script, code):
+def test_the_exit_code_is_the_scripts(recipe, monkeypatch, error, script, code):
     def fail(args):
-        raise subprocess.CalledProcessError(script, "python")
+        raise error(script)
 
     monkeypatch.setattr(_compat, "launch_command", fail, raising=False)
     assert main(["sft", recipe]) == code

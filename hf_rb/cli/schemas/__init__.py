@@ -14,7 +14,7 @@ __all__ = ["QUANTIZATION", "RECIPES", "load"]
 # What a recipe may be for: the verb that runs it. Where two know a recipe's keys equally well, the first wins.
 RECIPES = ("sft",)
 # `quant_method` to the public name of its config.
-QUANTIZATION: dict[str, str] = {}
+QUANTIZATION = {"ptqtp": "PTQTPConfig"}
 
 
 def load(name: str) -> dict[str, Any]:
