@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_rb import _registration
 from hf_rb._fields import described, validate
 
 
@@ -82,6 +83,7 @@ class PTQTPConfig(QuantizationConfigMixin):
     format_version: int = field(default=FORMAT_VERSION, metadata=described("Version of the file format."))
 
     def __post_init__(self):
+        _registration.require("transformers")
         validate(self, _rules)
 
     @classmethod
