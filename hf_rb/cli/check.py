@@ -57,7 +57,7 @@ class Report:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipes", nargs="+", metavar="recipe", help="a YAML file, or the name of a recipe of hf_rb")
     parser.add_argument(
-        "--for", dest="target", choices=schemas.RECIPES, help="the verb to check for (default: by the keys)"
+        "--for", dest="target", choices=[*schemas.RECIPES], help="the verb to check for (default: by the keys)"
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
@@ -195,15 +195,15 @@ class _Checker:
         for index, item in enumerate(value if "keys" in entry else ()):
             self.values(item, entry["keys"], f"{key}[{index}].")
         if isinstance(value, dict):
-            self._quantization(value, key)
+            self._quantization(key, value)
         return value
 
-    def _quantization(self, value: dict[str, Any], key: str) -> None:
-        """Looks for a quantization config of ours in a nested value."""
-        if value.get("quant_method") in schemas.QUANTIZATION:
-            self.values(value, schemas.load(value["quant_method"])["keys"], f"{key}.")
-        elif isinstance(value.get("quantization_config"), dict):
-            self._quantization(value["quantization_config"], f"{key}.quantization_config")
+    def _quantization(self, key: str, value: dict[str, Any]) -> None:
+        """Checks a quantization config of ours, which stands alone or in the arguments of `from_pretrained`."""
+        if key != "quantization_config":
+            key, value = f"{key}.quantization_config", value.get("quantization_config")
+        if isinstance(value, dict) and value.get("quant_method", "ptqtp") in schemas.QUANTIZATION:
+            self.values(value, schemas.load(value.get("quant_method", "ptqtp"))["keys"], f"{key}.")
 
 
 _PYTHON = {
@@ -293,4 +293,5 @@ def _texts(value: Any) -> Iterator[str]:
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "sft": (profit_rules, _precision_rules, _data_rules, _name_rules),
+    "quantize": (_name_rules,),
 }

@@ -55,6 +55,18 @@ def test_everything_wrong_is_said_in_one_pass(recipe, capsys):
     ]
 
 
+def test_a_recipe_for_another_verb(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model_name_or_path: tiny:student\nquantization_config: {group_sise: 64}\n")
+    assert main(["check", str(path)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"{path}: error: unknown key `quantization_config.group_sise`; did you mean `quantization_config.group_size`?",
+        f"{path}: error: `output_dir` is missing.",
+    ]
+    assert main(["check", str(path), "--for", "sft"]) == 2
+    assert "unknown key `quantization_config`" in capsys.readouterr().err
+
+
 def test_json(recipe, capsys):
     path = recipe(learning_ratee=1)
     assert main(["check", path, "--json"]) == 2

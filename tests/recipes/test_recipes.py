@@ -4,9 +4,11 @@ from importlib import import_module
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from hf_rb._resources import resource_folder
 from hf_rb.cli.check import check, read_recipe
+from hf_rb.cli.quantize import make_arguments
 
 
 FOLDER = resource_folder("recipes")
@@ -29,11 +31,14 @@ def test_check_finds_nothing_in_the_recipe(path):
 
 @pytest.mark.parametrize("path", named(RECIPES))
 def test_the_config_classes_take_the_recipe(path, tmp_path, monkeypatch):
-    """Parses the recipe as its script does; on the CPU, since a recipe for a GPU may be tested without one."""
-    report = check(path, read_recipe(path))
-    parser = import_module(f"hf_rb.scripts.{report.verb}").make_parser()
     monkeypatch.chdir(tmp_path)
-    parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
+    verb = check(path, read_recipe(path)).verb
+    if verb == "quantize":
+        config = make_arguments(read_recipe(path)).quantization_config
+        assert AutoQuantizationConfig.from_dict(config).quant_method == config["quant_method"]
+    else:  # on the CPU, since a recipe for a GPU is tested without one
+        parser = import_module(f"hf_rb.scripts.{verb}").make_parser()
+        parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
 
 
 @pytest.mark.parametrize("path", named(ACCELERATE))

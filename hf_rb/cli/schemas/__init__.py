@@ -11,10 +11,16 @@ from typing import Any
 
 __all__ = ["QUANTIZATION", "RECIPES", "load"]
 
-# What a recipe may be for: the verb that runs it. Where two know a recipe's keys equally well, the first wins.
-RECIPES = ("sft",)
-# `quant_method` to the public name of its config.
-QUANTIZATION = {"ptqtp": "PTQTPConfig"}
+# What a recipe may be for, the verb that runs it, and where its keys come from: a dataclass, or a function that makes a
+# parser of dataclasses. Where two know a recipe's keys equally well, the first wins.
+RECIPES = {
+    "sft": "hf_rb.scripts.sft:make_parser",
+    "quantize": "hf_rb.cli.quantize:QuantizeArguments",
+}
+# The quantization configs by their `quant_method`.
+QUANTIZATION = {
+    "ptqtp": "hf_rb:PTQTPConfig",
+}
 
 
 def load(name: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from importlib import import_module, metadata
 from typing import Any
 
-import hf_rb
 from hf_rb.cli import schemas
 
 
@@ -20,10 +19,9 @@ _NAMES = {type(None): "null", bool: "bool", int: "int", float: "float", str: "st
 
 def build(name: str) -> str:
     """Returns the text of one schema."""
-    if name in schemas.RECIPES:
-        configs = import_module(f"hf_rb.scripts.{name}").make_parser().dataclass_types
-    else:
-        configs = [getattr(hf_rb, schemas.QUANTIZATION[name])]
+    module, _, attribute = (schemas.RECIPES | schemas.QUANTIZATION)[name].partition(":")
+    source = getattr(import_module(module), attribute)
+    configs = [source] if dataclasses.is_dataclass(source) else source().dataclass_types
     versions = {library: _minor(library) for library in ("transformers", "trl")}
     return json.dumps({"versions": versions, "keys": _keys(configs)}, indent=1, ensure_ascii=False) + "\n"
 
