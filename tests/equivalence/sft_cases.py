@@ -5,10 +5,11 @@ torchrun --standalone --nproc_per_node 2 sft_cases.py MODEL OUTPUT.pt
 
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Trainer
 from transformers.trainer_utils import set_seed
 
 from hf_rb import SFTConfig, SFTTrainer, tiny
@@ -81,7 +82,7 @@ def train(model, trainer_class=SFTTrainer, config_class=SFTConfig, rows=None, **
             train_dataset=Dataset.from_list(rows or documents()),
             processing_class=AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer"),
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     ignored = ("runtime", "per_second", "epoch", "num_tokens")
     logs = [
         {key: value for key, value in entry.items() if not key.endswith(ignored)}
@@ -94,12 +95,37 @@ def train(model, trainer_class=SFTTrainer, config_class=SFTConfig, rows=None, **
     return logs, weights
 
 
+def resume(model, folder):
+    """Damages the newest checkpoint of a run, then every one; returns the step resumed from, and the error."""
+    config = {"per_device_train_batch_size": 2, "output_dir": str(folder), "save_strategy": "steps", "save_steps": 1}
+    train(model, max_steps=2, **config)
+    is_main = torch.distributed.get_rank() == 0
+
+    def damage(step):  # the other process's file
+        if is_main:
+            Path(folder, f"checkpoint-{step}", "rng_state_1.pth").unlink()
+
+    damage(2)
+    checkpoints = []
+    original, Trainer.train = Trainer.train, lambda self, checkpoint, *_, **__: checkpoints.append(checkpoint)
+    try:
+        train(model, resume_from_checkpoint=True, **config)
+        damage(1)
+        train(model, resume_from_checkpoint=True, **config)
+    except ValueError as error:
+        return Path(checkpoints[0]).name, str(error)
+    finally:
+        Trainer.train = original
+
+
 if __name__ == "__main__":
     model, output = sys.argv[1:]
     results = {name: train(model, per_device_train_batch_size=2, **case) for name, case in CASES.items()}
     results["accumulated"] = train(
         model, per_device_train_batch_size=1, gradient_accumulation_steps=2, **CASES["random sequence"]
     )
+    results["resume"] = [None, None]
+    torch.distributed.all_gather_object(results["resume"], resume(model, Path(output).parent / "run"))
     if torch.distributed.get_rank() == 0:
         torch.save(results, output)
     torch.distributed.destroy_process_group()

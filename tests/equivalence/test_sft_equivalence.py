@@ -122,3 +122,6 @@ def test_two_processes(model, whole, tmp_path):
     for name in sft_cases.CASES:
         assert_same_training(results[name], whole[name])
     assert_same_training(results["accumulated"], whole["random sequence"])
+    for checkpoint, error in results["resume"]:  # one process reads the files, both hear of it
+        assert checkpoint == "checkpoint-1"
+        assert error.startswith("None of the 2 checkpoints")

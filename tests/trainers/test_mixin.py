@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import trl
+from huggingface_hub import HfApi
 from peft import LoraConfig
 
 from hf_rb import SFTConfig, SFTTrainer, _files, tiny
@@ -147,7 +147,7 @@ def test_card_and_push(make, data, monkeypatch):
     trainer.evaluate()
     uploaded = {}
     monkeypatch.setattr(trainer, "init_hf_repo", lambda **_: setattr(trainer, "hub_model_id", "me/student-profit"))
-    monkeypatch.setattr(transformers.trainer, "upload_folder", lambda **kwargs: uploaded.update(kwargs))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **kwargs: uploaded.update(kwargs))
     trainer.push_to_hub(dataset_name="tiny:math", base_model="tiny:student")
 
     assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/student-profit", trainer.args.output_dir)
