@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib import metadata
@@ -192,18 +192,18 @@ class _Checker:
         problem = value_problem(key, value, choices=entry.get("choices"), range=entry.get("range"))
         if problem:
             raise ValueError(problem)
-        for index, item in enumerate(value if "keys" in entry else ()):
-            self.values(item, entry["keys"], f"{key}[{index}].")
-        if isinstance(value, dict):
-            self._quantization(key, value)
+        if "keys" in entry:
+            value = [self.values(item, entry["keys"], f"{key}[{index}].") for index, item in enumerate(value)]
+        if key == "quantization_config":
+            self._quantization(key, {"quant_method": "ptqtp"} | value)  # the default of `hf-rb quantize`
+        elif isinstance(value, dict):
+            self._quantization(f"{key}.quantization_config", value.get("quantization_config"))
         return value
 
-    def _quantization(self, key: str, value: dict[str, Any]) -> None:
-        """Checks a quantization config of ours, which stands alone or in the arguments of `from_pretrained`."""
-        if key != "quantization_config":
-            key, value = f"{key}.quantization_config", value.get("quantization_config")
-        if isinstance(value, dict) and value.get("quant_method", "ptqtp") in schemas.QUANTIZATION:
-            self.values(value, schemas.load(value.get("quant_method", "ptqtp"))["keys"], f"{key}.")
+    def _quantization(self, key: str, config: Any) -> None:
+        """Checks a quantization config, if it is one of ours."""
+        if isinstance(config, dict) and config.get("quant_method") in schemas.QUANTIZATION:
+            self.values(config, schemas.load(config["quant_method"])["keys"], f"{key}.")
 
 
 _PYTHON = {
@@ -234,21 +234,19 @@ def _convert(key: str, value: Any, types: list[str]) -> Any:
 
 def _is(value: Any, kind: str) -> bool:
     if kind.startswith("list"):
-        return isinstance(value, list) and all(_is(item, kind[5:-1]) or isinstance(item, str) for item in value)
+        return isinstance(value, list) and all(_is(item, kind[5:-1]) for item in value)
     if isinstance(value, bool):
         return kind in ("bool", "any")
     return isinstance(value, _PYTHON[kind])
 
 
-def _word(words: dict[str, Any]) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        return words[text.lower()]
-
-    return convert
-
-
 _YES_NO = {word: word in ("yes", "true", "t", "y", "1") for word in "yes true t y 1 no false f n 0".split()}
-_FROM_TEXT = {"int": int, "float": float, "bool": _word(_YES_NO), "null": _word({"none": None, "null": None})}
+_FROM_TEXT = {
+    "int": int,
+    "float": float,
+    "bool": lambda text: _YES_NO[text.lower()],
+    "null": lambda text: {"none": None, "null": None}[text.lower()],
+}
 
 
 def _name_rules(args: Any) -> Iterator[str]:
@@ -271,14 +269,16 @@ def _precision_rules(args: Any) -> Iterator[str]:
         yield "`fp16: true` needs a GPU, and `use_cpu` is true. Write `bf16: true` or `bf16: false` instead."
 
 
-def _data_rules(args: Any) -> Iterator[str]:
-    """A dataset is named, and the local files among its data exist."""
+def _source_rules(args: Any) -> Iterator[str]:
+    """A model and a dataset are named, and the local files among the data exist."""
+    if not args.model_name_or_path:
+        yield "no model: write `model_name_or_path: ...`."
     if not args.dataset_name and not args.datasets:
         yield "no dataset: write `dataset_name: ...` or a list `datasets: ...`."
     for index, dataset in enumerate(args.datasets):
-        for file in _texts(dataset.get("data_files")):
+        for file in _texts(dataset["data_files"]):
             # A pattern or an address is for `datasets` to resolve.
-            if not re.search(r"[*?\[]|://", file) and not Path(dataset.get("data_dir") or "", file).exists():
+            if not re.search(r"[*?\[]|://", file) and not Path(dataset["data_dir"] or "", file).exists():
                 yield f"`datasets[{index}].data_files` names {file!r}, which does not exist."
 
 
@@ -292,6 +292,6 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "sft": (profit_rules, _precision_rules, _data_rules, _name_rules),
+    "sft": (profit_rules, _precision_rules, _source_rules, _name_rules),
     "quantize": (_name_rules,),
 }

@@ -103,6 +103,9 @@ def test_several_recipes(recipe, tmp_path, capsys):
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor: 0.1`"),
         ({"dataset_name": None}, "no dataset"),
         ({"datasets": [{"path": "json", "data_fils": "x"}]}, "did you mean `datasets[0].data_files`?"),
+        ({"model_name_or_path": None}, "no model"),
+        ({"datasets": ["x"]}, "`datasets` must be list[dict]; got ['x']"),
+        ({"datasets": [{"path": "json", "data_dir": 3}]}, "`datasets[0].data_dir` must be null or str; got 3"),
         ({"datasets": [{"name": "x"}]}, "`datasets[0].path` is missing"),
         ({"datasets": [{"path": "json", "data_files": "absent.jsonl"}]}, "'absent.jsonl', which does not exist"),
         (
@@ -140,6 +143,8 @@ def test_one_mistake_is_one_error(changes, message):
         {"resume_from_checkpoint": True},
         {"model_init_kwargs": {"attn_implementation": "eager"}},
         {"model_init_kwargs": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}},
+        {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}},
+        {"model_init_kwargs": '{"attn_implementation": "eager"}'},
         {"datasets": [{"path": "json", "data_files": ["data/*.jsonl", "https://example.com/x.jsonl"]}]},
         {"datasets": [{"path": "json", "data_files": __file__}]},
     ],
@@ -200,17 +205,17 @@ def test_a_stray_argument():
         read_overrides(["3"], "sft")
 
 
-def test_check_needs_neither_torch_nor_a_second(recipe):
+@pytest.mark.parametrize(("verb", "arguments", "code"), [("check", [], 0), ("sft", ["--learning_ratee", "1"], 2)])
+def test_a_mistake_costs_neither_torch_nor_a_second(recipe, verb, arguments, code):
     program = (
         "import sys; from hf_rb.cli import main; code = main(sys.argv[1:]); "
         "print({'torch', 'transformers', 'trl', 'numpy'} & set(sys.modules)); sys.exit(code)"
     )
+    command = [sys.executable, "-c", program, verb, recipe(), *arguments]
     start = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, "-c", program, "check", recipe()], capture_output=True, text=True, timeout=60
-    )
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert time.perf_counter() - start < 1
-    assert result.returncode == 0 and result.stdout.endswith("set()\n")
+    assert result.returncode == code and result.stdout.endswith("set()\n")
 
 
 @pytest.mark.parametrize("name", [*schemas.RECIPES, *schemas.QUANTIZATION])

@@ -73,3 +73,15 @@ def test_the_exit_code_is_the_scripts(recipe, monkeypatch, error, script, code):
 
     monkeypatch.setattr(_compat, "launch_command", fail, raising=False)
     assert main(["sft", recipe]) == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "accelerate_config", [[], ["--accelerate_config", "cpu2"]], ids=["one process", "two processes"]
+)
+def test_a_recipe_trains(accelerate_config, tmp_path):
+    overrides = ["--max_steps", "2", "--eval_strategy", "no", "--output_dir", str(tmp_path / "out")]
+    assert main(["sft", "profit/tiny-cpu", *accelerate_config, *overrides]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    # The folder now holds a model: the script refuses it, and its exit code comes through.
+    assert main(["sft", "profit/tiny-cpu", *accelerate_config, *overrides]) == 2
