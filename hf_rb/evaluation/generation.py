@@ -136,7 +136,7 @@ def generate(
     model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for start in tqdm(range(0, len(order), step), desc="generating", delay=2, leave=False):
+        for start in tqdm(range(0, len(order), step), desc="generating", delay=2, leave=False, disable=None):
             rows = order[start : start + step]
             width = max(len(ids[row]) for row in rows)
             padded = torch.tensor([[pad] * (width - len(ids[row])) + ids[row] for row in rows], device=model.device)

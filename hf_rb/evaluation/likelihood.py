@@ -108,7 +108,7 @@ def perplexity(
     training = model.training
     model.eval()
     nats, scored = 0.0, 0
-    for start in tqdm(range(0, len(windows), batch_size), desc="perplexity", delay=2, leave=False):
+    for start in tqdm(range(0, len(windows), batch_size), desc="perplexity", delay=2, leave=False, disable=None):
         batch = windows[start : start + batch_size]
         nats += _nats(model, batch)
         scored += sum(len(ids) - first for ids, first in batch)
