@@ -1,0 +1,150 @@
+"""`hf_rb.quantizers.quantize` and `hf-rb quantize`."""
+
+import argparse
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_rb import PTQTPConfig, tiny
+from hf_rb._resources import resource_folder
+from hf_rb.cli import main
+from hf_rb.cli import quantize as verb
+from hf_rb.quantizers import quantize
+from hf_rb.quantizers.ptqtp import PTQTPLinear
+
+
+@pytest.fixture
+def source(make_model):
+    folder = make_model()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def quantized_modules(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return [name for name, module in model.named_modules() if isinstance(module, PTQTPLinear)]
+
+
+def test_function(source, tmp_path):
+    report = quantize(source, tmp_path / "out", PTQTPConfig(), dtype="float32")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
+    assert len(quantized_modules(tmp_path / "out")) == 14
+    weights = tmp_path / "out" / "model.safetensors"
+    assert report.file_bytes == weights.stat().st_size
+    assert report.bits_per_weight == 8 * report.file_bytes / report.parameters
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+
+
+def test_verb(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["quantize", str(source), str(out), "--no-qk", "--skip", "down_proj", "--packing", "nibble"]) == 0
+    printed = capsys.readouterr().out
+    assert "gate_proj" in printed and "true bits per weight" in printed and "down_proj, " in printed
+    names = quantized_modules(out)
+    assert names and not any(name.endswith(("q_proj", "k_proj", "down_proj")) for name in names)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["packing"] == "nibble" and config["quantize_qk"] is False
+
+
+def test_verb_json(source, tmp_path, capsys):
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--group-size", "64", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["layers"]) == 14 and report["method"] == "ptqtp" and report["bits_per_weight"] > 3
+
+
+def test_recipe_with_an_argument_over_it(source, tmp_path):
+    recipe = {"model_name_or_path": str(source), "output_dir": str(tmp_path / "unused")}
+    recipe["quantization_config"] = {"quant_method": "ptqtp", "group_size": 64}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["quantize", str(source), str(tmp_path / "out"), "--config", str(tmp_path / "recipe.yaml")]
+    assert main([*arguments, "--packing", "nibble"]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["group_size"] == 64 and config["packing"] == "nibble"
+    assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("name", ["tiny-cpu", "qwen3-0.6b"])
+def test_shipped_recipes(name):
+    recipe = yaml.safe_load((resource_folder("recipes") / "ptqtp" / f"{name}.yaml").read_text())
+    arguments = verb.make_arguments(recipe)
+    assert isinstance(PTQTPConfig.from_dict(arguments.quantization_config), PTQTPConfig)
+    tiny.resolve(arguments.model_name_or_path)
+
+
+def test_refuses_a_folder_that_is_not_empty(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("precious")
+    assert main(["quantize", str(source), str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["config.json"] and (out / "config.json").read_text() == "precious"
+    assert main(["quantize", str(source), str(out), "--overwrite"]) == 0
+    assert quantized_modules(out)
+
+
+def test_refuses_to_replace_its_source(source):
+    with pytest.raises(ValueError, match="holds the model that is to be quantized"):
+        quantize(source, source, PTQTPConfig(), overwrite=True)
+    with pytest.raises(ValueError, match="holds the model that is to be quantized"):
+        quantize(source, source.parent, PTQTPConfig(), overwrite=True)
+
+
+def test_refuses_a_quantized_model(source, tmp_path, capsys):
+    quantize(source, tmp_path / "one", PTQTPConfig())
+    assert main(["quantize", str(tmp_path / "one"), str(tmp_path / "two")]) == 2
+    assert "is quantized with ptqtp already" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
+
+
+def test_interrupted_save_leaves_nothing(source, tmp_path, monkeypatch):
+    def interrupt(self, folder, **kwargs):
+        save(self, folder, **kwargs)
+        raise KeyboardInterrupt
+
+    save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out" / "model", PTQTPConfig())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"model_name_or_path": "a", "output_dri": "b"}, "unknown key `output_dri`; did you mean `output_dir`"),
+        ({"model_name_or_path": "a"}, "`output_dir` is missing"),
+        ({"model_name_or_path": "a", "output_dir": "b", "dtype": "int8"}, "`dtype` cannot be 'int8'"),
+    ],
+)
+def test_bad_recipes(tmp_path, capsys, recipe, message):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["quantize", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/model", "{out}"], "no/such/model"),
+        (["tiny:giant", "{out}"], "tiny:student"),
+        (["{source}", "{out}", "--skip", "nothing_like_it"], "matches no module"),
+        (["{source}", "{out}", "--group-size", "0"], "`group_size` must be in"),
+        ([], "`model_name_or_path` is missing"),
+    ],
+)
+def test_bad_arguments(source, tmp_path, capsys, arguments, message):
+    arguments = [argument.format(source=source, out=tmp_path / "out") for argument in arguments]
+    assert main(["quantize", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_verb_is_cheap_to_describe():
+    parser = argparse.ArgumentParser()
+    verb.configure(parser)
+    assert "--no-qk" in parser.format_help()

@@ -1,0 +1,298 @@
+import math
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from literal_ptqtp import nearest_trits as literal_trits
+from literal_ptqtp import ptqtp, ridge_scales
+
+from hf_rb.quantizers.ptqtp import solve
+from hf_rb.quantizers.ptqtp.solver import nearest_trits
+
+
+EXAMPLE = torch.tensor([0.9, -0.45, 0.05, 0.4, -1.0, 0.62, -0.1, 0.3], dtype=torch.float64)
+
+
+def gaussian(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def exact(weight, group_size=128, **options):
+    """Scales as the algorithm finds them, without rounding."""
+    return solve(weight, group_size, scale_dtype=torch.float64, **options)
+
+
+def relative_error(planes, weight):
+    return ((planes.dequantize(torch.float64) - weight).norm() / weight.double().norm()).item()
+
+
+# Worked example 1: the iterations, from the literal reference, which the fast solver is then held against.
+
+
+def test_worked_example_iterations():
+    rows = [
+        (0.23875, 0.23875, 0.83535, 0.49483281),
+        (0.351064, 0.320851, 0.29728085, 0.18023748),
+        (0.45, 0.37, 0.0875, 0.0748),
+        (0.52, 0.408333, 0.03658333, 0.03211667),
+        (0.555217, 0.39913, 0.02729565, 0.02729565),
+    ]
+    for (scales, after_scales, after_trits, _), expected in zip(ptqtp(EXAMPLE)[2], rows, strict=False):
+        got = (*scales.tolist(), after_scales, after_trits)
+        assert got == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4, 5, 50])
+def test_worked_example_scales(iterations):
+    expected = [(0.23875, 0.23875), (0.351064, 0.320851), (0.45, 0.37), (0.52, 0.408333), (0.555217, 0.39913)]
+    scales = exact(EXAMPLE[None], 8, max_iter=iterations).scales.flatten().tolist()
+    assert scales == pytest.approx(expected[min(iterations, 5) - 1], abs=1e-6)
+
+
+def test_worked_example_result():
+    planes = exact(EXAMPLE[None], 8)
+    assert planes.trits.tolist() == [[[1, 0, 0, 0, -1, 1, -1, 0]], [[1, -1, 0, 1, -1, 0, 1, 1]]]
+    expected = [0.954348, -0.39913, 0, 0.39913, -0.954348, 0.555217, -0.156087, 0.39913]
+    assert planes.dequantize(torch.float64).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+    assert relative_error(planes, EXAMPLE) == pytest.approx(0.1013106, abs=1e-6)
+
+
+# The fast solver is the literal one.
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 128])
+@pytest.mark.parametrize("scale", [1.0, 0.02])
+def test_equals_the_literal_algorithm(length, scale):
+    weight = gaussian(12, length, seed=length) * scale
+    weight[0, 0] = 0
+    planes = exact(weight, 128, tol_mode="absolute_strict")
+    for row in range(len(weight)):
+        scales, trits, _ = ptqtp(weight[row])
+        order = scales.abs().argsort(descending=True, stable=True)
+        torch.testing.assert_close(planes.scales[row, 0], scales.abs()[order], rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(planes.dequantize(torch.float64)[row], scales @ trits, rtol=1e-9, atol=1e-13)
+
+
+# Multiples of 1/8 are exact in both types, so that every distance, and every tie, is what it is in exact arithmetic.
+eighths = st.integers(-24, 24).map(lambda n: n / 8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(eighths, min_size=1, max_size=12), st.lists(eighths, min_size=1, max_size=2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_trit_search_is_the_nine_way_search(dtype, weights, scales):
+    weights, scales = torch.tensor(weights, dtype=dtype), torch.tensor(scales, dtype=dtype)
+    found = nearest_trits(weights[None], scales[None].double())[:, 0]
+    expected = literal_trits(weights, scales) * (scales != 0)[:, None]  # a plane without a scale has no trits
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_trit_search_on_gaussian_weights(dtype):
+    weights = gaussian(50, 128, dtype=dtype)
+    scales = gaussian(50, 2, seed=1).abs()
+    scales[:10, 1] = scales[:10, 0]  # the degenerate state of the first iteration
+    found = nearest_trits(weights, scales)
+    for row in range(50):
+        assert torch.equal(found[:, row].double(), literal_trits(weights[row].double(), scales[row]))
+
+
+def test_first_tie_breaks_as_documented():
+    # Equal scales: a zero takes (-1, 1), +a takes (0, 1), -a takes (-1, 0).
+    found = nearest_trits(torch.tensor([[0.0, 1.0, -1.0]]), torch.tensor([[1.0, 1.0]], dtype=torch.float64))
+    assert found[:, 0].T.tolist() == [[-1, 1], [0, 1], [-1, 0]]
+
+
+# Invariants.
+
+
+def test_error_never_increases():
+    for seed in range(20):
+        previous = math.inf
+        for _, after_scales, after_trits, _ in ptqtp(gaussian(64, seed=seed))[2]:
+            assert after_scales <= previous + 1e-9 and after_trits <= after_scales + 1e-12
+            previous = after_trits
+
+
+def test_result_is_a_fixed_point_and_solves_the_normal_equations():
+    weight = gaussian(40, 128)
+    planes = exact(weight)
+    for row in range(40):
+        trits, scales = planes.trits[:, row].double(), planes.scales[row, 0]
+        again, _ = ridge_scales(weight[row], trits, 1e-8)
+        assert (again - scales).abs().max() < 1e-6
+        assert torch.equal(literal_trits(weight[row], again), trits)
+        assert (trits @ (weight[row] - scales @ trits)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_ternary_weights_are_exact(planes):
+    trits = torch.randint(-1, 2, (30, 128), generator=torch.Generator().manual_seed(0)).double()
+    weight = trits * torch.rand(30, 1, generator=torch.Generator().manual_seed(1)).add(0.1)
+    assert relative_error(exact(weight, planes=planes), weight) < 1e-6
+
+
+@pytest.mark.parametrize("factor", [2.0**-12, 1e-3, 7.3])
+def test_scale_equivariance(factor):
+    weight = gaussian(20, 256)
+    one, other = (exact(w, tol_mode="relative") for w in (weight, factor * weight))
+    assert torch.equal(one.trits, other.trits)
+    torch.testing.assert_close(other.scales, factor * one.scales, rtol=1e-9, atol=0)
+
+
+def test_negated_weights_are_negated():
+    # Which basin a group falls into depends on the ties of the first iteration, which are not symmetric.
+    weight = gaussian(20, 256)
+    one, other = exact(weight), exact(-weight)
+    close = torch.isclose(one.scales, other.scales, rtol=1e-6).all(-1)
+    assert relative_error(one, weight) == pytest.approx(relative_error(other, -weight), rel=0.02)
+    changed = (one.trits == -other.trits).unflatten(-1, (2, 128)).all(-1).all(0)
+    assert torch.equal(changed, close)
+
+
+def test_nine_symmetric_levels():
+    planes = exact(gaussian(10, 128))
+    for row, (a, b) in zip(planes.dequantize(torch.float64), planes.scales[:, 0].tolist(), strict=True):
+        levels = torch.tensor([0, a, b, a + b, a - b], dtype=torch.float64)
+        levels = torch.cat([levels, -levels])
+        assert (row[:, None] - levels).abs().min(-1).values.max() < 1e-12
+        assert len(row.unique()) <= 9
+
+
+def test_first_scales_and_condition_number():
+    weight = gaussian(128)
+    signs = torch.where(weight >= 0, 1.0, -1.0).double()
+    scales, kappa = ridge_scales(weight, torch.stack([signs, signs]), 1e-8)
+    expected = weight.abs().sum().item() / (2 * 128 + 1e-8)
+    assert scales.tolist() == pytest.approx([expected] * 2, rel=1e-12)
+    assert exact(weight[None], max_iter=1).scales.flatten().tolist() == pytest.approx([expected] * 2, rel=1e-12)
+    assert kappa == pytest.approx(256 / 1e-8, rel=1e-6)
+
+
+def test_ridge_grows_when_ill_conditioned():
+    weight = gaussian(20, 128)
+    planes = exact(weight, kappa_threshold=1e6)
+    for row in range(20):
+        scales, _, history = ptqtp(weight[row], kappa_threshold=1e6)
+        assert history[0][3] > 1e-8
+        torch.testing.assert_close(planes.scales[row, 0], scales.abs().sort(descending=True).values, rtol=1e-9, atol=0)
+    torch.testing.assert_close(planes.scales, exact(weight).scales, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("group_size", "low", "high"), [(64, 0.160, 0.165), (128, 0.160, 0.170), (256, 0.164, 0.170)])
+def test_error_on_gaussian_weights(group_size, low, high):
+    weight = gaussian(512, 1024)
+    planes = solve(weight, group_size)
+    assert low < relative_error(planes, weight) < high
+    for plane in planes.trits:
+        assert (plane == 0).double().mean().item() == pytest.approx(0.37, abs=0.04)
+
+
+def test_error_of_one_plane_and_of_tied_planes():
+    weight = gaussian(256, 1024)
+    assert relative_error(solve(weight, planes=1), weight) == pytest.approx(0.430, abs=0.005)
+    tied = solve(weight, scale_mode="tied")
+    assert relative_error(tied, weight) == pytest.approx(0.1696, abs=0.003)
+    assert torch.equal(tied.scales[..., 0].double(), 3 * tied.scales[..., 1].double())
+    student = torch.distributions.StudentT(5.0)
+    torch.manual_seed(0)
+    heavy = student.sample((256, 1024)).double()
+    assert relative_error(solve(heavy), heavy) == pytest.approx(0.2047, abs=0.01)
+
+
+def test_permuted_weights_permute_the_trits():
+    weight = gaussian(10, 128)
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
+    one, other = exact(weight), exact(weight[:, order])
+    assert torch.equal(one.trits[:, :, order], other.trits)
+    torch.testing.assert_close(one.scales, other.scales, rtol=1e-12, atol=0)
+
+
+# What is stored.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_stored_scales_are_canonical_and_the_trits_fit_them(dtype):
+    weight = (gaussian(8, 300) * 0.02).to(dtype)
+    planes = solve(weight)
+    assert planes.scales.dtype == torch.float16 and planes.scales.shape == (8, 3, 2)
+    assert (planes.scales[..., 0] >= planes.scales[..., 1]).all() and (planes.scales >= 0).all()
+    for row in range(8):
+        for group, columns in enumerate([slice(0, 128), slice(128, 256), slice(256, 300)]):
+            found = literal_trits(weight[row, columns].double(), planes.scales[row, group].double())
+            assert torch.equal(planes.trits[:, row, columns].double(), found)
+
+
+def test_zero_groups_stay_zero():
+    weight = gaussian(4, 256)
+    weight[1, :128] = 0
+    planes = solve(weight)
+    assert not planes.scales[1, 0].any() and not planes.trits[:, 1, :128].any()
+    assert not solve(torch.zeros(3, 5)).dequantize().any()
+
+
+def test_short_last_group_is_solved_on_its_length():
+    weight = gaussian(16, 192)
+    planes, last = solve(weight), solve(weight[:, 128:])
+    assert planes.scales.shape == (16, 2, 2)
+    assert torch.equal(planes.scales[:, 1:], last.scales) and torch.equal(planes.trits[:, :, 128:], last.trits)
+
+
+def test_result_does_not_depend_on_chunks_or_threads(monkeypatch):
+    weight = gaussian(64, 300)
+    expected = solve(weight)
+    for chunk in (300, 1000):
+        monkeypatch.setattr("hf_rb.quantizers.ptqtp.solver.CHUNK", chunk)
+        found = solve(weight)
+        assert torch.equal(found.trits, expected.trits) and torch.equal(found.scales, expected.scales)
+
+
+def test_solver_leaves_the_number_of_threads():
+    before = torch.get_num_threads()
+    solve(gaussian(4, 128))
+    assert torch.get_num_threads() == before
+
+
+def test_small_weights_are_solved_again_with_the_relative_rule():
+    weight = gaussian(64, 256)
+    expected = exact(weight, tol_mode="relative")
+    small = exact(1e-4 * weight)
+    assert small.resolved and torch.equal(small.trits, expected.trits)
+    strict = exact(1e-4 * weight, tol_mode="absolute_strict")
+    assert not strict.resolved and relative_error(strict, 1e-4 * weight) > relative_error(small, 1e-4 * weight) * 1.02
+    # 30 x tol against the median scale: about 1.0 for standard normal weights.
+    assert not exact(0.004 * weight).resolved and exact(0.002 * weight).resolved
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_numbers(value):
+    weight = gaussian(4, 128)
+    weight[2, 5] = value
+    with pytest.raises(ValueError, match="NaN or an infinite value"):
+        solve(weight)
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "message"),
+    [
+        (torch.zeros(4), {}, "floating matrix"),
+        (torch.zeros(4, 4, dtype=torch.int8), {}, "floating matrix"),
+        (torch.ones(4, 4), {"planes": 3}, "planes must be 1 or 2"),
+        (torch.ones(4, 4), {"tol_mode": "none"}, "tol_mode must be"),
+        (torch.ones(4, 4), {"planes": 1, "scale_mode": "tied"}, "scale_mode must be"),
+        (torch.full((4, 4), 1e6), {}, "does not fit torch.float16"),
+    ],
+)
+def test_refusals(weight, options, message):
+    with pytest.raises(ValueError, match=message):
+        solve(weight, **options)
+
+
+def test_speed():
+    """At least 1.5 million weights a second on two cores; in processor time, since a test machine is not idle."""
+    weight = (gaussian(1024, 2048) * 0.02).bfloat16()
+    start = time.process_time()
+    solve(weight)
+    assert 2 * weight.numel() / (time.process_time() - start) > 1.5e6
