@@ -36,7 +36,8 @@ class SFTConfig(trl.SFTConfig):
             What the sum over kept labels is divided by. `"all"`: the number of labels, kept or not, in the whole batch
             (over accumulation steps and processes), as in the authors' code. `"sequence"`: the number of labels of the
             label's own sequence, and then the number of sequences in the whole batch, as in the paper's equation 5; with
-            packing, every packed document is a sequence. `"kept"`: the number of kept labels (another method, with larger
+            packing, every packed document is a sequence, unless `packing_strategy="wrapped"` has lost where they end:
+            then every row is. `"kept"`: the number of kept labels (another method, with larger
             steps); needs one process and no gradient accumulation.
 
     Raises:

@@ -104,6 +104,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     def _gate(self, outputs: ModelOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Returns the log-probabilities (B, L-1) that the parent's loss must sum in place of `outputs.log_probs`."""
         args, log_probs, is_label = self.args, outputs.log_probs, outputs.label_mask
+        # A model split by `device_map` may end on another device than the one the batch is on.
+        inputs = {key: value.to(log_probs.device) for key, value in inputs.items() if torch.is_tensor(value)}
         sequences = Sequences(inputs)
         uniforms = None
         if args.profit_mode == "random":
@@ -124,12 +126,12 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             lengths = sequences.total(pad(is_label, (1, 0)).long())
             items = ((sequences.positions == 0) & (lengths > 0)).sum()
             gated = gated / lengths[:, 1:].clamp(min=1)
-        elif (
-            args.profit_normalize == "kept"
-        ):  # one process and no accumulation: the parent divides by `is_label.sum()`
+        if args.profit_normalize == "kept":
             items = kept.sum()
         self._log_gate(log_probs.detach(), inputs["labels"][:, 1:], is_label, kept, -gated.sum(), items)
-        return gated * (is_label.sum() / items.clamp(min=1)) if args.profit_normalize == "kept" else gated
+        if args.profit_normalize == "kept":  # one process, one step: the parent divides by the labels of this batch
+            gated = gated * (is_label.sum() / items.clamp(min=1))
+        return gated
 
     def _log_gate(self, log_probs, labels, is_label, kept, loss, items) -> None:
         probs, dropped = log_probs.exp(), is_label & ~kept

@@ -150,3 +150,19 @@ def test_an_error_is_one_line_and_exit_code_2(capsys, monkeypatch):
     assert errors == [
         "hf_rb.scripts.sft: error: `profit_treshold` in recipe.yaml is not an option. Did you mean `profit_threshold`?"
     ]
+
+
+def test_a_recipe_quantizes_what_it_loads(monkeypatch):
+    trainers = []
+
+    class Recorded(sft.SFTTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+
+    monkeypatch.setattr(sft, "SFTTrainer", Recorded)
+    quantization = {"quant_method": "ptqtp", "group_size": 64}
+    sft.main(recipe(model_init_kwargs={"quantization_config": quantization}, use_peft=True, profit_threshold=0.0))
+    config = trainers[0].model.config.quantization_config
+    assert (config.quant_method, config.group_size) == ("ptqtp", 64)
+    assert Path("out/adapter_model.safetensors").exists()
