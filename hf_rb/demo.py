@@ -1,4 +1,5 @@
-"""What `hf-rb demo` does: fine-tune the tiny student with ProFit, quantize it with PTQTP, and measure every step."""
+"""What `hf-rb demo` does: fine-tune the tiny student with ProFit, quantize it with PTQTP, and measure every step. The tiny teacher,
+which has learnt its task, is quantized beside it."""
 
 import ast
 import json
@@ -26,7 +27,7 @@ __all__ = ["Row", "demo"]
 
 RECIPE = "profit/tiny-cpu"
 TASK = "tiny:math"
-STAGES = 6
+STAGES = 7
 
 
 @dataclass
@@ -75,7 +76,7 @@ def demo(
 
     Args:
         output (`str` or `Path`):
-            Folder that appears when everything is done: both models with their cards, `demo.json` and the training log.
+            Folder that appears when everything is done: the models with their cards, `demo.json` and the training log.
         problems (`int`, *optional*, defaults to `300`):
             Held-out problems to evaluate on.
         train_arguments (`Sequence[str]`, *optional*, defaults to `()`):
@@ -84,7 +85,7 @@ def demo(
             Whether to replace a folder that is not empty.
 
     Returns:
-        `list[Row]`: What was measured: before, fine-tuned, quantized.
+        `list[Row]`: What was measured: the student before, fine-tuned, and quantized; the teacher before, and quantized.
 
     Raises:
         FileExistsError: `output` is not empty and `overwrite` is `False`.
@@ -113,13 +114,20 @@ def demo(
             table.append(_measure("+ ProFit", *evaluation.load_model(tuned, "bfloat16"), tuned, rows))
 
         with clock.stage("Quantize it with PTQTP, save, reload and compare"):
-            model, tokenizer = _quantize(tuned, quantized)
+            reloaded = _quantize(tuned, quantized)
 
         with clock.stage("Evaluate the quantized student"):
-            table.append(_measure("+ ProFit + PTQTP", model, tokenizer, quantized, rows))
+            table.append(_measure("+ ProFit + PTQTP", *reloaded, quantized, rows))
 
-        with clock.stage("Write the model card"):
-            _write_card(quantized, table, train_arguments)
+        with clock.stage("Evaluate, quantize and evaluate the teacher, for comparison"):
+            teacher, smaller_teacher = tiny.path("teacher"), folder / "teacher-ptqtp"
+            table.append(_measure("tiny teacher", *evaluation.load_model(teacher), teacher, rows))
+            table.append(_measure("+ PTQTP", *_quantize(teacher, smaller_teacher), smaller_teacher, rows))
+
+        with clock.stage("Write the model cards"):
+            student_card = {"trainer": "SFTTrainer", "dataset_name": TASK, "hyperparameters": _recipe(train_arguments)}
+            _write_card(quantized, ["profit", "ptqtp"], "tiny:student", table[0], table[2], **student_card)
+            _write_card(smaller_teacher, ["ptqtp"], "tiny:teacher", table[3], table[4])
             report = {"rows": [asdict(row) for row in table], "seconds": clock.seconds}
             (folder / "demo.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
@@ -225,56 +233,46 @@ def _quantize(source: Path, destination: Path) -> tuple["PreTrainedModel", "PreT
     return reloaded, tokenizer
 
 
-def _write_card(folder: Path, table: list[Row], train_arguments: Sequence[str]) -> None:
+def _recipe(train_arguments: Sequence[str]) -> dict:
+    """What the recipe and the arguments say about the training itself."""
     import yaml
 
-    from hf_rb.hub import ModelCardData, Result, write_model_card
-
-    before, after = table[0], table[-1]
     recipe = yaml.safe_load(find_recipe(RECIPE).read_text(encoding="utf-8"))
     recipe |= dict(zip((key.removeprefix("--") for key in train_arguments[::2]), train_arguments[1::2], strict=True))
-    shown = (
-        "profit_threshold",
-        "learning_rate",
-        "max_steps",
-        "num_train_epochs",
-        "per_device_train_batch_size",
-        "seed",
+    keys = "profit_threshold learning_rate lr_scheduler_type warmup_steps max_steps per_device_train_batch_size seed"
+    return {key: recipe[key] for key in keys.split() if key in recipe}
+
+
+def _write_card(folder: Path, methods: list[str], base_model: str, before: Row, after: Row, **fields) -> None:
+    from hf_rb.hub import ModelCardData, Result, write_model_card
+
+    results = [
+        Result("exact match", after.exact_match.accuracy, TASK, before=before.exact_match.accuracy),
+        Result("perplexity", after.perplexity.perplexity, TASK, before=before.perplexity.perplexity),
+    ]
+    data = ModelCardData(
+        folder.name, methods, base_model, results=results, size=after.size, license="apache-2.0", **fields
     )
-    write_model_card(
-        folder,
-        ModelCardData(
-            model_name=folder.name,
-            methods=["profit", "ptqtp"],
-            base_model="tiny:student",
-            dataset_name=TASK,
-            trainer="SFTTrainer",
-            hyperparameters={key: recipe[key] for key in shown if key in recipe},
-            results=[
-                Result("exact match", after.exact_match.accuracy, TASK, before=before.exact_match.accuracy),
-                Result("perplexity", after.perplexity.perplexity, TASK, before=before.perplexity.perplexity),
-            ],
-            size=after.size,
-            license="apache-2.0",
-        ),
-    )
+    write_model_card(folder, data)
 
 
 def _print_summary(output: Path, table: list[Row], seconds: dict[str, float]) -> None:
     from hf_rb.evaluation import format_table
 
-    problems, last = table[0].exact_match.count, table[-1]
+    problems, student = table[0].exact_match.count, table[2]
     print("\n" + format_table(HEADER, [row.cells() for row in table]))
     print(
         f"""
 exact match   greedy answers to {problems} held-out word problems; one standard error is at most {50 / problems**0.5:.1f} points
-perplexity    of the worked solutions, given the problems
-bits/weight   8 x bytes of the weight files / weights; {last.size.quantized_bits_per_weight:.2f} in the quantized layers alone, 16-bit embeddings weigh
-              more in a model of {last.size.weights / 1e6:.1f} million weights than in a large one
+perplexity    of the worked solutions, given the problems; ProFit leaves improbable tokens alone, so it need not fall
+bits/weight   8 x bytes of the weight files / weights; {student.size.quantized_bits_per_weight:.2f} in the quantized layers of the student: 16-bit embeddings
+              weigh more in a model of {student.size.weights / 1e6:.1f} million weights than in a large one; the trainer saves float32
 tokens/s      one sequence, with a cache; PTQTP's kernels are not part of this version, so it gains bytes, not time
 A model this small shows that everything works, not how much the methods gain: see model_cards/ for that."""
     )
-    print(f"\nIn {output}: student-profit and student-profit-ptqtp (models, with cards), demo.json, train.log")
+    print(
+        f"\nIn {output}: the models student-profit, student-profit-ptqtp and teacher-ptqtp with their cards, demo.json, train.log"
+    )
     print("\nSeconds by stage")
     for index, (title, value) in enumerate(seconds.items(), start=1):
         print(f"  {index}. {title:<75} {value:6.1f}")

@@ -12,7 +12,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is not empty")
     parser.add_argument("--seed", type=int, default=42, help="seed of the training (default 42)")
     parser.add_argument("--problems", type=int, default=300, help="held-out problems to evaluate on (default 300)")
-    parser.add_argument("--max_steps", type=int, help="train only so many steps")
+    parser.add_argument("--max-steps", type=int, help="train only so many steps")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -94,8 +94,8 @@ def perplexity(
 
     windows, size, tokens = [], 0, 0
     for index, text in enumerate(texts):
-        context = tokenizer(contexts[index], add_special_tokens=False)["input_ids"] if contexts else []
-        ids = tokenizer(text, add_special_tokens=not contexts)["input_ids"]
+        context = tokenizer(contexts[index], add_special_tokens=False, verbose=False)["input_ids"] if contexts else []
+        ids = tokenizer(text, add_special_tokens=not contexts, verbose=False)["input_ids"]
         windows += _windows(context + ids, len(context), window, stride)
         size += len(text.encode())
         tokens += len(ids)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +111,7 @@ class ModelCardData:
         return huggingface_hub.ModelCardData(
             base_model=self.base_model if _is_hub_id(self.base_model) else None,
             datasets=self.dataset_name if _is_hub_id(self.dataset_name) else None,
-            eval_results=[_to_eval_result(result) for result in self.results] or None,
+            eval_results=[_to_eval_result(result) for result in self.results if isfinite(result.value)] or None,
             library_name=self.library_name,
             license=self.license,
             model_name=self.model_name,

@@ -12,7 +12,7 @@ from hf_rb.cli import main
 
 @pytest.fixture
 def untrained(tmp_path, monkeypatch):
-    """A random student in place of the embedded one, and training that learns nothing, at once."""
+    """A random model in place of the embedded ones, and training that learns nothing, at once."""
     student = tmp_path / "assets" / "student"
     tokenizer = AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
     torch.manual_seed(0)
@@ -31,6 +31,7 @@ def untrained(tmp_path, monkeypatch):
     )
     Qwen3ForCausalLM(config).bfloat16().save_pretrained(student)
     tokenizer.save_pretrained(student)
+    shutil.copytree(student, student.with_name("teacher"))
     monkeypatch.setattr(tiny, "ASSETS", student.parent)
     monkeypatch.setattr(demo, "_train", lambda folder, arguments, log: shutil.copytree(student, folder))
     threads = torch.get_num_threads()
@@ -40,31 +41,34 @@ def untrained(tmp_path, monkeypatch):
 
 def test_stages_table_and_files(untrained, tmp_path, capsys):
     output = tmp_path / "out"
-    assert main(["demo", "--output", str(output), "--problems", "4", "--max_steps", "3"]) == 0
+    assert main(["demo", "--output", str(output), "--problems", "4", "--max-steps", "3"]) == 0
     printed = capsys.readouterr().out
     assert [line for line in printed.splitlines() if line.startswith("[")] == [
-        "[1/6] Load the libraries and evaluate the student on 4 held-out problems",
-        "[2/6] Fine-tune it with ProFit: accelerate launch, recipe profit/tiny-cpu",
-        "[3/6] Evaluate the fine-tuned student",
-        "[4/6] Quantize it with PTQTP, save, reload and compare",
-        "[5/6] Evaluate the quantized student",
-        "[6/6] Write the model card",
+        "[1/7] Load the libraries and evaluate the student on 4 held-out problems",
+        "[2/7] Fine-tune it with ProFit: accelerate launch, recipe profit/tiny-cpu",
+        "[3/7] Evaluate the fine-tuned student",
+        "[4/7] Quantize it with PTQTP, save, reload and compare",
+        "[5/7] Evaluate the quantized student",
+        "[6/7] Evaluate, quantize and evaluate the teacher, for comparison",
+        "[7/7] Write the model cards",
     ]
     assert "bit-equal" in printed
     assert printed.count("exact match  perplexity  file bytes  bits/weight  tokens/s") == 1
 
     report = json.loads((output / "demo.json").read_text())
-    before, tuned, quantized = report["rows"]
+    before, tuned, quantized, teacher, smaller_teacher = report["rows"]
     assert before["exact_match"]["count"] == 4
     assert tuned["size"] == before["size"]
     assert 3.5 < quantized["size"]["quantized_bits_per_weight"] < 4.5
     assert quantized["size"]["file_bytes"] == (output / "student-profit-ptqtp" / "model.safetensors").stat().st_size
+    assert smaller_teacher["size"]["file_bytes"] < teacher["size"]["file_bytes"]
     assert list(report["seconds"])[0].startswith("Load the libraries")
 
     card = ModelCard.load(output / "student-profit-ptqtp" / "README.md")
     assert card.data.tags == ["hf_rb", "profit", "ptqtp"]
     assert "`max_steps` | `3`" in card.text and "`profit_threshold` | `0.1`" in card.text
     assert str(tmp_path) not in card.content
+    assert ModelCard.load(output / "teacher-ptqtp" / "README.md").data.tags == ["hf_rb", "ptqtp"]
 
 
 def test_an_existing_folder_is_refused_before_anything_is_done(tmp_path, capsys, monkeypatch):
@@ -109,7 +113,7 @@ def test_training_logs_are_shortened():
 def test_the_real_thing(tmp_path, capsys):
     output = tmp_path / "out"
     assert main(["demo", "--output", str(output), "--problems", "100"]) == 0
-    before, tuned, quantized = json.loads((output / "demo.json").read_text())["rows"]
+    before, tuned, quantized, *_ = json.loads((output / "demo.json").read_text())["rows"]
     assert tuned["exact_match"]["accuracy"] > before["exact_match"]["accuracy"]
     assert quantized["size"]["file_bytes"] < before["size"]["file_bytes"] / 2
     assert "tokens kept" in capsys.readouterr().out

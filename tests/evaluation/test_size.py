@@ -51,6 +51,25 @@ def test_packed_layers(model, tmp_path):
     assert size.file_bytes == (tmp_path / "model.safetensors").stat().st_size
 
 
+def test_ptqtp_folder(model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from hf_rb import PTQTPConfig
+
+    model.save_pretrained(tmp_path / "plain")
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=PTQTPConfig())
+    quantized.save_pretrained(tmp_path / "ptqtp")
+    size = model_size(tmp_path / "ptqtp")
+    assert size.weights == logical(model)
+    # (outputs, inputs) of one layer: q, k, v, o, gate, up, down. Five trits a byte in each of two planes, one short group a row.
+    layers = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
+    trit_bytes = {64: 13, 96: 20}
+    stored = sum(2 * out * (2 * trit_bytes[inputs] + 2 * 2) for out, inputs in layers)
+    assert size.quantized_weights == sum(2 * out * inputs for out, inputs in layers)
+    assert size.quantized_bits_per_weight == 8 * stored / size.quantized_weights
+    assert size.file_bytes == (tmp_path / "ptqtp" / "model.safetensors").stat().st_size
+
+
 def test_refusals(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no config.json"):
         model_size(tmp_path)

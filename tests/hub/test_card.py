@@ -111,6 +111,12 @@ def test_odd_values_cannot_break_the_card():
     assert 'from_pretrained("a | b\\n---' in text
 
 
+def test_numbers_that_the_hub_cannot_read_stay_in_the_text():
+    text = render_card(full(results=[Result("perplexity", float("inf"), "tiny:math"), RESULTS[0]]))
+    assert "| perplexity | `tiny:math` | test | – | inf |" in text
+    assert [result.metric_name for result in ModelCard(text).data.eval_results] == ["exact match"]
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="no method 'profitt'; the methods are profit, ptqtp"):
         ModelCardData("student", methods=["profitt"])
