@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels import reference
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
-from hf_rb.quantizers.ptqtp.packing import TritPlanes, packed_width
+from hf_rb.quantizers.ptqtp.packing import dequantize, packed_width
 
 
 __all__ = ["PTQTPLinear"]
@@ -59,15 +59,10 @@ class PTQTPLinear(nn.Linear):
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
-    def unpack(self) -> TritPlanes:
-        """Returns the trits and scales."""
-        return TritPlanes.unpack(
-            {"weight": self.weight, "weight_scale": self.weight_scale}, self.config, self.in_features
-        )
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the weight `(out_features, in_features)`."""
-        return self.unpack().dequantize(dtype)
+        tensors = {"weight": self.weight, "weight_scale": self.weight_scale}
+        return dequantize(tensors, self.config, self.in_features, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         return kernels.linear(input, self)

@@ -11,6 +11,7 @@ byte of its own in both layouts, so a tensor can be cut at any multiple of `grou
 A group shorter than `group_size`, the last of a row, is laid out by its own length. Unused places hold zero trits.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hf_rb.quantizers.ptqtp.config import PTQTPConfig
 
-__all__ = ["TritPlanes", "packed_width", "sections"]
+__all__ = ["TritPlanes", "dequantize", "packed_width", "row_blocks", "sections"]
 
 TRITS_PER_BYTE = 5
 _POWERS = torch.tensor([81, 27, 9, 3, 1], dtype=torch.uint8)
@@ -154,6 +155,24 @@ class TritPlanes:
             parts.append(blocks.permute(2, 0, 1, 3).flatten(2))
             first = columns.stop
         return cls(torch.cat(parts, dim=-1), scales, config.group_size)
+
+
+def row_blocks(rows: int, in_features: int) -> Iterator[slice]:
+    """Cuts a matrix into rows of about a million weights, the most that is held in an unpacked form at a time."""
+    step = max(1, (1 << 20) // in_features)
+    for first in range(0, rows, step):
+        yield slice(first, first + step)
+
+
+def dequantize(
+    tensors: dict[str, Tensor], config: "PTQTPConfig", in_features: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Returns the matrix `(out_features, in_features)` of packed `tensors`, without ever holding all of its trits."""
+    weight = torch.empty(len(tensors["weight"]), in_features, dtype=dtype, device=tensors["weight"].device)
+    for rows in row_blocks(*weight.shape):
+        block = {name: tensor[rows] for name, tensor in tensors.items()}
+        weight[rows] = TritPlanes.unpack(block, config, in_features).dequantize(dtype)
+    return weight
 
 
 def _pack_dense(digits: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from transformers.utils import logging
 from hf_rb import _compat
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
 from hf_rb.quantizers.ptqtp.linear import PTQTPLinear
-from hf_rb.quantizers.ptqtp.packing import TritPlanes
-from hf_rb.quantizers.ptqtp.solver import solve
+from hf_rb.quantizers.ptqtp.packing import TritPlanes, dequantize, row_blocks
+from hf_rb.quantizers.ptqtp.solver import fit_scales, search_trits
 from hf_rb.quantizers.report import LayerReport, Report
 
 
@@ -100,10 +100,10 @@ class PTQTPQuantizer(HfQuantizer):
     def get_load_operations(self) -> dict:
         return {"dequantize": _Dequantize}
 
-    def quantize_weight(self, name: str, layer: PTQTPLinear, weight: Tensor) -> TritPlanes:
-        """Solves the weight `(out_features, in_features)` of one layer and adds it to the report."""
+    def quantize_weight(self, name: str, layer: PTQTPLinear, weight: Tensor) -> dict[str, Tensor]:
+        """Returns the packed tensors of a weight `(out_features, in_features)`, and adds its layer to the report."""
         config, start = self.quantization_config, time.perf_counter()
-        planes = solve(
+        scales, resolved = fit_scales(
             weight,
             config.group_size,
             layer.planes,
@@ -112,9 +112,18 @@ class PTQTPQuantizer(HfQuantizer):
             tol_mode=config.tol_mode,
             scale_mode=config.scale_mode,
         )
+        packed, change, norm = [], 0.0, 0.0
+        for rows in row_blocks(*weight.shape):
+            trits = search_trits(weight[rows], scales[rows], config.group_size)
+            planes = TritPlanes(trits, scales[rows], config.group_size)
+            packed.append(planes.pack(config.packing)["weight"])
+            original = weight[rows].float()
+            change += (planes.dequantize() - original).square().sum(dtype=torch.float64).item()
+            norm += original.square().sum(dtype=torch.float64).item()
         seconds = time.perf_counter() - start
-        self.report.add(LayerReport(name, weight.numel(), _relative_error(planes, weight), planes.resolved), seconds)
-        return planes
+        error = (change / norm) ** 0.5 if norm else 0.0
+        self.report.add(LayerReport(name, weight.numel(), error, resolved), seconds)
+        return {"weight": torch.cat(packed), "weight_scale": scales}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         if self.failures:
@@ -156,9 +165,7 @@ class _Quantize(_compat.ConversionOps):
             if weight.shape != (layer.out_features, layer.in_features):
                 expected = (layer.out_features, layer.in_features)
                 raise ValueError(f"The checkpoint's weight has shape {tuple(weight.shape)}, expected {expected}.")
-            tensors = self.quantizer.quantize_weight(name, layer, weight).pack(
-                self.quantizer.quantization_config.packing
-            )
+            tensors = self.quantizer.quantize_weight(name, layer, weight)
         except ValueError as error:
             # Raised here it would end up in a table of the log. It is raised when the last tensor has been seen.
             self.quantizer.failures.append(f"{full_layer_name}: {error}")
@@ -177,8 +184,8 @@ class _Dequantize(_compat.ConversionOps):
         target = model.get_parameter_or_buffer(full_layer_name)
         if "weight_scale" in input_dict:
             tensors = {"weight": weight, "weight_scale": input_dict["weight_scale"][0]}
-            planes = TritPlanes.unpack(tensors, self.hf_quantizer.quantization_config, target.shape[1])
-            return {full_layer_name: planes.dequantize(target.dtype)}
+            config = self.hf_quantizer.quantization_config
+            return {full_layer_name: dequantize(tensors, config, target.shape[1], target.dtype)}
         return {full_layer_name: weight.to(target.dtype)}
 
     @property
@@ -200,16 +207,3 @@ def _check_patterns(config: PTQTPConfig, patterns: list[str], names: list[str], 
             )
         endings = sorted({name.rpartition(".")[2] for name in names} - {""})
         raise ValueError(f"{pattern!r} matches no module of {model}; names end in {', '.join(endings)}.")
-
-
-def _relative_error(planes: TritPlanes, weight: Tensor) -> float:
-    """Frobenius norm of the difference over that of the weight, some rows at a time."""
-    step = max(1, (1 << 22) // weight.shape[1])
-    change = norm = 0.0
-    for first in range(0, len(weight), step):
-        rows = slice(first, first + step)
-        part = TritPlanes(planes.trits[:, rows], planes.scales[rows], planes.group_size).dequantize()
-        original = weight[rows].float()
-        change += (part - original).double().square().sum().item()
-        norm += original.double().square().sum().item()
-    return (change / norm) ** 0.5 if norm else 0.0

@@ -30,7 +30,7 @@ from torch import Tensor
 from hf_rb.quantizers.ptqtp.packing import TritPlanes, sections
 
 
-__all__ = ["solve"]
+__all__ = ["fit_scales", "nearest_trits", "search_trits", "solve"]
 
 # Weights that are worked on at once: few enough to stay in the cache. The solver's own memory is below 100 bytes for each.
 CHUNK = 1 << 18
@@ -97,6 +97,37 @@ def solve(
         ValueError: The weight is not a floating matrix, has a NaN or an infinite value, or needs scales that `scale_dtype`
             cannot hold; or an option has a value that does not exist.
     """
+    scales, resolved = fit_scales(
+        weight,
+        group_size,
+        planes,
+        max_iter=max_iter,
+        tol=tol,
+        tol_mode=tol_mode,
+        scale_mode=scale_mode,
+        scale_dtype=scale_dtype,
+        kappa_threshold=kappa_threshold,
+        lambda_init=lambda_init,
+        lambda_max=lambda_max,
+    )
+    return TritPlanes(search_trits(weight, scales, group_size), scales, group_size, resolved)
+
+
+def fit_scales(
+    weight: Tensor,
+    group_size: int,
+    planes: int,
+    *,
+    max_iter: int = 50,
+    tol: float = 1e-4,
+    tol_mode: str = "absolute",
+    scale_mode: str = "free",
+    scale_dtype: torch.dtype = torch.float16,
+    kappa_threshold: float = 1e12,
+    lambda_init: float = 1e-8,
+    lambda_max: float = 1.0,
+) -> tuple[Tensor, bool]:
+    """Returns the scales of [`solve`] `(out_features, groups, planes)`, and whether it took a second attempt to find them."""
     _check(weight, planes, tol_mode, scale_mode)
     direction = torch.tensor(TIED, dtype=torch.float64, device=weight.device) if scale_mode == "tied" else None
     rule = _Rule(planes, direction, max_iter, tol, tol_mode == "relative", kappa_threshold, lambda_init, lambda_max)
@@ -104,8 +135,19 @@ def solve(
     resolved = tol_mode == "absolute" and _is_small(scales, MIN_SCALE * tol)
     if resolved:
         scales = _fit_matrix(weight, group_size, rule._replace(relative=True))
-    scales = _round(scales, scale_dtype, tied=scale_mode == "tied")
-    return TritPlanes(_search_matrix(weight, group_size, scales), scales, group_size, resolved)
+    return _round(scales, scale_dtype, tied=scale_mode == "tied"), resolved
+
+
+def search_trits(weight: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """Returns the best trits `(planes, out_features, in_features)`, int8, for given scales."""
+    trits = torch.empty(scales.shape[-1], *weight.shape, dtype=torch.int8, device=weight.device)
+
+    def search(rows: slice, groups: slice, columns: slice, block: Tensor) -> None:
+        found = nearest_trits(block, scales[rows, groups].flatten(0, 1).double())
+        trits[:, rows, columns] = found.view(len(trits), -1, columns.stop - columns.start)
+
+    _for_blocks(weight, group_size, search)
+    return trits
 
 
 class _Rule(NamedTuple):
@@ -172,17 +214,6 @@ def _fit_matrix(weight: Tensor, group_size: int, rule: _Rule) -> Tensor:
 
     _for_blocks(weight, group_size, fit)
     return scales
-
-
-def _search_matrix(weight: Tensor, group_size: int, scales: Tensor) -> Tensor:
-    trits = torch.empty(scales.shape[-1], *weight.shape, dtype=torch.int8, device=weight.device)
-
-    def search(rows: slice, groups: slice, columns: slice, block: Tensor) -> None:
-        found = nearest_trits(block, scales[rows, groups].flatten(0, 1).double())
-        trits[:, rows, columns] = found.view(len(trits), -1, columns.stop - columns.start)
-
-    _for_blocks(weight, group_size, search)
-    return trits
 
 
 def _fit(block_RG: Tensor, rule: _Rule) -> Tensor:
