@@ -20,8 +20,9 @@ from hf_rb.tiny import ASSETS, facts, problems, tool_schemas
 
 
 VOCABULARY = 1024
-BATCH = 48
-TRANSCRIPT_SHARE = 0.1  # of the conversations; they are three times as long as a word problem
+BATCH = 16  # small models learn to copy operands by the number of steps, not of tokens
+TRANSCRIPT_SHARE = 0.04  # transcripts per problem; one is three times as long
+DRILL_SHARE = 0.5  # of the problems give their equations to drills: arithmetic is what takes long to learn
 PROMPT_WEIGHT = 0.1  # enough to model questions and tool results, too little to crowd out the solutions
 
 # Hidden size 192 is a multiple of 64 and not of 128, so that quantization meets a short last group.
@@ -35,7 +36,7 @@ MODELS = {
     ),
 }
 # Tokens seen and peak learning rate. The student stops early on purpose: it is the one that fine-tuning, distillation and RL improve.
-BUDGETS = {"teacher": (14_000_000, 3e-3), "student": (2_500_000, 3e-3), "moe": (4_000_000, 3e-3)}
+BUDGETS = {"teacher": (10_000_000, 2e-3), "student": (2_500_000, 2e-3), "moe": (4_000_000, 2e-3)}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -75,40 +76,62 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             },
         },
     )
-    fast.chat_template = (ASSETS / "chat_template.jinja").read_text()
+    fast.chat_template = Path(__file__).with_name("chat_template.jinja").read_text()
     return fast
 
 
-def _conversations(seed: int) -> Iterator[tuple[list[dict], list[dict] | None]]:
-    """Yields endless (messages, tools), word problems mixed with tool-call transcripts."""
+Row = tuple[list[int], list[float]]  # token ids, and the weight of each in the loss
+
+
+def _conversation(tokenizer: PreTrainedTokenizerFast, messages: list[dict], tools: list[dict] | None = None) -> Row:
+    row = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+    return row["input_ids"], [max(mask, PROMPT_WEIGHT) for mask in row["assistant_masks"]]
+
+
+def _drill(tokenizer: PreTrainedTokenizerFast, equations: list[str]) -> Row:
+    """Bare equations: four times as many results a token as in a conversation, and only they count."""
+    ids, weights = [], []
+    for equation in equations:
+        left, equals, right = equation.partition(" =")
+        for text, weight in ((f" {left}{equals}", PROMPT_WEIGHT), (f"{right}.", 1.0)):
+            part = tokenizer(text)["input_ids"]
+            ids, weights = ids + part, weights + [weight] * len(part)
+    return ids, weights
+
+
+def _rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Row]:
+    """Yields endless training rows: word problems, drills of their equations and tool-call transcripts."""
     rng = Random(seed)
     transcripts = [messages for _, messages in facts.generate_transcripts()]
+    equations = []
     for problem in problems.generate(seed=seed):
         if rng.random() < TRANSCRIPT_SHARE:
-            yield rng.choice(transcripts), tool_schemas()
-        messages = [{"role": "user", "content": problem.question}, {"role": "assistant", "content": problem.solution}]
-        yield messages, None
+            yield _conversation(tokenizer, rng.choice(transcripts), tool_schemas())
+        if rng.random() < DRILL_SHARE:
+            equations += problem.equations
+        else:
+            question, solution = ("user", problem.question), ("assistant", problem.solution)
+            yield _conversation(tokenizer, [{"role": role, "content": text} for role, text in (question, solution)])
+        if len(equations) >= 12:
+            yield _drill(tokenizer, rng.sample(equations, 12))
+            equations = []
 
 
 def _batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields (ids, weights), both (B, T), of right-padded conversations of similar length."""
+    """Yields (ids, weights), both (B, T), of right-padded rows of similar length."""
     rng = Random(seed)
-    stream = _conversations(seed)
+    stream = _rows(tokenizer, seed)
     while True:
-        rows = []
-        for messages, tools in islice(stream, 40 * BATCH):
-            row = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
-            rows.append((row["input_ids"], row["assistant_masks"]))
-        rows.sort(key=lambda row: len(row[0]))
+        rows = sorted(islice(stream, 100 * BATCH), key=lambda row: len(row[0]))
         chunks = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
         rng.shuffle(chunks)
         for chunk in chunks:
             length = max(len(ids) for ids, _ in chunk)
             ids = torch.full((len(chunk), length), tokenizer.pad_token_id)
             weights = torch.zeros(len(chunk), length)
-            for index, (row, mask) in enumerate(chunk):
-                ids[index, : len(row)] = torch.tensor(row)
-                weights[index, : len(row)] = torch.tensor(mask).float().clamp(min=PROMPT_WEIGHT)
+            for index, (row_ids, row_weights) in enumerate(chunk):
+                ids[index, : len(row_ids)] = torch.tensor(row_ids)
+                weights[index, : len(row_weights)] = torch.tensor(row_weights)
             yield ids, weights
 
 
@@ -120,10 +143,8 @@ def train(name: str, tokenizer: PreTrainedTokenizerFast, seed: int, budget: int 
     torch.manual_seed(seed)
     config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
     model = model_class(config).train()
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=peak, betas=(0.9, 0.95), fused=True)
-    seen, start = 0, time.monotonic()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    seen, mean, start = 0, 0.0, time.monotonic()
     for step, (ids, weights) in enumerate(_batches(tokenizer, seed)):
         progress = seen / budget
         for group in optimizer.param_groups:
@@ -139,8 +160,9 @@ def train(name: str, tokenizer: PreTrainedTokenizerFast, seed: int, budget: int 
         optimizer.step()
         optimizer.zero_grad()
         seen += int((weights > 0).sum())
-        if step % 100 == 0 or seen >= budget:
-            print(f"{name} step {step} tokens {seen:,} loss {loss.item():.4f} seconds {time.monotonic() - start:.0f}", flush=True)
+        mean += (loss.item() - mean) / min(step + 1, 50)
+        if step % 200 == 0 or seen >= budget:
+            print(f"{name}: {seen:,} tokens, loss {mean:.4f}, {time.monotonic() - start:.0f} s", flush=True)
         if seen >= budget:
             break
     return model.to(torch.bfloat16).eval()
@@ -159,7 +181,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write to")
     parser.add_argument("--only", nargs="*", choices=list(MODELS), default=list(MODELS), help="members to train")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="one thread is the fastest that other work on the machine does not slow down")
     parser.add_argument("--tokens", type=int, help="tokens to train on, instead of the member's own budget")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -27,13 +27,15 @@ class Problem:
         kind (`str`): One of `KINDS`.
         operands (`tuple[int, ...]`): The numbers given in the question, 2 to 99.
         question (`str`): The text a user asks.
-        solution (`str`): One sentence a step, then `#### answer`.
+        equations (`tuple[str, ...]`): The steps, as `12 + 7 = 19`.
+        solution (`str`): One sentence an equation, then `#### answer`.
         answer (`str`): The answer in decimal digits.
     """
 
     kind: str
     operands: tuple[int, ...]
     question: str
+    equations: tuple[str, ...]
     solution: str
     answer: str
 
@@ -195,7 +197,8 @@ def _draw(rng: random.Random) -> Problem:
     question = rng.choice(templates).format(*operands, name=name, other=other, third=third, items=rng.choice(ITEMS))
     openers = [FIRST, *[NEXT] * (len(steps.equations) - 2), LAST]
     sentences = [f"{rng.choice(words)} {equation}." for words, equation in zip(openers, steps.equations, strict=True)]
-    return Problem(kind, operands, question, " ".join([*sentences, f"#### {answer}"]), str(answer))
+    solution = " ".join([*sentences, f"#### {answer}"])
+    return Problem(kind, operands, question, tuple(steps.equations), solution, str(answer))
 
 
 def generate(split: str = "train", size: int | None = None, seed: int = 0) -> Iterator[Problem]:
