@@ -29,7 +29,9 @@ def path(name: str) -> Path:
         ValueError: There is no such member.
     """
     if name not in MODELS:
-        raise ValueError(f"'tiny:{name}' does not exist: write one of {', '.join(f'tiny:{model}' for model in MODELS)}")
+        raise ValueError(
+            f"'tiny:{name}' does not exist: write one of {', '.join(f'tiny:{model}' for model in MODELS)}"
+        )
     return ASSETS / name
 
 
@@ -57,7 +59,9 @@ def tool_schemas() -> list[dict]:
     return [json.loads(_search_schema())]
 
 
-def load_dataset(name: str = "math", config: str = "messages", split: str = "train", size: int | None = None, seed: int = 0) -> "Dataset":
+def load_dataset(
+    name: str = "math", config: str = "messages", split: str = "train", size: int | None = None, seed: int = 0
+) -> "Dataset":
     """Makes one of the embedded datasets.
 
     Args:
@@ -106,6 +110,12 @@ def _tool_rows(split: str) -> list[dict]:
     from hf_rb.tiny.facts import generate_transcripts
 
     return [
-        {"prompt": messages[:1], "messages": messages, "tools": tool_schemas(), "answer": question.answer, "kind": f"{question.hops[0].relation}-{question.hops[1].relation}"}
+        {
+            "prompt": messages[:1],
+            "messages": messages,
+            "tools": tool_schemas(),
+            "answer": question.answer,
+            "kind": f"{question.hops[0].relation}-{question.hops[1].relation}",
+        }
         for question, messages in generate_transcripts(split)
     ]

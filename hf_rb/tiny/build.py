@@ -14,7 +14,14 @@ from random import Random
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from hf_rb.tiny import ASSETS, facts, problems, tool_schemas
 
@@ -26,13 +33,50 @@ DRILL_SHARE = 0.5  # of the problems give their equations to drills: arithmetic 
 PROMPT_WEIGHT = 0.1  # enough to model questions and tool results, too little to crowd out the solutions
 
 # Hidden size 192 is a multiple of 64 and not of 128, so that quantization meets a short last group.
-_COMMON = dict(vocab_size=VOCABULARY, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+_COMMON = dict(
+    vocab_size=VOCABULARY,
+    head_dim=32,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+)
 MODELS = {
-    "teacher": (Qwen3ForCausalLM, Qwen3Config(hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3, **_COMMON)),
-    "student": (Qwen3ForCausalLM, Qwen3Config(hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, **_COMMON)),
+    "teacher": (
+        Qwen3ForCausalLM,
+        Qwen3Config(
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            **_COMMON,
+        ),
+    ),
+    "student": (
+        Qwen3ForCausalLM,
+        Qwen3Config(
+            hidden_size=128,
+            intermediate_size=320,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            **_COMMON,
+        ),
+    ),
     "moe": (
         Qwen3MoeForCausalLM,
-        Qwen3MoeConfig(hidden_size=128, intermediate_size=320, moe_intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True, **_COMMON),
+        Qwen3MoeConfig(
+            hidden_size=128,
+            intermediate_size=320,
+            moe_intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_experts=8,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            **_COMMON,
+        ),
     ),
 }
 # Tokens seen and peak learning rate. The student stops early on purpose: it is the one that fine-tuning, distillation and RL improve.
@@ -43,14 +87,25 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Trains the byte-level BPE tokenizer on generated conversations; every digit is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     markers = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(markers), special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(markers),
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     text = [f"{problem.question}\n{problem.solution}" for problem in problems.generate(size=5000)]
     text += [fact.text for fact in facts.fact_base()] + [json.dumps(tool) for tool in tool_schemas()] * 50
-    text += [message["content"] + json.dumps(message.get("tool_calls", "")) for _, messages in facts.generate_transcripts() for message in messages]
+    text += [
+        message["content"] + json.dumps(message.get("tool_calls", ""))
+        for _, messages in facts.generate_transcripts()
+        for message in messages
+    ]
     tokenizer.train_from_iterator(text + ["system\nuser\nassistant\n# Tools\n<tools>\n</tools>"] * 50, trainer)
     tokenizer.add_tokens(markers)
     fast = PreTrainedTokenizerFast(
@@ -141,7 +196,11 @@ def train(name: str, tokenizer: PreTrainedTokenizerFast, seed: int, budget: int 
     default_budget, peak = BUDGETS[name]
     budget = budget or default_budget
     torch.manual_seed(seed)
-    config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
+    config.pad_token_id, config.eos_token_id, config.bos_token_id = (
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+        None,
+    )
     model = model_class(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     seen, mean, start = 0, 0.0, time.monotonic()
@@ -151,7 +210,9 @@ def train(name: str, tokenizer: PreTrainedTokenizerFast, seed: int, budget: int 
             group["lr"] = peak * min(1, step / 100, max(0.02, (1 - progress) / 0.6))
         with torch.autocast("cpu", torch.bfloat16):
             # Right padding needs no mask: causal attention never lets a real token see a pad.
-            outputs = model(input_ids=ids[:, :-1], use_cache=False, **({"output_router_logits": True} if name == "moe" else {}))
+            outputs = model(
+                input_ids=ids[:, :-1], use_cache=False, **({"output_router_logits": True} if name == "moe" else {})
+            )
         loss = F.cross_entropy(outputs.logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (loss * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
         total = loss + (0.01 * outputs.aux_loss if name == "moe" else 0.0)
@@ -181,7 +242,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder to write to")
     parser.add_argument("--only", nargs="*", choices=list(MODELS), default=list(MODELS), help="members to train")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="one thread is the fastest that other work on the machine does not slow down")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="one thread is the fastest that other work on the machine does not slow down",
+    )
     parser.add_argument("--tokens", type=int, help="tokens to train on, instead of the member's own budget")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

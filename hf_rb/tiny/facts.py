@@ -12,8 +12,42 @@ from hf_rb.tiny.problems import _hash
 __all__ = ["Fact", "Question", "fact_base", "generate_transcripts", "questions", "search"]
 
 TOWNS, PEOPLE = 40, 120
-JOBS = ["baker", "pilot", "nurse", "painter", "miller", "judge", "sailor", "tailor", "doctor", "farmer", "singer", "weaver"]
-_STARTS = ["Al", "Bor", "Cal", "Dor", "El", "Fen", "Gal", "Har", "Il", "Kor", "Lan", "Mar", "Nor", "Or", "Pel", "Ros", "Sel", "Tar", "Ul", "Vel"]
+JOBS = [
+    "baker",
+    "pilot",
+    "nurse",
+    "painter",
+    "miller",
+    "judge",
+    "sailor",
+    "tailor",
+    "doctor",
+    "farmer",
+    "singer",
+    "weaver",
+]
+_STARTS = [
+    "Al",
+    "Bor",
+    "Cal",
+    "Dor",
+    "El",
+    "Fen",
+    "Gal",
+    "Har",
+    "Il",
+    "Kor",
+    "Lan",
+    "Mar",
+    "Nor",
+    "Or",
+    "Pel",
+    "Ros",
+    "Sel",
+    "Tar",
+    "Ul",
+    "Vel",
+]
 _TOWN_ENDS = ["ford", "wick", "dale", "ham", "mere", "stead"]
 _PERSON_ENDS = ["a", "ian", "en", "ina", "ric", "wyn", "o", "is"]
 _FAMILIES = ["Ash", "Brook", "Cole", "Dale", "Frost", "Gray", "Hill", "Lake", "Moss", "Reed", "Stone", "Wood"]

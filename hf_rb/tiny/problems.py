@@ -13,9 +13,30 @@ from itertools import islice
 
 __all__ = ["KINDS", "Problem", "extract_answer", "generate", "is_correct"]
 
-NAMES = ["Ava", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Jo", "Kai", "Lena", "Max", "Nora", "Omar", "Pia"]
+NAMES = [
+    "Ava",
+    "Ben",
+    "Cleo",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gus",
+    "Hana",
+    "Ivan",
+    "Jo",
+    "Kai",
+    "Lena",
+    "Max",
+    "Nora",
+    "Omar",
+    "Pia",
+]
 ITEMS = ["pens", "books", "cups", "balls", "caps", "keys", "maps", "bells", "cards", "coins", "shells", "stamps"]
-FIRST, NEXT, LAST = ("First", "To begin", "Start with"), ("Then", "Next", "Now", "After that"), ("Finally", "So", "At last")
+FIRST, NEXT, LAST = (
+    ("First", "To begin", "Start with"),
+    ("Then", "Next", "Now", "After that"),
+    ("Finally", "So", "At last"),
+)
 TEST_SHARE = 20  # one (kind, operands) pair in 20 is held out
 
 

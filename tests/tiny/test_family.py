@@ -51,7 +51,10 @@ def test_tool_calls_parse_back(tokenizer):
     messages = tiny.load_dataset(config="tools")[0]["messages"]
     call = tokenizer.apply_chat_template(messages[:2], tokenize=False).rpartition("assistant\n")[2]
     parsed = tokenizer.parse_response(call, prefix="")
-    assert parsed["tool_calls"][0]["function"] == {"name": "search", "arguments": messages[1]["tool_calls"][0]["function"]["arguments"]}
+    assert parsed["tool_calls"][0]["function"] == {
+        "name": "search",
+        "arguments": messages[1]["tool_calls"][0]["function"]["arguments"],
+    }
 
 
 def test_assistant_mask_covers_the_reply_and_its_end(tokenizer):

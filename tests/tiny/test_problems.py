@@ -47,7 +47,10 @@ def test_same_seed_same_problems():
     assert list(generate("train", 50, seed=3)) == list(generate("train", 50, seed=3))
     assert list(generate("train", 50, seed=3)) != list(generate("train", 50, seed=4))
     # Pinned: a change here changes every published figure of the tiny family.
-    assert next(generate("test")).question == "Pia has 8 boxes with 19 coins each and 6 bags with 16 coins each. How many coins is that?"
+    assert (
+        next(generate("test")).question
+        == "Pia has 8 boxes with 19 coins each and 6 bags with 16 coins each. How many coins is that?"
+    )
 
 
 @pytest.mark.parametrize(

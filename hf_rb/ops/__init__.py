@@ -1,0 +1,1 @@
+"""Computation shared by the trainers. `lm_head` holds the only loop over tiles."""

@@ -1,0 +1,376 @@
+"""The one loop over tiles of (hidden states, LM head): losses on next-token distributions without the logits of all tokens.
+
+A language model's logits are hidden states times the LM head, `(N, H) @ (V, H).T`; for 4,096 tokens and a vocabulary of 152,000
+one such tensor takes 2.5 GB, and a divergence between two models keeps six or more. Here a tile of rows at a time is projected,
+handed to a *rule* that returns every token's loss with its derivative by the log-probabilities, and turned at once into the
+gradients of the hidden states and of the head. The gradients are therefore ready when the forward pass ends; the backward pass
+only scales them. Every product is made once, as in the dense computation, and what is kept has the size of the inputs.
+
+    z = h W.T + b          logits of a tile, in the buffer that then takes their gradient
+    c = ∂loss/∂(log q)     from the rule
+    ∂loss/∂z = c - q Σc
+
+Shapes: N tokens (only those with a label), V vocabulary, H hidden size; the teacher's hidden size may differ.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+__all__ = ["CachedTeacher", "Head", "Rule", "Scored", "Teacher", "Term", "lm_head_loss", "lm_head_log_probs"]
+
+# Bytes of one tile of logits. Larger tiles make fewer passes over the head's gradient, smaller ones need less memory.
+TILE_BYTES = {"cpu": 80 << 20, "cuda": 256 << 20}
+# The elementwise work on a tile goes through it in blocks that stay in a CPU's cache.
+BLOCK_BYTES = 4 << 20
+# A head in half precision is widened by slabs of this many rows where there is no matrix product with float32 results.
+SLAB_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Head:
+    """An LM head: logits = softcap(scale · (hidden @ weight.T + bias)).
+
+    Args:
+        weight (`torch.Tensor` of shape `(V, H)`):
+            Weight.
+        bias (`torch.Tensor` of shape `(V,)`, *optional*):
+            Bias.
+        scale (`float`, *optional*, defaults to `1.0`):
+            What the model multiplies its logits by (Cohere, Granite).
+        softcap (`float`, *optional*):
+            Bound of the logits, `softcap · tanh(logits / softcap)` (Gemma).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One model's part in the teacher's logits, which are the sum of `factor · logits` over all parts.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Last hidden states at the student's tokens; the hidden size is the teacher's own.
+        head ([`Head`]):
+            The teacher's LM head. Rows beyond the student's vocabulary are ignored.
+        factor (`float`, *optional*, defaults to `1.0`):
+            Weight of this model's logits in a mixture.
+    """
+
+    hidden: torch.Tensor
+    head: Head
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """A teacher known on m ids a token. The rest of the vocabulary is one event, with the mass that is left.
+
+    Args:
+        ids (`torch.Tensor` of shape `(N, m)`):
+            Distinct token ids.
+        log_probs (`torch.Tensor` of shape `(N, m)`):
+            Their log-probabilities.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+
+
+class Term(NamedTuple):
+    """What a rule returns for a block of n tokens over E events (the vocabulary, or a cached teacher's events).
+
+    Attributes:
+        loss (`torch.Tensor` of shape `(n,)`):
+            Loss of every token.
+        dense (`torch.Tensor` of shape `(n, E)`, *optional*):
+            Derivative of the loss by the log-probability of every event.
+        picks (`torch.Tensor` of shape `(n, k)`, *optional*):
+            Token ids with a derivative beside `dense`.
+        values (`torch.Tensor` of shape `(n, k)`, *optional*):
+            That derivative.
+        stats (`dict[str, torch.Tensor]`):
+            More values of shape `(n,)`, for metrics.
+    """
+
+    loss: torch.Tensor
+    dense: torch.Tensor | None
+    picks: torch.Tensor | None
+    values: torch.Tensor | None
+    stats: dict[str, torch.Tensor]
+
+
+class Rule(Protocol):
+    """A loss by token. `log_q` and `log_p` are `(n, E)`; `log_probs` are the student's over the whole vocabulary, `(n, V)`."""
+
+    def __call__(
+        self,
+        log_q: torch.Tensor,
+        log_p: torch.Tensor | None,
+        log_probs: torch.Tensor,
+        tokens: dict[str, torch.Tensor],
+    ) -> Term: ...
+
+
+class Scored(NamedTuple):
+    """Result of [`lm_head_loss`].
+
+    Attributes:
+        loss (`torch.Tensor`):
+            Scalar Σ weights · loss, differentiable.
+        stats (`dict[str, torch.Tensor]`):
+            `"loss"` and what the rule reports, each of shape `(N,)`, detached.
+    """
+
+    loss: torch.Tensor
+    stats: dict[str, torch.Tensor]
+
+
+def lm_head_loss(
+    hidden: torch.Tensor,
+    head: Head,
+    rule: Rule,
+    tokens: dict[str, torch.Tensor],
+    teacher: list[Teacher] | CachedTeacher | None = None,
+    weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    vocabulary: int | None = None,
+    tile_rows: int | None = None,
+) -> Scored:
+    """
+    Sum of a per-token loss on next-token distributions, without keeping anything of shape tokens times vocabulary.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            The student's last hidden states, one row a token that is trained on. N may be 0: the loss is 0.
+        head ([`Head`]):
+            The student's LM head. Its weight and bias get gradients if they require them.
+        rule ([`Rule`]):
+            The loss.
+        tokens (`dict[str, torch.Tensor]`):
+            What the rule needs about each token (labels, uniforms, scores), each with N rows.
+        teacher (`list[Teacher]` or `CachedTeacher`, *optional*):
+            Where `log_p` comes from. Never gets a gradient.
+        weights (`torch.Tensor` of shape `(N,)`, *optional*):
+            Factor of every token in the sum; 1 when not given.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divides all logits.
+        vocabulary (`int`, *optional*):
+            Number of leading ids that take part, when the models pad their vocabularies differently.
+        tile_rows (`int`, *optional*):
+            Rows of a tile; chosen by memory when not given. The result does not depend on it beyond rounding.
+
+    Returns:
+        [`Scored`]: The loss, and every token's statistics.
+    """
+    stats: dict[str, torch.Tensor] = {}
+    vocabulary = vocabulary or head.weight.shape[0]
+    weights = hidden.new_ones(len(hidden), dtype=torch.float32) if weights is None else weights.detach().float()
+
+    def run(hidden_grad, weight_grad, bias_grad):
+        wanted = hidden_grad is not None or weight_grad is not None
+        losses = _loop(
+            hidden.detach(), head, rule, tokens, teacher, weights, temperature, vocabulary, tile_rows, wanted,
+            hidden_grad, weight_grad, bias_grad, stats,
+        )  # fmt: skip
+        return losses
+
+    return Scored(_TiledLoss.apply(hidden, head.weight, head.bias, run), stats)
+
+
+class _TiledLoss(torch.autograd.Function):
+    """Runs the loop in the forward pass and keeps the gradients for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, run):
+        needs = ctx.needs_input_grad[:3]
+        ctx.kinds = [(tensor.dtype if tensor is not None else None) for tensor in (hidden, weight, bias)]
+        ctx.grads = [
+            torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) if need else None
+            for tensor, need in zip((hidden, weight, bias), needs, strict=True)
+        ]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return run(*ctx.grads)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if ctx.grads is None:
+            raise RuntimeError("This loss can be differentiated once; call it again for another backward pass.")
+        # Scaled in place: the buffers are ours, and the head's can be the largest tensor of the step.
+        grads = [
+            grad if grad is None else grad.mul_(grad_output).to(kind)
+            for grad, kind in zip(ctx.grads, ctx.kinds, strict=True)
+        ]
+        ctx.grads = None
+        return (*grads, None)
+
+
+def _loop(
+    hidden, head, rule, tokens, teacher, weights, temperature, vocabulary, tile_rows, wanted, hidden_grad, weight_grad,
+    bias_grad, stats,
+):  # fmt: skip
+    rows, block_rows = _sizes(hidden.device.type, vocabulary, tile_rows)
+    collected: dict[str, list[torch.Tensor]] = {"loss": []}
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for tile in _slices(len(hidden), rows):
+        logits = _project(hidden[tile], head, temperature, vocabulary)
+        teacher_logits = _teacher_logits(teacher, tile, temperature, vocabulary)
+        for block in _slices(len(logits), block_rows):
+            rows_of = slice(tile.start + block.start, tile.start + block.stop)
+            here = {name: tensor[rows_of] for name, tensor in tokens.items()}
+            log_probs = torch.log_softmax(logits[block], dim=-1)
+            events = _events(log_probs, teacher, teacher_logits, rows_of, block)
+            term = rule(events.log_q, events.log_p, log_probs, here)
+            total += (term.loss * weights[rows_of]).sum()
+            for name, value in {"loss": term.loss, **term.stats}.items():
+                collected.setdefault(name, []).append(value.float())
+            if wanted:
+                _write_gradient(logits[block], log_probs, events, term, weights[rows_of], head, temperature)
+        if hidden_grad is not None:
+            _add_hidden_gradient(hidden_grad[tile], logits, head, vocabulary)
+        if weight_grad is not None:
+            weight_grad[:vocabulary].addmm_(logits.T, hidden[tile].float())
+        if bias_grad is not None:
+            bias_grad[:vocabulary] += logits.sum(0)
+    stats.update({name: torch.cat(values) for name, values in collected.items() if values})
+    return total
+
+
+class _Events(NamedTuple):
+    log_q: torch.Tensor
+    log_p: torch.Tensor | None
+    ids: torch.Tensor | None = None
+
+
+def _events(log_probs, teacher, teacher_logits, rows_of, block) -> _Events:
+    """Puts student and teacher on the same events: the vocabulary, or a cached teacher's ids and the rest as one event."""
+    if teacher is None:
+        return _Events(log_probs, None)
+    if not isinstance(teacher, CachedTeacher):
+        return _Events(log_probs, torch.log_softmax(teacher_logits[block], dim=-1))
+    ids, log_p = teacher.ids[rows_of].long(), teacher.log_probs[rows_of].float()
+    # The rest is summed over the rest, not taken as 1 minus the known: that difference would lose all digits when it is small.
+    rest_q = log_probs.exp().scatter_(-1, ids, 0).sum(-1, keepdim=True).log()
+    rest_p = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1))
+    if ids.shape[-1] == log_probs.shape[-1]:  # nothing is left; what rounding leaves is not mass
+        rest_p.fill_(-torch.inf)
+    return _Events(torch.cat([log_probs.gather(-1, ids), rest_q], -1), torch.cat([log_p, rest_p], -1), ids)
+
+
+def _write_gradient(logits, log_probs, events: _Events, term: Term, weights, head: Head, temperature: float) -> None:
+    """Replaces a block of logits by ∂loss/∂(hidden @ weight.T + bias)."""
+    slope = None if head.softcap is None else 1 - (logits * (temperature / head.softcap)).square()
+    total = term.loss.new_zeros(len(logits), 1)
+    if term.dense is not None:
+        total = total + term.dense.sum(-1, keepdim=True)
+    if term.values is not None:
+        total = total + term.values.sum(-1, keepdim=True)
+    torch.exp(log_probs, out=logits)
+    if events.ids is None:
+        logits.mul_(-total)
+        if term.dense is not None:
+            logits.add_(term.dense)
+    else:
+        # The rest's derivative is shared out in proportion to q.
+        q_known, rest_q = logits.gather(-1, events.ids), events.log_q[:, -1:].exp()
+        shared = torch.where(rest_q > 0, term.dense[:, -1:] / rest_q, 0)
+        logits.mul_(shared - total).scatter_(-1, events.ids, term.dense[:, :-1] - q_known * total)
+    if term.picks is not None:
+        logits.scatter_add_(-1, term.picks, term.values)
+    logits.mul_(weights.unsqueeze(-1) * (head.scale / temperature))
+    if slope is not None:
+        logits.mul_(slope)
+
+
+def lm_head_log_probs(
+    hidden: torch.Tensor, head: Head, ids: torch.Tensor, temperature: float = 1.0, vocabulary: int | None = None
+) -> torch.Tensor:
+    """
+    Log-probabilities of given tokens, without gradient.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Last hidden states.
+        head ([`Head`]):
+            LM head.
+        ids (`torch.Tensor` of shape `(N,)`):
+            One token id a row.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits.
+        vocabulary (`int`, *optional*):
+            Number of leading ids that take part.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: Log-probabilities in float32.
+    """
+    vocabulary = vocabulary or head.weight.shape[0]
+    rows, block_rows = _sizes(hidden.device.type, vocabulary, None)
+    result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for tile in _slices(len(hidden), rows):
+            logits = _project(hidden[tile], head, temperature, vocabulary)
+            for block in _slices(len(logits), block_rows):
+                rows_of = slice(tile.start + block.start, tile.start + block.stop)
+                picked = logits[block].gather(-1, ids[rows_of].unsqueeze(-1)).squeeze(-1)
+                result[rows_of] = picked - logits[block].logsumexp(-1)
+    return result
+
+
+def _sizes(device: str, vocabulary: int, tile_rows: int | None) -> tuple[int, int]:
+    """Rows of a tile and of a block."""
+    rows = tile_rows or max(1, TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (4 * vocabulary))
+    return rows, max(1, BLOCK_BYTES // (4 * vocabulary)) if device == "cpu" else rows
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def _teacher_logits(teacher, tile: slice, temperature: float, vocabulary: int) -> torch.Tensor | None:
+    if teacher is None or isinstance(teacher, CachedTeacher):
+        return None
+    first, *others = teacher
+    logits = _project(first.hidden[tile], first.head, temperature / first.factor, vocabulary)
+    for part in others:
+        logits += _project(part.hidden[tile], part.head, temperature / part.factor, vocabulary)
+    return logits
+
+
+def _project(hidden: torch.Tensor, head: Head, temperature: float, vocabulary: int) -> torch.Tensor:
+    """Returns float32 logits `(rows, vocabulary)` divided by the temperature."""
+    weight = head.weight.detach()[:vocabulary]
+    if weight.dtype == torch.float32:
+        logits = hidden.float() @ weight.T
+    elif hidden.is_cuda:
+        logits = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
+    else:
+        wide = hidden.float()
+        logits = torch.empty(len(hidden), vocabulary, dtype=torch.float32, device=hidden.device)
+        for slab in _slices(vocabulary, SLAB_ROWS):
+            torch.mm(wide, weight[slab].float().T, out=logits[:, slab])
+    if head.bias is not None:
+        logits += head.bias.detach()[:vocabulary]
+    if head.scale != 1 and head.softcap is None:
+        temperature = temperature / head.scale
+    elif head.softcap is not None:
+        logits.mul_(head.scale / head.softcap).tanh_().mul_(head.softcap)
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _add_hidden_gradient(grad: torch.Tensor, logits: torch.Tensor, head: Head, vocabulary: int) -> None:
+    weight = head.weight.detach()[:vocabulary]
+    if weight.dtype == torch.float32:
+        grad.addmm_(logits, weight)
+    elif grad.is_cuda:
+        grad += torch.mm(logits.to(weight.dtype), weight, out_dtype=torch.float32)
+    else:
+        for slab in _slices(vocabulary, SLAB_ROWS):
+            grad.addmm_(logits[:, slab], weight[slab].float())

@@ -1,0 +1,156 @@
+"""The rules that the tile loop of `hf_rb.ops.lm_head` runs: every objective's loss by token, mixed and calibrated as configured."""
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_rb.objectives.akl import adaptive_kl_rule
+from hf_rb.objectives.divergences import forward_kl_rule, jsd_rule, reverse_kl_rule
+from hf_rb.objectives.gopd import gopd_advantage
+from hf_rb.objectives.hpd import hpd_rule, inverse_cdf_sample
+from hf_rb.objectives.loca import loca_scale
+from hf_rb.ops.lm_head import Term
+
+
+__all__ = ["DivergenceRule", "GopdRule", "HpdRule"]
+
+
+def _column(*values: torch.Tensor) -> torch.Tensor:
+    return torch.stack(values, dim=-1)
+
+
+def _log_prob(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _entropy(log_probs: torch.Tensor) -> torch.Tensor:
+    return torch.special.entr(log_probs.exp()).sum(-1)
+
+
+@dataclass(frozen=True)
+class DivergenceRule:
+    """A divergence from the teacher: `jsd`, `forward_kl`, `reverse_kl` or `akl`, with LoCa and cross-entropy mixed in.
+
+    Needs `tokens["labels"]` when `kd_alpha` is below 1 or `loca_alpha` is set.
+
+    Args:
+        objective (`str`):
+            Name of the divergence.
+        beta (`float`, *optional*, defaults to `0.5`):
+            Of `jsd`.
+        akl_mu, akl_head_rule:
+            Of `akl`, see [`~hf_rb.objectives.adaptive_kl`].
+        kd_alpha (`float`, *optional*, defaults to `1.0`):
+            The loss is `(1 - kd_alpha) · cross-entropy + kd_alpha · divergence`.
+        loca_alpha (`float`, *optional*):
+            Calibrates the teacher first, see [`~hf_rb.objectives.loca_calibrate`].
+        monitor (`bool`, *optional*, defaults to `True`):
+            Whether to report both divergences and the entropy, whatever the objective.
+    """
+
+    objective: str
+    beta: float = 0.5
+    akl_mu: float = 0.5
+    akl_head_rule: str = "paper"
+    kd_alpha: float = 1.0
+    loca_alpha: float | None = None
+    monitor: bool = True
+
+    def __call__(self, log_q, log_p, log_probs, tokens) -> Term:
+        labels, stats = tokens.get("labels"), {}
+        if self.monitor:
+            stats |= self._monitor(log_q, log_p, log_probs)
+        if self.loca_alpha is not None:
+            log_p, scale = _calibrate(log_p, labels, tokens.get("label_event", labels), self.loca_alpha)
+            stats["loca_scale"] = scale
+        loss, dense = self._divergence(log_q, log_p, stats)
+        if labels is None:
+            return Term(loss, dense, None, None, stats)
+        nll = -_log_prob(log_probs, labels)
+        stats |= {"kd": loss, "nll": nll}
+        if self.kd_alpha == 1:
+            return Term(loss, dense, None, None, stats)
+        share = torch.full_like(nll, self.kd_alpha - 1)
+        loss = self.kd_alpha * loss + (1 - self.kd_alpha) * nll
+        return Term(loss, dense.mul_(self.kd_alpha), labels.unsqueeze(-1), share.unsqueeze(-1), stats)
+
+    def _divergence(self, log_q, log_p, stats) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.objective == "akl":
+            loss, dense, more = adaptive_kl_rule(log_q, log_p, self.akl_mu, self.akl_head_rule)
+            stats |= more
+            return loss, dense
+        if self.objective == "jsd":
+            return jsd_rule(log_q, log_p, self.beta)
+        return {"forward_kl": forward_kl_rule, "reverse_kl": reverse_kl_rule}[self.objective](log_q, log_p)
+
+    @staticmethod
+    def _monitor(log_q, log_p, log_probs) -> dict[str, torch.Tensor]:
+        return {
+            "forward_kl": forward_kl_rule(log_q, log_p)[0],
+            "reverse_kl": reverse_kl_rule(log_q, log_p)[0],
+            "entropy": _entropy(log_probs),
+        }
+
+
+def _calibrate(log_p, labels, label_event, alpha) -> tuple[torch.Tensor, torch.Tensor]:
+    """LoCa on log-probabilities; `label_event` is the label's place among the events. Returns (log p', s)."""
+    index = label_event.unsqueeze(-1)
+    label = log_p.gather(-1, index).exp()
+    scale = loca_scale(log_p.amax(-1, keepdim=True).exp(), label, alpha)
+    calibrated = (log_p + scale.log()).scatter(-1, index, torch.log1p(-scale * (1 - label)))
+    return torch.where(scale == 1, log_p, calibrated), scale.squeeze(-1)
+
+
+@dataclass(frozen=True)
+class HpdRule:
+    """HPD. Needs `tokens["labels"]` and `tokens["uniforms"]`, one draw from [0, 1) a token."""
+
+    sample: bool = True
+    reinforce: bool = True
+
+    def __call__(self, log_q, log_p, log_probs, tokens) -> Term:
+        labels = tokens["labels"]
+        samples = inverse_cdf_sample(log_q.exp(), tokens["uniforms"])
+        loss, values, stats = hpd_rule(log_q, log_p, labels, samples, self.sample, self.reinforce)
+        stats["nll"] = -_log_prob(log_probs, labels)
+        return Term(loss, None, _column(labels, samples), values.T, stats)
+
+
+@dataclass(frozen=True)
+class GopdRule:
+    """G-OPD on sampled tokens.
+
+    Needs `tokens["labels"]` (the sampled ids) and `tokens["teacher_logp"]`; `tokens["reference_logp"]` unless the scale is 1;
+    `tokens["sampler_logp"]` for truncated importance weights.
+
+    Args:
+        reward_scale (`float`, *optional*, defaults to `1.0`):
+            λ of [`~hf_rb.objectives.gopd_advantage`].
+        tis_cap (`float`, *optional*):
+            Upper bound of the importance weight q / sampler.
+        logratio_clamp (`float`, *optional*):
+            Bound of the absolute value of every log-ratio. Not in the paper.
+    """
+
+    reward_scale: float = 1.0
+    tis_cap: float | None = None
+    logratio_clamp: float | None = None
+
+    def __call__(self, log_q, log_p, log_probs, tokens) -> Term:
+        labels, teacher, reference = tokens["labels"], tokens["teacher_logp"], tokens.get("reference_logp")
+        student = _log_prob(log_probs, labels)
+        if self.logratio_clamp is not None:
+            bound = self.logratio_clamp
+            teacher = student + (teacher - student).clamp(-bound, bound)
+            if reference is not None:
+                reference = teacher - (teacher - reference).clamp(-bound, bound)
+        advantage = gopd_advantage(student, teacher, reference, self.reward_scale)
+        stats = {"advantage": advantage, "reverse_kl_sampled": student - teacher, "entropy": _entropy(log_probs)}
+        if reference is not None:
+            stats |= {"reward": teacher - reference, "reference_kl_sampled": student - reference}
+        if self.tis_cap is not None:
+            weight = (student - tokens["sampler_logp"]).clamp(-20, 20).exp().clamp(max=self.tis_cap)
+            stats["tis_weight"] = weight
+            advantage = weight * advantage
+        # The ratio q / sg[q] is 1 in value; the derivative of -A q / sg[q] by log q is -A.
+        return Term(-advantage, None, labels.unsqueeze(-1), -advantage.unsqueeze(-1), stats)
