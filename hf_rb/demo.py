@@ -267,7 +267,7 @@ exact match   greedy answers to {problems} held-out word problems; one standard 
 perplexity    of the worked solutions, given the problems; ProFit leaves improbable tokens alone, so it need not fall
 bits/weight   8 x bytes of the weight files / weights; {student.size.quantized_bits_per_weight:.2f} in the quantized layers of the student: 16-bit embeddings
               weigh more in a model of {student.size.weights / 1e6:.1f} million weights than in a large one; the trainer saves float32
-tokens/s      one sequence, with a cache; PTQTP's kernels are not part of this version, so it gains bytes, not time
+tokens/s      one sequence, with a cache; without kernels, PTQTP unpacks a layer once and multiplies as before: it gains bytes, not time
 A model this small shows that everything works, not how much the methods gain: see model_cards/ for that."""
     )
     print(
