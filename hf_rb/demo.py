@@ -4,6 +4,7 @@ which has learnt its task, is quantized beside it."""
 import ast
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -107,7 +108,7 @@ def demo(
             student = tiny.path("student")
             table = [_measure("tiny student", *evaluation.load_model(student), student, rows)]
 
-        with clock.stage(f"Fine-tune it with ProFit: accelerate launch, recipe {RECIPE}"):
+        with clock.stage(f"Fine-tune it with ProFit, recipe {RECIPE}"):
             _train(tuned, train_arguments, log=folder / "train.log")
 
         with clock.stage("Evaluate the fine-tuned student"):
@@ -158,38 +159,13 @@ def _measure(
 
 def _train(folder: Path, arguments: Sequence[str], log: Path) -> None:
     """Trains in a process of its own, as a user would; all of its output goes to `log`, its losses to the screen."""
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += [
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    command = [
-        "-m",
-        "hf_rb.scripts.sft",
-        "--config",
-        str(find_recipe(RECIPE)),
-        "--output_dir",
-        str(folder),
-        *arguments,
-    ]
+    launch = "launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    script = ["-m", "hf_rb.scripts.sft", "--config", str(find_recipe(RECIPE)), "--output_dir", str(folder), *arguments]
+    print(f"      accelerate launch {shlex.join(script)}", flush=True)
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, *script, "--disable_tqdm", "true"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with (
-        log.open("w", encoding="utf-8") as file,
-        subprocess.Popen(
-            [*launch, *command, "--disable_tqdm", "true"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process,
-    ):
+    with log.open("w", encoding="utf-8") as file, subprocess.Popen(command, env=environment, **pipes) as process:
         for line in process.stdout:
             file.write(line)
             if summary := _summarize(line):
@@ -271,7 +247,7 @@ tokens/s      one sequence, with a cache; without kernels, PTQTP unpacks a layer
 A model this small shows that everything works, not how much the methods gain: see model_cards/ for that."""
     )
     print(
-        f"\nIn {output}: the models student-profit, student-profit-ptqtp and teacher-ptqtp with their cards, demo.json, train.log"
+        f"\nIn {output}: student-profit, student-profit-ptqtp and teacher-ptqtp with their cards; demo.json; train.log"
     )
     print("\nSeconds by stage")
     for index, (title, value) in enumerate(seconds.items(), start=1):
