@@ -133,6 +133,25 @@ def test_casting_the_model_keeps_the_scales(make_model):
     assert logits(model).dtype == torch.bfloat16
 
 
+def test_fused_experts_are_mentioned(tmp_path, caplog):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.utils import logging
+
+    sizes = dict(hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1, vocab_size=64)
+    sizes |= dict(num_attention_heads=2, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(tmp_path / "moe")
+    logging.enable_propagation()
+    model = load(tmp_path / "moe", PTQTPConfig())
+    logging.disable_propagation()
+    assert "leaves the 0.0M weights of the fused experts" in caplog.text
+    assert {"lm_head", "model.layers.0.mlp.experts.down_proj"} <= set(model.hf_quantizer.report.skipped)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+    plain = load(tmp_path / "saved", PTQTPConfig(dequantize=True), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(plain), logits(load(tmp_path / "saved", dtype=torch.bfloat16)))
+
+
 def test_skipped_modules(make_model, tmp_path):
     options = dict(modules_to_not_convert=["down_proj", "model.layers.1.self_attn"], quantize_qk=False)
     model = load(make_model(tied=False), PTQTPConfig(**options))
@@ -148,6 +167,10 @@ def test_skipped_modules(make_model, tmp_path):
 
 def test_device_map(make_model, tmp_path):
     model = load(make_model(), PTQTPConfig(), device_map="auto")
+    # What `device_map` plans with: the parameters have their packed shapes before anything is loaded.
+    weight = model.model.layers[0].mlp.up_proj.weight
+    size = model.hf_quantizer.param_element_size(model, "model.layers.0.mlp.up_proj.weight", weight)
+    assert size * weight.numel() == 160 * (52 + 26)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved", device_map={"": "cpu"})), logits(model))
 

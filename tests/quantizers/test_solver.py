@@ -171,14 +171,16 @@ def test_first_scales_and_condition_number():
     assert kappa == pytest.approx(256 / 1e-8, rel=1e-6)
 
 
-def test_ridge_grows_when_ill_conditioned():
+def test_ridge_grows_when_ill_conditioned(monkeypatch):
     weight = gaussian(20, 128)
-    planes = exact(weight, kappa_threshold=1e6)
+    expected = exact(weight)
+    monkeypatch.setattr("hf_rb.quantizers.ptqtp.solver.KAPPA_THRESHOLD", 1e6)
+    planes = exact(weight)
     for row in range(20):
         scales, _, history = ptqtp(weight[row], kappa_threshold=1e6)
         assert history[0][3] > 1e-8
         torch.testing.assert_close(planes.scales[row, 0], scales.abs().sort(descending=True).values, rtol=1e-9, atol=0)
-    torch.testing.assert_close(planes.scales, exact(weight).scales, rtol=1e-4, atol=0)
+    torch.testing.assert_close(planes.scales, expected.scales, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("group_size", "low", "high"), [(64, 0.160, 0.165), (128, 0.160, 0.170), (256, 0.164, 0.170)])
@@ -253,6 +255,14 @@ def test_solver_leaves_the_number_of_threads():
     before = torch.get_num_threads()
     solve(gaussian(4, 128))
     assert torch.get_num_threads() == before
+
+
+def test_parameters_and_inference_tensors_are_solved():
+    weight = gaussian(4, 128)
+    expected = solve(weight)
+    assert torch.equal(solve(torch.nn.Parameter(weight)).trits, expected.trits)
+    with torch.inference_mode():
+        assert torch.equal(solve(weight.clone()).trits, expected.trits)
 
 
 def test_small_weights_are_solved_again_with_the_relative_rule():

@@ -59,6 +59,7 @@ class PTQTPQuantizer(HfQuantizer):
         if not self.pre_quantized:
             _check_patterns(config, patterns, names, type(model).__name__)
         skip = self.get_modules_to_not_convert(model, patterns, model._keep_in_fp32_modules, add_default_skips=True)
+        self._mention_experts(model)
         found = False
         for name, module in list(model.named_modules()):
             # Subclasses compute something else.
@@ -73,7 +74,6 @@ class PTQTPQuantizer(HfQuantizer):
             raise ValueError(
                 f"There is no `nn.Linear` to quantize in {type(model).__name__}: {len(names)} modules seen."
             )
-        self._mention_experts(model)
         return model
 
     def _empty_layer(self, name: str, linear: nn.Linear) -> PTQTPLinear:
@@ -98,20 +98,13 @@ class PTQTPQuantizer(HfQuantizer):
         return _Quantize(self)
 
     def get_load_operations(self) -> dict:
-        return {"dequantize": _Dequantize}
+        return {"dequantize": _Dequantize} if self.quantization_config.dequantize else {}
 
     def quantize_weight(self, name: str, layer: PTQTPLinear, weight: Tensor) -> dict[str, Tensor]:
         """Returns the packed tensors of a weight `(out_features, in_features)`, and adds its layer to the report."""
         config, start = self.quantization_config, time.perf_counter()
-        scales, resolved = fit_scales(
-            weight,
-            config.group_size,
-            layer.planes,
-            max_iter=config.max_iter,
-            tol=config.tol,
-            tol_mode=config.tol_mode,
-            scale_mode=config.scale_mode,
-        )
+        options = config.max_iter, config.tol, config.tol_mode, config.scale_mode
+        scales, resolved = fit_scales(weight, config.group_size, layer.planes, *options)
         packed, change, norm = [], 0.0, 0.0
         for rows in row_blocks(*weight.shape):
             trits = search_trits(weight[rows], scales[rows], config.group_size)
@@ -180,13 +173,15 @@ class _Dequantize(_compat.ConversionOps):
         self.hf_quantizer = hf_quantizer  # the name by which the loader knows not to cast what comes in
 
     def convert(self, input_dict: dict, *, full_layer_name: str, model: nn.Module, **kwargs) -> dict[str, Tensor]:
-        weight = input_dict["weight"][0]
         target = model.get_parameter_or_buffer(full_layer_name)
         if "weight_scale" in input_dict:
-            tensors = {"weight": weight, "weight_scale": input_dict["weight_scale"][0]}
+            tensors = {name: tensor for name, (tensor,) in input_dict.items()}
             config = self.hf_quantizer.quantization_config
             return {full_layer_name: dequantize(tensors, config, target.shape[1], target.dtype)}
-        return {full_layer_name: weight.to(target.dtype)}
+        if "weight" in input_dict:
+            return {full_layer_name: input_dict["weight"][0].to(target.dtype)}
+        # A conversion of the model's own goes on from here, such as the merge of experts.
+        return {key: [tensor.to(target.dtype) for tensor in tensors] for key, tensors in input_dict.items()}
 
     @property
     def reverse_op(self):

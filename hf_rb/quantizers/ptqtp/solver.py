@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,16 @@ MAX_THREADS = 8
 # A layer with a smaller median scale, in units of the tolerance, is solved again with the relative stopping rule.
 MIN_SCALE = 30
 
+# The ridge is a numerical guard. Nothing in the result depends on it, so it is not an option; the third version of the paper
+# has 1e6 for the threshold.
+LAMBDA_INIT, LAMBDA_MAX, KAPPA_THRESHOLD = 1e-8, 1.0, 1e12
+
 TIED = (3.0, 1.0)
+
+
+def _without_autograd(function: Callable) -> Callable:
+    # The threads that fill what the caller's thread has allocated are in no inference mode.
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 def solve(
@@ -52,9 +62,6 @@ def solve(
     tol_mode: str = "absolute",
     scale_mode: str = "free",
     scale_dtype: torch.dtype = torch.float16,
-    kappa_threshold: float = 1e12,
-    lambda_init: float = 1e-8,
-    lambda_max: float = 1.0,
 ) -> TritPlanes:
     """
     Decomposes a matrix into scaled ternary planes (PTQTP, https://huggingface.co/papers/2509.16989, Algorithm 1).
@@ -83,12 +90,6 @@ def solve(
             from -4 to 4 (not part of the paper).
         scale_dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Type of the returned scales; `torch.float64` leaves them as they are.
-        kappa_threshold (`float`, *optional*, defaults to `1e12`):
-            Condition number from which the ridge grows (`1e6` in the third version of the paper).
-        lambda_init (`float`, *optional*, defaults to `1e-8`):
-            Ridge at the start.
-        lambda_max (`float`, *optional*, defaults to `1.0`):
-            Largest ridge.
 
     Returns:
         [`TritPlanes`]
@@ -97,40 +98,25 @@ def solve(
         ValueError: The weight is not a floating matrix, has a NaN or an infinite value, or needs scales that `scale_dtype`
             cannot hold; or an option has a value that does not exist.
     """
-    scales, resolved = fit_scales(
-        weight,
-        group_size,
-        planes,
-        max_iter=max_iter,
-        tol=tol,
-        tol_mode=tol_mode,
-        scale_mode=scale_mode,
-        scale_dtype=scale_dtype,
-        kappa_threshold=kappa_threshold,
-        lambda_init=lambda_init,
-        lambda_max=lambda_max,
-    )
+    scales, resolved = fit_scales(weight, group_size, planes, max_iter, tol, tol_mode, scale_mode, scale_dtype)
     return TritPlanes(search_trits(weight, scales, group_size), scales, group_size, resolved)
 
 
+@_without_autograd
 def fit_scales(
     weight: Tensor,
     group_size: int,
     planes: int,
-    *,
-    max_iter: int = 50,
-    tol: float = 1e-4,
-    tol_mode: str = "absolute",
-    scale_mode: str = "free",
+    max_iter: int,
+    tol: float,
+    tol_mode: str,
+    scale_mode: str,
     scale_dtype: torch.dtype = torch.float16,
-    kappa_threshold: float = 1e12,
-    lambda_init: float = 1e-8,
-    lambda_max: float = 1.0,
 ) -> tuple[Tensor, bool]:
     """Returns the scales of [`solve`] `(out_features, groups, planes)`, and whether it took a second attempt to find them."""
     _check(weight, planes, tol_mode, scale_mode)
     direction = torch.tensor(TIED, dtype=torch.float64, device=weight.device) if scale_mode == "tied" else None
-    rule = _Rule(planes, direction, max_iter, tol, tol_mode == "relative", kappa_threshold, lambda_init, lambda_max)
+    rule = _Rule(planes, direction, max_iter, tol, relative=tol_mode == "relative")
     scales = _fit_matrix(weight, group_size, rule)
     resolved = tol_mode == "absolute" and _is_small(scales, MIN_SCALE * tol)
     if resolved:
@@ -138,6 +124,7 @@ def fit_scales(
     return _round(scales, scale_dtype, tied=scale_mode == "tied"), resolved
 
 
+@_without_autograd
 def search_trits(weight: Tensor, scales: Tensor, group_size: int) -> Tensor:
     """Returns the best trits `(planes, out_features, in_features)`, int8, for given scales."""
     trits = torch.empty(scales.shape[-1], *weight.shape, dtype=torch.int8, device=weight.device)
@@ -156,9 +143,6 @@ class _Rule(NamedTuple):
     max_iter: int
     tol: float
     relative: bool
-    kappa_threshold: float
-    lambda_init: float
-    lambda_max: float
 
 
 def _check(weight: Tensor, planes: int, tol_mode: str, scale_mode: str) -> None:
@@ -180,7 +164,7 @@ def _for_blocks(weight: Tensor, group_size: int, work: Callable[[slice, slice, s
     def run(place: tuple[slice, slice, slice, int]) -> None:
         *slices, length = place
         rows, _, columns = slices
-        block = weight[rows, columns].to(torch.promote_types(weight.dtype, torch.float32))
+        block = weight.detach()[rows, columns].to(torch.promote_types(weight.dtype, torch.float32))
         work(*slices, block.reshape(-1, length))
 
     step, places = max(1, CHUNK // weight.shape[1]), []
@@ -225,7 +209,7 @@ def _fit(block_RG: Tensor, rule: _Rule) -> Tensor:
     torch.cumsum(sorted_RG, dim=-1, dtype=torch.float64, out=prefix_RP[:, 1:])
 
     fitted = prefix_RP.new_ones(len(block_RG), rule.planes)
-    ridge = prefix_RP.new_full((len(block_RG),), rule.lambda_init)
+    ridge = prefix_RP.new_full((len(block_RG),), LAMBDA_INIT)
     # t_1 = ... = t_K = sign(w), where the sign of zero is +1
     gram = prefix_RP.new_full((len(block_RG), rule.planes, rule.planes), block_RG.shape[1])
     total = torch.linalg.vector_norm(block_RG, ord=1, dim=-1, dtype=torch.float64)
@@ -249,8 +233,6 @@ def _fit(block_RG: Tensor, rule: _Rule) -> Tensor:
 def _sort_rows(block: Tensor) -> Tensor:
     if block.device.type == "cpu":
         # numpy's vectorised sort takes a thirtieth of the time of torch's on rows of this length.
-        import numpy as np
-
         return torch.from_numpy(np.sort(block.numpy(), axis=-1))
     return block.sort(-1).values
 
@@ -261,9 +243,9 @@ def _ridge_step(gram: Tensor, target: Tensor, ridge: Tensor, rule: _Rule) -> tup
         gram = (gram @ rule.direction @ rule.direction)[:, None, None]
         target = (target @ rule.direction)[:, None]
     scales, kappa = _solve_small(gram, target, ridge)
-    ill = kappa >= rule.kappa_threshold
+    ill = kappa >= KAPPA_THRESHOLD
     if ill.any():
-        grown = (ridge * (kappa / rule.kappa_threshold).sqrt()).clamp(max=rule.lambda_max)
+        grown = (ridge * (kappa / KAPPA_THRESHOLD).sqrt()).clamp(max=LAMBDA_MAX)
         ridge = torch.where(ill, grown, ridge)
         scales, _ = _solve_small(gram, target, ridge)
     return (scales if rule.direction is None else scales * rule.direction), ridge
@@ -363,7 +345,7 @@ def _round(scales: Tensor, dtype: torch.dtype, tied: bool) -> Tensor:
     if tied:
         # Nine bits of mantissa, so that three times the scale is exact in float16 as well.
         mantissa, exponent = torch.frexp(scales[..., 1:])
-        scales = torch.ldexp((mantissa * 2**9).round() / 2**9, exponent) * torch.tensor(TIED).to(scales)
+        scales = torch.ldexp((mantissa * 2**9).round() / 2**9, exponent) * scales.new_tensor(TIED)
     rounded = scales.to(dtype)
     if not rounded.isfinite().all():
         raise ValueError(f"A scale of {scales.max():.4g} does not fit {dtype}: rescale the weight.")
