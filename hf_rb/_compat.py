@@ -36,6 +36,30 @@ TABLE: dict[str, Entry] = {
     "LOADING_ATTRIBUTES_CONFIG_TYPES": Entry("transformers.quantizers.auto", "LOADING_ATTRIBUTES_CONFIG_TYPES"),
     # What the trainers override or call (hf_rb/trainers).
     "FusedCausalLMOutput": Entry("trl.trainer.utils", "FusedCausalLMOutput", ("log_probs", "label_mask")),
+    "ForwardRedirection": Entry("trl.models.utils", "_ForwardRedirection"),
+    "GKDConfig": Entry("trl.experimental.gkd", "GKDConfig"),
+    "GKDTrainer": Entry("trl.experimental.gkd", "GKDTrainer"),
+    "GKDTrainer.generalized_jsd_loss": Entry(
+        "trl.experimental.gkd",
+        "GKDTrainer.generalized_jsd_loss",
+        ("student_logits", "teacher_logits", "labels", "beta", "num_items_in_batch"),
+    ),
+    "GKDTrainer.generate_on_policy_outputs": Entry(
+        "trl.experimental.gkd",
+        "GKDTrainer.generate_on_policy_outputs",
+        ("model", "inputs", "generation_config"),
+    ),
+    "SFTTrainer._prepare_dataset": Entry(
+        "trl",
+        "SFTTrainer._prepare_dataset",
+        ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
+    ),
+    "maybe_gather_lm_head_ctx": Entry("trl.trainer.utils", "maybe_gather_lm_head_ctx", ("params",)),
+    "unwrap_model_for_generation": Entry(
+        "trl.models.utils",
+        "unwrap_model_for_generation",
+        ("model", "accelerator", "generation_kwargs", "gradient_checkpointing_kwargs"),
+    ),
     "Trainer._get_num_items_in_batch": Entry(
         "transformers.trainer", "Trainer._get_num_items_in_batch", ("batch_samples", "device")
     ),

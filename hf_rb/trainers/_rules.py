@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-__all__ = ["profit_rules"]
+__all__ = ["distillation_rules", "gkd_rules", "profit_rules"]
 
 
 def profit_rules(config: Any) -> Iterator[str]:
@@ -51,4 +51,167 @@ def profit_rules(config: Any) -> Iterator[str]:
         yield (
             f"`label_smoothing_factor: {config.label_smoothing_factor}` trains on every label of the vocabulary, and "
             "`profit_threshold` gates the one label of the data. Set `label_smoothing_factor: 0`, or remove `profit_threshold`."
+        )
+
+
+# Fields that one objective reads, with the defaults that are silent under the others.
+_FIELDS_OF = {
+    "akl": {"akl_mu": 0.5, "akl_head_rule": "paper"},
+    "hpd": {"hpd_sample": True, "hpd_reinforce": True},
+    "gopd": {
+        "reward_scale": 1.0,
+        "reference_model_name_or_path": None,
+        "gopd_aggregation": "seq-mean-token-mean",
+        "gopd_tis_cap": None,
+        "gopd_logratio_clamp": None,
+        "gopd_full_vocab": False,
+        "gopd_teacher_column": None,
+    },
+}
+_DIVERGENCES = ("jsd", "forward_kl", "reverse_kl", "akl")
+
+
+def _objective_rules(config: Any, beta: float) -> Iterator[str]:
+    """Yields what is wrong with the fields that the distillation configs share; `beta` is the config's default."""
+    if config.objective != "jsd" and config.beta != beta:
+        yield (
+            f"`beta: {config.beta}` acts on `objective: jsd` only, and the objective is {config.objective!r}. Remove `beta`, or "
+            "set `objective: jsd`."
+        )
+    for objective, defaults in _FIELDS_OF.items():
+        for name, default in defaults.items():
+            value = getattr(config, name, default)
+            if objective != config.objective and value != default:
+                yield (
+                    f"`{name}: {value}` acts on `objective: {objective}` only, and the objective is {config.objective!r}. "
+                    f"Remove `{name}`, or set `objective: {objective}`."
+                )
+    if config.objective == "gopd":
+        yield from _gopd_rules(config)
+
+
+def _gopd_rules(config: Any) -> Iterator[str]:
+    # Anything that makes the completions other than draws from the distribution that the loss is about.
+    neutral = {
+        "temperature": (1.0,),
+        "top_p": (1.0,),
+        "top_k": (0,),
+        "min_p": (None, 0.0),
+        "repetition_penalty": (1.0,),
+    }
+    for name, values in neutral.items():
+        value = getattr(config, name, values[0])
+        if value not in values:
+            yield (
+                f"`objective: gopd` needs `{name}: {values[0]}`: its loss is about the distribution that completions are drawn "
+                f"from; got `{name}: {value}`."
+            )
+    if config.reward_scale == 1 and config.reference_model_name_or_path is not None:
+        yield (
+            "`reference_model_name_or_path` has no effect with `reward_scale: 1.0`, where the reference cancels. Set "
+            "`reward_scale: 1.25` (the paper's value), or remove the reference."
+        )
+    for name in ("gopd_tis_cap", "gopd_logratio_clamp"):
+        if config.gopd_full_vocab and getattr(config, name) is not None:
+            yield (
+                f"`{name}: {getattr(config, name)}` acts on sampled tokens, and `gopd_full_vocab: true` is about all of them. "
+                "Remove one of the two."
+            )
+
+
+def gkd_rules(config: Any) -> Iterator[str]:
+    """Yields what is wrong with the fields of a [`GKDConfig`]."""
+    yield from _objective_rules(config, beta=0.5)
+    objective, lmbda = config.objective, config.lmbda
+    if objective == "hpd" and lmbda > 0:
+        yield (
+            f"`objective: hpd` needs `lmbda: 0.0`: it trains on the completions of the dataset; got `lmbda: {lmbda}`."
+        )
+    if objective == "gopd" and lmbda < 1:
+        yield (
+            "`objective: gopd` needs `lmbda: 1.0`: its advantage is defined on tokens that the student has drawn; got "
+            f"`lmbda: {lmbda}`."
+        )
+    if objective == "gopd" and config.gopd_tis_cap is not None:
+        yield (
+            f"`gopd_tis_cap: {config.gopd_tis_cap}` needs the sampler's log-probabilities, and the sampler of GKD is the model "
+            "in training itself. Remove it, or use `DistillationTrainer` with `use_vllm: true`."
+        )
+    if objective == "gopd" and config.gopd_teacher_column is not None:
+        yield (
+            "`gopd_teacher_column` needs the columns of the dataset, which GKD has turned into tokens. Use "
+            "`DistillationTrainer` (`hf-rb distillation`)."
+        )
+    mixed = {"kd_alpha": config.kd_alpha != 1, "loca_alpha": config.loca_alpha is not None}
+    for name in (name for name, is_set in mixed.items() if is_set):
+        value = getattr(config, name)
+        if lmbda > 0:
+            yield (
+                f"`{name}: {value}` needs `lmbda: 0.0`: it reads the labels of the dataset, which sampled completions do not "
+                f"have; got `lmbda: {lmbda}`."
+            )
+        if objective not in _DIVERGENCES:
+            yield (
+                f"`{name}: {value}` acts on a divergence from the teacher, and `objective: {objective}` is none. Choose one of "
+                f"{', '.join(_DIVERGENCES)}, or remove `{name}`."
+            )
+    if config.seq_kd and lmbda == 1:
+        yield (
+            "`seq_kd: true` has no effect with `lmbda: 1.0`, where every completion is the student's. Set `lmbda` below 1, or "
+            "remove `seq_kd`."
+        )
+    if config.seq_kd and config.loca_alpha is not None:
+        yield (
+            f"`loca_alpha: {config.loca_alpha}` corrects the teacher by the labels of the dataset, and with `seq_kd: true` the "
+            "labels are the teacher's own. Remove one of the two."
+        )
+    if config.teacher_cache is not None:
+        yield from _cache_rules(config)
+    if (lmbda > 0 or config.seq_kd) and (config.packing or config.padding_free):
+        name = "packing" if config.packing else "padding_free"
+        reason = "seq_kd: true" if lmbda == 0 else f"lmbda: {lmbda}"
+        yield (
+            f"`{name}: true` needs completions from the dataset, and `{reason}` generates them from one prompt a row. Set "
+            f"`{name}: false`, or `lmbda: 0.0` without `seq_kd`."
+        )
+    if config.loss_type != "nll":
+        yield f"`loss_type: {config.loss_type}` is a loss of SFT, and `objective: {objective}` replaces it. Remove `loss_type`."
+    if config.label_smoothing_factor > 0:
+        yield (
+            f"`label_smoothing_factor: {config.label_smoothing_factor}` acts on SFT's loss, which `objective: {objective}` "
+            "replaces. Remove it."
+        )
+
+
+def _cache_rules(config: Any) -> Iterator[str]:
+    if config.objective not in ("forward_kl", "akl"):
+        yield (
+            f"`teacher_cache` holds the teacher's most probable tokens, and `objective: {config.objective}` needs all of them. "
+            "Set `objective: forward_kl` or `objective: akl`, or give `teacher_model_name_or_path` instead of the cache."
+        )
+    if config.lmbda > 0:
+        yield (
+            "`teacher_cache` needs `lmbda: 0.0`: it holds the completions of the dataset, not those that the student will "
+            f"sample; got `lmbda: {config.lmbda}`."
+        )
+    for name, wrong, remedy in (
+        ("seq_kd", True, "seq_kd: false"),
+        ("loss_impl", "dense", "loss_impl: chunked"),
+    ):
+        if getattr(config, name) == wrong:
+            yield (
+                f"`{name}: {str(wrong).lower()}` needs the teacher itself, and `teacher_cache` is there to leave it out. Set "
+                f"`{remedy}`, or give `teacher_model_name_or_path` instead of the cache."
+            )
+    if config.teacher_model_name_or_path is not None:
+        yield "`teacher_cache` and `teacher_model_name_or_path` are two teachers. Remove one."
+
+
+def distillation_rules(config: Any) -> Iterator[str]:
+    """Yields what is wrong with our fields of a [`DistillationConfig`]."""
+    yield from _objective_rules(config, beta=1.0)
+    if config.objective == "hpd":
+        yield (
+            "`objective: hpd` trains on the completions of the dataset, and `DistillationTrainer` on the student's own. Use "
+            "`GKDTrainer` (`hf-rb gkd`) with `lmbda: 0.0`."
         )
