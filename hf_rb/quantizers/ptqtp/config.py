@@ -21,8 +21,11 @@ class PTQTPConfig(QuantizationConfigMixin):
     Configuration of PTQTP, post-training quantization to trit-planes (https://huggingface.co/papers/2509.16989).
 
     Every `nn.Linear` outside the skipped ones becomes a sum of two ternary matrices with a pair of float16 scales for 128
-    weights. No calibration data is needed. These are nine levels: 3.5 bits a weight in the dense packing with its scales
-    and 4.25 in the nibble packing, not the 1.58 bits of one plane.
+    weights. No calibration data is needed. These are nine levels: 3.5 bits a weight with its scales in the dense packing,
+    4.25 in the nibble packing, not the 1.58 bits of one plane. At 4.25 bits round-to-nearest on a 4-bit grid is the more
+    accurate choice.
+
+    The file is what becomes smaller. To run, a layer keeps a dequantized copy of its weight beside the packed one.
 
     Args:
         group_size (`int`, *optional*, defaults to `128`):

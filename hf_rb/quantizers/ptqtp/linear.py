@@ -18,7 +18,9 @@ class PTQTPLinear(nn.Linear):
 
     It is an `nn.Linear` for everything that looks for one (LoRA's `all-linear`, device maps). `weight` is a frozen uint8
     parameter `(out_features, bytes of a row)`, `weight_scale` a frozen float16 parameter
-    `(out_features, ceil(in_features / group_size), planes)`; gradients flow to the input and the bias.
+    `(out_features, ceil(in_features / group_size), planes)`; gradients flow to the input and the bias. A forward pass
+    multiplies by a dequantized copy, which is kept until the layer changes or moves
+    (`hf_rb/quantizers/kernels/reference.py`).
 
     Args:
         in_features (`int`):

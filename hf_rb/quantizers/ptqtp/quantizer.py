@@ -62,10 +62,10 @@ class PTQTPQuantizer(HfQuantizer):
         self._mention_experts(model)
         found = False
         for name, module in list(model.named_modules()):
-            # Subclasses compute something else.
-            if type(module) is not nn.Linear:
+            if not isinstance(module, nn.Linear):
                 continue
-            if not _compat.should_convert_module(name, skip):
+            # A subclass computes something else.
+            if type(module) is not nn.Linear or not _compat.should_convert_module(name, skip):
                 self.report.skipped.append(name)
                 continue
             found = True
