@@ -149,7 +149,8 @@ class GopdRule:
         if reference is not None:
             stats |= {"reward": teacher - reference, "reference_kl_sampled": student - reference}
         if self.tis_cap is not None:
-            weight = (student - tokens["sampler_logp"]).clamp(-20, 20).exp().clamp(max=self.tis_cap)
+            log_weight = (student - tokens["sampler_logp"]).nan_to_num(0)  # NaN: the sampler did not say
+            weight = log_weight.clamp(-20, 20).exp().clamp(max=self.tis_cap)
             stats["tis_weight"] = weight
             advantage = weight * advantage
         # The ratio q / sg[q] is 1 in value; the derivative of -A q / sg[q] by log q is -A.
