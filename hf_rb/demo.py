@@ -160,9 +160,10 @@ def _measure(
 def _train(folder: Path, arguments: Sequence[str], log: Path) -> None:
     """Trains in a process of its own, as a user would; all of its output goes to `log`, its losses to the screen."""
     launch = "launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
-    script = ["-m", "hf_rb.scripts.sft", "--config", str(find_recipe(RECIPE)), "--output_dir", str(folder), *arguments]
+    script = ["-m", "hf_rb.scripts.sft", "--config", str(find_recipe(RECIPE)), *arguments]
     print(f"      accelerate launch {shlex.join(script)}", flush=True)
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, *script, "--disable_tqdm", "true"]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, *script]
+    command += ["--output_dir", str(folder), "--disable_tqdm", "true"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as file, subprocess.Popen(command, env=environment, **pipes) as process:
