@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import pytest
 from huggingface_hub import ModelCard
@@ -53,7 +54,7 @@ def test_says_what_a_reader_needs():
     assert "| perplexity | `tiny:math` | test | – | 1.5 |" in text
     assert "123,456 bytes for 100,000 weights: **9.876 bits per weight**" in text
     assert "log2(9) = 3.17" in text
-    assert f"- hf_rb {__version__}" in text and "- trl 1.16" in text
+    assert f"- hf_rb {__version__}" in text and f"- trl {version('trl')}" in text
     for key in ("profit", "ptqtp"):
         assert METHODS[key].paper_url in text and METHODS[key].citation in text
 
@@ -78,7 +79,7 @@ def test_an_ordinary_checkpoint_says_that_the_import_is_optional():
 
 def test_an_adapter_loads_through_peft():
     text = render_card(full(methods=["profit"], library_name="peft"))
-    assert "AutoPeftModelForCausalLM.from_pretrained" in text and "- peft 0.21" in text
+    assert "AutoPeftModelForCausalLM.from_pretrained" in text and f"- peft {version('peft')}" in text
     assert ModelCard(text).data.library_name == "peft"
 
 
