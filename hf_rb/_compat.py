@@ -70,6 +70,11 @@ TABLE: dict[str, Entry] = {
         "rotate_checkpoints",
         ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
     ),
+    # How a model that is not trained is loaded and placed, and run under its wrapper (hf_rb/teachers, hf_rb/ops/backbone.py).
+    "ForwardRedirection": Entry("trl.models.utils", "_ForwardRedirection"),
+    "create_model_from_path": Entry("trl.trainer.utils", "create_model_from_path", ("model_id",)),
+    "maybe_gather_lm_head_ctx": Entry("trl.trainer.utils", "maybe_gather_lm_head_ctx"),
+    "prepare_deepspeed": Entry("trl.models", "prepare_deepspeed", ("model", "accelerator")),
     # What a quantizer does to a tensor while it loads, and how it names modules (hf_rb/quantizers).
     "ConversionOps": Entry("transformers.core_model_loading", "ConversionOps"),
     "IdentityOp": Entry("transformers.core_model_loading", "_IdentityOp"),

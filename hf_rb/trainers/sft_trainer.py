@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from hf_rb.objectives import profit_mask
 from hf_rb.trainers._mixin import TrainerMixin, own_config
-from hf_rb.trainers._sequences import Sequences
+from hf_rb.ops.sequences import Sequences
 from hf_rb.trainers.sft_config import SFTConfig
 
 

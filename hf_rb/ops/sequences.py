@@ -37,6 +37,16 @@ class Sequences:
         sums = torch.zeros_like(values.flatten()).scatter_add(0, self._index, values.flatten())
         return sums[self._index].view_as(values)
 
+    def spans(self) -> list[tuple[int, int]]:
+        """Returns where each sequence of tokens starts and ends among the batch's B · L tokens, in their order."""
+        is_token = self._is_token.flatten().bool()
+        starts = is_token & (self.positions == 0).flatten()
+        lengths = torch.bincount(self._index[is_token])
+        return [
+            (start, start + length)
+            for start, length in zip(starts.nonzero().flatten().tolist(), lengths[lengths > 0].tolist(), strict=True)
+        ]
+
     def uniforms(self, seed: int, step: int) -> torch.Tensor:
         """
         Draws a number for every token from [0, 1).

@@ -1,6 +1,6 @@
 import torch
 
-from hf_rb.trainers._sequences import Sequences
+from hf_rb.ops.sequences import Sequences
 
 
 DOCUMENTS = [[5, 6, 7, 8], [9, 10], [6, 5, 7, 8], [5, 6, 7]]

@@ -1,0 +1,105 @@
+"""A causal language model in two parts: the backbone, which makes the last hidden states, and the LM head as the tile loop takes it."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hf_rb import _compat
+from hf_rb.ops.lm_head import Head
+
+
+__all__ = ["backbone_output", "gathered_head", "head_of", "model_inputs", "width_of"]
+
+# What a collated text batch may hold for the model; labels and the columns of a dataset are not among it.
+_MODEL_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+)
+
+
+def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Returns what a model's forward takes of a collated batch.
+
+    Beside `position_ids` there is never an `attention_mask`: models separate the sequences of a packed row by their positions only
+    where no mask is given.
+    """
+    chosen = {key: inputs[key] for key in _MODEL_INPUTS if inputs.get(key) is not None}
+    if "position_ids" in chosen:
+        chosen.pop("attention_mask", None)
+    return chosen
+
+
+def backbone_output(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: Any) -> ModelOutput:
+    """
+    Runs everything of a causal language model but its LM head.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`):
+            Unwrapped model. Under FSDP or DeepSpeed, call this inside the wrapper's forward.
+        inputs (`Mapping`):
+            Collated batch.
+        **kwargs:
+            More arguments of the forward, such as `output_router_logits=True`.
+
+    Returns:
+        [`~transformers.utils.ModelOutput`]: With `last_hidden_state` of shape `(B, L, H)`.
+    """
+    return _without_peft(model).base_model(**model_inputs(inputs), use_cache=False, **kwargs)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """
+    Returns a model's LM head with what the model does to its logits.
+
+    A head that FSDP2 has sharded comes gathered, differentiably; under ZeRO-3, call this inside [`gathered_head`].
+    """
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    return Head(
+        weight=_full(layer.weight),
+        bias=_full(getattr(layer, "bias", None)),
+        scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def gathered_head(model: PreTrainedModel) -> AbstractContextManager:
+    """Context in which ZeRO-3 holds the whole LM head on every process. Does nothing without ZeRO-3."""
+    layer = model.get_output_embeddings()
+    return _compat.maybe_gather_lm_head_ctx(layer.weight, getattr(layer, "bias", None))
+
+
+def width_of(model: PreTrainedModel) -> int:
+    """Returns the number of logits of a model, padding included."""
+    return model.config.get_text_config().vocab_size
+
+
+def _without_peft(model: PreTrainedModel) -> PreTrainedModel:
+    return model.base_model.model if is_peft_model(model) else model
+
+
+def _full(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _logit_scale(config: Any) -> float:
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
+        scale = getattr(config, name, None)
+        if scale is not None:
+            return scale
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return scaling if config.model_type == "hyperclovax" else 1 / scaling  # Granite and MiniCPM3 divide

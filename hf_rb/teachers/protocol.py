@@ -1,0 +1,53 @@
+"""What a trainer asks of a teacher."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from transformers import Trainer
+
+from hf_rb.ops import lm_head
+
+
+__all__ = ["ModelTeacher", "Teacher"]
+
+
+class Teacher(Protocol):
+    """
+    Where the teacher's next-token distributions come from.
+
+    `inputs` is a collated batch with `input_ids` of shape `(B, L)` and `attention_mask` or `position_ids`. `keep` of shape
+    `(B, L-1)` is true at t where the prediction of token t + 1 is trained on; N is the number of such tokens, and what comes back
+    has them in row-major order. Nothing has a gradient.
+
+    Attributes:
+        vocabulary (`int`, *optional*):
+            Number of leading ids that teacher and student share; `None` stands for all the student has. Known after `prepare`.
+    """
+
+    vocabulary: int | None
+
+    def prepare(self, trainer: Trainer) -> None:
+        """
+        Gets ready to score. Trainers call it once, at the end of their construction.
+
+        Raises:
+            ValueError: The teacher does not fit the student.
+        """
+        ...
+
+    def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> list[lm_head.Teacher] | lm_head.CachedTeacher:
+        """Returns what [`~hf_rb.lm_head.lm_head_loss`] takes as `teacher`."""
+        ...
+
+
+class ModelTeacher(Teacher, Protocol):
+    """A teacher that runs a model, so that it can score what was not known beforehand."""
+
+    def log_probs(self, inputs: Mapping[str, Any], keep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the log-probabilities `(N,)` of given ids `(N,)` at temperature 1."""
+        ...
+
+    def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Returns all logits `(B, L, V)` as the model makes them, padding included."""
+        ...
