@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["TritPlanes", "dequantize", "packed_width", "row_blocks", "sections"]
 
 TRITS_PER_BYTE = 5
-_POWERS = torch.tensor([81, 27, 9, 3, 1], dtype=torch.uint8)
-_DIGITS = torch.cartesian_prod(*[torch.arange(-1, 2, dtype=torch.int8)] * TRITS_PER_BYTE)  # (243, 5)
+_POWERS = torch.tensor([81, 27, 9, 3, 1], dtype=torch.uint8, device="cpu")
+_DIGITS = torch.cartesian_prod(*[torch.arange(-1, 2, dtype=torch.int8, device="cpu")] * TRITS_PER_BYTE)  # (243, 5)
 
 
 def sections(in_features: int, group_size: int) -> list[tuple[int, int, int]]:
