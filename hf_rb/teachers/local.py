@@ -105,10 +105,10 @@ class LocalTeacher(_ModelTeacher):
             self.model = _compat.create_model_from_path(self.model, **self._init_kwargs | placement)
         self.model.requires_grad_(False).eval()
         if trainer.is_deepspeed_enabled:
-            self._wrapped = _compat.prepare_deepspeed(self.model, trainer.accelerator)
+            self.wrapped = _compat.prepare_deepspeed(self.model, trainer.accelerator)
         else:
-            self._wrapped = trainer.accelerator.prepare_model(self.model, evaluation_mode=True)
-        self._unwrapped = trainer.accelerator.unwrap_model(self._wrapped)
+            self.wrapped = trainer.accelerator.prepare_model(self.model, evaluation_mode=True)
+        self._unwrapped = trainer.accelerator.unwrap_model(self.wrapped)
 
     def _shared_vocabulary(self, processing_class: Any, student_width: int) -> int:
         hub = {key: self._init_kwargs[key] for key in ("revision", "trust_remote_code") if key in self._init_kwargs}
@@ -138,9 +138,9 @@ class LocalTeacher(_ModelTeacher):
 
     @torch.no_grad()
     def _run(self, function):
-        self._wrapped.eval()
+        self.wrapped.eval()
         # Through the wrapper's forward, which is where FSDP and DeepSpeed gather the parameters.
-        return _compat.ForwardRedirection()(self._wrapped, self._unwrapped, function, self._unwrapped)
+        return _compat.ForwardRedirection()(self.wrapped, self._unwrapped, function, self._unwrapped)
 
 
 class AdapterOffTeacher(_ModelTeacher):
