@@ -107,7 +107,7 @@ def _weight(p: torch.Tensor, q: torch.Tensor, mu: float, head_rule: str) -> tupl
     if mu == 1:
         head, size = total, torch.full_like(total, p.shape[-1])
     else:
-        head, size = _head(p.flatten(0, -2), gap.flatten(0, -2), mu, head_rule)
+        head, size = _head(p.reshape(-1, p.shape[-1]), gap.reshape(-1, p.shape[-1]), mu, head_rule)
         head, size = head.view_as(total), size.view_as(total)
     # Equal distributions have no gap and a divergence of zero: any weight will do.
     return torch.where(total > 0, head / total, 0.5).clamp_(max=1), size
