@@ -215,3 +215,20 @@ def distillation_rules(config: Any) -> Iterator[str]:
             "`objective: hpd` trains on the completions of the dataset, and `DistillationTrainer` on the student's own. Use "
             "`GKDTrainer` (`hf-rb gkd`) with `lmbda: 0.0`."
         )
+    if config.gopd_tis_cap is not None and not config.use_vllm:
+        yield (
+            f"`gopd_tis_cap: {config.gopd_tis_cap}` needs a sampler that reports log-probabilities, and generation by transformers "
+            "samples from the model in training itself. Set `use_vllm: true`, or remove `gopd_tis_cap`."
+        )
+    if config.gopd_full_vocab and config.gopd_teacher_column is not None:
+        yield (
+            "`gopd_full_vocab: true` compares the student with one teacher's logits, and `gopd_teacher_column` names several "
+            "teachers. Remove one of the two."
+        )
+    several = isinstance(config.teacher_model_name_or_path, dict)
+    if config.teacher_model_name_or_path is not None and several != (config.gopd_teacher_column is not None):
+        yield (
+            "Several teachers, `teacher_model_name_or_path: {math: ..., code: ...}`, and `gopd_teacher_column`, the dataset column "
+            f"that chooses among them, go together; got `teacher_model_name_or_path: {config.teacher_model_name_or_path}` and "
+            f"`gopd_teacher_column: {config.gopd_teacher_column}`."
+        )
