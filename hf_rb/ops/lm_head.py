@@ -20,7 +20,18 @@ from typing import NamedTuple, Protocol
 import torch
 
 
-__all__ = ["CachedTeacher", "Head", "Rule", "Scored", "Teacher", "Term", "lm_head_loss", "lm_head_log_probs"]
+__all__ = [
+    "CachedTeacher",
+    "Head",
+    "Rule",
+    "Scored",
+    "Teacher",
+    "Term",
+    "TopK",
+    "lm_head_log_probs",
+    "lm_head_loss",
+    "lm_head_top_k",
+]
 
 # Bytes of one tile of logits. Larger tiles make fewer passes over the head's gradient, smaller ones need less memory.
 TILE_BYTES = {"cpu": 80 << 20, "cuda": 256 << 20}
@@ -311,16 +322,79 @@ def lm_head_log_probs(
         `torch.Tensor` of shape `(N,)`: Log-probabilities in float32.
     """
     vocabulary = vocabulary or head.weight.shape[0]
-    rows, block_rows = _sizes(hidden.device.type, vocabulary, None)
     result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for tile in _slices(len(hidden), rows):
-            logits = _project(hidden[tile], head, temperature, vocabulary)
-            for block in _slices(len(logits), block_rows):
-                rows_of = slice(tile.start + block.start, tile.start + block.stop)
-                picked = logits[block].gather(-1, ids[rows_of].unsqueeze(-1)).squeeze(-1)
-                result[rows_of] = picked - logits[block].logsumexp(-1)
+    for rows, logits in _logit_blocks(hidden, head, temperature, vocabulary):
+        picked = logits.gather(-1, ids[rows].unsqueeze(-1)).squeeze(-1)
+        result[rows] = picked - logits.logsumexp(-1)
     return result
+
+
+class TopK(NamedTuple):
+    """Result of [`lm_head_top_k`].
+
+    Attributes:
+        ids (`torch.Tensor` of shape `(N, m)`):
+            Distinct token ids, the k most probable first.
+        log_probs (`torch.Tensor` of shape `(N, m)`):
+            Their log-probabilities in float32.
+        entropy (`torch.Tensor` of shape `(N,)`):
+            Entropy of the whole distribution, in nats.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+
+
+def lm_head_top_k(
+    hidden: torch.Tensor, head: Head, k: int, labels: torch.Tensor, vocabulary: int | None = None
+) -> TopK:
+    """
+    The most probable tokens and the label, without gradient: what a cached teacher keeps of a distribution.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, H)`):
+            Last hidden states.
+        head ([`Head`]):
+            LM head.
+        k (`int`):
+            Number of tokens. m = min(k + 1, V) are returned: the last one is the label if it is not among the first k, else
+            the next most probable token.
+        labels (`torch.Tensor` of shape `(N,)`):
+            One token id a row.
+        vocabulary (`int`, *optional*):
+            Number of leading ids that take part.
+
+    Returns:
+        [`TopK`]: Ids, log-probabilities and entropies.
+    """
+    vocabulary = vocabulary or head.weight.shape[0]
+    size, device = (len(hidden), min(k + 1, vocabulary)), hidden.device
+    result = TopK(
+        ids=torch.empty(size, dtype=torch.int64, device=device),
+        log_probs=torch.empty(size, dtype=torch.float32, device=device),
+        entropy=torch.empty(len(hidden), dtype=torch.float32, device=device),
+    )
+    for rows, logits in _logit_blocks(hidden, head, 1.0, vocabulary):
+        ids, label = logits.topk(size[1]).indices, labels[rows]
+        is_outside = (ids[:, :k] != label.unsqueeze(-1)).all(-1)
+        ids[:, -1] = torch.where(is_outside, label, ids[:, -1])
+        log_probs = logits.log_softmax(-1)
+        result.ids[rows], result.log_probs[rows] = ids, log_probs.gather(-1, ids)
+        result.entropy[rows] = torch.special.entr(log_probs.exp_()).sum(-1)
+    return result
+
+
+def _logit_blocks(
+    hidden: torch.Tensor, head: Head, temperature: float, vocabulary: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields all logits in float32, a block of rows at a time, without gradient."""
+    tile_rows, block_rows = _sizes(hidden.device.type, vocabulary, None)
+    for tile in _slices(len(hidden), tile_rows):
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            logits = _project(hidden[tile], head, temperature, vocabulary)
+        for block in _slices(len(logits), block_rows):
+            yield slice(tile.start + block.start, tile.start + block.stop), logits[block]
 
 
 def _sizes(device: str, vocabulary: int, tile_rows: int | None) -> tuple[int, int]:
@@ -330,7 +404,8 @@ def _sizes(device: str, vocabulary: int, tile_rows: int | None) -> tuple[int, in
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
-    for start in range(0, length, step):
+    # Nothing is one empty slice, so that no tokens have the same statistics, empty, as some.
+    for start in range(0, max(length, 1), step):
         yield slice(start, min(start + step, length))
 
 

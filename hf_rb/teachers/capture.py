@@ -1,0 +1,368 @@
+"""Runs a teacher once over the training data and keeps its most probable tokens. See `cache_format` for the files."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch.nn.functional import pad
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer
+
+from hf_rb._files import MANIFEST, sha256_file
+from hf_rb.ops.lm_head import TopK, lm_head_top_k
+from hf_rb.ops.sequences import Sequences
+from hf_rb.teachers.cache_format import (
+    DTYPES,
+    VOCABULARY,
+    Identity,
+    Manifest,
+    Shard,
+    check_shard,
+    put_in_place,
+    sequence_key,
+    sha256_json,
+    write_file,
+)
+from hf_rb.teachers.local import LocalTeacher, tokenizer_of
+
+
+__all__ = ["CacheReport", "cache_teacher"]
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a capture wrote.
+
+    Attributes:
+        folder (`str`): The cache.
+        sequences, tokens (`int`): Sequences, and predictions in them.
+        shards, shards_kept (`int`): Shards, and how many of them an earlier, interrupted run had written.
+        file_bytes (`int`): Size of all files.
+        bytes_per_token (`float`): The same for each prediction.
+        truncation_kl (`float`): Mean KL divergence, in nats, from the teacher to what the cache keeps of it: the stored ids, with
+            the rest of the mass spread evenly over the rest of the vocabulary. The rounding of the log-probabilities is part of it.
+        tail_mass (`float`): Mean probability of the tokens that are not stored.
+        seconds (`float`): Time of this run.
+    """
+
+    folder: str
+    sequences: int
+    tokens: int
+    shards: int
+    shards_kept: int
+    file_bytes: int
+    bytes_per_token: float
+    truncation_kl: float
+    tail_mass: float
+    seconds: float
+
+
+def cache_teacher(
+    trainer: Trainer,
+    folder: str | Path,
+    *,
+    k: int = 64,
+    dtype: str = "float16",
+    batch_tokens: int = 8192,
+    shard_tokens: int = 131_072,
+    overwrite: bool = False,
+) -> CacheReport:
+    """
+    Captures a trainer's teacher on the trainer's data, so that [`CachedTeacher`] can stand in for it.
+
+    Shards are written one after the other, each in one step. A run that was interrupted goes on behind the last whole one when it
+    is called again with the same arguments.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer with the data prepared, on one process. Its `teacher` is a [`LocalTeacher`]. Not trained.
+        folder (`str` or `os.PathLike`):
+            Where the cache goes.
+        k (`int`, *optional*, defaults to `64`):
+            Number of most probable tokens to keep. One more is kept: the label, or the next most probable token.
+        dtype (`str`, *optional*, defaults to `"float16"`):
+            Type of the stored log-probabilities, or `"float32"`.
+        batch_tokens (`int`, *optional*, defaults to `8192`):
+            Tokens of a teacher's batch, padding included. A longer sequence is a batch by itself.
+        shard_tokens (`int`, *optional*, defaults to `131072`):
+            Predictions of a shard: what an interrupted run may lose.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace another cache in `folder`.
+
+    Returns:
+        [`CacheReport`]: Sizes, and what the truncation costs.
+
+    Raises:
+        FileExistsError: `folder` holds something else, or another cache and `overwrite` is `False`.
+        ValueError: An argument is out of range, the data is streamed, or the teacher is not a local one or gives NaN.
+    """
+    start, folder = time.perf_counter(), Path(folder)
+    _check_arguments(trainer, k, dtype, batch_tokens, shard_tokens)
+    plan = _Plan(trainer, shard_tokens)
+    identity, vocabulary = _identify(trainer, plan, k, dtype, shard_tokens)
+    manifest = _open(folder, identity, len(plan.shards), overwrite)
+    write_file(folder / VOCABULARY, vocabulary)
+    manifest.write(folder)
+    kept = len(manifest.shards)
+    done = sum(shard.tokens for shard in manifest.shards.values())
+    with tqdm(
+        total=plan.tokens, initial=done, unit="token", desc="Capturing the teacher", disable=trainer.args.disable_tqdm
+    ) as bar:
+        for number, rows in enumerate(plan.shards):
+            if number not in manifest.shards:
+                manifest.shards[number] = _write_shard(
+                    trainer, plan, rows, number, folder, identity, batch_tokens, bar
+                )
+                manifest.write(folder)
+    return _report(folder, manifest, kept, time.perf_counter() - start)
+
+
+def _check_arguments(trainer: Trainer, k: int, dtype: str, batch_tokens: int, shard_tokens: int) -> None:
+    for name, value in {"k": k, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number from 1; got {value!r}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"`dtype` cannot be {dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}.")
+    if not isinstance(trainer.teacher, LocalTeacher):
+        raise ValueError(
+            f"A {type(trainer.teacher).__name__} cannot be captured. Set `teacher_model_name_or_path` and no `teacher_cache`."
+        )
+    if trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            "The teacher is captured by one process. To use several GPUs, split it over them: `teacher_model_init_kwargs: "
+            "{device_map: auto}`."
+        )
+
+
+class _Plan:
+    """
+    Which rows of the data go into which shard: long rows first, every different row once, rows without a label never.
+
+    One pass over the collated data makes it, and it is the same each time.
+
+    Attributes:
+        shards (`list[np.ndarray]`): Row numbers.
+        lengths (`np.ndarray`): Tokens of every row.
+        tokens (`int`): Predictions in all.
+        data (`str`): SHA-256 of the token ids and labels, in the data's order.
+    """
+
+    def __init__(self, trainer: Trainer, shard_tokens: int):
+        self._datasets, self._collate = _datasets(trainer), trainer.data_collator
+        self._offsets = np.cumsum([0] + [len(dataset) for dataset in self._datasets])
+        digest, seen = hashlib.sha256(), set()
+        lengths, labels = np.zeros(self._offsets[-1], np.int64), np.zeros(self._offsets[-1], np.int64)
+        for row in tqdm(range(self._offsets[-1]), desc="Reading the data", disable=trainer.args.disable_tqdm):
+            batch = self.batch([row])
+            keep = kept(batch)
+            name = hashlib.sha256(
+                _bytes(batch["input_ids"]) + _bytes(Sequences(batch).positions) + _bytes(keep)
+            ).digest()
+            digest.update(name)
+            if name not in seen:
+                seen.add(name)
+                lengths[row], labels[row] = batch["input_ids"].numel(), keep.sum()
+        self.lengths, self.tokens, self.data = lengths, int(labels.sum()), digest.hexdigest()
+        if not self.tokens:
+            raise ValueError(
+                "The data has no label, so that there is nothing to capture. See `max_length` and the loss masks."
+            )
+        order = np.argsort(-lengths, kind="stable")
+        order = order[labels[order] > 0]
+        shard_of = (np.cumsum(labels[order]) - labels[order]) // shard_tokens
+        self.shards = np.split(order, np.flatnonzero(np.diff(shard_of)) + 1)
+
+    def batch(self, rows: list[int]) -> dict[str, Any]:
+        """Collates some rows as the trainer does."""
+        numbers = np.searchsorted(self._offsets, rows, side="right") - 1
+        return self._collate(
+            [self._datasets[n][int(row - self._offsets[n])] for n, row in zip(numbers, rows, strict=True)]
+        )
+
+    def batches(self, rows: np.ndarray, batch_tokens: int) -> Iterator[dict[str, Any]]:
+        """Collates rows that go from long to short in batches of up to so many tokens."""
+        while len(rows):
+            size = max(1, batch_tokens // int(self.lengths[rows[0]]))
+            yield self.batch(rows[:size].tolist())
+            rows = rows[size:]
+
+
+def _datasets(trainer: Trainer) -> list[Dataset]:
+    evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    datasets = [dataset for dataset in (trainer.train_dataset, *evaluation.values()) if dataset is not None]
+    if not all(isinstance(dataset, Dataset) for dataset in datasets):
+        raise ValueError("A streamed dataset cannot be captured. Set `dataset_streaming: false`.")
+    return datasets
+
+
+def kept(batch: dict[str, Any]) -> torch.Tensor:
+    """Returns the mask `(B, L-1)` of the predictions that have a label."""
+    return batch["labels"][:, 1:] != -100
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()
+
+
+def _identify(trainer: Trainer, plan: _Plan, k: int, dtype: str, shard_tokens: int) -> tuple[Identity, bytes]:
+    teacher, model = trainer.teacher, trainer.teacher.model
+    tokenizer = tokenizer_of(teacher.tokenizer or trainer.processing_class)
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
+    identity = Identity(
+        model=_fingerprint(model),
+        model_name=model.config._name_or_path,
+        tokenizer=hashlib.sha256(vocabulary).hexdigest(),
+        template=sha256_json(trainer.processing_class.chat_template),
+        data=plan.data,
+        vocabulary=teacher.vocabulary,
+        max_length=getattr(trainer.args, "max_length", None),
+        k=k,
+        dtype=dtype,
+        shard_tokens=shard_tokens,
+    )
+    return identity, vocabulary
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of every weight's name, type and shape with 256 of its values: another checkpoint differs in some, in seconds."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        values = weight.flatten()[:: max(1, weight.numel() // 256)].float().cpu()
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + _bytes(values))
+    return digest.hexdigest()
+
+
+def _open(folder: Path, identity: Identity, number_of_shards: int, overwrite: bool) -> Manifest:
+    """Returns the manifest to go on with: a new one, or the folder's with those of its shards that are whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in folder.iterdir()}
+    if MANIFEST not in names:
+        if not all(_is_ours(name) for name in names):
+            raise FileExistsError(f"{folder} is not empty, and holds no teacher cache. Choose another folder.")
+        return Manifest(identity, number_of_shards)
+    try:
+        found = Manifest.read(folder)
+        different = [name for name, value in vars(identity).items() if value != getattr(found.identity, name)]
+    except ValueError:
+        if not overwrite or not all(_is_ours(name) for name in names):
+            raise
+        different = ["manifest"]
+    if different and not overwrite:
+        raise FileExistsError(_other_cache(folder, found.identity, identity, different))
+    if different:
+        for path in folder.iterdir():
+            if _is_ours(path.name):
+                path.unlink()
+        return Manifest(identity, number_of_shards)
+    for number, shard in list(found.shards.items()):
+        try:
+            check_shard(folder, shard, identity)
+        except ValueError:
+            del found.shards[number]  # written again
+    return found
+
+
+def _is_ours(name: str) -> bool:
+    return name.removesuffix(".tmp") in (MANIFEST, VOCABULARY) or name.startswith("shard-")
+
+
+def _other_cache(folder: Path, found: Identity, wanted: Identity, different: list[str]) -> str:
+    name = "model_name" if "model_name" in different else different[0]
+    values = f"`{name}: {getattr(found, name)}` where this one has `{name}: {getattr(wanted, name)}`"
+    return f"{folder} holds a teacher cache with {values}. Choose another folder, or pass `--overwrite` to replace the cache."
+
+
+@torch.no_grad()
+def _write_shard(
+    trainer: Trainer,
+    plan: _Plan,
+    rows: np.ndarray,
+    number: int,
+    folder: Path,
+    identity: Identity,
+    batch_tokens: int,
+    bar,
+) -> Shard:
+    parts: list[dict[str, torch.Tensor]] = []
+    truncation_kl, tail_mass, device = 0.0, 0.0, trainer.accelerator.device
+    for batch in plan.batches(rows, batch_tokens):
+        keep = kept(batch)
+        batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        with trainer.compute_loss_context_manager():
+            (teacher,) = trainer.teacher.score(batch, keep)
+        labels = batch["input_ids"][:, 1:][keep.to(device)].to(teacher.hidden.device)
+        top = lm_head_top_k(teacher.hidden, teacher.head, identity.k, labels, identity.vocabulary)
+        if not top.entropy.isfinite().all():
+            raise ValueError(
+                "The teacher's logits are not numbers (NaN). Load it with another type: `teacher_model_init_kwargs: {dtype: float32}`."
+            )
+        dtype = DTYPES[identity.dtype]
+        # A probability of 0 is stored as the smallest there is: exp gives 0 again, and no infinity gets into a loss.
+        log_probs = top.log_probs.to(dtype).clamp(min=torch.finfo(dtype).min)
+        divergence, mass = _truncation(top, log_probs.float(), identity.vocabulary)
+        truncation_kl, tail_mass = truncation_kl + divergence.sum().item(), tail_mass + mass.sum().item()
+        parts.append({"ids": top.ids.to(torch.int32).cpu(), "log_probs": log_probs.cpu(), **_addresses(batch, keep)})
+        bar.update(len(labels))
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    path = folder / f"shard-{number:05d}.safetensors"
+    temporary = path.with_name(f"{path.name}.tmp")
+    save_file(tensors, temporary)
+    checksum = sha256_file(temporary)
+    put_in_place(temporary, path)
+    return Shard(
+        path.name, checksum, path.stat().st_size, len(tensors["keys"]), len(tensors["ids"]), truncation_kl, tail_mass
+    )
+
+
+def _addresses(batch: dict[str, Any], keep: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Where the predictions of a batch are found again: key and count of every sequence, position of every prediction."""
+    token_ids, is_kept = batch["input_ids"].flatten().cpu(), pad(keep, (0, 1)).flatten().cpu()
+    keys, counts, positions = [], [], []
+    for start, stop in Sequences(batch).spans():
+        places = is_kept[start:stop].nonzero().flatten()
+        if len(places):
+            keys.append(sequence_key(token_ids[start:stop]))
+            counts.append(len(places))
+            positions.append(places.int())
+    return {
+        "keys": torch.tensor(keys),
+        "counts": torch.tensor(counts, dtype=torch.int32),
+        "positions": torch.cat(positions),
+    }
+
+
+def _truncation(top: TopK, stored: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL divergence from the teacher to the stored distribution, and the mass that is not stored."""
+    probs, rest = top.log_probs.exp(), vocabulary - stored.shape[-1]
+    known = (probs * stored).sum(-1)
+    if not rest:
+        return -top.entropy - known, torch.zeros_like(known)
+    tail = 1 - probs.sum(-1)
+    tail_log_prob = (1 - stored.exp().sum(-1)).clamp(min=1e-7).log()
+    return -top.entropy - known - tail.clamp(min=0) * (tail_log_prob - np.log(rest)), tail
+
+
+def _report(folder: Path, manifest: Manifest, kept: int, seconds: float) -> CacheReport:
+    shards = list(manifest.shards.values())
+    tokens = sum(shard.tokens for shard in shards)
+    size = sum(shard.size for shard in shards) + sum((folder / name).stat().st_size for name in (MANIFEST, VOCABULARY))
+    return CacheReport(
+        folder=str(folder),
+        sequences=sum(shard.sequences for shard in shards),
+        tokens=tokens,
+        shards=len(shards),
+        shards_kept=kept,
+        file_bytes=size,
+        bytes_per_token=size / tokens,
+        truncation_kl=sum(shard.truncation_kl for shard in shards) / tokens,
+        tail_mass=sum(shard.tail_mass for shard in shards) / tokens,
+        seconds=seconds,
+    )
