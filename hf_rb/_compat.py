@@ -36,7 +36,6 @@ TABLE: dict[str, Entry] = {
     "LOADING_ATTRIBUTES_CONFIG_TYPES": Entry("transformers.quantizers.auto", "LOADING_ATTRIBUTES_CONFIG_TYPES"),
     # What the trainers override or call (hf_rb/trainers).
     "FusedCausalLMOutput": Entry("trl.trainer.utils", "FusedCausalLMOutput", ("log_probs", "label_mask")),
-    "ForwardRedirection": Entry("trl.models.utils", "_ForwardRedirection"),
     "GKDConfig": Entry("trl.experimental.gkd", "GKDConfig"),
     "GKDTrainer": Entry("trl.experimental.gkd", "GKDTrainer"),
     "GKDTrainer.generalized_jsd_loss": Entry(
@@ -54,7 +53,7 @@ TABLE: dict[str, Entry] = {
         "SFTTrainer._prepare_dataset",
         ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
     ),
-    "maybe_gather_lm_head_ctx": Entry("trl.trainer.utils", "maybe_gather_lm_head_ctx", ("params",)),
+    "disable_dropout_in_model": Entry("trl.trainer.utils", "disable_dropout_in_model", ("model",)),
     "unwrap_model_for_generation": Entry(
         "trl.models.utils",
         "unwrap_model_for_generation",

@@ -141,9 +141,9 @@ class GopdRule:
         student = _log_prob(log_probs, labels)
         if self.logratio_clamp is not None:
             bound = self.logratio_clamp
+            reward = None if reference is None else (teacher - reference).clamp(-bound, bound)
             teacher = student + (teacher - student).clamp(-bound, bound)
-            if reference is not None:
-                reference = teacher - (teacher - reference).clamp(-bound, bound)
+            reference = None if reward is None else teacher - reward
         advantage = gopd_advantage(student, teacher, reference, self.reward_scale)
         stats = {"advantage": advantage, "reverse_kl_sampled": student - teacher, "entropy": _entropy(log_probs)}
         if reference is not None:

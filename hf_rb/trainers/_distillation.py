@@ -1,13 +1,22 @@
-"""What the distillation trainers share: the rule of an objective."""
+"""What the distillation trainers share: an objective's rule and its dense form, the student's backbone, errors and metrics."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch.nn.functional import cross_entropy
+
+from hf_rb.objectives.akl import adaptive_kl
+from hf_rb.objectives.divergences import forward_kl, jsd, reverse_kl
+from hf_rb.objectives.gopd import gopd_advantage
+from hf_rb.objectives.hpd import hpd_loss, inverse_cdf_sample
+from hf_rb.objectives.loca import loca_calibrate
+from hf_rb.ops.backbone import backbone_output
 from hf_rb.ops.lm_head import Rule
-from hf_rb.ops.model import head_of, last_hidden
 from hf_rb.ops.rules import DivergenceRule, GopdRule, HpdRule
 
 
-__all__ = ["build_rule", "head_of", "last_hidden"]
+__all__ = ["build_rule", "check_finite", "dense_losses", "last_hidden", "log_token_metrics"]
 
 
 def build_rule(args: Any) -> Rule:
@@ -24,3 +33,126 @@ def build_rule(args: Any) -> Rule:
         getattr(args, "kd_alpha", 1.0),
         getattr(args, "loca_alpha", None),
     )
+
+
+def dense_losses(
+    rule: Rule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """
+    Returns the loss of every token by the formulas on all logits, for autograd: what a rule in the tile loop must equal.
+
+    Args:
+        rule ([`~hf_rb.ops.lm_head.Rule`]):
+            From [`build_rule`].
+        student_logits, teacher_logits (`torch.Tensor` of shape `(N, V)`):
+            Logits.
+        tokens (`Mapping[str, torch.Tensor]`):
+            What the rule reads, N rows each.
+    """
+    labels = tokens["labels"]
+    if isinstance(rule, HpdRule):
+        samples = inverse_cdf_sample(student_logits.detach().float().softmax(-1), tokens["uniforms"])
+        return hpd_loss(student_logits, teacher_logits, labels, samples, rule.sample, rule.reinforce)
+    if isinstance(rule, GopdRule):
+        log_q = -cross_entropy(student_logits.float(), labels, reduction="none")
+        teacher, reference = tokens["teacher_logp"], tokens.get("reference_logp")
+        if rule.logratio_clamp is not None:
+            bound, student = rule.logratio_clamp, log_q.detach()
+            reward = None if reference is None else (teacher - reference).clamp(-bound, bound)
+            teacher = student + (teacher - student).clamp(-bound, bound)
+            reference = None if reward is None else teacher - reward
+        advantage = gopd_advantage(log_q, teacher, reference, rule.reward_scale)
+        return -advantage * (log_q - log_q.detach()).exp()
+    if rule.loca_alpha is not None:
+        teacher_logits = loca_calibrate(teacher_logits.float().softmax(-1), labels, rule.loca_alpha).log()
+    losses = {
+        "jsd": lambda: jsd(student_logits, teacher_logits, rule.beta),
+        "forward_kl": lambda: forward_kl(student_logits, teacher_logits),
+        "reverse_kl": lambda: reverse_kl(student_logits, teacher_logits),
+        "akl": lambda: adaptive_kl(student_logits, teacher_logits, rule.akl_mu, rule.akl_head_rule),
+    }[rule.objective]()
+    if rule.kd_alpha == 1:
+        return losses
+    nll = cross_entropy(student_logits.float(), labels, reduction="none")
+    return rule.kd_alpha * losses + (1 - rule.kd_alpha) * nll
+
+
+def last_hidden(
+    model: torch.nn.Module, inputs: Mapping[str, Any], router_logits: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Runs the student without its LM head, inside the forward pass of its wrapper.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`: Hidden states (B, L, H), and the load-balancing loss of a mixture of experts
+        if `router_logits`.
+    """
+    if not router_logits:
+        return backbone_output(model, inputs).last_hidden_state, None
+    # The loss that every family of transformers uses.
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    outputs, config = backbone_output(model, inputs, output_router_logits=True), model.config.get_text_config()
+    mask = None if inputs.get("position_ids") is not None else inputs.get("attention_mask")
+    loss = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok, mask)
+    return outputs.last_hidden_state, loss
+
+
+def check_finite(objective: str, step: int, loss: torch.Tensor, losses: torch.Tensor) -> None:
+    """
+    Raises before a loss that is not finite can reach the weights.
+
+    Raises:
+        ValueError: `loss`, of which `losses` are the tokens', is infinite or not a number.
+    """
+    if torch.isfinite(loss):
+        return
+    wrong = int((~torch.isfinite(losses)).sum())
+    raise ValueError(
+        f"`objective: {objective}` gave a loss of {loss.item()} at step {step} ({wrong} of {len(losses)} tokens); the weights have "
+        "not been changed. Either the teacher excludes tokens (logits of -inf) or overflows: `forward_kl` and `hpd` can take the "
+        "first, and `teacher_model_init_kwargs: {dtype: bfloat16}` avoids the second. Or the student has diverged: lower "
+        "`learning_rate`."
+    )
+
+
+# What a rule reports, and its name in the logs.
+_MEANS = {
+    "forward_kl": "forward_kl",
+    "reverse_kl": "reverse_kl",
+    "entropy": "entropy",
+    "nll": "ce",
+    "kd": "kd",
+    "akl_weight": "akl/weight",
+    "akl_head_size": "akl/head_size",
+    "loca_scale": "loca/scale",
+    "hpd_w_label": "hpd/label_weight",
+    "hpd_w_sample": "hpd/sample_weight",
+    "advantage": "gopd/advantage",
+    "reward": "gopd/reward",
+    "reverse_kl_sampled": "gopd/teacher_log_ratio",
+    "reference_kl_sampled": "gopd/reference_log_ratio",
+    "tis_weight": "gopd/tis_weight",
+}
+_EXTREMES = ("hpd_w_label", "hpd_w_sample", "advantage")
+_FRACTIONS = {
+    "loca/corrected_fraction": lambda stats: stats["loca_scale"] < 1,
+    # The branches of HPD: the label's probability is too high; so is that of the drawn token; what is taken goes to the label.
+    "hpd/overestimated_fraction": lambda stats: stats["hpd_w_label"] < 0,
+    "hpd/suppressed_fraction": lambda stats: stats["hpd_w_sample"] < 0,
+    "hpd/reinforced_fraction": lambda stats: (stats["hpd_w_label"] > 0) & (stats["hpd_w_sample"] < 0),
+}
+
+
+def log_token_metrics(trainer: Any, stats: Mapping[str, torch.Tensor]) -> None:
+    """Adds the mean of what a rule reports of every token (N,), fractions and extremes to a trainer's metrics."""
+    count = torch.tensor(len(stats["loss"]), device=stats["loss"].device)
+    for name, key in _MEANS.items():
+        if name in stats:
+            trainer._add_metric(key, stats[name].sum(), count)
+    for key, is_counted in _FRACTIONS.items():
+        if key.startswith("loca") if "loca_scale" in stats else key.startswith("hpd") and "hpd_w_label" in stats:
+            trainer._add_metric(key, is_counted(stats).sum(), count)
+    for name in _EXTREMES:
+        if name in stats:
+            trainer._add_extremes(_MEANS[name], stats[name])

@@ -4,6 +4,7 @@ import logging
 import re
 from collections import defaultdict
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,6 @@ class TrainerMixin:
       checkpoint that agrees with its manifest.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        # Of each metric, the sums of its numerator and denominator since the last log, on this process.
-        self._metric_sums = {"train": defaultdict(float), "eval": defaultdict(float)}
-        super().__init__(*args, **kwargs)
-
     @property
     def _methods(self) -> list[str]:
         """Keys of `hf_rb.hub.METHODS` that the flags switch on."""
@@ -57,6 +53,16 @@ class TrainerMixin:
 
     # Metrics
 
+    @cached_property
+    def _metric_sums(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Of each metric, the sums of its numerator and denominator since the last log, on this process."""
+        return {"train": defaultdict(float), "eval": defaultdict(float)}
+
+    @cached_property
+    def _metric_extremes(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Of each metric, its largest negative and its largest value since the last log, on this process."""
+        return {"train": {}, "eval": {}}
+
     def _add_metric(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
         """
         Adds to a metric that is logged as the ratio of two sums, over everything since the last log and all processes.
@@ -70,16 +76,38 @@ class TrainerMixin:
         sums = self._metric_sums["train" if self.model.training else "eval"]
         sums[name] = sums[name] + torch.stack([numerator.detach().float(), denominator.float()])
 
+    def _add_extremes(self, name: str, values: torch.Tensor) -> None:
+        """
+        Adds to a metric that is logged as `<name>_min` and `<name>_max` over everything since the last log and all processes.
+
+        Args:
+            name (`str`):
+                Name in the logs.
+            values (`torch.Tensor` of shape `(N,)`):
+                Values of this process. All processes must add the same metrics in the same order; N may be 0.
+        """
+        extremes = self._metric_extremes["train" if self.model.training else "eval"]
+        values = values.detach().float()
+        both = torch.stack([-values, values], dim=-1)
+        before = extremes.get(name, both.new_full((2,), -torch.inf))
+        extremes[name] = torch.cat([both, before.unsqueeze(0)]).amax(0)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        sums = self._metric_sums[mode]
+        sums, extremes = self._metric_sums[mode], self._metric_extremes[mode]
+        prefix = "" if mode == "train" else "eval_"
         if sums:
             totals = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist()
-            prefix = "" if mode == "train" else "eval_"
             logs.update(
                 {prefix + name: total / count for name, (total, count) in zip(sums, totals, strict=True) if count}
             )
             sums.clear()
+        if extremes:
+            largest = self.accelerator.gather(torch.stack(list(extremes.values())).unsqueeze(0)).amax(0).tolist()
+            for name, (negative, value) in zip(extremes, largest, strict=True):
+                if value > -torch.inf:
+                    logs.update({f"{prefix}{name}_min": -negative, f"{prefix}{name}_max": value})
+            extremes.clear()
         super().log(logs, start_time)
 
     # Model card

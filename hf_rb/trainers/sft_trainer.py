@@ -12,8 +12,8 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.utils import ModelOutput
 
 from hf_rb.objectives import profit_mask
-from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.ops.sequences import Sequences
+from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers.sft_config import SFTConfig
 
 
