@@ -157,12 +157,13 @@ class _Plan:
 
     def __init__(self, trainer: Trainer, shard_tokens: int):
         self._datasets, self._collate = _datasets(trainer), trainer.data_collator
+        self._vocabulary = trainer.teacher.vocabulary
         self._offsets = np.cumsum([0] + [len(dataset) for dataset in self._datasets])
         digest, seen = hashlib.sha256(), set()
         lengths, labels = np.zeros(self._offsets[-1], np.int64), np.zeros(self._offsets[-1], np.int64)
         for row in tqdm(range(self._offsets[-1]), desc="Reading the data", disable=trainer.args.disable_tqdm):
             batch = self.batch([row])
-            keep = kept(batch)
+            keep = self.kept(batch)
             name = hashlib.sha256(
                 _bytes(batch["input_ids"]) + _bytes(Sequences(batch).positions) + _bytes(keep)
             ).digest()
@@ -187,6 +188,11 @@ class _Plan:
             [self._datasets[n][int(row - self._offsets[n])] for n, row in zip(numbers, rows, strict=True)]
         )
 
+    def kept(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Returns the mask `(B, L-1)` of the predictions that are trained on: they have a label, and teacher and student share it."""
+        labels = batch["labels"][:, 1:]
+        return (labels != -100) & (labels < self._vocabulary)
+
     def batches(self, rows: np.ndarray, batch_tokens: int) -> Iterator[dict[str, Any]]:
         """Collates rows that go from long to short in batches of up to so many tokens."""
         while len(rows):
@@ -201,11 +207,6 @@ def _datasets(trainer: Trainer) -> list[Dataset]:
     if not all(isinstance(dataset, Dataset) for dataset in datasets):
         raise ValueError("A streamed dataset cannot be captured. Set `dataset_streaming: false`.")
     return datasets
-
-
-def kept(batch: dict[str, Any]) -> torch.Tensor:
-    """Returns the mask `(B, L-1)` of the predictions that have a label."""
-    return batch["labels"][:, 1:] != -100
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -294,7 +295,7 @@ def _write_shard(
     parts: list[dict[str, torch.Tensor]] = []
     truncation_kl, tail_mass, device = 0.0, 0.0, trainer.accelerator.device
     for batch in plan.batches(rows, batch_tokens):
-        keep = kept(batch)
+        keep = plan.kept(batch)
         batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         with trainer.compute_loss_context_manager():
             (teacher,) = trainer.teacher.score(batch, keep)

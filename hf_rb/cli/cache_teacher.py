@@ -1,0 +1,94 @@
+"""`hf-rb cache-teacher`: runs the teacher of a GKD recipe once over its data, so that training needs no teacher."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from hf_rb.teachers import CacheReport
+
+EXAMPLE = "hf-rb cache-teacher recipe.yaml outputs/teacher-cache --teacher_model_name_or_path tiny:teacher --k 64"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a recipe of `hf-rb gkd`: a YAML file, or the name of a recipe of hf_rb")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        help="folder for the cache (default: the recipe's `teacher_cache`); goes on where it stopped",
+    )
+    parser.add_argument("--teacher_model_name_or_path", metavar="MODEL", help="the teacher (default: the recipe's)")
+    parser.add_argument("--k", type=int, default=64, help="most probable tokens to keep (default 64), and the label")
+    parser.add_argument(
+        "--dtype", choices=["float16", "float32"], default="float16", help="of the log-probabilities (default float16)"
+    )
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="tokens of a teacher's batch (default 8192)")
+    parser.add_argument("--shard_tokens", type=int, default=131_072, help="predictions of a shard (default 131072)")
+    parser.add_argument("--overwrite", action="store_true", help="replace another cache in the folder")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(overrides=[])
+    parser.usage = f"{parser.prog} RECIPE [FOLDER] [--teacher_model_name_or_path MODEL] [--k K] [--key value ...]"
+
+
+def run(args: argparse.Namespace) -> int:
+    from hf_rb._resources import find_recipe
+    from hf_rb.cli.check import read_recipe
+
+    recipe = read_recipe(find_recipe(args.recipe))
+    teacher = args.teacher_model_name_or_path or recipe.pop("teacher_model_name_or_path", None)
+    recipe.pop("teacher_model_name_or_path", None)
+    folder = args.folder or recipe.get("teacher_cache")
+    if teacher is None:
+        raise ValueError("There is no teacher. Pass `--teacher_model_name_or_path`, or set it in the recipe.")
+    if folder is None:
+        raise ValueError(
+            "There is no folder for the cache. Write `hf-rb cache-teacher RECIPE FOLDER`, or `teacher_cache` in the recipe."
+        )
+    report = capture(recipe | {"teacher_cache": folder}, args.overrides, teacher, args)
+    print(json.dumps(asdict(report), indent=2) if args.json else _summary(report))
+    return 0
+
+
+def capture(recipe: dict[str, Any], overrides: list[str], teacher: str, args: argparse.Namespace) -> "CacheReport":
+    """Builds the trainer that will read the cache, but with the teacher itself, and captures that."""
+    import yaml
+
+    from hf_rb.scripts import gkd
+    from hf_rb.teachers import cache_teacher
+
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch, "recipe.yaml")
+        # The recipe is checked as one that trains from the cache: what cannot is found before the teacher has run.
+        path.write_text(yaml.safe_dump(recipe | {"output_dir": scratch, "report_to": "none"}), encoding="utf-8")
+        script_args, config, *rest = gkd.prepare(["--config", str(path), *overrides])
+        folder, config.teacher_cache, config.teacher_model_name_or_path = config.teacher_cache, None, teacher
+        trainer = gkd.build(script_args, config, *rest)
+        return cache_teacher(
+            trainer,
+            folder,
+            k=args.k,
+            dtype=args.dtype,
+            batch_tokens=args.batch_tokens,
+            shard_tokens=args.shard_tokens,
+            overwrite=args.overwrite,
+        )
+
+
+def _summary(report: "CacheReport") -> str:
+    facts = [
+        ["predictions", f"{report.tokens:,} in {report.sequences:,} sequences"],
+        ["shards", f"{report.shards}" + (f", of which {report.shards_kept} were there" if report.shards_kept else "")],
+        ["files", f"{report.file_bytes:,} bytes, {report.bytes_per_token:.1f} for each prediction"],
+        ["not stored", f"{report.tail_mass:.3%} of the teacher's probability"],
+        ["truncation KL", f"{report.truncation_kl:.5f} nats for each prediction"],
+        ["time", f"{report.seconds:.1f} s"],
+    ]
+    width = max(len(name) for name, _ in facts)
+    lines = [f"{name.ljust(width)}  {value}" for name, value in facts]
+    return "\n".join(
+        [*lines, f"\nThe cache is in {report.folder}. Train from it with `teacher_cache: {report.folder}`."]
+    )
