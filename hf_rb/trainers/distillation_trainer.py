@@ -1,0 +1,376 @@
+"""On-policy distillation: TRL's trainer with other objectives, among them G-OPD with its reference and its teachers."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset, IterableDataset
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
+from trl import is_conversational
+
+from hf_rb.ops.backbone import gathered_head, head_of, width_of
+from hf_rb.ops.lm_head import Teacher as TeacherLogits
+from hf_rb.ops.lm_head import lm_head_loss
+from hf_rb.teachers import LocalTeacher, ModelTeacher
+from hf_rb.trainers._distillation import build_rule, check_finite, log_token_metrics
+from hf_rb.trainers._gopd import RoutedTeacher, start_reference, token_weights
+from hf_rb.trainers._mixin import TrainerMixin, own_config
+from hf_rb.trainers.distillation_config import DistillationConfig
+
+
+__all__ = ["DistillationTrainer"]
+
+Model = str | PreTrainedModel
+
+
+class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
+    """
+    Trainer for distillation on the student's own completions. Takes what [`~trl.DistillationTrainer`] takes; with
+    `objective="jsd"` it is that trainer. Generation (transformers or vLLM), tools, masks and batches are the parent's in every
+    case.
+
+    `DistillationConfig(objective="gopd", reward_scale=1.25)` trains with ExOPD, generalized on-policy distillation with an
+    extrapolated reward (https://huggingface.co/papers/2602.12125): of the tokens that the student has drawn, those that the
+    teacher likes better than the reference does are made more probable. With `reward_scale=1` it is on-policy distillation by
+    sampled tokens. A teacher whose chat template is another than the student's reads prompts in its own.
+
+    Also logged, over all trained tokens since the last log (`eval_` before them in evaluation):
+
+    - with every other objective than `"gopd"`: `forward_kl`, `reverse_kl` (with `gopd_full_vocab`, from the mixture of teacher
+      and reference that the loss is about), and for `"akl"` `akl/weight` and `akl/head_size`
+    - with `"gopd"`: `gopd/advantage` with its extremes; `gopd/teacher_log_ratio`, whose mean estimates KL(student ‖ teacher),
+      which the mean of the loss does not unless the scale is 1; with a reference `gopd/reward`, log(teacher / reference), and
+      `gopd/reference_log_ratio`, whose mean estimates KL(student ‖ reference); with `gopd_tis_cap` `gopd/tis_weight`
+
+    Args:
+        model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, **kwargs:
+            As for [`~trl.DistillationTrainer`].
+        teacher_model (`str`, [`~transformers.PreTrainedModel`] or `dict`, *optional*):
+            Teacher; with `args.gopd_teacher_column`, teachers by the names in that column. Defaults to
+            `args.teacher_model_name_or_path`. Its logits may be padded to another width than the student's.
+        teacher ([`~hf_rb.teachers.Teacher`], *optional*):
+            Where the teacher's scores come from, in place of `teacher_model`.
+        reference_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Reference of `objective="gopd"`, in place of `args.reference_model_name_or_path`.
+
+    Raises:
+        ValueError: No teacher or two, a teacher on another tokenizer, or a reference that cannot act or cannot be made. In
+            training, a loss that is not finite.
+        TypeError: A teacher that knows only what it has stored, such as a cache.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        teacher_model: Model | dict[str, Model] | None = None,
+        args: DistillationConfig | TrainingArguments | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        *,
+        teacher: ModelTeacher | None = None,
+        reference_model: Model | None = None,
+        **kwargs: Any,
+    ):
+        args = own_config(DistillationConfig, args, model, "Distillation")
+        # All that can be wrong with them before a model is loaded.
+        teacher = _teacher(teacher, teacher_model, args)
+        reference_model = _reference_model(reference_model, args)
+        super().__init__(
+            model, None, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, **kwargs
+        )
+        self.teacher = teacher
+        self.teacher.prepare(self)
+        self.reference = self._make_reference(reference_model)
+        self._rule = build_rule(args)
+        self._sampler = _SamplerLogProbs(self.vllm_generation) if args.gopd_tis_cap is not None else None
+        shared = [part.vocabulary for part in (self.teacher, self.reference) if part and part.vocabulary is not None]
+        self._vocabulary = min(shared, default=None)
+        if args.objective == "jsd" and isinstance(teacher, LocalTeacher):
+            if width_of(teacher.model) == width_of(self.model) == self._vocabulary:
+                self.teacher_model = teacher.wrapped  # the parent's loss reads it
+
+    def _make_reference(self, model: Model | None) -> ModelTeacher | None:
+        if self.args.objective != "gopd" or self.args.reward_scale == 1:
+            return None
+        self._reference_is_start = model is None
+        reference = start_reference(self) if model is None else _local(model, self.args)
+        reference.prepare(self)
+        return reference
+
+    @property
+    def _methods(self) -> list[str]:
+        return [self.args.objective] if self.args.objective in ("akl", "gopd") else []
+
+    # What a generation batch holds beside the parent's tensors
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.args.objective != "jsd" and "num_images" in output:
+            raise ValueError(
+                f"`objective: {self.args.objective}` reads text, and the dataset has images. Set `objective: jsd`, or remove the "
+                "images."
+            )
+        if self.args.objective == "gopd":
+            self._add_gopd(output, inputs)
+        return output
+
+    def _add_gopd(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
+        device = self.accelerator.device
+        sequences = _loss_mask(output).any(1).sum()
+        output["num_sequences_in_batch"] = self.accelerator.gather(sequences).sum()
+        names = [None] * len(inputs)
+        if self.args.gopd_teacher_column is not None:
+            names = [self._teacher_name(row) for row in inputs]
+            output["route"] = torch.tensor([self.teacher.names.index(name) for name in names], device=device)
+        prompts = self._teacher_prompts([row["prompt"] for row in inputs], names)
+        if prompts is not None:
+            output["teacher_prompt_ids"], output["teacher_prompt_mask"] = _padded(
+                prompts, self._tokenizer.pad_token_id, "left", device
+            )
+        if self._sampler is not None:
+            rows = (
+                (prompt[prompt_mask.bool()].tolist(), completion[completion_mask.bool()].tolist())
+                for prompt, prompt_mask, completion, completion_mask in zip(
+                    *(output[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")),
+                    strict=True,
+                )
+            )
+            log_probs, _ = _padded(self._sampler.collect(rows), 0.0, "right", device)
+            width = output["completion_ids"].shape[1]
+            output["sampler_logp"] = pad(log_probs, (0, width - log_probs.shape[1]))
+
+    def _teacher_name(self, row: Mapping[str, Any]) -> str:
+        column, names = self.args.gopd_teacher_column, self.teacher.names
+        if row.get(column) not in names:
+            raise ValueError(
+                f"`gopd_teacher_column: {column}` names a teacher for each example, and an example has {row.get(column)!r}. The "
+                f"teachers are {', '.join(map(repr, names))}."
+            )
+        return row[column]
+
+    def _teacher_prompts(self, prompts: list, names: list[str | None]) -> list[list[int]] | None:
+        """Prompts in the chat template of each one's teacher, or `None` if no teacher's template differs from the student's."""
+        if not is_conversational({"prompt": prompts[0]}):
+            return None
+        own = self._tokenizer
+        by_name = self.teacher.teachers if self.args.gopd_teacher_column is not None else {None: self.teacher}
+        tokenizers = {name: _chat_tokenizer(teacher) or own for name, teacher in by_name.items()}
+        if all(tokenizer.chat_template == own.chat_template for tokenizer in tokenizers.values()):
+            return None
+        return [
+            tokenizers[name].apply_chat_template(
+                prompt,
+                tools=self.tools or None,
+                chat_template=self.chat_template if tokenizers[name].chat_template == own.chat_template else None,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **self.chat_template_kwargs,
+            )["input_ids"]
+            for prompt, name in zip(prompts, names, strict=True)
+        ]
+
+    # The loss
+
+    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        if self.teacher_model is not None:
+            return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+        batch = _whole(inputs, "prompt")
+        hidden = self._get_last_hidden_state(
+            unwrapped_student, batch["input_ids"], batch["attention_mask"], inputs["completion_ids"].shape[1]
+        )
+        mask = _loss_mask(inputs)
+        weights = self._token_weights(mask, inputs, num_items_in_batch)
+        if self._vocabulary is not None:  # a padding id has no meaning to the teacher
+            mask = mask & (inputs["completion_ids"] < self._vocabulary)
+        tokens, teacher = self._score(inputs, mask)
+        with gathered_head(unwrapped_student):
+            head = head_of(unwrapped_student)
+            # With the model split by `device_map`, the backbone may end on another device than the head.
+            scored = lm_head_loss(
+                hidden[mask.to(hidden.device)].to(head.weight.device),
+                head,
+                self._rule,
+                tokens,
+                teacher,
+                weights[mask].to(head.weight.device),
+                self.temperature,
+                self._vocabulary,
+            )
+        check_finite(self.args.objective, self.state.global_step, scored.loss, scored.stats["loss"])
+        entropy = scored.stats.pop("entropy").sum()  # the parent logs it
+        log_token_metrics(self, scored.stats)
+        return scored.loss, entropy, mask.sum()
+
+    def _token_weights(self, mask, inputs, num_items_in_batch) -> torch.Tensor:
+        if self.args.objective != "gopd":
+            return token_weights(mask, "token-mean", num_items_in_batch)
+        sequences = None  # in evaluation, a mean over the batch, as the parent's
+        if num_items_in_batch is not None:
+            sequences = inputs["num_sequences_in_batch"] / self.accelerator.num_processes
+        return token_weights(mask, self.args.gopd_aggregation, num_items_in_batch, sequences)
+
+    def _score(self, inputs, mask) -> tuple[dict[str, torch.Tensor], list[TeacherLogits] | None]:
+        """Returns what the rule reads about each trained token, and the teacher's logits, in two parts with a reference."""
+        seen = _whole(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
+        if "route" in inputs:
+            seen["route"] = inputs["route"]
+        seen_by_reference = _whole(inputs, "prompt") if self.reference and self._reference_is_start else seen
+        keep, reference_keep = (_keep(mask, batch["input_ids"].shape[1]) for batch in (seen, seen_by_reference))
+        if self.args.objective != "gopd":
+            return {}, self.teacher.score(seen, keep)
+        scale = self.args.reward_scale
+        if self.args.gopd_full_vocab:
+            parts = _scaled(self.teacher.score(seen, keep), scale) if scale else []
+            if self.reference is not None:
+                parts += _scaled(self.reference.score(seen_by_reference, reference_keep), 1 - scale)
+            return {}, parts
+        labels = inputs["completion_ids"][mask]
+        tokens = {"labels": labels, "teacher_logp": self.teacher.log_probs(seen, keep, labels)}
+        if self.reference is not None:
+            tokens["reference_logp"] = self.reference.log_probs(seen_by_reference, reference_keep, labels)
+        if self._sampler is not None:
+            tokens["sampler_logp"] = inputs["sampler_logp"][mask]
+        return tokens, None
+
+
+def _teacher(
+    teacher: ModelTeacher | None, model: Model | dict[str, Model] | None, args: DistillationConfig
+) -> ModelTeacher:
+    if teacher is not None and (model is not None or args.teacher_model_name_or_path is not None):
+        raise ValueError("`teacher` and `teacher_model` are two teachers. Pass one.")
+    if teacher is not None and not hasattr(teacher, "log_probs"):
+        raise TypeError(
+            f"`teacher` is a {type(teacher).__name__}, which knows what it has stored, and the student's completions are new. Pass "
+            "a model, or use `GKDTrainer` with `lmbda=0`, which trains on the completions of the dataset."
+        )
+    model = args.teacher_model_name_or_path if model is None else model
+    if teacher is None and model is None:
+        raise ValueError(
+            "There is no teacher. Set `teacher_model_name_or_path`, or pass `teacher_model` or `teacher`."
+        )
+    if isinstance(model, Mapping):
+        teacher = RoutedTeacher({name: _local(one, args) for name, one in model.items()})
+    if isinstance(teacher, RoutedTeacher) != (args.gopd_teacher_column is not None):
+        raise ValueError(
+            f"`gopd_teacher_column: {args.gopd_teacher_column}` names the column that chooses among several teachers: it goes with "
+            "teachers by name, `teacher_model_name_or_path: {math: ..., code: ...}`, and they with it."
+        )
+    return teacher or _local(model, args)
+
+
+def _local(model: Model, args: DistillationConfig) -> LocalTeacher:
+    if not isinstance(model, str):
+        return LocalTeacher(model)
+    # TRL's defaults.
+    kwargs: dict[str, Any] = {"dtype": None, "trust_remote_code": args.trust_remote_code}
+    if args.teacher_model_revision is not None:
+        kwargs["revision"] = args.teacher_model_revision
+    return LocalTeacher(model, kwargs | (args.teacher_model_init_kwargs or {}))
+
+
+def _reference_model(model: Model | None, args: DistillationConfig) -> Model | None:
+    if model is None:
+        return args.reference_model_name_or_path
+    if args.objective != "gopd" or args.reward_scale == 1:
+        raise ValueError(
+            f"`reference_model` acts with `objective: gopd` and a `reward_scale` other than 1, where it does not cancel; got "
+            f"`objective: {args.objective}` and `reward_scale: {args.reward_scale}`. Set them, or pass no reference."
+        )
+    if args.reference_model_name_or_path is not None:
+        raise ValueError("`reference_model` and `reference_model_name_or_path` are two references. Give one.")
+    return model
+
+
+def _loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Returns which completion tokens (B, C) are trained on: not padding, and not what a tool has said."""
+    mask = inputs["completion_mask"].bool()
+    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
+
+
+def _whole(inputs: Mapping[str, Any], prompt: str) -> dict[str, torch.Tensor]:
+    """Returns a model's inputs: one of the two renderings of the prompts, and the completions."""
+    return {
+        "input_ids": torch.cat([inputs[f"{prompt}_ids"], inputs["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([inputs[f"{prompt}_mask"], inputs["completion_mask"]], dim=1),
+    }
+
+
+def _keep(mask: torch.Tensor, length: int) -> torch.Tensor:
+    """Returns which positions (B, length - 1) predict the trained tokens of `mask` (B, C), the last C of each row."""
+    return pad(mask, (length - 1 - mask.shape[1], 0))
+
+
+def _scaled(parts: Iterable[TeacherLogits], factor: float) -> list[TeacherLogits]:
+    return [replace(part, factor=factor * part.factor) for part in parts]
+
+
+def _chat_tokenizer(teacher: ModelTeacher) -> PreTrainedTokenizerBase | None:
+    tokenizer = getattr(teacher, "tokenizer", None)
+    return tokenizer if getattr(tokenizer, "chat_template", None) else None
+
+
+def _padded(rows: list[list], value: float, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns rows of unequal lengths as one tensor, with a mask of what is not padding."""
+    length = max(map(len, rows))
+
+    def fill(row, value):
+        gap = [value] * (length - len(row))
+        return gap + row if side == "left" else row + gap
+
+    filled = torch.tensor([fill(row, value) for row in rows], device=device)
+    return filled, torch.tensor([fill([1] * len(row), 0) for row in rows], device=device)
+
+
+class _SamplerLogProbs:
+    """
+    Keeps the log-probabilities with which vLLM has sampled, which the parent does not ask for.
+
+    Args:
+        generation (`VLLMGeneration`):
+            TRL's handle of vLLM.
+    """
+
+    def __init__(self, generation: Any):
+        self._turns: list[tuple[list[int], list[int], list[float]]] = []
+        generation.logprobs = 0  # of the sampled token alone
+        generation.generate = self._keeping(generation.generate)
+
+    def _keeping(self, generate: Callable) -> Callable:
+        def keeping(prompts, **kwargs):
+            result = generate(prompts=prompts, **kwargs)
+            _, completions, log_probs, _ = result
+            # vLLM's NaN comes as None.
+            values = [[float("nan") if top[0] is None else top[0] for top in row] for row in log_probs]
+            self._turns += zip(prompts, completions, values, strict=True)
+            return result
+
+        return keeping
+
+    def collect(self, rows: Iterable[tuple[list[int], list[int]]]) -> list[list[float]]:
+        """
+        Returns the log-probabilities of the tokens of whole completions, given with their prompts.
+
+        A completion with tool calls has several turns, each sampled after everything before it, and cut where it was too long;
+        what the tools have said was not sampled and gets NaN.
+        """
+        result = []
+        for prompt, completion in rows:
+            whole, values = prompt + completion, [float("nan")] * len(completion)
+            for context, sampled, log_probs in self._turns:
+                start, end = len(context), min(len(context) + len(sampled), len(whole))
+                if (
+                    len(prompt) <= start < end
+                    and whole[:start] == context
+                    and whole[start:end] == sampled[: end - start]
+                ):
+                    values[start - len(prompt) : end - len(prompt)] = log_probs[: end - start]
+            result.append(values)
+        self._turns.clear()
+        return result
