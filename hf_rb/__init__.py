@@ -12,18 +12,34 @@ from hf_rb import _registration
 
 if TYPE_CHECKING:
     from hf_rb.quantizers.ptqtp.config import PTQTPConfig
+    from hf_rb.trainers.distillation_config import DistillationConfig
+    from hf_rb.trainers.distillation_trainer import DistillationTrainer
+    from hf_rb.trainers.gkd_config import GKDConfig
+    from hf_rb.trainers.gkd_trainer import GKDTrainer
     from hf_rb.trainers.sft_config import SFTConfig
     from hf_rb.trainers.sft_trainer import SFTTrainer
 
 __version__ = "0.1.0.dev0"
 
 _MODULES = {
+    "DistillationConfig": "hf_rb.trainers.distillation_config",
+    "DistillationTrainer": "hf_rb.trainers.distillation_trainer",
+    "GKDConfig": "hf_rb.trainers.gkd_config",
+    "GKDTrainer": "hf_rb.trainers.gkd_trainer",
     "PTQTPConfig": "hf_rb.quantizers.ptqtp.config",
     "SFTConfig": "hf_rb.trainers.sft_config",
     "SFTTrainer": "hf_rb.trainers.sft_trainer",
 }
 
-__all__ = ["PTQTPConfig", "SFTConfig", "SFTTrainer"]
+__all__ = [
+    "DistillationConfig",
+    "DistillationTrainer",
+    "GKDConfig",
+    "GKDTrainer",
+    "PTQTPConfig",
+    "SFTConfig",
+    "SFTTrainer",
+]
 
 
 def __getattr__(name: str) -> Any:

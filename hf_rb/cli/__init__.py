@@ -22,6 +22,7 @@ VERBS = {
     "demo": ("hf_rb.cli.demo", "Fine-tune, quantize and evaluate a tiny model in about three minutes on a CPU."),
     "check": ("hf_rb.cli.check", "Check a recipe in under a second, without loading anything."),
     "sft": ("hf_rb.cli.train", "Fine-tune a model from a recipe."),
+    "gkd": ("hf_rb.cli.train", "Distil a teacher into a model from a recipe."),
     "cache-teacher": ("hf_rb.cli.cache_teacher", "Run a teacher once over the data, and train without it."),
     "quantize": ("hf_rb.cli.quantize", "Quantize a model and save it."),
     "eval": ("hf_rb.cli.eval", "Measure perplexity, accuracy, size and speed of a model."),

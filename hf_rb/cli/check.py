@@ -21,7 +21,7 @@ from hf_rb import tiny
 from hf_rb._fields import Rule, value_problem
 from hf_rb._resources import find_recipe
 from hf_rb.cli import schemas
-from hf_rb.trainers._rules import profit_rules
+from hf_rb.trainers._rules import gkd_rules, profit_rules
 
 
 __all__ = ["Report", "check", "read_overrides", "read_recipe"]
@@ -282,6 +282,11 @@ def _source_rules(args: Any) -> Iterator[str]:
                 yield f"`datasets[{index}].data_files` names {file!r}, which does not exist."
 
 
+def _teacher_rules(args: Any) -> Iterator[str]:
+    if args.teacher_model_name_or_path is None and args.teacher_cache is None:
+        yield "no teacher: write `teacher_model_name_or_path: ...` or `teacher_cache: ...`."
+
+
 def _texts(value: Any) -> Iterator[str]:
     """The strings in a string, a list or a dict."""
     if isinstance(value, str):
@@ -293,5 +298,6 @@ def _texts(value: Any) -> Iterator[str]:
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "sft": (profit_rules, _precision_rules, _source_rules, _name_rules),
+    "gkd": (gkd_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),
     "quantize": (_name_rules,),
 }

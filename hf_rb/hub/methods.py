@@ -67,6 +67,64 @@ METHODS = {
     method.key: method
     for method in (
         Method(
+            key="akl",
+            name="AKL",
+            kind="trainer",
+            paper_id="2404.02657",
+            title="Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
+            authors=("Taiqiang Wu", "Chaofan Tao", "Jiahao Wang", "Runming Yang", "Zhe Zhao", "Ngai Wong"),
+            summary="Distillation that weighs forward and reverse KL at every token by where student and teacher differ: among "
+            "the teacher's most probable tokens or in its tail.",
+        ),
+        Method(
+            key="gopd",
+            name="G-OPD",
+            kind="trainer",
+            paper_id="2602.12125",
+            title="Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation",
+            authors=("Wenkai Yang", "Weijie Liu", "Ruobing Xie", "Kai Yang", "Saiyong Yang", "Yankai Lin"),
+            summary="On-policy distillation with a reference model and a scale of the reward log(teacher / reference); above 1 "
+            "(ExOPD) the student extrapolates past the teacher.",
+        ),
+        Method(
+            key="hpd",
+            name="HPD",
+            kind="trainer",
+            paper_id="2604.20244",
+            title="Hybrid Policy Distillation for LLMs",
+            authors=("Wenhong Zhu", "Ruobing Xie", "Rui Wang", "Pengfei Liu"),
+            summary="Distillation on fixed text that also draws one token from the student at every position and lowers it "
+            "where the student overrates it.",
+        ),
+        Method(
+            key="llm_neo",
+            name="LLM-Neo",
+            kind="trainer",
+            paper_id="2411.06839",
+            title="LLM-Neo: Parameter Efficient Knowledge Distillation for Large Language Models",
+            authors=(
+                "Runming Yang",
+                "Taiqiang Wu",
+                "Jiahao Wang",
+                "Pengfei Hu",
+                "Yik-Chung Wu",
+                "Ngai Wong",
+                "Yujiu Yang",
+            ),
+            summary="Distillation into LoRA: the mean of cross-entropy and forward KL from a larger teacher, with only the adapters "
+            "trained.",
+        ),
+        Method(
+            key="loca",
+            name="LoCa",
+            kind="trainer",
+            paper_id="2409.04778",
+            title="LoCa: Logit Calibration for Knowledge Distillation",
+            authors=("Runming Yang", "Taiqiang Wu", "Yujiu Yang"),
+            summary="Distillation from a teacher that is calibrated wherever it prefers another token to the label, so that the "
+            "label wins by a small margin.",
+        ),
+        Method(
             key="profit",
             name="ProFit",
             kind="trainer",

@@ -15,6 +15,7 @@ FOLDER = resource_folder("recipes")
 ALL = sorted(FOLDER.rglob("*.yaml"))
 ACCELERATE = [path for path in ALL if path.parent.name == "accelerate_configs"]
 RECIPES = [path for path in ALL if path not in ACCELERATE]
+VERBS = {"ptqtp": "quantize", "profit": "sft", "akl": "gkd", "hpd": "gkd", "llm_neo": "gkd", "loca": "gkd"}
 
 
 def named(paths) -> list:
@@ -26,7 +27,7 @@ def test_check_finds_nothing_in_the_recipe(path):
     report = check(path, read_recipe(path))
     assert not report.errors + report.warnings
     # The folder of a method says which verb its recipes are for.
-    assert report.verb == {"ptqtp": "quantize", "profit": "sft"}[path.relative_to(FOLDER).parts[0]]
+    assert report.verb == VERBS[path.relative_to(FOLDER).parts[0]]
 
 
 @pytest.mark.parametrize("path", named(RECIPES))

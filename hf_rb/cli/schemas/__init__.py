@@ -15,6 +15,7 @@ __all__ = ["QUANTIZATION", "RECIPES", "load"]
 # parser of dataclasses. Where two know a recipe's keys equally well, the first wins.
 RECIPES = {
     "sft": "hf_rb.scripts.sft:make_parser",
+    "gkd": "hf_rb.scripts.gkd:make_parser",
     "quantize": "hf_rb.cli.quantize:QuantizeArguments",
 }
 # The quantization configs by their `quant_method`.
