@@ -103,6 +103,15 @@ def cache_teacher(
     Raises:
         FileExistsError: `folder` holds something else, or another cache and `overwrite` is `False`.
         ValueError: An argument is out of range, the data is streamed, or the teacher is not a local one or gives NaN.
+
+    Example:
+
+    ```python
+    >>> trainer = GKDTrainer("tiny:student", "tiny:teacher", GKDConfig("run", lmbda=0.0), train_dataset=dataset)
+    >>> cache_teacher(trainer, "teacher-cache", k=64)
+    >>> config = GKDConfig("run", objective="forward_kl", lmbda=0.0, teacher_cache="teacher-cache")
+    >>> GKDTrainer("tiny:student", args=config, train_dataset=dataset).train()
+    ```
     """
     start, folder = time.perf_counter(), Path(folder)
     _check_arguments(trainer, k, dtype, batch_tokens, shard_tokens)
@@ -131,9 +140,10 @@ def _check_arguments(trainer: Trainer, k: int, dtype: str, batch_tokens: int, sh
             raise ValueError(f"`{name}` must be a whole number from 1; got {value!r}.")
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` cannot be {dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}.")
-    if not isinstance(trainer.teacher, LocalTeacher):
+    teacher = getattr(trainer, "teacher", None)
+    if not isinstance(teacher, LocalTeacher):
         raise ValueError(
-            f"A {type(trainer.teacher).__name__} cannot be captured. Set `teacher_model_name_or_path` and no `teacher_cache`."
+            f"A teacher of type {type(teacher).__name__} cannot be captured. Set `teacher_model_name_or_path` and no `teacher_cache`."
         )
     if trainer.accelerator.num_processes > 1:
         raise ValueError(
@@ -297,7 +307,7 @@ def _write_shard(
     for batch in plan.batches(rows, batch_tokens):
         keep = plan.kept(batch)
         batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():
             (teacher,) = trainer.teacher.score(batch, keep)
         labels = batch["input_ids"][:, 1:][keep.to(device)].to(teacher.hidden.device)
         top = lm_head_top_k(teacher.hidden, teacher.head, identity.k, labels, identity.vocabulary)
@@ -363,7 +373,7 @@ def _report(folder: Path, manifest: Manifest, kept: int, seconds: float) -> Cach
         shards_kept=kept,
         file_bytes=size,
         bytes_per_token=size / tokens,
-        truncation_kl=sum(shard.truncation_kl for shard in shards) / tokens,
+        truncation_kl=max(0.0, sum(shard.truncation_kl for shard in shards) / tokens),
         tail_mass=sum(shard.tail_mass for shard in shards) / tokens,
         seconds=seconds,
     )

@@ -472,7 +472,9 @@ def test_capture_refuses_streams_and_unlabelled_data(make_trainer, capturing, ca
     cached.prepare(capturing)
     with monkeypatch.context() as patch:
         patch.setattr(capturing, "teacher", cached)
-        with pytest.raises(ValueError, match="A CachedTeacher cannot be captured. Set `teacher_model_name_or_path`"):
+        with pytest.raises(
+            ValueError, match="type CachedTeacher cannot be captured. Set `teacher_model_name_or_path`"
+        ):
             cache_teacher(capturing, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(capturing, "train_dataset", capturing.train_dataset.to_iterable_dataset())
