@@ -156,9 +156,9 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         if "input_ids" in example or formatting_func is not None:
             pass
         elif has_prompt and "completion" not in example and not has_messages:
-            if self.args.lmbda < 1:
+            if args.lmbda < 1:
                 raise ValueError(
-                    f"The {dataset_name} dataset has prompts without completions, and `lmbda: {self.args.lmbda}` trains on the "
+                    f"The {dataset_name} dataset has prompts without completions, and `lmbda: {args.lmbda}` trains on the "
                     "completions of the dataset. Add a column `completion`, or set `lmbda: 1.0`."
                 )
             self._has_prompts_only = True

@@ -1,0 +1,521 @@
+import copy
+import logging
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.trainer_utils import set_seed
+from trl.experimental.utils import DataCollatorForChatML
+
+from hf_rb import GKDConfig, GKDTrainer, tiny
+from hf_rb.teachers import AdapterOffTeacher, LocalTeacher
+from hf_rb.trainers.gkd_trainer import _prompts
+
+
+FORMATS = ("messages", "prompt_completion", "prompt_only")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return {name: tiny.load_dataset("math", config=name, size=16) for name in FORMATS}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def teacher(student):
+    """The random student with other weights."""
+    set_seed(7)
+    model = AutoModelForCausalLM.from_pretrained(student)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture
+def make(student, teacher, config, data, tokenizer):
+    """Returns a function that makes a trainer."""
+
+    def make(dataset=None, eval_dataset=None, model=None, trainer_kwargs=None, **flags):
+        kwargs = {"teacher": LocalTeacher(teacher, tokenizer=tokenizer)} | (trainer_kwargs or {})
+        return GKDTrainer(
+            model or str(student),
+            args=GKDConfig(**(config | {"lmbda": 0.0, "max_new_tokens": 8} | flags)),
+            train_dataset=data["messages"] if dataset is None else dataset,
+            eval_dataset=eval_dataset,
+            **{key: value for key, value in kwargs.items() if value is not None},
+        )
+
+    return make
+
+
+# Configuration
+
+REFUSED = {
+    "hpd, on-policy": ({"objective": "hpd", "lmbda": 0.5}, "`objective: hpd` needs `lmbda: 0.0`"),
+    "hpd, default lmbda": ({"objective": "hpd"}, "got `lmbda: 0.5`"),
+    "gopd, off-policy": (
+        {"objective": "gopd", "lmbda": 0.0, "temperature": 1.0},
+        "`objective: gopd` needs `lmbda: 1.0`",
+    ),
+    "gopd, mixed": ({"objective": "gopd", "lmbda": 0.5, "temperature": 1.0}, "`objective: gopd` needs `lmbda: 1.0`"),
+    "gopd, temperature": ({"objective": "gopd", "lmbda": 1.0}, "needs `temperature: 1.0`"),
+    "gopd, tis": (
+        {"objective": "gopd", "lmbda": 1.0, "temperature": 1.0, "gopd_tis_cap": 5.0},
+        "or use `DistillationTrainer` with `use_vllm: true`",
+    ),
+    "gopd, routing": (
+        {"objective": "gopd", "lmbda": 1.0, "temperature": 1.0, "gopd_teacher_column": "kind"},
+        "Use `DistillationTrainer`",
+    ),
+    "gopd, full and clamped": (
+        {
+            "objective": "gopd",
+            "lmbda": 1.0,
+            "temperature": 1.0,
+            "gopd_full_vocab": True,
+            "gopd_logratio_clamp": 5.0,
+        },
+        "Remove one of the two",
+    ),
+    "gopd, idle reference": (
+        {"objective": "gopd", "lmbda": 1.0, "temperature": 1.0, "reference_model_name_or_path": "x"},
+        "the reference cancels",
+    ),
+    "kd_alpha, on-policy": ({"kd_alpha": 0.5, "lmbda": 1.0}, "`kd_alpha: 0.5` needs `lmbda: 0.0`"),
+    "kd_alpha, mixed": ({"kd_alpha": 0.5}, "`kd_alpha: 0.5` needs `lmbda: 0.0`"),
+    "loca, mixed": ({"loca_alpha": 0.9, "lmbda": 0.5}, "`loca_alpha: 0.9` needs `lmbda: 0.0`"),
+    "loca, on-policy": ({"loca_alpha": 0.9, "lmbda": 1.0}, "`loca_alpha: 0.9` needs `lmbda: 0.0`"),
+    "loca, hpd": ({"objective": "hpd", "loca_alpha": 0.9, "lmbda": 0.0}, "`objective: hpd` is none"),
+    "loca, seq_kd": ({"loca_alpha": 0.9, "lmbda": 0.0, "seq_kd": True}, "the labels are the teacher's own"),
+    "seq_kd, on-policy": ({"lmbda": 1.0, "seq_kd": True}, "`seq_kd: true` has no effect"),
+    "cache, objective": ({"teacher_cache": "x", "lmbda": 0.0}, "Set `objective: forward_kl` or `objective: akl`"),
+    "cache, mixed": ({"teacher_cache": "x", "objective": "akl"}, "`teacher_cache` needs `lmbda: 0.0`"),
+    "cache, on-policy": ({"teacher_cache": "x", "objective": "akl", "lmbda": 1.0}, "`teacher_cache` needs `lmbda"),
+    "cache, dense": (
+        {"teacher_cache": "x", "objective": "akl", "lmbda": 0.0, "loss_impl": "dense"},
+        "Set `loss_impl: chunked`",
+    ),
+    "cache, teacher": (
+        {"teacher_cache": "x", "objective": "akl", "lmbda": 0.0, "teacher_model_name_or_path": "y"},
+        "are two teachers",
+    ),
+    "beta": ({"objective": "akl", "beta": 0.1}, "`beta: 0.1` acts on `objective: jsd` only"),
+    "akl_mu, idle": ({"akl_mu": 0.3}, "`akl_mu: 0.3` acts on `objective: akl` only"),
+    "hpd_sample, idle": ({"hpd_sample": False}, "acts on `objective: hpd` only"),
+    "reward_scale, idle": ({"reward_scale": 1.25}, "acts on `objective: gopd` only"),
+    "akl_mu": ({"objective": "akl", "akl_mu": 0.0}, r"`akl_mu` must be in \(0, 1\]; got 0.0"),
+    "loca_alpha": ({"loca_alpha": 1.5, "lmbda": 0.0}, r"`loca_alpha` must be in \(0, 1\]; got 1.5"),
+    "kd_alpha": ({"kd_alpha": -0.1, "lmbda": 0.0}, r"`kd_alpha` must be in \[0, 1\]"),
+    "objective": ({"objective": "fkl"}, "`objective` cannot be 'fkl'"),
+    "packing": ({"packing": True}, "`packing: true` needs completions from the dataset"),
+    "padding_free": ({"padding_free": True, "lmbda": 0.0, "seq_kd": True}, "and `seq_kd: true` generates them"),
+    "dft": ({"loss_type": "dft"}, "Remove `loss_type`"),
+    "label smoothing": ({"label_smoothing_factor": 0.1}, "acts on SFT's loss"),
+}
+
+
+@pytest.mark.parametrize("flags, message", REFUSED.values(), ids=REFUSED)
+def test_config_refuses(flags, message, config):
+    with pytest.raises(ValueError, match=message):
+        GKDConfig(**(config | flags))
+
+
+ALLOWED = {
+    "every divergence, mixed": {"objective": "reverse_kl", "lmbda": 0.5},
+    "akl, loca, kd_alpha": {"objective": "akl", "loca_alpha": 0.9, "kd_alpha": 0.5, "lmbda": 0.0},
+    "cache with both": {
+        "objective": "akl",
+        "loca_alpha": 0.9,
+        "kd_alpha": 0.5,
+        "lmbda": 0.0,
+        "teacher_cache": "x",
+    },
+    "hpd on the teacher's text": {"objective": "hpd", "lmbda": 0.0, "seq_kd": True},
+}
+
+
+@pytest.mark.parametrize("flags", ALLOWED.values(), ids=ALLOWED)
+def test_config_takes(flags, config):
+    GKDConfig(**(config | flags))
+
+
+# Data
+
+
+def rows_of(trainer, dataset=None):
+    return [(row["input_ids"], row["labels"]) for row in (dataset or trainer.train_dataset)]
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And twice that, in naïve words – 日本?"},
+    {"role": "assistant", "content": "  Eight: 8 日本"},
+]
+
+
+def test_messages_are_labelled_as_trls_collator_does(make, data, tokenizer):
+    dataset = Dataset.from_list([*data["messages"].select_columns("messages"), {"messages": TURNS}])
+    trainer = make(dataset, shuffle_dataset=False)
+    collator = DataCollatorForChatML(tokenizer=tokenizer, max_length=1024)
+    for example, row in zip(dataset, trainer.train_dataset, strict=True):
+        expected = collator([example])
+        assert row["input_ids"] == expected["input_ids"][0].tolist()
+        assert row["labels"] == expected["labels"][0].tolist()
+        assert _prompts(trainer.data_collator([row]))[0].tolist() == expected["prompts"][0].tolist()
+
+
+def test_other_layouts_are_labelled_alike(make, data, tokenizer):
+    last = rows_of(make(Dataset.from_list([{"messages": TURNS}])))
+    sharegpt = [{"from": turn["role"], "value": turn["content"]} for turn in TURNS]
+    assert rows_of(make(Dataset.from_list([{"conversations": sharegpt}]))) == last
+    assert rows_of(make(Dataset.from_list([{"prompt": TURNS[:-1], "completion": TURNS[-1:]}]))) == last
+    assert rows_of(make(Dataset.from_list([dict(zip(("input_ids", "labels"), last[0], strict=True))]))) == last
+
+    both = rows_of(make(Dataset.from_list([{"messages": TURNS}]), assistant_only_loss=True))
+    assert both[0][0] == last[0][0]
+    more = [new for new, old in zip(both[0][1], last[0][1], strict=True) if new != old]
+    assert tokenizer.decode(more).startswith("4")
+    everything = rows_of(make(Dataset.from_list([{"messages": TURNS}]), completion_only_loss=False))
+    assert everything[0][1] == last[0][0]
+    text = rows_of(make(Dataset.from_list([{"text": "One and one is two."}])))
+    assert text[0][0] == text[0][1]
+
+
+DATA_ERRORS = {
+    "prompts without completions": ([{"prompt": TURNS[:2]}], {}, "Add a column `completion`, or set `lmbda: 1.0`"),
+    "nothing left": ([{"messages": TURNS}], {"max_length": 8}, "Raise `max_length`"),
+    "last turn": ([{"messages": TURNS[:4]}], {}, "must be the assistant's; one is user"),
+}
+
+
+@pytest.mark.parametrize("rows, flags, message", DATA_ERRORS.values(), ids=DATA_ERRORS)
+def test_data_without_completions_is_refused(make, rows, flags, message):
+    with pytest.raises(ValueError, match=message):
+        make(Dataset.from_list(rows), **flags)
+
+
+def test_text_cannot_be_sampled_from(make):
+    trainer = make(Dataset.from_list([{"text": "One and one is two."}] * 4), lmbda=1.0)
+    with pytest.raises(ValueError, match="no prompt to sample a completion of"):
+        trainer.train()
+
+
+# Training
+
+RUNS = {
+    "messages": ("messages", {}),
+    "prompts and completions, packed": ("prompt_completion", {"packing": True, "max_length": 256}),
+    "assistant turns, wrapped": (
+        "messages",
+        {"packing": True, "packing_strategy": "wrapped", "max_length": 128, "assistant_only_loss": True},
+    ),
+    "bfloat16, checkpointing": ("messages", {"bf16": True, "gradient_checkpointing": True, "objective": "hpd"}),
+    "seq_kd": ("messages", {"seq_kd": True, "objective": "hpd"}),
+    "on-policy, prompts only": ("prompt_only", {"lmbda": 1.0, "objective": "akl"}),
+    "exopd, checkpointing": (
+        "prompt_only",
+        {
+            "lmbda": 1.0,
+            "objective": "gopd",
+            "temperature": 1.0,
+            "reward_scale": 1.25,
+            "gradient_checkpointing": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name, flags", RUNS.values(), ids=RUNS)
+def test_trains_and_evaluates(make, data, name, flags):
+    trainer = make(data[name], data[name].select(range(6)), per_device_eval_batch_size=4, **flags)
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history[:2])
+    metrics = trainer.evaluate()
+    assert {"eval_loss", "eval_kept_fraction"} <= metrics.keys()
+    if flags.get("objective") != "gopd":
+        assert metrics["eval_ce"] > 0
+
+
+def test_bfloat16_agrees_with_float32(make):
+    """Autocast must reach the backbone, which is not run by the model's own forward."""
+    losses = {}
+    for bf16 in (False, True):
+        trainer = make(bf16=bf16, objective="reverse_kl", max_steps=1)
+        kinds = set()
+        trainer.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *x, k=kinds: k.add(x[2].dtype))
+        trainer.train()
+        losses[bf16] = trainer.state.log_history[0]["loss"]
+        assert kinds == {torch.bfloat16 if bf16 else torch.float32}
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+
+
+def test_evaluation_is_the_objective_over_the_evaluation_data(make, data, student, teacher):
+    rows = data["messages"].select(range(4))
+    trainer = make(eval_dataset=rows, objective="forward_kl", kd_alpha=0.7, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate()
+    batch = next(iter(trainer.get_eval_dataloader()))
+    model, keep = AutoModelForCausalLM.from_pretrained(student), batch["labels"][:, 1:] != -100
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    log_q, log_p = (m(**inputs).logits[:, :-1][keep].log_softmax(-1) for m in (model, teacher))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    ce = torch.nn.functional.nll_loss(log_q, batch["labels"][:, 1:][keep]).item()
+    assert metrics["eval_forward_kl"] == pytest.approx(kl, rel=1e-4)
+    assert metrics["eval_ce"] == pytest.approx(ce, rel=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(0.3 * ce + 0.7 * kl, rel=1e-4)
+
+
+def test_logs_what_belongs_to_the_objective(make):
+    trainer = make(objective="hpd", max_steps=1)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert 0 < logs["hpd/suppressed_fraction"] < 1 and 0 < logs["hpd/overestimated_fraction"] < 1
+    assert 0 < logs["hpd/reinforced_fraction"] <= logs["hpd/suppressed_fraction"]
+    assert logs["hpd/sample_weight_min"] < 0 == logs["hpd/sample_weight_max"]
+    assert logs["hpd/label_weight_min"] < 0 < logs["hpd/label_weight_max"] < 2.37
+
+    trainer = make(objective="akl", loca_alpha=0.95, max_steps=1)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert 0 < logs["akl/weight"] < 1 <= logs["akl/head_size"]
+    assert 0 < logs["loca/corrected_fraction"] <= 1
+    assert 0 < logs["kept_fraction"] < 1
+
+
+# Who gets a gradient
+
+
+def test_the_teacher_stays_as_it_is(make, teacher):
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = make(objective="akl")
+    trainer.train()
+    assert not teacher.training
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in teacher.parameters())
+    torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "dense"])
+def test_lora_trains_only_lora(make, student, impl):
+    trainer = make(
+        objective="forward_kl", kd_alpha=0.9, loss_impl=impl, trainer_kwargs={"peft_config": LoraConfig(r=4)}
+    )
+    trainer.train()
+    before = AutoModelForCausalLM.from_pretrained(student).state_dict()
+    base = {
+        name.replace("base_layer.", "").removeprefix("base_model.model."): value
+        for name, value in trainer.model.state_dict().items()
+        if "lora_" not in name
+    }
+    torch.testing.assert_close(base, before, rtol=0, atol=0)
+    assert any(value.abs().max() > 0 for name, value in trainer.model.state_dict().items() if "lora_B" in name)
+    assert trainer._methods == ["llm_neo"]
+    assert {"hf_rb", "gkd", "llm_neo"} <= set(trainer._tag_names)
+
+
+def test_the_student_without_adapters_as_teacher_starts_at_zero(make):
+    trainer = make(
+        objective="reverse_kl", trainer_kwargs={"teacher": AdapterOffTeacher(), "peft_config": LoraConfig(r=4)}
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory, tokenizer):
+    set_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            moe_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+    )
+    folder = tmp_path_factory.mktemp("models") / "experts"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "dense"])
+def test_auxiliary_loss_of_experts(make, experts, impl):
+    """The router's loss is added once, and weighted as SFT weighs it."""
+    flags = {"objective": "forward_kl", "max_steps": 1, "loss_impl": impl}
+    trainer = make(model=experts, router_aux_loss_coef=0.5, gradient_accumulation_steps=2, **flags)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert logs["aux_loss"] == pytest.approx(2, rel=0.2)  # as many as there are active experts, when balanced
+    assert logs["loss"] == pytest.approx(logs["forward_kl"] + 0.5 * logs["aux_loss"], rel=1e-4)
+
+
+# Sampling
+
+
+def test_the_source_of_completions_follows_seed_and_step(make, teacher):
+    trainer = make(lmbda=0.3, seq_kd=True)
+    trainer.model_wrapped = trainer.model
+
+    def writers():
+        sequence = []
+        for trainer.state.global_step in range(400):
+            sequence.append(trainer._writer() is trainer.model)
+        return sequence
+
+    first = writers()
+    torch.rand(3)
+    assert writers() == first  # of no generator's state
+    assert 0.22 < sum(first) / 400 < 0.38
+    trainer.args.seed += 1
+    assert writers() != first
+    assert trainer.teacher.model is not trainer.model
+    trainer.args.lmbda, trainer.seq_kd, trainer.args.seq_kd = 0.0, False, False
+    assert trainer._writer() is None
+
+
+def test_samples_end_at_their_first_stop_token_and_only_they_are_labels(make, data, tokenizer):
+    trainer = make(data["prompt_only"], lmbda=1.0, max_new_tokens=200, temperature=1.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    state = torch.get_rng_state()
+    sampled = trainer._with_completions(batch, trainer.model)
+    assert torch.equal(torch.get_rng_state(), state)
+    again = trainer._with_completions(batch, trainer.model)
+    assert all(torch.equal(sampled[key], again[key]) for key in sampled)
+    stops = set(trainer.generation_config.eos_token_id)
+    assert tokenizer.eos_token_id in stops
+    for ids, labels, mask in zip(*(sampled[key] for key in ("input_ids", "labels", "attention_mask")), strict=True):
+        length = int(mask.sum())
+        start = int((labels != -100).int().argmax())
+        assert tokenizer.decode(ids[:start]).endswith("<|im_start|>assistant\n")
+        assert torch.equal(labels[start:length], ids[start:length])
+        assert not (labels[length:] != -100).any() and mask[:length].all()
+        completion = ids[start:length].tolist()
+        assert not stops & set(completion[:-1])
+        assert completion[-1] in stops or len(completion) == 200
+
+
+def test_the_loss_is_divided_by_what_was_sampled(make, data, monkeypatch):
+    """TRL's trainer counts the labels of the dataset."""
+    trainer = make(data["messages"], lmbda=1.0, objective="reverse_kl", gradient_accumulation_steps=2, max_steps=1)
+    counts = []
+    original = trainer.compute_loss
+
+    def spy(model, inputs, return_outputs=False, num_items_in_batch=None):
+        counts.append((int((inputs["labels"][:, 1:] != -100).sum()), int(num_items_in_batch)))
+        return original(model, inputs, return_outputs, num_items_in_batch)
+
+    monkeypatch.setattr(trainer, "compute_loss", spy)
+    trainer.train()
+    assert counts[0][1] == counts[1][1] == counts[0][0] + counts[1][0]
+    logs = trainer.state.log_history[0]
+    assert logs["loss"] == pytest.approx(logs["reverse_kl"], rel=1e-5)
+
+
+# What may not reach the weights
+
+
+class Excluding(LocalTeacher):
+    """A teacher that excludes a token at every position."""
+
+    def prepare(self, trainer):
+        super().prepare(trainer)
+        head = torch.nn.Linear(*reversed(self.model.lm_head.weight.shape))
+        head.weight.data.copy_(self.model.lm_head.weight)
+        head.bias.data.zero_()[5] = -torch.inf
+        self.model.set_output_embeddings(head.requires_grad_(False))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "dense"])
+@pytest.mark.parametrize("objective", ["reverse_kl", "akl", "forward_kl", "hpd"])
+def test_a_teacher_that_excludes_tokens(make, student, teacher, tokenizer, objective, impl):
+    excluding = Excluding(copy.deepcopy(teacher), tokenizer=tokenizer)
+    trainer = make(objective=objective, loss_impl=impl, max_steps=1, trainer_kwargs={"teacher": excluding})
+    if objective in ("forward_kl", "hpd"):
+        trainer.train()
+        assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+        return
+    with pytest.raises(ValueError, match=f"`objective: {objective}` gave a loss of (inf|nan) at step 0"):
+        trainer.train()
+    before = AutoModelForCausalLM.from_pretrained(student).state_dict()
+    torch.testing.assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "dense"])
+@pytest.mark.parametrize("objective", ["jsd", "akl", "hpd"])
+def test_nothing_to_train_on_is_zero(make, objective, impl):
+    trainer = make(objective=objective, loss_impl=impl)
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for number in (None, torch.tensor(0)):
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=number)
+        loss.backward()
+        assert loss.item() == 0
+    assert all(parameter.grad.abs().max() == 0 for parameter in trainer.model.parameters())
+
+
+def test_labels_outside_the_shared_vocabulary_are_left_out(make, student, teacher, tokenizer):
+    """A student padded further than the teacher, and labels that only it has."""
+    wide = AutoModelForCausalLM.from_pretrained(student)
+    wide.resize_token_embeddings(len(tokenizer) + 16, mean_resizing=False)
+    rows = [{"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, 8, 9]}] * 4
+    outside = [{**rows[0], "labels": [-100, 6, len(tokenizer) + 3, 8, 9]}] * 4
+    masked = [{**rows[0], "labels": [-100, 6, -100, 8, 9]}] * 4
+    logs = []
+    for dataset in (outside, masked):
+        trainer = make(Dataset.from_list(dataset), model=copy.deepcopy(wide), max_steps=1, objective="hpd")
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    assert logs[0]["outside_vocabulary_fraction"] == 0.25 and logs[1]["outside_vocabulary_fraction"] == 0
+    assert logs[0]["loss"] == logs[1]["loss"] and logs[0]["kept_fraction"] == 0.6
+
+
+# Refusals of the trainer
+
+
+def test_teachers_are_one(student, config, data, teacher):
+    args = GKDConfig(**config)
+    with pytest.raises(ValueError, match="There is no teacher"):
+        GKDTrainer(str(student), args=args, train_dataset=data["messages"])
+    with pytest.raises(ValueError, match="There are several teachers"):
+        GKDTrainer(str(student), teacher, args, train_dataset=data["messages"], teacher=LocalTeacher(teacher))
+
+
+def test_teacher_by_name_as_in_trl(student, config, data):
+    args = GKDConfig(**config, teacher_model_name_or_path=str(student), lmbda=0.0)
+    trainer = GKDTrainer(str(student), args=args, train_dataset=data["messages"])
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0, abs=1e-6)
+    assert isinstance(trainer, trl.experimental.gkd.GKDTrainer)
+    assert trainer.teacher_model is not trainer.model
+
+
+def test_a_reference_that_cannot_act_is_refused(make, student):
+    with pytest.raises(ValueError, match="`reference_model` acts with `objective: gopd`"):
+        make(trainer_kwargs={"reference_model": str(student)})
+
+
+def test_a_prompt_learning_adapter_is_refused(make):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="virtual tokens shift the labels"):
+        make(trainer_kwargs={"peft_config": config})
+
+
+def test_flags_name_the_card(make, tmp_path, caplog):
+    with caplog.at_level(logging.ERROR):
+        trainer = make(objective="hpd", max_steps=1)
+        trainer.train()
+        trainer.create_model_card()
+    text = (tmp_path / "output" / "README.md").read_text()
+    assert "2604.20244" in text and "GKDTrainer" in text
