@@ -454,6 +454,19 @@ def test_capture_refuses_another_capture_s_folder(capturing, copied):
     ]
 
 
+def test_capture_does_not_mix_teachers_or_data(make_trainer, data, copied):
+    settings = {"k": 8, "dtype": "float32", "shard_tokens": 100}
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.teacher.model.model.norm.weight.mul_(1.01)
+    with pytest.raises(FileExistsError, match="teacher cache with `model: [0-9a-f]{64}` where this one has `model: "):
+        cache_teacher(trainer, copied, **settings)
+    with pytest.raises(FileExistsError, match="teacher cache with `data: "):
+        cache_teacher(make_trainer(dataset=data.select(range(6))), copied, **settings)
+    with pytest.raises(FileExistsError, match="teacher cache with `data: "):
+        cache_teacher(make_trainer(completion_only_loss=False), copied, **settings)
+
+
 def test_capture_refuses_a_damaged_manifest_and_may_replace_it(capturing, copied):
     (copied / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
