@@ -21,7 +21,7 @@ from hf_rb import tiny
 from hf_rb._fields import Rule, value_problem
 from hf_rb._resources import find_recipe
 from hf_rb.cli import schemas
-from hf_rb.trainers._rules import gkd_rules, profit_rules
+from hf_rb.trainers._rules import distillation_rules, gkd_rules, profit_rules
 
 
 __all__ = ["Report", "check", "read_overrides", "read_recipe"]
@@ -251,8 +251,8 @@ _FROM_TEXT = {
 
 def _name_rules(args: Any) -> Iterator[str]:
     """Names of embedded assets, and paths that can only be local."""
-    for key in ("model_name_or_path", "teacher_model_name_or_path", "dataset_name"):
-        name = getattr(args, key, None) or ""
+    keys = ("model_name_or_path", "teacher_model_name_or_path", "reference_model_name_or_path", "dataset_name")
+    for key, name in ((one, name) for one in keys for name in _texts(getattr(args, one, None))):
         if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
             yield f"`{key}` names {name!r}, which does not exist."
         if key != "dataset_name":
@@ -283,8 +283,9 @@ def _source_rules(args: Any) -> Iterator[str]:
 
 
 def _teacher_rules(args: Any) -> Iterator[str]:
-    if args.teacher_model_name_or_path is None and args.teacher_cache is None:
-        yield "no teacher: write `teacher_model_name_or_path: ...` or `teacher_cache: ...`."
+    if args.teacher_model_name_or_path is None and getattr(args, "teacher_cache", None) is None:
+        more = " or `teacher_cache: ...`" if hasattr(args, "teacher_cache") else ""
+        yield f"no teacher: write `teacher_model_name_or_path: ...`{more}."
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -299,5 +300,6 @@ def _texts(value: Any) -> Iterator[str]:
 RULES: dict[str, tuple[Rule, ...]] = {
     "sft": (profit_rules, _precision_rules, _source_rules, _name_rules),
     "gkd": (gkd_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),
+    "distillation": (distillation_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),
     "quantize": (_name_rules,),
 }

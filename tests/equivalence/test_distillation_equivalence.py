@@ -94,11 +94,12 @@ def dense_step(models, name, lr=0.1):
         completion = cases.completion_of(prompt)
         expert = other if name == "routed" and row["domain"] == "code" else teacher
 
-        def logits(model):
-            ids = torch.tensor([prompt + completion])
-            return model(ids).logits[0, len(prompt) - 1 : -1, : student.config.vocab_size]
-
-        z, (z_t, z_r) = logits(student), (logits(model).detach() for model in (expert, start))
+        ids = torch.tensor([prompt + completion])
+        z, z_t, z_r = (
+            model(ids).logits[0, len(prompt) - 1 : -1, : student.config.vocab_size]
+            for model in (student, expert, start)
+        )
+        z_t, z_r = z_t.detach(), z_r.detach()
         if objective != "gopd":
             temperature = case.get("temperature", 1.0)
             formula = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "akl": adaptive_kl}[objective]

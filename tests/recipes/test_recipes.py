@@ -15,7 +15,15 @@ FOLDER = resource_folder("recipes")
 ALL = sorted(FOLDER.rglob("*.yaml"))
 ACCELERATE = [path for path in ALL if path.parent.name == "accelerate_configs"]
 RECIPES = [path for path in ALL if path not in ACCELERATE]
-VERBS = {"ptqtp": "quantize", "profit": "sft", "akl": "gkd", "hpd": "gkd", "llm_neo": "gkd", "loca": "gkd"}
+VERBS = {
+    "ptqtp": "quantize",
+    "profit": "sft",
+    "akl": "gkd",
+    "hpd": "gkd",
+    "llm_neo": "gkd",
+    "loca": "gkd",
+    "exopd": "distillation",
+}
 
 
 def named(paths) -> list:

@@ -16,6 +16,7 @@ __all__ = ["QUANTIZATION", "RECIPES", "load"]
 RECIPES = {
     "sft": "hf_rb.scripts.sft:make_parser",
     "gkd": "hf_rb.scripts.gkd:make_parser",
+    "distillation": "hf_rb.scripts.distillation:make_parser",
     "quantize": "hf_rb.cli.quantize:QuantizeArguments",
 }
 # The quantization configs by their `quant_method`.
