@@ -79,6 +79,11 @@ def documents():
     return rows
 
 
+def halves():
+    """Documents of which every second has nothing to predict."""
+    return [row for document in documents()[:STEPS] for row in (document, {"input_ids": [7], "labels": [7]})]
+
+
 def local(models, model=None):
     """The saved teacher, or a model, with the embedded tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
@@ -151,6 +156,10 @@ if __name__ == "__main__":
     results["accumulated"] = train(
         models, per_device_train_batch_size=1, gradient_accumulation_steps=2, **CASES["hpd"]
     )
+    for name in ("akl, mixed", "hpd"):
+        results[f"{name}, one with nothing"] = train(
+            models, rows=halves(), per_device_train_batch_size=1, **CASES[name]
+        )
     if torch.distributed.get_rank() == 0:
         torch.save(results, output)
     torch.distributed.destroy_process_group()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.utils import DataCollatorForChatML
 
 from hf_rb import GKDConfig, GKDTrainer, _compat, tiny
-from hf_rb.teachers import AdapterOffTeacher
+from hf_rb.teachers import AdapterOffTeacher, CachedTeacher, cache_teacher
 
 
 CASES = gkd_cases.CASES
@@ -88,8 +88,10 @@ def test_dense_jsd_on_data_is_trl_bit_for_bit(full_models, beta, collator):
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("size, steps", [(2, 2), (1, 4)])
+SPLITS = [(name, 1, 4) for name in CASES] + [(name, 2, 2) for name in ("jsd", "hpd", "exopd")]
+
+
+@pytest.mark.parametrize("name, size, steps", SPLITS)
 def test_accumulation(models, whole, name, size, steps):
     split = gkd_cases.train(models, per_device_train_batch_size=size, gradient_accumulation_steps=steps, **CASES[name])
     assert_same_training(split, whole[name])
@@ -119,6 +121,21 @@ def test_packing(models, name):
     assert_same_training(packed, padded)
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "akl, mixed", "loca"])
+def test_cached_teacher_of_the_whole_vocabulary(models, whole, tmp_path, name):
+    """Taken from the dataset in one order and one layout, read in another, without a teacher in memory."""
+    keys = {"per_device_train_batch_size": 4, **CASES[name]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            GKDTrainer,
+            "train",
+            lambda trainer, **_: cache_teacher(trainer, tmp_path / "cache", k=128, dtype="float32"),
+        )
+        gkd_cases.train(models, **keys)
+    cached = gkd_cases.train(models, teacher=CachedTeacher(tmp_path / "cache"), **keys)
+    assert_same_training(cached, whole[name])
+
+
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 
 
@@ -133,8 +150,7 @@ def test_adapter_off_teacher_is_the_base_model(models):
     torch.testing.assert_close(weights, shared, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1.25])
-def test_lora_reference_is_the_copied_student(models, whole, scale):
+def test_lora_reference_is_the_copied_student(models, whole):
     """The reference without adapters, and the copy that full training makes, are the same model: the losses agree at the start."""
     logs, _ = gkd_cases.train(models, peft_config=LoraConfig(r=4), per_device_train_batch_size=4, **CASES["exopd"])
     for key in ("loss", "gopd/reward", "gopd/advantage", "gopd/advantage_max"):
@@ -174,3 +190,6 @@ def test_two_processes(models, whole, tmp_path):
     for name in CASES:
         assert_same_training(results[name], whole[name])
     assert_same_training(results["accumulated"], whole["hpd"])
+    for name in ("akl, mixed", "hpd"):
+        alone = gkd_cases.train(models, rows=gkd_cases.halves(), per_device_train_batch_size=2, **CASES[name])
+        assert_same_training(results[f"{name}, one with nothing"], alone)
