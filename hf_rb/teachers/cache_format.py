@@ -26,7 +26,18 @@ from safetensors.torch import load_file
 from hf_rb._files import MANIFEST, fsync_file, sha256_file
 
 
-__all__ = ["DTYPES", "Identity", "Manifest", "Shard", "bytes_per_token", "check_shard", "sequence_key", "sha256_json"]
+__all__ = [
+    "DTYPES",
+    "Identity",
+    "Manifest",
+    "Shard",
+    "bytes_per_token",
+    "check_shard",
+    "pack_ids",
+    "sequence_key",
+    "sha256_json",
+    "unpack_ids",
+]
 
 FORMAT = "hf_rb teacher cache"
 FORMAT_VERSION = 1
@@ -48,6 +59,17 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def pack_ids(ids: torch.Tensor, vocabulary: int) -> dict[str, torch.Tensor]:
+    """Returns the tensors that hold token ids of any integer type."""
+    packed = {"ids": (ids & 0xFFFF).to(torch.uint16)}
+    return packed if vocabulary <= 1 << 16 else packed | {"ids_high": (ids >> 16).to(torch.uint8)}
+
+
+def unpack_ids(low: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
+    """Returns token ids as int32."""
+    return low.int() if high is None else low.int() | (high.int() << 16)
+
+
 def bytes_per_token(k: int, vocabulary: int, dtype: str = "float16") -> int:
     """
     Returns the bytes that a cache takes for each token that is trained on, keys and counts of sequences apart.
@@ -60,7 +82,8 @@ def bytes_per_token(k: int, vocabulary: int, dtype: str = "float16") -> int:
         dtype (`str`, *optional*, defaults to `"float16"`):
             Type of the log-probabilities.
     """
-    return 4 + min(k + 1, vocabulary) * (4 + DTYPES[dtype].itemsize)
+    id_bytes = 2 if vocabulary <= 1 << 16 else 3
+    return 4 + min(k + 1, vocabulary) * (id_bytes + DTYPES[dtype].itemsize)
 
 
 @dataclass(frozen=True)
@@ -219,21 +242,22 @@ def _problem(tensors: dict[str, torch.Tensor], shard: Shard, identity: Identity)
         "keys": ((shard.sequences,), torch.int64),
         "counts": ((shard.sequences,), torch.int32),
         "positions": ((shard.tokens,), torch.int32),
-        "ids": ((shard.tokens, identity.width), torch.int32),
+        "ids": ((shard.tokens, identity.width), torch.uint16),
         "log_probs": ((shard.tokens, identity.width), DTYPES[identity.dtype]),
     }
+    if identity.vocabulary > 1 << 16:
+        expected["ids_high"] = ((shard.tokens, identity.width), torch.uint8)
     for name, (shape, dtype) in expected.items():
         if name not in tensors:
             return f"has no tensor `{name}`"
         if tuple(tensors[name].shape) != shape or tensors[name].dtype != dtype:
             found = f"{tuple(tensors[name].shape)} of {tensors[name].dtype}"
             return f"holds `{name}` as {found}, where the manifest (k={identity.k}) says {shape} of {dtype}"
-    ids, counts = tensors["ids"], tensors["counts"]
+    ids, counts = unpack_ids(tensors["ids"], tensors.get("ids_high")), tensors["counts"]
     if counts.sum() != shard.tokens or (counts < 0).any():
         return "counts other predictions than it holds"
-    if len(ids) and (ids.min() < 0 or ids.max() >= identity.vocabulary):
-        worst = ids.max() if ids.max() >= identity.vocabulary else ids.min()
-        return f"holds the token id {worst}, outside the teacher's {identity.vocabulary:,}"
+    if len(ids) and ids.max() >= identity.vocabulary:
+        return f"holds the token id {ids.max()}, outside the teacher's {identity.vocabulary:,}"
     ordered = np.sort(ids.numpy(), axis=-1)  # ten times as fast as torch's on a CPU
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         return "holds a token id twice for one prediction"

@@ -16,7 +16,16 @@ from hf_rb._files import sha256_file
 from hf_rb.ops import lm_head
 from hf_rb.ops.backbone import width_of
 from hf_rb.ops.sequences import Sequences
-from hf_rb.teachers.cache_format import REMEDY, VOCABULARY, Identity, Manifest, check_shard, sequence_key, sha256_json
+from hf_rb.teachers.cache_format import (
+    REMEDY,
+    VOCABULARY,
+    Identity,
+    Manifest,
+    check_shard,
+    sequence_key,
+    sha256_json,
+    unpack_ids,
+)
 from hf_rb.teachers.local import tokenizer_of
 from hf_rb.teachers.vocabulary import shared_vocabulary
 
@@ -128,7 +137,9 @@ class CachedTeacher:
             known = file.get_slice("positions")[stored]
             places = torch.searchsorted(known, positions.int()).clamp(max=len(known) - 1)
             if torch.equal(known[places].long(), positions):
-                return file.get_slice("ids")[stored][places], file.get_slice("log_probs")[stored][places]
+                high = file.get_slice("ids_high")[stored] if self.vocabulary > 1 << 16 else None
+                ids = unpack_ids(file.get_slice("ids")[stored], high)
+                return ids[places], file.get_slice("log_probs")[stored][places]
         raise ValueError(self._missing(token_ids, found=first < last))
 
     def _missing(self, token_ids: torch.Tensor, found: bool) -> str:

@@ -26,6 +26,7 @@ from hf_rb.teachers.cache_format import (
     Manifest,
     Shard,
     check_shard,
+    pack_ids,
     put_in_place,
     sequence_key,
     sha256_json,
@@ -320,7 +321,13 @@ def _write_shard(
         log_probs = top.log_probs.to(dtype).clamp(min=torch.finfo(dtype).min)
         divergence, mass = _truncation(top, log_probs.float(), identity.vocabulary)
         truncation_kl, tail_mass = truncation_kl + divergence.sum().item(), tail_mass + mass.sum().item()
-        parts.append({"ids": top.ids.to(torch.int32).cpu(), "log_probs": log_probs.cpu(), **_addresses(batch, keep)})
+        parts.append(
+            {
+                **_addresses(batch, keep),
+                **pack_ids(top.ids.cpu(), identity.vocabulary),
+                "log_probs": log_probs.cpu(),
+            }
+        )
         bar.update(len(labels))
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     path = folder / f"shard-{number:05d}.safetensors"

@@ -144,7 +144,7 @@ def test_report_says_the_true_size_and_what_is_lost(capturing, batches, tmp_path
     report = cache_teacher(capturing, tmp_path, k=8)
     files = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert report.file_bytes == files and report.bytes_per_token == files / report.tokens
-    assert bytes_per_token(8, 1024) == 4 + 9 * 6
+    assert bytes_per_token(8, 1024) == 4 + 9 * 4 and bytes_per_token(64, 151_936, "float32") == 4 + 65 * 7
     divergences = []
     teacher = CachedTeacher(tmp_path)
     teacher.prepare(capturing)
@@ -156,6 +156,28 @@ def test_report_says_the_true_size_and_what_is_lost(capturing, batches, tmp_path
         divergences.append((probs * (probs / rest).log()).sum(-1))
     assert report.truncation_kl == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-3)
     assert report.tokens == sum(len(part) for part in divergences)
+
+
+def test_vocabularies_of_more_than_16_bits(capturing, batches, tmp_path, monkeypatch):
+    wide = 70_000
+    head = Head(torch.randn(wide, 4))
+
+    def score(inputs, keep):
+        return [Teacher(torch.nn.functional.one_hot(inputs["input_ids"][:, :-1][keep] % 4, 4).float(), head)]
+
+    monkeypatch.setattr(capturing.teacher, "score", score)
+    monkeypatch.setattr(capturing.teacher, "vocabulary", wide)
+    monkeypatch.setattr(capturing.model.config, "vocab_size", wide)
+    cache_teacher(capturing, tmp_path, k=8, dtype="float32")
+    teacher = CachedTeacher(tmp_path)
+    teacher.prepare(capturing)
+    for batch, keep in batches(capturing):
+        (part,), events = score(batch, keep), teacher.score(batch, keep)
+        top = lm_head_top_k(part.hidden, part.head, 8, batch["labels"][:, 1:][keep])
+        assert torch.equal(events.ids.long(), top.ids) and torch.equal(events.log_probs, top.log_probs)
+        assert events.ids.max() > 1 << 16
+    edit(tmp_path, ids_high=lambda high: high.fill_(1))
+    refused(tmp_path, capturing, r"holds the token id \d+, outside the teacher's 70,000")
 
 
 def test_evaluation_data_is_captured_too(make_trainer, data, tmp_path):
@@ -349,14 +371,13 @@ def test_not_a_safetensors_file(capturing, copied):
 
 VALUES = {
     "id too large": ({"ids": at(1024)}, "holds the token id 1024, outside the teacher's 1,024"),
-    "id negative": ({"ids": at(-1)}, "holds the token id -1, outside"),
-    "id twice": ({"ids": lambda ids: ids[:, [0, 0, *range(2, ids.shape[1])]]}, "holds a token id twice"),
+    "id twice": ({"ids": lambda ids: torch.cat([ids[:, :1], ids[:, :1], ids[:, 2:]], dim=1)}, "holds a token id twice"),
     "mass": ({"log_probs": at(0.0)}, r"holds probabilities that sum to [12]\.\d+ for one prediction, more than 1"),
     "nan": ({"log_probs": at(float("nan"))}, "holds log-probabilities that are not finite"),
     "infinite": ({"log_probs": at(float("-inf"))}, "holds log-probabilities that are not finite"),
     "width": (
         {"ids": lambda ids: ids[:, :5].contiguous()},
-        r"holds `ids` as \(\d+, 5\) of torch.int32, where the manifest",
+        r"holds `ids` as \(\d+, 5\) of torch.uint16, where the manifest",
     ),
     "dtype": ({"log_probs": lambda x: x.half()}, r"holds `log_probs` as .* of torch.float16, where the manifest"),
     "counts": ({"counts": lambda counts: counts + 1}, "counts other predictions than it holds"),
@@ -373,7 +394,7 @@ def test_wrong_values(capturing, copied, case):
 def test_another_k_in_the_manifest(capturing, copied):
     edit_manifest(copied, lambda contents: contents["identity"].update(k=16))
     refused(
-        copied, capturing, r"holds `ids` as \(\d+, 9\) of torch.int32, where the manifest \(k=16\) says \(\d+, 17\)"
+        copied, capturing, r"holds `ids` as \(\d+, 9\) of torch.uint16, where the manifest \(k=16\) says \(\d+, 17\)"
     )
 
 
