@@ -112,6 +112,12 @@ class Identity:
     shard_tokens: int
     temperature: float = 1.0
 
+    def __post_init__(self):
+        if self.dtype not in DTYPES or self.k < 1 or self.vocabulary < 1 or self.temperature != 1:
+            raise ValueError(
+                f"no cache has `dtype: {self.dtype}`, `k: {self.k}`, `vocabulary: {self.vocabulary}`, `temperature: {self.temperature}`"
+            )
+
     @property
     def width(self) -> int:
         """m, the ids stored for each prediction."""
@@ -136,6 +142,10 @@ class Shard:
     tokens: int
     truncation_kl: float
     tail_mass: float
+
+    def __post_init__(self):
+        if Path(self.file).name != self.file:  # nothing outside the folder is read
+            raise ValueError(f"`file` is {self.file!r}, which is not the name of a file in the folder")
 
 
 @dataclass
@@ -196,6 +206,9 @@ def _build(kind: type, values: Mapping[str, Any]) -> Any:
     names = {item.name for item in fields(kind)}
     if set(values) != names:
         raise ValueError(f"it should have {', '.join(sorted(names ^ set(values)))}")
+    for item in fields(kind):
+        if not isinstance(values[item.name], item.type):
+            raise ValueError(f"`{item.name}` is {values[item.name]!r}")
     return kind(**values)
 
 

@@ -340,6 +340,24 @@ def test_a_manifest_without_a_field(capturing, copied):
     refused(copied, capturing, "manifest.json is damaged: it should have k")
 
 
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("identity", {"k": "8"}, "`k` is '8'"),
+        ("identity", {"dtype": "bfloat16"}, "no cache has `dtype: bfloat16`"),
+        ("identity", {"temperature": 2.0}, "no cache has .*`temperature: 2.0`"),
+        ("shard", {"tokens": None}, "`tokens` is None"),
+        ("shard", {"file": "../shard-00000.safetensors"}, ".*is not the name of a file in the folder"),
+    ],
+)
+def test_a_manifest_of_wrong_values(capturing, copied, part, values, message):
+    def change(contents):
+        (contents["identity"] if part == "identity" else contents["shards"]["0"]).update(values)
+
+    edit_manifest(copied, change)
+    refused(copied, capturing, f"manifest.json is damaged: {message}")
+
+
 def test_another_format_version(capturing, copied):
     edit_manifest(copied, lambda contents: contents.update(format_version=2))
     refused(copied, capturing, "has format version 2, this hf_rb reads 1")
@@ -371,7 +389,10 @@ def test_not_a_safetensors_file(capturing, copied):
 
 VALUES = {
     "id too large": ({"ids": at(1024)}, "holds the token id 1024, outside the teacher's 1,024"),
-    "id twice": ({"ids": lambda ids: torch.cat([ids[:, :1], ids[:, :1], ids[:, 2:]], dim=1)}, "holds a token id twice"),
+    "id twice": (
+        {"ids": lambda ids: torch.cat([ids[:, :1], ids[:, :1], ids[:, 2:]], dim=1)},
+        "holds a token id twice",
+    ),
     "mass": ({"log_probs": at(0.0)}, r"holds probabilities that sum to [12]\.\d+ for one prediction, more than 1"),
     "nan": ({"log_probs": at(float("nan"))}, "holds log-probabilities that are not finite"),
     "infinite": ({"log_probs": at(float("-inf"))}, "holds log-probabilities that are not finite"),
