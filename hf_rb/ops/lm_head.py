@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # Bytes of one tile of logits. Larger tiles make fewer passes over the head's gradient, smaller ones need less memory.
-TILE_BYTES = {"cpu": 80 << 20, "cuda": 256 << 20}
+TILE_BYTES = {"cpu": 48 << 20, "cuda": 256 << 20}
 # The elementwise work on a tile goes through it in blocks that stay in a CPU's cache.
 BLOCK_BYTES = 4 << 20
 # A head in half precision is widened by slabs of this many rows where there is no matrix product with float32 results.
@@ -250,6 +250,7 @@ def _loop(
             weight_grad[:vocabulary].addmm_(logits.T, hidden[tile].float())
         if bias_grad is not None:
             bias_grad[:vocabulary] += logits.sum(0)
+        del logits, teacher_logits  # before the next tile is made
     stats.update({name: torch.cat(values) for name, values in collected.items() if values})
     return total
 
