@@ -1,11 +1,12 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoTokenizer
 from trl.chat_template_utils import is_chat_template_prefix_preserving, supports_tool_calling
 
-from hf_rb import tiny
-from hf_rb.tiny.build import build_tokenizer
+from hf_rb import evaluation, tiny
+from hf_rb.tiny.build import build_tokenizer, train
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +92,23 @@ def test_unknown_names():
         tiny.load_dataset("maths")
     with pytest.raises(ValueError, match="messages, prompt_completion, prompt_only, tools"):
         tiny.load_dataset(config="chat")
+
+
+@pytest.mark.slow
+def test_same_seed_same_weights(tokenizer):
+    first, second = (train("student", tokenizer, seed=0, budget=20_000).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_the_shipped_models_meet_their_bars(name):
+    model, tokenizer = evaluation.load_model(tiny.path(name))
+    problems = evaluation.load_task("tiny:math", 500)
+    result = evaluation.exact_match(model, tokenizer, problems, max_new_tokens=96)
+    if name == "teacher":
+        assert result.accuracy >= 0.90 and min(result.by_kind.values()) >= 0.80
+    else:
+        assert 0.20 <= result.accuracy <= 0.60
+        sampled = evaluation.pass_at_k(model, tokenizer, problems, k=8, samples=8, max_new_tokens=96)
+        assert sampled.pass_at_k >= sampled.pass_at_1 + 0.15  # room for RL
