@@ -98,7 +98,7 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
     def _make_reference(self, model: Model | None) -> ModelTeacher | None:
         if self.args.objective != "gopd" or self.args.reward_scale == 1:
             return None
-        self._reference_is_start = model is None
+        self.reference_is_start = model is None
         reference = start_reference(self) if model is None else _local(model, self.args)
         reference.prepare(self)
         return reference
@@ -122,7 +122,7 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
 
     def _add_gopd(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         device = self.accelerator.device
-        sequences = _loss_mask(output).any(1).sum()
+        sequences = loss_mask(output).any(1).sum()
         output["num_sequences_in_batch"] = self.accelerator.gather(sequences).sum()
         names = [None] * len(inputs)
         if self.args.gopd_teacher_column is not None:
@@ -181,11 +181,11 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         if self.teacher_model is not None:
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
-        batch = _whole(inputs, "prompt")
+        batch = whole_sequences(inputs, "prompt")
         hidden = self._get_last_hidden_state(
             unwrapped_student, batch["input_ids"], batch["attention_mask"], inputs["completion_ids"].shape[1]
         )
-        mask = _loss_mask(inputs)
+        mask = loss_mask(inputs)
         weights = self._token_weights(mask, inputs, num_items_in_batch)
         if self._vocabulary is not None:  # a padding id has no meaning to the teacher
             mask = mask & (inputs["completion_ids"] < self._vocabulary)
@@ -218,10 +218,10 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
 
     def _score(self, inputs, mask) -> tuple[dict[str, torch.Tensor], list[TeacherLogits] | None]:
         """Returns what the rule reads about each trained token, and the teacher's logits, in two parts with a reference."""
-        seen = _whole(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
+        seen = whole_sequences(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
         if "route" in inputs:
             seen["route"] = inputs["route"]
-        seen_by_reference = _whole(inputs, "prompt") if self.reference and self._reference_is_start else seen
+        seen_by_reference = whole_sequences(inputs, "prompt") if self.reference and self.reference_is_start else seen
         keep, reference_keep = (_keep(mask, batch["input_ids"].shape[1]) for batch in (seen, seen_by_reference))
         if self.args.objective != "gopd":
             return {}, self.teacher.score(seen, keep)
@@ -288,13 +288,13 @@ def _reference_model(model: Model | None, args: DistillationConfig) -> Model | N
     return model
 
 
-def _loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
+def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:
     """Returns which completion tokens (B, C) are trained on: not padding, and not what a tool has said."""
     mask = inputs["completion_mask"].bool()
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
-def _whole(inputs: Mapping[str, Any], prompt: str) -> dict[str, torch.Tensor]:
+def whole_sequences(inputs: Mapping[str, Any], prompt: str) -> dict[str, torch.Tensor]:
     """Returns a model's inputs: one of the two renderings of the prompts, and the completions."""
     return {
         "input_ids": torch.cat([inputs[f"{prompt}_ids"], inputs["completion_ids"]], dim=1),

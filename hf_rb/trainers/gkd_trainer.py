@@ -101,15 +101,15 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         self.generation_kwargs = self._generation_kwargs()
         self.generation_config = GenerationConfig(**self.generation_kwargs)
 
-        self._reference = None
+        self.reference = None
         if args.objective == "gopd" and args.reward_scale != 1:
-            self._reference = LocalTeacher(reference_model) if reference_model else start_reference(self)
-            if reference_model is None and isinstance(self._reference, LocalTeacher):
+            self.reference = LocalTeacher(reference_model) if reference_model else start_reference(self)
+            if reference_model is None and isinstance(self.reference, LocalTeacher):
                 # A copy of the student, but the forward with which TRL has patched it is still the student's.
-                self._reference.model.__dict__.pop("forward", None)
+                self.reference.model.__dict__.pop("forward", None)
         if args.disable_dropout:
             _compat.disable_dropout_in_model(self.model)
-        for source in filter(None, (self.teacher, self._reference)):
+        for source in filter(None, (self.teacher, self.reference)):
             source.prepare(self)
         self.teacher_model = getattr(self.teacher, "model", None)
 
@@ -324,31 +324,29 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         scale, labels = self.args.reward_scale, tokens["labels"]
         if self.args.objective == "gopd" and not self.args.gopd_full_vocab:
             tokens["teacher_logp"] = self.teacher.log_probs(inputs, keep, labels)
-            if self._reference is not None:
-                tokens["reference_logp"] = self._reference.log_probs(inputs, keep, labels)
+            if self.reference is not None:
+                tokens["reference_logp"] = self.reference.log_probs(inputs, keep, labels)
             return None
         teacher = self.teacher.score(inputs, keep)
         if isinstance(teacher, CachedTeacher):
             tokens["label_event"] = (teacher.ids == labels.unsqueeze(-1)).int().argmax(-1)
-        if self._reference is None:
+        if self.reference is None:
             return teacher
         # Reverse KL to the mixture whose logits are these: at every state, what G-OPD's sampled loss estimates.
         parts = [replace(part, factor=scale * part.factor) for part in teacher]
-        return parts + [
-            replace(part, factor=(1 - scale) * part.factor) for part in self._reference.score(inputs, keep)
-        ]
+        return parts + [replace(part, factor=(1 - scale) * part.factor) for part in self.reference.score(inputs, keep)]
 
     def _dense_loss(self, model, inputs, labels, keep, tokens, items):
         shared = slice(self.teacher.vocabulary)
         teacher_logits = self.teacher.logits(inputs)[..., shared]
-        if self._reference is not None:
-            reference_logits = self._reference.logits(inputs)[..., shared]
+        if self.reference is not None:
+            reference_logits = self.reference.logits(inputs)[..., shared]
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         outputs = model(**model_inputs(inputs), use_cache=False, **router)
         logits, aux_loss = outputs.logits[..., shared], outputs.aux_loss if router else None
 
         rows, teacher_rows = logits[:, :-1][keep], teacher_logits[:, :-1][keep]
-        if self.args.objective == "gopd" and self._reference is not None:
+        if self.args.objective == "gopd" and self.reference is not None:
             reference_rows = reference_logits[:, :-1][keep]
             if self.args.gopd_full_vocab:
                 scale = self.args.reward_scale

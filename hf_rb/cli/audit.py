@@ -1,0 +1,119 @@
+"""`hf-rb audit`: computes the loss of a distillation recipe in every way that there is, and compares.
+
+Two batches of the recipe's data go through the formulas on all logits, and then through each path that a training run can take.
+The models are the recipe's, in float32; the batches are small.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+
+EXAMPLE = "hf-rb audit --config exopd/tiny-cpu"
+
+# What a small run in float32 without vLLM replaces in a recipe.
+_REPLACED = {
+    "gradient_accumulation_steps": 1,
+    "bf16": False,
+    "fp16": False,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "dtype": "float32",
+    "push_to_hub": False,
+}
+_ROWS_OF_DATA = 64
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", required=True, metavar="RECIPE", help="a recipe of `hf-rb gkd` or `hf-rb distillation`"
+    )
+    parser.add_argument("--batches", type=int, default=2, help="batches to compare (default 2)")
+    parser.add_argument("--batch_size", type=int, default=4, help="sequences of a batch (default 4)")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="limit of a sampled completion (default 64)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest relative difference that is accepted (default 1e-4)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the differences as JSON")
+    parser.set_defaults(overrides=[])
+    parser.usage = f"{parser.prog} --config RECIPE [--batches N] [--batch_size N] [--tolerance X] [--key value ...]"
+
+
+def run(args: argparse.Namespace) -> int:
+    from hf_rb._resources import find_recipe
+    from hf_rb.cli.check import check, read_overrides, read_recipe
+
+    path = find_recipe(args.config)
+    recipe = read_recipe(path)
+    verb = check(path, recipe).verb
+    if verb not in ("gkd", "distillation"):
+        raise ValueError(
+            f"{path} is a recipe for `hf-rb {verb}`. `hf-rb audit` is for those of `hf-rb gkd` and `hf-rb distillation`."
+        )
+    recipe |= read_overrides(args.overrides, verb)
+    if recipe.get("teacher_cache"):
+        raise ValueError(
+            "`hf-rb audit` compares with the teacher's own logits, which `teacher_cache` does not hold. Write "
+            "`teacher_model_name_or_path` in its place."
+        )
+    report = check(path, recipe, verb)
+    if report.errors:
+        report.show()
+        return 2
+    for note in _make_small(recipe, verb, args):
+        print(note, file=sys.stderr)
+    comparisons = _audit(recipe, verb, args.batches)
+    is_good = {one.path: max(one.loss, one.gradient) <= args.tolerance for one in comparisons}
+    if args.json:
+        rows = [asdict(one) | {"ok": is_good[one.path]} for one in comparisons]
+        print(json.dumps({"recipe": str(path), "tolerance": args.tolerance, "paths": rows}, indent=1))
+    else:
+        print(f"{'path':<24} {'loss':>10} {'gradient':>10}")
+        for one in comparisons:
+            mark = "" if is_good[one.path] else f"  above {args.tolerance:g}"
+            print(f"{one.path:<24} {one.loss:>10.1e} {one.gradient:>10.1e}{mark}")
+    return 0 if all(is_good.values()) else 1
+
+
+def _make_small(recipe: dict[str, Any], verb: str, args: argparse.Namespace) -> list[str]:
+    """Changes the recipe for a small run; returns what the audit then leaves out."""
+    recipe |= _REPLACED | {"per_device_train_batch_size": args.batch_size, "max_steps": 1}
+    recipe["teacher_model_init_kwargs"] = (recipe.get("teacher_model_init_kwargs") or {}) | {"dtype": "float32"}
+    length = "max_new_tokens" if verb == "gkd" else "max_completion_length"
+    recipe[length] = min(recipe.get(length) or args.max_new_tokens, args.max_new_tokens)
+    if not recipe.get("use_vllm"):
+        return []
+    for key in [key for key in recipe if key == "use_vllm" or key.startswith("vllm_")]:
+        del recipe[key]
+    if recipe.pop("gopd_tis_cap", None) is None:
+        return []
+    return ["`gopd_tis_cap` is left out: the audit samples without vLLM, where every importance weight is 1."]
+
+
+def _audit(recipe: dict[str, Any], verb: str, batches: int) -> list:
+    from importlib import import_module
+
+    import yaml
+
+    from hf_rb.trainers._audit import audit
+
+    script = import_module(f"hf_rb.scripts.{verb}")
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch, "recipe.yaml")
+        path.write_text(yaml.safe_dump(recipe | {"output_dir": scratch}), encoding="utf-8")
+        *parsed, splits = script.prepare(["--config", str(path)])
+        trainer = script.build(*parsed, [_first_rows(splits[0]), None])
+        return audit(trainer, batches)
+
+
+def _first_rows(dataset: Any) -> Any:
+    from datasets import Dataset
+
+    if isinstance(dataset, Dataset):
+        return dataset.select(range(min(_ROWS_OF_DATA, len(dataset))))
+    return Dataset.from_list(list(dataset.take(_ROWS_OF_DATA)))

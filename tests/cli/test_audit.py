@@ -1,0 +1,113 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers.trainer_utils import set_seed
+
+from hf_rb import tiny
+from hf_rb.cli import main
+from hf_rb.ops import rules
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """Folders of a random student and teacher with the embedded tokenizer."""
+    folder = tmp_path_factory.mktemp("family")
+    tokenizer = AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
+    for seed, (name, hidden) in enumerate((("student", 32), ("teacher", 48))):
+        set_seed(seed)
+        config = Qwen3Config(
+            vocab_size=len(tokenizer) + 8 * seed,
+            hidden_size=hidden,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            initializer_range=0.2,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        Qwen3ForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(family, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiny, "path", lambda name: family / name)
+    monkeypatch.setitem(tiny.SIZES, "train", 64)
+    monkeypatch.chdir(tmp_path)
+
+
+def audit(capsys, *arguments):
+    code = main(["audit", "--json", "--max_new_tokens", "6", *arguments])
+    output = capsys.readouterr()
+    return code, {row["path"]: row for row in json.loads(output.out)["paths"]} if code != 2 else output.err
+
+
+COMMON = {"as trained", "tiles of 7 tokens", "one sequence at a time"}
+
+
+@pytest.mark.parametrize(
+    "arguments, paths",
+    {
+        "exopd": (["exopd/tiny-cpu"], {"more padding", "student = teacher"}),
+        "token sums, full vocabulary": (
+            ["exopd/tiny-cpu", "--gopd_full_vocab", "true", "--gopd_aggregation", "seq-mean-token-sum"],
+            {"more padding", "student = teacher"},
+        ),
+        "on-policy jsd with lora": (
+            ["exopd/tiny-cpu", "--objective", "jsd", "--reward_scale", "1", "--beta", "0.4", "--use_peft", "true"],
+            {"more padding", "student = teacher"},
+        ),
+        "akl": (["akl/tiny-cpu"], {"more padding", "student = teacher"}),
+        "hpd": (["hpd/tiny-cpu"], {"more padding"}),
+        "loca, packed": (["loca/tiny-cpu", "--packing", "true"], {"unpacked", "student = teacher"}),
+    }.values(),
+)
+def test_every_path_is_the_dense_one(capsys, arguments, paths):
+    code, rows = audit(capsys, "--config", *arguments)
+    assert code == 0
+    assert rows.keys() == COMMON | paths
+
+
+def test_a_difference_is_found(capsys, monkeypatch):
+    """A wrong gradient with a right loss, in the tile loop alone."""
+    right = rules.GopdRule.__call__
+
+    def wrong(self, *args):
+        term = right(self, *args)
+        return term._replace(values=1.01 * term.values)
+
+    monkeypatch.setattr(rules.GopdRule, "__call__", wrong)
+    code, rows = audit(capsys, "--config", "exopd/tiny-cpu")
+    assert code == 1
+    assert not rows["as trained"]["ok"]
+    assert rows["as trained"]["loss"] < 1e-5
+    assert rows["as trained"]["gradient"] == pytest.approx(0.01, rel=0.01)
+    assert main(["audit", "--max_new_tokens", "6", "--config", "exopd/tiny-cpu", "--tolerance", "0.1"]) == 0
+    assert "as trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["profit/tiny-cpu"], "is a recipe for `hf-rb sft`"),
+        (["akl/tiny-cpu", "--teacher_cache", "folder"], "Write `teacher_model_name_or_path` in its place"),
+        (["exopd/tiny-cpu", "--temperature", "0.7"], "`objective: gopd` needs `temperature: 1.0`"),
+    ],
+)
+def test_bad_input(capsys, arguments, message):
+    code, error = audit(capsys, "--config", *arguments)
+    assert code == 2
+    assert message in error
+
+
+def test_what_needs_vllm_is_left_out(capsys):
+    recipe = yaml.safe_load((tiny.ASSETS.parents[2] / "recipes/exopd/tiny-cpu.yaml").read_text())
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe | {"use_vllm": True, "gopd_tis_cap": 5.0}))
+    assert main(["audit", "--config", "recipe.yaml", "--max_new_tokens", "6", "--batches", "1"]) == 0
+    assert "`gopd_tis_cap` is left out" in capsys.readouterr().err
