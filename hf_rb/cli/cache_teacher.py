@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_rb.teachers import CacheReport
 
-EXAMPLE = "hf-rb cache-teacher recipe.yaml outputs/teacher-cache --teacher_model_name_or_path tiny:teacher --k 64"
+EXAMPLE = "hf-rb cache-teacher akl/tiny-cpu outputs/teacher-cache --k 64"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
