@@ -1,5 +1,6 @@
 """Distillation on dataset completions, the student's own, or a mixture: TRL's GKD with more objectives, teachers and data."""
 
+import logging
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -37,6 +38,8 @@ from hf_rb.trainers.gkd_config import GKDConfig
 
 __all__ = ["GKDTrainer"]
 
+logger = logging.getLogger(__name__)
+
 
 class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
     """
@@ -69,7 +72,7 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
 
     Raises:
         ValueError: No teacher, or more than one; a teacher with other tokens; a reference that cannot act; a prompt-learning adapter,
-            context or sequence parallelism; data without anything to train on. In training: a loss that is not finite.
+            context or sequence parallelism, a `compute_loss_func`; images; data without anything to train on. In training: a loss that is not finite.
     """
 
     def __init__(
@@ -112,8 +115,23 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         for source in filter(None, (self.teacher, self.reference)):
             source.prepare(self)
         self.teacher_model = getattr(self.teacher, "model", None)
+        self._compare_templates()
+
+    def _compare_templates(self) -> None:
+        theirs = getattr(getattr(self.teacher, "tokenizer", None), "chat_template", None)
+        ours = self._tokenizer.chat_template
+        if theirs is not None and ours is not None and theirs != ours:
+            logger.warning(
+                "Teacher and student have different chat templates, and the teacher reads the tokens of the student's. Where that "
+                "is not what it was trained on, set `chat_template_path` to the teacher, or use `DistillationTrainer`, which "
+                "renders prompts for each."
+            )
 
     def _check_supported(self) -> None:
+        if self.compute_loss_func is not None:
+            raise ValueError("`compute_loss_func` would replace the loss that `objective` names. Remove it.")
+        if self._is_vision_dataset:
+            raise ValueError("GKDTrainer trains on text, and the dataset has images. Remove the image columns.")
         if any(config.is_prompt_learning for config in getattr(self.model, "peft_config", {}).values()):
             raise ValueError(
                 "GKDTrainer does not support prompt-learning adapters, whose virtual tokens shift the labels. Use LoRA."

@@ -506,6 +506,21 @@ def test_a_reference_that_cannot_act_is_refused(make, student):
         make(trainer_kwargs={"reference_model": str(student)})
 
 
+def test_a_loss_function_is_refused(make):
+    with pytest.raises(ValueError, match="would replace the loss that `objective` names"):
+        make(trainer_kwargs={"compute_loss_func": lambda *_, **__: 0})
+
+
+def test_another_chat_template_of_the_teacher_is_mentioned(make, teacher, tokenizer, caplog):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template += " "
+    for theirs, count in ((other, 1), (tokenizer, 0)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            make(trainer_kwargs={"teacher": LocalTeacher(copy.deepcopy(teacher), tokenizer=theirs)})
+        assert caplog.text.count("different chat templates") == count
+
+
 def test_a_prompt_learning_adapter_is_refused(make):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(ValueError, match="virtual tokens shift the labels"):
