@@ -62,10 +62,11 @@ def start_reference(trainer: Trainer) -> ModelTeacher:
                 "from new ones with LoRA's default initialisation, or set `reference_model_name_or_path`."
             )
         return AdapterOffTeacher()
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if any(hasattr(parameter, "ds_id") or parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
-            "The reference of G-OPD is a copy of the student at its start, which DeepSpeed ZeRO-3 has spread over processes. "
-            "Set `reference_model_name_or_path` to the model that the student starts from."
+            "The reference of G-OPD is a copy of the student at its start, and this process does not have all of the student "
+            "(DeepSpeed ZeRO-3, or FSDP with `fsdp_cpu_ram_efficient_loading`). Use LoRA, whose reference is the model without its "
+            "adapters, or set `reference_model_name_or_path` to the model that the student starts from."
         )
     return LocalTeacher(copy.deepcopy(model), tokenizer=trainer.processing_class)
 

@@ -106,6 +106,12 @@ def _gopd_rules(config: Any) -> Iterator[str]:
                 f"`objective: gopd` needs `{name}: {values[0]}`: its loss is about the distribution that completions are drawn "
                 f"from; got `{name}: {value}`."
             )
+    overridden = getattr(config, "generation_kwargs", None) or {}
+    for name in sorted({*neutral, "do_sample", "num_beams"} & {*overridden} if isinstance(overridden, dict) else ()):
+        yield (
+            f"`generation_kwargs: {{{name}: {overridden[name]}}}` replaces plain draws from the student, which `objective: gopd` "
+            f"is about. Remove `{name}`."
+        )
     if config.reward_scale == 1 and config.reference_model_name_or_path is not None:
         yield (
             "`reference_model_name_or_path` has no effect with `reward_scale: 1.0`, where the reference cancels. Set "

@@ -181,6 +181,11 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         if self.teacher_model is not None:
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+        # The redirected forward, in which this runs, is without the model's autocast.
+        with self.accelerator.autocast():
+            return self._our_loss(unwrapped_student, inputs, num_items_in_batch)
+
+    def _our_loss(self, unwrapped_student, inputs, num_items_in_batch):
         batch = whole_sequences(inputs, "prompt")
         hidden = self._get_last_hidden_state(
             unwrapped_student, batch["input_ids"], batch["attention_mask"], inputs["completion_ids"].shape[1]

@@ -402,6 +402,10 @@ def test_resuming_is_exact(make, tmp_path):
         "top_k": ({**EXOPD, "top_k": 50}, "`objective: gopd` needs `top_k: 0`"),
         "min_p": ({**EXOPD, "min_p": 0.1}, "`objective: gopd` needs `min_p: None`"),
         "repetition": ({**EXOPD, "repetition_penalty": 1.1}, "needs `repetition_penalty: 1.0`"),
+        "greedy": (
+            {**EXOPD, "generation_kwargs": {"do_sample": False}},
+            "`generation_kwargs: {do_sample: False}` replaces plain draws",
+        ),
         "mu": ({"objective": "akl", "akl_mu": 1.5}, r"`akl_mu` must be in \(0, 1\]"),
         "scale off": ({"reward_scale": 1.25}, "`reward_scale: 1.25` acts on `objective: gopd` only"),
         "scale": ({**EXOPD, "reward_scale": -1.0}, "`reward_scale` must be in"),
