@@ -89,6 +89,5 @@ def _summary(report: "CacheReport") -> str:
     ]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name.ljust(width)}  {value}" for name, value in facts]
-    return "\n".join(
-        [*lines, f"\nThe cache is in {report.folder}. Train from it with `teacher_cache: {report.folder}`."]
-    )
+    remedy = f"Train from it with `teacher_cache: {report.folder}` in place of `teacher_model_name_or_path`."
+    return "\n".join([*lines, f"\nThe cache is in {report.folder}. {remedy}"])

@@ -1,4 +1,6 @@
 import copy
+import json
+import shutil
 
 import pytest
 import torch
@@ -90,6 +92,20 @@ def test_a_teacher_without_tokenizer(make_trainer, models, caplog):
     teacher = LocalTeacher(wide, tokenizer=trainer.processing_class)
     teacher.prepare(trainer)
     assert teacher.vocabulary == 1024
+
+
+def test_another_tokenizer_of_equal_size_is_found_before_the_weights_are_read(make_trainer, models, tmp_path):
+    trainer = make_trainer(teacher=None)
+    shutil.copytree(models["teacher"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "tokenizer.json"
+    contents = json.loads(path.read_text())
+    vocabulary = contents["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match=rf"different tokenizers: id {vocabulary[second]} is .*\(2 ids differ\)"):
+        LocalTeacher(str(tmp_path)).prepare(trainer)
 
 
 def test_adapters_off_is_the_base_model(make_trainer, models, batches):
