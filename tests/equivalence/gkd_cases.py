@@ -46,6 +46,8 @@ CASES = {
         "temperature": 1.0,
     },
     "on-policy jsd": {"objective": "jsd", "lmbda": 1.0},
+    # From the dataset at the first step, from the student at the second.
+    "mixed": {"objective": "reverse_kl", "lmbda": 0.3},
 }
 
 
