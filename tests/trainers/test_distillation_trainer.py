@@ -508,3 +508,36 @@ def test_card_names_the_method(make, tmp_path):
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "2602.12125" in card
     assert "reward_scale" in card
+
+
+def test_tools(make):
+    """What a tool has said is read and not trained on, through the parent's own loop of calls."""
+
+    def double(number: int) -> int:
+        """
+        Doubles a number.
+
+        Args:
+            number: The number.
+        """
+        return 2 * number
+
+    class Calling(DistillationTrainer):
+        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+            answers = ['<tool_call>\n{"name": "double", "arguments": {"number": 4}}\n</tool_call>', "It is 8."]
+            is_answer = "<tool_response>" in self.processing_class.decode(prompt_ids[0])
+            ids = self.processing_class(answers[is_answer] + "<|im_end|>")["input_ids"]
+            return [ids for _ in prompt_ids]
+
+    flags = {**EXOPD, "max_completion_length": 64, "gopd_aggregation": "token-mean"}
+    trainer = make(flags, trainer=Calling, tools=[double])
+    batch = generation_batch(trainer)
+    text = trainer.processing_class.decode(batch["completion_ids"][0])
+    assert "8" in text[text.index("<tool_response>") : text.index("</tool_response>")]
+    trained = batch["completion_ids"][0][(batch["completion_mask"] * batch["tool_mask"])[0].bool()]
+    assert trainer.processing_class.decode(trained) == (
+        '<tool_call>\n{"name": "double", "arguments": {"number": 4}}\n</tool_call><|im_end|>It is 8.<|im_end|>'
+    )
+    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    advantage = _advantages(trainer, batch, mask, copy.deepcopy(trainer.model))
+    assert loss_of(trainer, batch)[0] == pytest.approx(-advantage.mean().item(), rel=1e-4, abs=1e-5)
