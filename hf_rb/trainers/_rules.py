@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-__all__ = ["distillation_rules", "gkd_rules", "profit_rules"]
+__all__ = ["cache_rules", "distillation_rules", "gkd_rules", "profit_rules"]
 
 
 def profit_rules(config: Any) -> Iterator[str]:
@@ -172,7 +172,7 @@ def gkd_rules(config: Any) -> Iterator[str]:
             "labels are the teacher's own. Remove one of the two."
         )
     if config.teacher_cache is not None:
-        yield from _cache_rules(config)
+        yield from cache_rules(config)
     if (lmbda > 0 or config.seq_kd) and (config.packing or config.padding_free):
         name = "packing" if config.packing else "padding_free"
         reason = "seq_kd: true" if lmbda == 0 else f"lmbda: {lmbda}"
@@ -189,7 +189,8 @@ def gkd_rules(config: Any) -> Iterator[str]:
         )
 
 
-def _cache_rules(config: Any) -> Iterator[str]:
+def cache_rules(config: Any) -> Iterator[str]:
+    """Yields what a [`GKDConfig`] may not say with a cached teacher."""
     if config.objective not in ("forward_kl", "akl"):
         yield (
             f"`teacher_cache` holds the teacher's most probable tokens, and `objective: {config.objective}` needs all of them. "

@@ -20,10 +20,11 @@ from transformers import (
 )
 
 from hf_rb import _compat
+from hf_rb._fields import validate
+from hf_rb.ops import lm_head
 from hf_rb.ops.backbone import gathered_head, head_of, model_inputs, width_of
-from hf_rb.ops.lm_head import CachedTeacher, lm_head_loss
 from hf_rb.ops.sequences import Sequences
-from hf_rb.teachers import LocalTeacher, Teacher, build_teacher
+from hf_rb.teachers import CachedTeacher, LocalTeacher, Teacher, build_teacher
 from hf_rb.trainers._distillation import (
     build_rule,
     check_finite,
@@ -33,6 +34,7 @@ from hf_rb.trainers._distillation import (
 )
 from hf_rb.trainers._gopd import start_reference, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
+from hf_rb.trainers._rules import cache_rules
 from hf_rb.trainers.gkd_config import GKDConfig
 
 
@@ -326,7 +328,7 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
             teacher = self._score(inputs, keep, tokens)
             hidden, aux_loss = last_hidden(student, inputs, self.aux_loss_enabled)
             with gathered_head(student):
-                scored = lm_head_loss(
+                scored = lm_head.lm_head_loss(
                     hidden[:, :-1][keep],
                     head_of(student),
                     self._rule,
@@ -346,7 +348,7 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
                 tokens["reference_logp"] = self.reference.log_probs(inputs, keep, labels)
             return None
         teacher = self.teacher.score(inputs, keep)
-        if isinstance(teacher, CachedTeacher):
+        if isinstance(teacher, lm_head.CachedTeacher):
             tokens["label_event"] = (teacher.ids == labels.unsqueeze(-1)).int().argmax(-1)
         if self.reference is None:
             return teacher
@@ -403,7 +405,15 @@ def _teacher(args: GKDConfig, teacher: Teacher | None, teacher_model: Any) -> Te
     init_kwargs = args.teacher_model_init_kwargs
     if isinstance(model, str):
         init_kwargs = {"trust_remote_code": args.trust_remote_code} | (init_kwargs or {})
-    return build_teacher(teacher, model, args.teacher_cache, init_kwargs)
+    teacher = build_teacher(teacher, model, args.teacher_cache, init_kwargs)
+    if isinstance(teacher, CachedTeacher):
+        validate(args, cache_rules)
+    elif args.seq_kd and not hasattr(teacher, "model"):
+        raise ValueError(
+            f"`seq_kd: true` lets the teacher write completions, which {type(teacher).__name__} cannot. Pass a `teacher_model`, or "
+            "set `seq_kd: false`."
+        )
+    return teacher
 
 
 def _reference_model(args: GKDConfig, reference_model: Any) -> Any:

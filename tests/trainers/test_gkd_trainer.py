@@ -11,7 +11,7 @@ from transformers.trainer_utils import set_seed
 from trl.experimental.utils import DataCollatorForChatML
 
 from hf_rb import GKDConfig, GKDTrainer, tiny
-from hf_rb.teachers import AdapterOffTeacher, LocalTeacher
+from hf_rb.teachers import AdapterOffTeacher, CachedTeacher, LocalTeacher
 from hf_rb.trainers.gkd_trainer import _prompts
 
 
@@ -490,6 +490,26 @@ def test_teachers_are_one(student, config, data, teacher):
         GKDTrainer(str(student), args=args, train_dataset=data["messages"])
     with pytest.raises(ValueError, match="There are several teachers"):
         GKDTrainer(str(student), teacher, args, train_dataset=data["messages"], teacher=LocalTeacher(teacher))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({}, "Set `objective: forward_kl` or `objective: akl`"),
+        ({"objective": "akl", "lmbda": 0.5}, "`teacher_cache` needs `lmbda: 0.0`"),
+        ({"objective": "akl", "loss_impl": "dense"}, "Set `loss_impl: chunked`"),
+        ({"objective": "akl", "seq_kd": True}, "Set `seq_kd: false`"),
+    ],
+)
+def test_a_cached_teacher_given_as_an_object_obeys_the_same_rules(make, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        make(trainer_kwargs={"teacher": CachedTeacher(tmp_path)}, **flags)
+
+
+def test_a_teacher_that_cannot_write_is_refused_with_seq_kd(make):
+    lora = {"teacher": AdapterOffTeacher(), "peft_config": LoraConfig(r=4)}
+    with pytest.raises(ValueError, match="which AdapterOffTeacher cannot"):
+        make(trainer_kwargs=lora, seq_kd=True)
 
 
 def test_teacher_by_name_as_in_trl(student, config, data):
