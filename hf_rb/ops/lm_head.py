@@ -82,17 +82,20 @@ class Teacher:
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """A teacher known on m ids a token. The rest of the vocabulary is one event, with the mass that is left.
+    """A teacher known on m ids a token. The rest of the vocabulary is one event.
 
     Args:
         ids (`torch.Tensor` of shape `(N, m)`):
             Distinct token ids.
         log_probs (`torch.Tensor` of shape `(N, m)`):
             Their log-probabilities.
+        rest (`torch.Tensor` of shape `(N,)`):
+            Log-probability of all other ids together. Not read when there are none.
     """
 
     ids: torch.Tensor
     log_probs: torch.Tensor
+    rest: torch.Tensor
 
 
 class Term(NamedTuple):
@@ -268,11 +271,11 @@ def _events(log_probs, teacher, teacher_logits, rows_of, block) -> _Events:
     if not isinstance(teacher, CachedTeacher):
         return _Events(log_probs, torch.log_softmax(teacher_logits[block], dim=-1))
     ids, log_p = teacher.ids[rows_of].long(), teacher.log_probs[rows_of].float()
-    # The rest is summed over the rest, not taken as 1 minus the known: that difference would lose all digits when it is small.
+    # The rest is known by itself on both sides: 1 minus the known would lose all digits, or fall to 0, when it is small.
     rest_q = log_probs.exp().scatter_(-1, ids, 0).sum(-1, keepdim=True).log()
-    rest_p = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1))
-    if ids.shape[-1] == log_probs.shape[-1]:  # nothing is left; what rounding leaves is not mass
-        rest_p.fill_(-torch.inf)
+    rest_p = teacher.rest[rows_of].float().unsqueeze(-1)
+    if ids.shape[-1] == log_probs.shape[-1]:
+        rest_p = torch.full_like(rest_p, -torch.inf)
     return _Events(torch.cat([log_probs.gather(-1, ids), rest_q], -1), torch.cat([log_p, rest_p], -1), ids)
 
 
@@ -338,12 +341,15 @@ class TopK(NamedTuple):
             Distinct token ids, the k most probable first.
         log_probs (`torch.Tensor` of shape `(N, m)`):
             Their log-probabilities in float32.
+        rest (`torch.Tensor` of shape `(N,)`):
+            Log-probability of all other ids together; -inf if there are none.
         entropy (`torch.Tensor` of shape `(N,)`):
             Entropy of the whole distribution, in nats.
     """
 
     ids: torch.Tensor
     log_probs: torch.Tensor
+    rest: torch.Tensor
     entropy: torch.Tensor
 
 
@@ -367,13 +373,14 @@ def lm_head_top_k(
             Number of leading ids that take part.
 
     Returns:
-        [`TopK`]: Ids, log-probabilities and entropies.
+        [`TopK`]: Ids, their log-probabilities, that of the rest, and entropies.
     """
     vocabulary = vocabulary or head.weight.shape[0]
     size, device = (len(hidden), min(k + 1, vocabulary)), hidden.device
     result = TopK(
         ids=torch.empty(size, dtype=torch.int64, device=device),
         log_probs=torch.empty(size, dtype=torch.float32, device=device),
+        rest=torch.empty(len(hidden), dtype=torch.float32, device=device),
         entropy=torch.empty(len(hidden), dtype=torch.float32, device=device),
     )
     for rows, logits in _logit_blocks(hidden, head, 1.0, vocabulary):
@@ -382,6 +389,7 @@ def lm_head_top_k(
         ids[:, -1] = torch.where(is_outside, label, ids[:, -1])
         log_probs = logits.log_softmax(-1)
         result.ids[rows], result.log_probs[rows] = ids, log_probs.gather(-1, ids)
+        result.rest[rows] = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1)
         result.entropy[rows] = torch.special.entr(log_probs.exp_()).sum(-1)
     return result
 

@@ -43,7 +43,7 @@ FORMAT = "hf_rb teacher cache"
 FORMAT_VERSION = 1
 VOCABULARY = "vocabulary.json"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-# How far beyond 1 rounding may take the stored probabilities of one prediction: each by half a unit in the last place of its logarithm.
+# How far from 1 rounding may take the sum of the stored probabilities of one prediction: each by half a unit in the last place of its logarithm.
 MASS_TOLERANCE = {"float16": 6e-3, "float32": 1e-4}
 REMEDY = "Capture it again with `hf-rb cache-teacher` and the `--overwrite` flag."
 
@@ -83,7 +83,8 @@ def bytes_per_token(k: int, vocabulary: int, dtype: str = "float16") -> int:
             Type of the log-probabilities.
     """
     id_bytes = 2 if vocabulary <= 1 << 16 else 3
-    return 4 + min(k + 1, vocabulary) * (id_bytes + DTYPES[dtype].itemsize)
+    value_bytes = DTYPES[dtype].itemsize
+    return 4 + value_bytes + min(k + 1, vocabulary) * (id_bytes + value_bytes)
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,7 @@ def _problem(tensors: dict[str, torch.Tensor], shard: Shard, identity: Identity)
         "positions": ((shard.tokens,), torch.int32),
         "ids": ((shard.tokens, identity.width), torch.uint16),
         "log_probs": ((shard.tokens, identity.width), DTYPES[identity.dtype]),
+        "rest": ((shard.tokens,), DTYPES[identity.dtype]),
     }
     if identity.vocabulary > 1 << 16:
         expected["ids_high"] = ((shard.tokens, identity.width), torch.uint8)
@@ -274,10 +276,11 @@ def _problem(tensors: dict[str, torch.Tensor], shard: Shard, identity: Identity)
     ordered = np.sort(ids.numpy(), axis=-1)  # ten times as fast as torch's on a CPU
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         return "holds a token id twice for one prediction"
-    log_probs = tensors["log_probs"]
-    if not log_probs.isfinite().all():
+    log_probs, rest = tensors["log_probs"], tensors["rest"]
+    if not (log_probs.isfinite().all() and rest.isfinite().all()):
         return "holds log-probabilities that are not finite"
-    mass = log_probs.float().exp_().sum(-1)
-    if len(mass) and mass.max() > 1 + MASS_TOLERANCE[identity.dtype]:
-        return f"holds probabilities that sum to {mass.max():.4f} for one prediction, more than 1"
+    mass = log_probs.float().exp_().sum(-1) + rest.float().exp()
+    worst = (mass - 1).abs().max() if len(mass) else 0
+    if worst > MASS_TOLERANCE[identity.dtype]:
+        return f"holds probabilities that sum to {mass[(mass - 1).abs().argmax()]:.4f} for one prediction"
     return None

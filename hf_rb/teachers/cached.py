@@ -73,7 +73,11 @@ class CachedTeacher:
         self.vocabulary = identity.vocabulary
         self._template_differs = identity.template != sha256_json(trainer.processing_class.chat_template)
         self._open = lru_cache(maxsize=256)(lambda file: safe_open(self.folder / file, framework="pt"))
-        self._nothing = torch.empty(0, identity.width, dtype=torch.int32), torch.empty(0, identity.width)
+        self._nothing = (
+            torch.empty(0, identity.width, dtype=torch.int32),
+            torch.empty(0, identity.width),
+            torch.empty(0),
+        )
         self._index([shard.file for shard in manifest.shards.values()])
 
     def _check_student(self, trainer: Trainer, identity: Identity) -> None:
@@ -120,11 +124,11 @@ class CachedTeacher:
             for start, stop in Sequences(inputs).spans()
             if is_kept[start:stop].any()
         ]
-        ids, log_probs = map(torch.cat, zip(*rows, strict=True)) if rows else self._nothing
-        return lm_head.CachedTeacher(ids.to(keep.device), log_probs.to(keep.device))
+        tensors = map(torch.cat, zip(*rows, strict=True)) if rows else self._nothing
+        return lm_head.CachedTeacher(*(tensor.to(keep.device) for tensor in tensors))
 
-    def _rows(self, token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns ids and log-probabilities at some positions of one sequence."""
+    def _rows(self, token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns ids, their log-probabilities and that of the rest, at some positions of one sequence."""
         key = torch.tensor(sequence_key(token_ids))
         first, last = (
             torch.searchsorted(self._keys, key).item(),
@@ -139,7 +143,8 @@ class CachedTeacher:
             if torch.equal(known[places].long(), positions):
                 high = file.get_slice("ids_high")[stored] if self.vocabulary > 1 << 16 else None
                 ids = unpack_ids(file.get_slice("ids")[stored], high)
-                return ids[places], file.get_slice("log_probs")[stored][places]
+                values = [file.get_slice(name)[stored][places] for name in ("log_probs", "rest")]
+                return ids[places], *values
         raise ValueError(self._missing(token_ids, found=first < last))
 
     def _missing(self, token_ids: torch.Tensor, found: bool) -> str:

@@ -318,14 +318,15 @@ def _write_shard(
             )
         dtype = DTYPES[identity.dtype]
         # A probability of 0 is stored as the smallest there is: exp gives 0 again, and no infinity gets into a loss.
-        log_probs = top.log_probs.to(dtype).clamp(min=torch.finfo(dtype).min)
-        divergence, mass = _truncation(top, log_probs.float(), identity.vocabulary)
-        truncation_kl, tail_mass = truncation_kl + divergence.sum().item(), tail_mass + mass.sum().item()
+        log_probs, rest = (x.to(dtype).clamp(min=torch.finfo(dtype).min) for x in (top.log_probs, top.rest))
+        divergence = _truncation(top, log_probs.float(), rest.float(), identity.vocabulary)
+        truncation_kl, tail_mass = truncation_kl + divergence.sum().item(), tail_mass + top.rest.exp().sum().item()
         parts.append(
             {
                 **_addresses(batch, keep),
                 **pack_ids(top.ids.cpu(), identity.vocabulary),
                 "log_probs": log_probs.cpu(),
+                "rest": rest.cpu(),
             }
         )
         bar.update(len(labels))
@@ -357,15 +358,11 @@ def _addresses(batch: dict[str, Any], keep: torch.Tensor) -> dict[str, torch.Ten
     }
 
 
-def _truncation(top: TopK, stored: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL divergence from the teacher to the stored distribution, and the mass that is not stored."""
-    probs, rest = top.log_probs.exp(), vocabulary - stored.shape[-1]
-    known = (probs * stored).sum(-1)
-    if not rest:
-        return -top.entropy - known, torch.zeros_like(known)
-    tail = 1 - probs.sum(-1)
-    tail_log_prob = (1 - stored.exp().sum(-1)).clamp(min=1e-7).log()
-    return -top.entropy - known - tail.clamp(min=0) * (tail_log_prob - np.log(rest)), tail
+def _truncation(top: TopK, log_probs: torch.Tensor, rest: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """KL divergence from the teacher to the stored distribution with its rest spread evenly."""
+    others = max(1, vocabulary - log_probs.shape[-1])
+    known = (top.log_probs.exp() * log_probs).sum(-1)
+    return -top.entropy - known - top.rest.exp() * (rest - np.log(others))
 
 
 def _report(folder: Path, manifest: Manifest, kept: int, seconds: float) -> CacheReport:

@@ -152,25 +152,29 @@ def test_cache_of_the_whole_vocabulary_equals_dense(case, objective):
     _, teacher = logits_of(case)
     log_p, ids = teacher.log_softmax(-1).sort(dim=-1, descending=True)
     expected = (dense(case, objective) * case["weights"]).sum()
-    result = tiled(case, RULES[objective], teacher=CachedTeacher(ids, log_p))
+    result = tiled(case, RULES[objective], teacher=CachedTeacher(ids, log_p, torch.zeros(N)))
     assert_close(result.loss, expected)
     for mine, reference in zip(gradients(case, result.loss), gradients(case, expected), strict=True):
         assert_close(mine, reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 40.0], ids=["", "a teacher that is sure"])
 @pytest.mark.parametrize("objective", ["forward_kl", "akl"])
-def test_cache_is_a_distribution_over_its_ids_and_the_rest(case, objective):
+def test_cache_is_a_distribution_over_its_ids_and_the_rest(case, objective, scale):
+    case["teacher_weight"] = case["teacher_weight"].detach() * scale
     student, teacher = logits_of(case)
     log_p, ids = teacher.log_softmax(-1).topk(9, dim=-1)
 
     def events(log_probs):
         known = log_probs.gather(-1, ids)
-        rest = log_probs.exp().scatter(-1, ids, 0).sum(-1, keepdim=True).log()
+        rest = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         return torch.cat([known, rest], -1)
 
     function = {"forward_kl": forward_kl, "akl": adaptive_kl}[objective]
     expected = function(events(student.log_softmax(-1)), events(teacher.log_softmax(-1)))
-    result = tiled(case, RULES[objective], teacher=CachedTeacher(ids, log_p))
+    rest = events(teacher.log_softmax(-1))[:, -1]
+    assert (rest.exp().max() < 1e-7) == (scale > 1)
+    result = tiled(case, RULES[objective], teacher=CachedTeacher(ids, log_p, rest))
     assert_close(result.stats["loss"], expected)
     expected = (expected * case["weights"]).sum()
     for mine, reference in zip(gradients(case, result.loss), gradients(case, expected), strict=True):

@@ -144,7 +144,7 @@ def test_report_says_the_true_size_and_what_is_lost(capturing, batches, tmp_path
     report = cache_teacher(capturing, tmp_path, k=8)
     files = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert report.file_bytes == files and report.bytes_per_token == files / report.tokens
-    assert bytes_per_token(8, 1024) == 4 + 9 * 4 and bytes_per_token(64, 151_936, "float32") == 4 + 65 * 7
+    assert bytes_per_token(8, 1024) == 6 + 9 * 4 and bytes_per_token(64, 151_936, "float32") == 8 + 65 * 7
     divergences = []
     teacher = CachedTeacher(tmp_path)
     teacher.prepare(capturing)
@@ -152,8 +152,9 @@ def test_report_says_the_true_size_and_what_is_lost(capturing, batches, tmp_path
         probs = capturing.teacher.logits(batch)[:, :-1][keep][:, :1024].double().softmax(-1)
         events = teacher.score(batch, keep)
         known = events.log_probs.double().exp()
-        rest = ((1 - known.sum(-1, keepdim=True)) / (1024 - 9)).expand_as(probs).scatter(-1, events.ids.long(), known)
-        divergences.append((probs * (probs / rest).log()).sum(-1))
+        spread = (events.rest.double().exp() / (1024 - 9)).unsqueeze(-1).expand_as(probs)
+        stored = spread.scatter(-1, events.ids.long(), known)
+        divergences.append((probs * (probs / stored).log()).sum(-1))
     assert report.truncation_kl == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-3)
     assert report.tokens == sum(len(part) for part in divergences)
 
@@ -178,6 +179,27 @@ def test_vocabularies_of_more_than_16_bits(capturing, batches, tmp_path, monkeyp
         assert events.ids.max() > 1 << 16
     edit(tmp_path, ids_high=lambda high: high.fill_(1))
     refused(tmp_path, capturing, r"holds the token id \d+, outside the teacher's 70,000")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_teacher_that_is_sure(make_trainer, batches, tmp_path, dtype):
+    """What it gives to the tokens that are not stored is less than the rounding of those that are."""
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.teacher.model.model.norm.weight.mul_(4.0)
+    cache_teacher(trainer, tmp_path, k=24, dtype=dtype)
+    teacher, rule = CachedTeacher(tmp_path), DivergenceRule("akl")
+    teacher.prepare(trainer)
+    for batch, keep in batches(trainer):
+        events, log_probs = (
+            teacher.score(batch, keep),
+            trainer.teacher.logits(batch)[:, :-1][keep][:, :1024].log_softmax(-1),
+        )
+        expected = log_probs.scatter(-1, events.ids.long(), -torch.inf).logsumexp(-1)
+        assert expected.min() < -17
+        assert_close(events.rest.float(), expected, rtol=1e-3, atol=1e-3)
+    found = losses(trainer, teacher, batches, rule)
+    assert all(values.isfinite().all() for values in found.values())
 
 
 def test_evaluation_data_is_captured_too(make_trainer, data, tmp_path):
@@ -393,7 +415,8 @@ VALUES = {
         {"ids": lambda ids: torch.cat([ids[:, :1], ids[:, :1], ids[:, 2:]], dim=1)},
         "holds a token id twice",
     ),
-    "mass": ({"log_probs": at(0.0)}, r"holds probabilities that sum to [12]\.\d+ for one prediction, more than 1"),
+    "mass": ({"log_probs": at(0.0)}, r"holds probabilities that sum to [12]\.\d+ for one prediction"),
+    "too little mass": ({"rest": lambda rest: rest.fill_(-9.0)}, r"holds probabilities that sum to 0\.\d+ for one"),
     "nan": ({"log_probs": at(float("nan"))}, "holds log-probabilities that are not finite"),
     "infinite": ({"log_probs": at(float("-inf"))}, "holds log-probabilities that are not finite"),
     "width": (
