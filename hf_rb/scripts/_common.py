@@ -107,17 +107,29 @@ def check_output_dir(args: TrainingArguments, overwrite: bool) -> None:
 
     Raises:
         FileExistsError: The folder holds a model or checkpoints.
+        ValueError: Both overwriting, which deletes checkpoints, and resuming are asked for.
     """
+    resume = _resume_from(args)
+    if overwrite and resume:
+        raise ValueError(
+            "`--overwrite` deletes the checkpoints that `--resume_from_checkpoint` would continue from. Pass one of the two."
+        )
     found = [
         path.name
         for pattern in ("config.json", "adapter_config.json", "checkpoint-*")
         for path in Path(args.output_dir).glob(pattern)
     ]
-    if found and not overwrite and not args.resume_from_checkpoint:
+    if found and not overwrite and not resume:
         raise FileExistsError(
             f"`output_dir: {args.output_dir}` already holds a model or checkpoints of one ({found[0]}). Choose another "
             "folder, pass `--resume_from_checkpoint true` to continue that run, or `--overwrite` to replace it."
         )
+
+
+def _resume_from(args: TrainingArguments) -> str | bool | None:
+    # A command line gives strings.
+    named = {"true": True, "false": None}
+    return named.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
 
 
 def _remove_earlier_run(args: TrainingArguments) -> None:
@@ -202,9 +214,7 @@ def train_and_save(
     args = trainer.args
     if script_args.overwrite:
         _remove_earlier_run(args)
-    # A command line or a recipe gives strings.
-    resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = trainer.train(resume_from_checkpoint=_resume_from(args))
     trainer.save_metrics("train", result.metrics)
     if trainer.eval_dataset is not None:
         last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {"step": None})

@@ -99,6 +99,15 @@ def test_local_files_lora_and_resuming(capsys):
     assert "model.safetensors" in left and not {name for name in left if "adapter" in name or "checkpoint" in name}
 
 
+def test_nothing_of_an_earlier_run_is_lost_by_mistake(no_model):
+    Path("out/checkpoint-1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="`--overwrite` deletes the checkpoints that `--resume_from_checkpoint`"):
+        sft.main([*recipe(), "--overwrite", "--resume_from_checkpoint", "true"])
+    with pytest.raises(FileExistsError, match="already holds"):
+        sft.main([*recipe(), "--resume_from_checkpoint", "false"])
+    assert Path("out/checkpoint-1").exists()
+
+
 def test_tool_calls(no_model):
     """The transcripts hold a `prompt` too, which TRL would take for half of a prompt and completion."""
     *_, (train, test) = sft.prepare(recipe(dataset_config="tools", eval_strategy="epoch"))
