@@ -19,7 +19,7 @@ def profit_rules(config: Any) -> Iterator[str]:
         for name in (name for name, is_changed in changed.items() if is_changed):
             yield (
                 f"`{name}: {getattr(config, name)}` has no effect without `profit_threshold`. "
-                f"Set `profit_threshold: 0.1` (the paper's value), or remove `{name}`."
+                f"Set `profit_threshold: 0.1` (the authors' recommendation), or remove `{name}`."
             )
         return
 

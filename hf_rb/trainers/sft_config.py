@@ -21,7 +21,7 @@ class SFTConfig(trl.SFTConfig):
     Parameters:
         profit_threshold (`float`, *optional*):
             Switches ProFit (https://huggingface.co/papers/2601.09195) on: only labels to which the model in training gives
-            a probability above this threshold, in `[0, 1]`, enter the loss. The paper recommends `0.1`; `0` keeps every
+            a probability above this threshold, in `[0, 1]`, enter the loss. The authors' code recommends `0.1`; `0` keeps every
             label, `None` is off.
         profit_mode (`str`, *optional*, defaults to `"higher"`):
             Which labels are kept: `"higher"`, those above the threshold (the method), or one of the paper's ablations:
@@ -49,7 +49,7 @@ class SFTConfig(trl.SFTConfig):
         default=None,
         metadata=described(
             "Switches ProFit (https://huggingface.co/papers/2601.09195) on: only labels to which the model in training gives "
-            "a probability above this threshold enter the loss. The paper recommends 0.1; 0 keeps every label.",
+            "a probability above this threshold enter the loss. The authors' code recommends 0.1; 0 keeps every label.",
             range="[0, 1]",
         ),
     )
