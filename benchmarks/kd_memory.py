@@ -61,7 +61,7 @@ def _tiled(objective: str, x: dict):
     from hf_rb.ops.lm_head import Head, Teacher, lm_head_loss
     from hf_rb.ops.rules import DivergenceRule, HpdRule
 
-    rule = HpdRule() if objective == "hpd" else DivergenceRule(objective, monitor=False)
+    rule = HpdRule(monitor=False) if objective == "hpd" else DivergenceRule(objective, monitor=False)
     tokens = {"labels": x["labels"], "uniforms": x["uniforms"]} if objective == "hpd" else {}
     weights = x["uniforms"].new_full((len(x["hidden"]),), 1 / len(x["hidden"]))
     teacher = [Teacher(x["teacher_hidden"], Head(x["teacher_weight"]))]

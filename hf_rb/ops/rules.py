@@ -27,6 +27,14 @@ def _entropy(log_probs: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(log_probs.exp()).sum(-1)
 
 
+def _monitored(log_q, log_p, log_probs) -> dict[str, torch.Tensor]:
+    return {
+        "forward_kl": forward_kl_rule(log_q, log_p)[0],
+        "reverse_kl": reverse_kl_rule(log_q, log_p)[0],
+        "entropy": _entropy(log_probs),
+    }
+
+
 @dataclass(frozen=True)
 class DivergenceRule:
     """A divergence from the teacher: `jsd`, `forward_kl`, `reverse_kl` or `akl`, with LoCa and cross-entropy mixed in.
@@ -59,7 +67,7 @@ class DivergenceRule:
     def __call__(self, log_q, log_p, log_probs, tokens) -> Term:
         labels, stats = tokens.get("labels"), {}
         if self.monitor:
-            stats |= self._monitor(log_q, log_p, log_probs)
+            stats |= _monitored(log_q, log_p, log_probs)
         if self.loca_alpha is not None:
             log_p, scale = _calibrate(log_p, labels, tokens.get("label_event", labels), self.loca_alpha)
             stats["loca_scale"] = scale
@@ -83,14 +91,6 @@ class DivergenceRule:
             return jsd_rule(log_q, log_p, self.beta)
         return {"forward_kl": forward_kl_rule, "reverse_kl": reverse_kl_rule}[self.objective](log_q, log_p)
 
-    @staticmethod
-    def _monitor(log_q, log_p, log_probs) -> dict[str, torch.Tensor]:
-        return {
-            "forward_kl": forward_kl_rule(log_q, log_p)[0],
-            "reverse_kl": reverse_kl_rule(log_q, log_p)[0],
-            "entropy": _entropy(log_probs),
-        }
-
 
 def _calibrate(log_p, labels, label_event, alpha) -> tuple[torch.Tensor, torch.Tensor]:
     """LoCa on log-probabilities; `label_event` is the label's place among the events. Returns (log p', s)."""
@@ -103,16 +103,25 @@ def _calibrate(log_p, labels, label_event, alpha) -> tuple[torch.Tensor, torch.T
 
 @dataclass(frozen=True)
 class HpdRule:
-    """HPD. Needs `tokens["labels"]` and `tokens["uniforms"]`, one draw from [0, 1) a token."""
+    """HPD. Needs `tokens["labels"]` and `tokens["uniforms"]`, one draw from [0, 1) a token.
+
+    Args:
+        sample, reinforce (`bool`, *optional*, default to `True`):
+            See [`~hf_rb.objectives.hpd_weights`].
+        monitor (`bool`, *optional*, defaults to `True`):
+            As of [`DivergenceRule`].
+    """
 
     sample: bool = True
     reinforce: bool = True
+    monitor: bool = True
 
     def __call__(self, log_q, log_p, log_probs, tokens) -> Term:
         labels = tokens["labels"]
+        more = _monitored(log_q, log_p, log_probs) if self.monitor else {}
         samples = inverse_cdf_sample(log_q.exp(), tokens["uniforms"])
         loss, values, stats = hpd_rule(log_q, log_p, labels, samples, self.sample, self.reinforce)
-        stats["nll"] = -_log_prob(log_probs, labels)
+        stats |= {"nll": -_log_prob(log_probs, labels), **more}
         return Term(loss, None, _column(labels, samples), values.T, stats)
 
 
