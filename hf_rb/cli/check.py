@@ -163,7 +163,9 @@ class _Checker:
             if not metadata.version(library).startswith(f"{minor}.")
         ]
 
-    def values(self, given: dict[str, Any], keys: dict[str, dict], prefix: str = "") -> dict[str, Any]:
+    def values(
+        self, given: dict[str, Any], keys: dict[str, dict], prefix: str = "", from_text: bool = True
+    ) -> dict[str, Any]:
         """Returns the good ones of the given values over the defaults, so that the rules can run in any case."""
         values = {key: entry.get("default") for key, entry in keys.items()}
         for key, value in given.items():
@@ -171,7 +173,7 @@ class _Checker:
                 self._unknown(key, keys, prefix)
                 continue
             try:
-                values[key] = self._value(prefix + key, value, keys[key])
+                values[key] = self._value(prefix + key, value, keys[key], from_text)
             except ValueError as error:
                 self.report.errors.append(str(error))
         for key, entry in keys.items():
@@ -187,8 +189,8 @@ class _Checker:
         else:
             self.report.errors.append(message)
 
-    def _value(self, key: str, value: Any, entry: dict[str, Any]) -> Any:
-        value = _convert(key, value, entry["types"])
+    def _value(self, key: str, value: Any, entry: dict[str, Any], from_text: bool) -> Any:
+        value = _convert(key, value, entry["types"], from_text)
         problem = value_problem(key, value, choices=entry.get("choices"), range=entry.get("range"))
         if problem:
             raise ValueError(problem)
@@ -201,9 +203,9 @@ class _Checker:
         return value
 
     def _quantization(self, key: str, config: Any) -> None:
-        """Checks a quantization config, if it is one of ours."""
+        """Checks a quantization config, if it is one of ours. It reaches its class as YAML gives it: no text is converted."""
         if isinstance(config, dict) and config.get("quant_method") in schemas.QUANTIZATION:
-            self.values(config, schemas.load(config["quant_method"])["keys"], f"{key}.")
+            self.values(config, schemas.load(config["quant_method"])["keys"], f"{key}.", from_text=False)
 
 
 _PYTHON = {
@@ -217,18 +219,21 @@ _PYTHON = {
 }
 
 
-def _convert(key: str, value: Any, types: list[str]) -> Any:
+def _convert(key: str, value: Any, types: list[str], from_text: bool) -> Any:
     for kind in types:
         if _is(value, kind):
             return value
-    if isinstance(value, str):
+    if isinstance(value, str) and from_text:
         for kind in types:
             try:
                 return _FROM_TEXT[kind](value)
             except (KeyError, ValueError):
                 continue
-    expected = " or ".join(types)
-    hint = " YAML reads no, off, yes and on as booleans: write it in quotes." if isinstance(value, bool) else ""
+    expected, hint = " or ".join(types), ""
+    if isinstance(value, bool):
+        hint = " YAML reads no, off, yes and on as booleans: write it in quotes."
+    elif isinstance(value, str) and "float" in types:
+        hint = " Write a number without quotes; YAML reads one such as 1e-4 as text, and 1.0e-4 as a number."
     raise ValueError(f"`{key}` must be {expected}; got {value!r} ({type(value).__name__}).{hint}")
 
 

@@ -2,11 +2,13 @@
 
 import argparse
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rb._fields import described, validate
+from hf_rb._resources import find_recipe
+from hf_rb.cli.check import check, read_recipe
 
 
 if TYPE_CHECKING:
@@ -86,14 +88,9 @@ def read_arguments(args: argparse.Namespace) -> QuantizeArguments:
     """Lays the command line over the recipe.
 
     Raises:
-        ValueError: An unknown key, a value out of range, or no model or folder given.
+        ValueError: What `hf-rb check` finds wrong with the two, or no model or folder given.
     """
-    values = {}
-    if args.config:
-        from hf_rb._resources import find_recipe
-        from hf_rb.cli.check import read_recipe
-
-        values = read_recipe(find_recipe(args.config))
+    values = read_recipe(find_recipe(args.config)) if args.config else {}
     given = {
         "model_name_or_path": args.model,
         "output_dir": args.destination,
@@ -108,27 +105,14 @@ def read_arguments(args: argparse.Namespace) -> QuantizeArguments:
         "quantize_qk": False if args.no_qk else None,
     }
     values |= _given(given)
-    if _given(method):
-        values["quantization_config"] = values.get("quantization_config", {}) | _given(method)
-    return make_arguments(values)
-
-
-def make_arguments(recipe: dict[str, Any]) -> QuantizeArguments:
-    """Turns the keys of a recipe into arguments.
-
-    Raises:
-        ValueError: A key is unknown or missing, or a value out of range.
-    """
-    names = [field.name for field in fields(QuantizeArguments)]
-    for key in recipe:
-        if key not in names:
-            close = get_close_matches(str(key), names, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"the keys are {', '.join(names)}."
-            raise ValueError(f"unknown key `{key}`; {hint}")
-    for field_ in fields(QuantizeArguments):
-        if field_.default is MISSING and field_.default_factory is MISSING and field_.name not in recipe:
-            raise ValueError(f"`{field_.name}` is missing. Write `hf-rb quantize MODEL DEST`, or it in the recipe.")
-    return QuantizeArguments(**recipe)
+    if isinstance(values.setdefault("quantization_config", {}), dict):  # anything else is refused below
+        values["quantization_config"] |= _given(method)
+    errors = check(Path(args.config or "the command line"), values, "quantize").errors
+    if any(message.endswith("is missing.") for message in errors):
+        errors.append("Write `hf-rb quantize MODEL DEST`, or give a recipe that names both with `--config`.")
+    if errors:
+        raise ValueError("\n".join(errors))
+    return QuantizeArguments(**values)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

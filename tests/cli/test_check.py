@@ -120,6 +120,12 @@ def test_several_recipes(recipe, tmp_path, capsys):
             {"model_init_kwargs": {"quantization_config": {"quant_method": "ptqtp", "planes": 3}}},
             "`model_init_kwargs.quantization_config.planes` cannot be 3; it must be one of 1, 2.",
         ),
+        (
+            {
+                "model_init_kwargs": {"quantization_config": {"quant_method": "ptqtp", "tol": "1e-4"}}
+            },  # as YAML 1.1 reads it
+            "quantization_config.tol` must be float; got '1e-4' (str). Write a number without quotes; YAML reads one such as",
+        ),
         ({"dataset_name": "./absent"}, "`dataset_name` names './absent', which does not exist"),
         ({"model_name_or_path": "/absent/model"}, "`model_name_or_path` names '/absent/model', which does not exist"),
         ({"model_name_or_path": "tiny:studnet"}, "write one of tiny:teacher"),

@@ -242,6 +242,7 @@ def test_weight_of_another_shape(make_model, tmp_path):
         (dict(packing="base3"), "`packing` .* must be one of 'dense', 'nibble'"),
         (dict(planes_per_layer={"down_proj": 3}), "must be 1 or 2; got 3"),
         (dict(planes=1, scale_mode="tied"), "use it with `planes=2`"),
+        (dict(modules_to_not_convert="lm_head"), r"must be a list; got 'lm_head', so write \['lm_head'\]"),
         (dict(format_version=2), "Update hf_rb"),
     ],
 )

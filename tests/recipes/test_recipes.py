@@ -8,7 +8,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from hf_rb._resources import resource_folder
 from hf_rb.cli.check import check, read_recipe
-from hf_rb.cli.quantize import make_arguments
+from hf_rb.cli.quantize import QuantizeArguments
 
 
 FOLDER = resource_folder("recipes")
@@ -43,7 +43,7 @@ def test_the_config_classes_take_the_recipe(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     verb = check(path, read_recipe(path)).verb
     if verb == "quantize":
-        config = make_arguments(read_recipe(path)).quantization_config
+        config = QuantizeArguments(**read_recipe(path)).quantization_config
         assert AutoQuantizationConfig.from_dict(config).quant_method == config["quant_method"]
     else:  # on the CPU, since a recipe for a GPU is tested without one
         parser = import_module(f"hf_rb.scripts.{verb}").make_parser()

@@ -116,6 +116,9 @@ def _rules(config):
             f"This checkpoint has PTQTP format version {config.format_version}, this hf_rb reads {FORMAT_VERSION}. "
             "Update hf_rb."
         )
+    if isinstance(config.modules_to_not_convert, str):
+        name = config.modules_to_not_convert
+        yield f"`modules_to_not_convert` must be a list; got {name!r}, so write [{name!r}]."
     for pattern, planes in (config.planes_per_layer or {}).items():
         if planes not in (1, 2):
             yield f"`planes_per_layer[{pattern!r}]` must be 1 or 2; got {planes!r}."
