@@ -10,6 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb._files import atomic_folder
 from hf_rb.evaluation import find_model, model_size
+from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
 from hf_rb.quantizers.report import Report
 
 
@@ -40,7 +41,7 @@ def quantize(
     dtype: str = "auto",
 ) -> Report:
     """
-    Quantizes a causal language model and saves it with its tokenizer, chat template and generation config.
+    Quantizes a causal language model and saves it with its tokenizer, chat template, generation config and a model card.
 
     The folder appears at `destination` in one step when it is complete.
 
@@ -66,7 +67,7 @@ def quantize(
     """
     if isinstance(config, dict):
         config = AutoQuantizationConfig.from_dict(config)
-    source, destination = find_model(str(source)), Path(destination)
+    name, source, destination = str(source), find_model(str(source)), Path(destination)
     if source.resolve().is_relative_to(destination.resolve()):
         raise ValueError(
             f"{destination} holds the model that is to be quantized. Choose another folder for the result."
@@ -82,6 +83,14 @@ def quantize(
                 if file.is_file() and not (folder / file.name).exists():
                     shutil.copyfile(file, folder / file.name)
         report, size = model.hf_quantizer.report, model_size(folder)
+        card = ModelCardData(
+            destination.name,
+            [config.quant_method],
+            base_model=name,
+            hyperparameters=changed_hyperparameters(config),
+            size=size,
+        )
+        write_model_card(folder, card)
     report.file_bytes, report.parameters, report.bits_per_weight = size.file_bytes, size.weights, size.bits_per_weight
     return report
 

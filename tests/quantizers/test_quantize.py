@@ -40,6 +40,21 @@ def test_function(source, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
 
 
+def test_card(source, tmp_path):
+    quantize(source, tmp_path / "student-ptqtp", PTQTPConfig(group_size=64))
+    card = (tmp_path / "student-ptqtp" / "README.md").read_text()
+    for expected in (
+        "# student-ptqtp",
+        "2509.16989",
+        "import hf_rb  # registers the format",
+        "| `group_size` | `64` |",
+        f"Made from `{source.name}`",
+        "bits per weight**",
+    ):
+        assert expected in card
+    assert str(source.parent) not in card and "`packing`" not in card
+
+
 def test_verb(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["quantize", str(source), str(out), "--no-qk", "--skip", "down_proj", "--packing", "nibble"]) == 0
@@ -71,7 +86,7 @@ def test_recipe_with_an_argument_over_it(source, tmp_path):
 @pytest.mark.parametrize("name", ["tiny-cpu", "qwen3-0.6b"])
 def test_shipped_recipes(name):
     recipe = yaml.safe_load((resource_folder("recipes") / "ptqtp" / f"{name}.yaml").read_text())
-    arguments = verb.make_arguments(recipe)
+    arguments = verb.QuantizeArguments(**recipe)
     assert isinstance(PTQTPConfig.from_dict(arguments.quantization_config), PTQTPConfig)
     tiny.resolve(arguments.model_name_or_path)
 
@@ -118,6 +133,16 @@ def test_interrupted_save_leaves_nothing(source, tmp_path, monkeypatch):
     [
         ({"model_name_or_path": "a", "output_dri": "b"}, "unknown key `output_dri`; did you mean `output_dir`"),
         ({"model_name_or_path": "a"}, "`output_dir` is missing"),
+        ({"model_name_or_path": "a"}, "Write `hf-rb quantize MODEL DEST`"),
+        ({"model_name_or_path": "a", "output_dir": "b", "quantization_config": "ptqtp"}, "must be dict; got 'ptqtp'"),
+        (
+            {
+                "model_name_or_path": "a",
+                "output_dir": "b",
+                "quantization_config": {"modules_to_not_convert": "lm_head"},
+            },
+            "`quantization_config.modules_to_not_convert` must be list[str] or null; got 'lm_head'",
+        ),
         ({"model_name_or_path": "a", "output_dir": "b", "dtype": "int8"}, "`dtype` cannot be 'int8'"),
     ],
 )
@@ -133,7 +158,7 @@ def test_bad_recipes(tmp_path, capsys, recipe, message):
         (["no/such/model", "{out}"], "no/such/model"),
         (["tiny:giant", "{out}"], "tiny:student"),
         (["{source}", "{out}", "--skip", "nothing_like_it"], "matches no module"),
-        (["{source}", "{out}", "--group-size", "0"], "`group_size` must be in"),
+        (["{source}", "{out}", "--group-size", "0"], "`quantization_config.group_size` must be in [1, inf)"),
         ([], "`model_name_or_path` is missing"),
     ],
 )

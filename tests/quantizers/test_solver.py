@@ -1,5 +1,7 @@
 import math
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,3 +308,24 @@ def test_speed():
     start = time.process_time()
     solve(weight)
     assert 2 * weight.numel() / (time.process_time() - start) > 1.5e6
+
+
+def memory(which):
+    """Megabytes of this process: `VmRSS` now, `VmHWM` at the highest since the peak was reset."""
+    return int(re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure")
+def test_memory():
+    """Below 256 MB beside the result on two cores, whatever the size of the layer."""
+    weight = (gaussian(2048, 4096, dtype=torch.float32) * 0.02).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory("VmRSS")
+        planes = solve(weight)
+        extra = memory("VmHWM") - before
+    finally:
+        torch.set_num_threads(threads)
+    assert extra - (planes.trits.nbytes + planes.scales.nbytes) / 2**20 < 256
