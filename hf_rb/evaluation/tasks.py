@@ -83,12 +83,21 @@ def solutions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) ->
     Returns:
         `tuple[list[str], list[str]]`: The solutions, and in front of each the prompt up to where the assistant begins: `texts`
         and `contexts` of [`perplexity`].
+
+    Raises:
+        ValueError: The chat template does not begin a conversation as it begins its prompt.
     """
     texts, contexts = [], []
     for row in rows:
         context = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
         turn = [{"role": "assistant", "content": row["solution"]}]
-        texts.append(tokenizer.apply_chat_template(row["prompt"] + turn, tokenize=False).removeprefix(context))
+        whole = tokenizer.apply_chat_template(row["prompt"] + turn, tokenize=False)
+        if not whole.startswith(context):
+            raise ValueError(
+                "The chat template writes a prompt in another way when an answer follows, so prompt and solution cannot be "
+                "told apart. Give the tokenizer a template that keeps prefixes."
+            )
+        texts.append(whole.removeprefix(context))
         contexts.append(context)
     return texts, contexts
 

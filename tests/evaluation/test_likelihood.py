@@ -67,6 +67,13 @@ def test_solutions_are_the_assistants_turns(tokenizer):
         assert text == row["solution"] + "<|im_end|>\n"
 
 
+def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer, monkeypatch):
+    template = "{% for message in messages %}{{ loop.length }}{{ message.content }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        solutions(tokenizer, load_task("tiny:math", limit=1))
+
+
 def test_leaves_the_mode_of_the_model_alone(model, tokenizer):
     model.train()
     perplexity(model, tokenizer, TEXTS)
