@@ -75,9 +75,9 @@ def make(tokenizer, tmp_path):
     return make
 
 
-def probs_of(trainer):
+def probs_of(trainer, model=None):
     with torch.no_grad():
-        return trainer.model(torch.tensor([[ANSWERS]])).logits[0, 0].softmax(-1)[:ANSWERS]
+        return (model or trainer.model)(torch.tensor([[ANSWERS]])).logits[0, 0].softmax(-1)[:ANSWERS]
 
 
 @pytest.mark.parametrize("sample", [True, False])
@@ -120,6 +120,10 @@ def test_gopd(make, scale, full):
     trainer.train()
     expected = (scale * TEACHER.log() + (1 - scale) * start.log()).softmax(-1)
     torch.testing.assert_close(probs_of(trainer), expected, rtol=0, atol=0.02)
+
+    reference = trainer.reference.model  # the student at its start, which did not move with it
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    torch.testing.assert_close(probs_of(trainer, reference), start, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
