@@ -63,6 +63,9 @@ TABLE: dict[str, Entry] = {
         "transformers.trainer", "Trainer._get_num_items_in_batch", ("batch_samples", "device")
     ),
     "Trainer._get_output_dir": Entry("transformers.trainer", "Trainer._get_output_dir", ("trial",)),
+    "Trainer._push_from_checkpoint": Entry(
+        "transformers.trainer", "Trainer._push_from_checkpoint", ("checkpoint_folder",)
+    ),
     "Trainer._save_checkpoint": Entry("transformers.trainer", "Trainer._save_checkpoint", ("model", "trial")),
     "rotate_checkpoints": Entry(
         "transformers.trainer_utils",

@@ -169,12 +169,18 @@ class TrainerMixin:
         self.accelerator.wait_for_everyone()  # every process writes files of its own
         if self.args.should_save:
             write_manifest(folder)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder))
+        if self.args.should_save:
             _compat.rotate_checkpoints(
                 output_dir=run_folder,
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Does nothing: the parent pushes before the manifest is written, and `_save_checkpoint` afterwards."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """

@@ -8,6 +8,7 @@ import torch
 import trl
 from huggingface_hub import HfApi
 from peft import LoraConfig
+from transformers import Trainer
 
 from hf_rb import SFTConfig, SFTTrainer, _files, tiny
 from hf_rb.trainers import _mixin
@@ -114,6 +115,19 @@ def test_old_checkpoints_outlive_the_manifest_of_the_new_one(make, monkeypatch):
     trainer.train()
     assert seen == [["checkpoint-1"]] + [[f"checkpoint-{step - 1}", f"checkpoint-{step}"] for step in (2, 3, 4)]
     assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_checkpoint_is_pushed_with_its_manifest(make, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Trainer,
+        "_push_from_checkpoint",
+        lambda self, folder: pushed.append((Path(folder).name, _files.verify_manifest(folder))),
+    )
+    trainer = make(max_steps=2, hub_strategy="checkpoint")
+    trainer.args.push_to_hub = True  # after the start, which would make a repository
+    trainer.train()
+    assert pushed == [("checkpoint-1", []), ("checkpoint-2", [])]
 
 
 def test_model_only_and_adapter_checkpoints(make):
