@@ -351,6 +351,11 @@ class _SamplerLogProbs:
         def keeping(prompts, **kwargs):
             result = generate(prompts=prompts, **kwargs)
             _, completions, log_probs, _ = result
+            if log_probs is None:
+                raise ValueError(
+                    "`gopd_tis_cap` needs the log-probabilities of the sampler, and vLLM has reported none. Remove `gopd_tis_cap`, "
+                    "or use a vLLM server of `trl vllm-serve`, which reports them."
+                )
             # vLLM's NaN comes as None.
             values = [[float("nan") if top[0] is None else top[0] for top in row] for row in log_probs]
             self._turns += zip(prompts, completions, values, strict=True)

@@ -311,6 +311,17 @@ def test_sampler_log_probs_of_several_turns():
     )  # nothing is left of the last batch
 
 
+def test_a_sampler_without_log_probs_is_refused():
+    class Generation:
+        def generate(self, prompts, **kwargs):
+            return prompts, [[4]], None, None
+
+    generation = Generation()
+    _SamplerLogProbs(generation)
+    with pytest.raises(ValueError, match="vLLM has reported none"):
+        generation.generate(prompts=[[1, 2]])
+
+
 # Masks
 
 
