@@ -1,4 +1,5 @@
 import ast
+import os
 import statistics
 import subprocess
 import sys
@@ -40,3 +41,20 @@ def test_importing_is_fast_and_imports_no_heavy_library():
     outputs = [subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60) for _ in range(5)]
     assert all(output.split("\n")[1] == "" for output in outputs)
     assert statistics.median(float(output.split()[0]) for output in outputs) < 0.2
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_the_wheel(tmp_path):
+    """Away from the source tree: the wheel brings its recipes, cards, schemas and models."""
+    root, wheels, installed = Path(hf_rb.__file__).parents[1], tmp_path / "wheels", tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, root], check=True, timeout=300)
+    (wheel,) = wheels.iterdir()
+    subprocess.run([*pip, "install", "--no-deps", "--target", installed, wheel], check=True, timeout=300)
+    command = [sys.executable, "-m", "hf_rb.cli", "demo", "--problems", "8", "--max-steps", "2", "--output", "out"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert str(installed) in result.stdout  # the recipe's path, as it is launched
+    assert (tmp_path / "out" / "student-profit-ptqtp" / "README.md").is_file()
