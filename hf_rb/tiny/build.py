@@ -80,7 +80,7 @@ MODELS = {
     ),
 }
 # Tokens seen and peak learning rate. The student stops early on purpose: it is the one that fine-tuning, distillation and RL improve.
-BUDGETS = {"teacher": (10_000_000, 2e-3), "student": (3_200_000, 2e-3), "moe": (2_500_000, 2e-3)}
+BUDGETS = {"teacher": (10_000_000, 2e-3), "student": (3_200_000, 2e-3), "moe": (4_000_000, 2e-3)}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
