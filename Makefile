@@ -32,13 +32,13 @@ schemas: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+# A torch that fits is taken over from the interpreter; an environment that is there already is used as it is.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear --system-site-packages $(VENV)
+	@test -x $(BIN)/python || { $(PYTHON) -m venv --system-site-packages $(VENV); \
+		$(BIN)/python -c "$(TORCH_FITS)" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV); }
 	@if $(BIN)/python -c "$(TORCH_FITS)" 2>/dev/null; then \
 		echo "Using the torch that is installed"; grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
-	else \
-		$(PYTHON) -m venv --clear $(VENV); cp constraints.txt $(VENV)/constraints.txt; \
-	fi
+	else cp constraints.txt $(VENV)/constraints.txt; fi
 	$(BIN)/python -m pip install $(or $(PIP_ARGS),-c $(VENV)/constraints.txt) -e '.[test]'
 	@touch $@
 

@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_rb.tiny.problems import extract_answer, is_correct
+from hf_rb.tiny.problems import extract_answer
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["ASSETS", "extract_answer", "is_correct", "load_dataset", "path", "resolve", "tool_schemas"]
+__all__ = ["ASSETS", "extract_answer", "load_dataset", "path", "resolve", "tool_schemas"]
 
 ASSETS = Path(__file__).parent / "assets"
 MODELS = ("teacher", "student", "moe")

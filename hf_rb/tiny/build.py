@@ -1,4 +1,4 @@
-"""Rebuilds everything under `hf_rb/tiny/assets` from a seed: `python -m hf_rb.tiny.build` (about an hour on two CPU cores).
+"""Rebuilds everything under `hf_rb/tiny/assets` from a seed: `python -m hf_rb.tiny.build` (about an hour on one CPU core).
 
 The same seed gives the same bytes on one machine with the same number of threads.
 """

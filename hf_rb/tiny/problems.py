@@ -11,7 +11,7 @@ from hashlib import blake2b
 from itertools import islice
 
 
-__all__ = ["KINDS", "Problem", "extract_answer", "generate", "is_correct"]
+__all__ = ["KINDS", "Problem", "extract_answer", "generate"]
 
 NAMES = [
     "Ava",
@@ -248,9 +248,3 @@ def extract_answer(text: str) -> str | None:
     _, marker, tail = text.rpartition("####")
     answer = tail.strip().partition("\n")[0].strip()
     return answer if marker and answer else None
-
-
-def is_correct(text: str, answer: str) -> bool:
-    """Says whether the final answer of `text` is `answer`, after `strip().lower()` on both sides."""
-    found = extract_answer(text)
-    return found is not None and found.lower() == answer.strip().lower()

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from hf_rb.tiny import extract_answer, is_correct
+from hf_rb.tiny import extract_answer
 from hf_rb.tiny.problems import KINDS, generate
 
 
@@ -59,11 +59,6 @@ def test_same_seed_same_problems():
 )
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
-
-
-def test_is_correct_ignores_case_and_space():
-    assert is_correct("#### tarn ", "Tarn")
-    assert not is_correct("Tarn", "Tarn")
 
 
 def test_unknown_split():
