@@ -48,11 +48,16 @@ def run_cell(who: str, lmbda: float) -> dict:
         tokenizer = AutoTokenizer.from_pretrained(tiny.path("student"))
         trainer = Trainer(student, teacher, args=args, train_dataset=data, processing_class=tokenizer)
         trainer.train()
-    return {**seen, "grad_norm": next(float(log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log)}
+    return {
+        **seen,
+        "grad_norm": next(float(log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log),
+    }
 
 
 def _spawn(who: str, lmbda: float, processes: int) -> dict:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
     command = [sys.executable, "-W", "ignore", *launch, __file__, "--cell", who, str(lmbda)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

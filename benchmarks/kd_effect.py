@@ -19,7 +19,9 @@ import torch
 
 
 RESULTS = Path(__file__).parent / "results"
-CPU = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True)
+CPU = dict(
+    use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True
+)
 
 # Name in the table -> (config's name, its fields).
 OBJECTIVES = {
@@ -38,7 +40,7 @@ OBJECTIVES = {
 def tiny_run(name: str, seed: int, steps: int, batch_size: int, problems: int, learning_rate: float) -> dict:
     """Trains and evaluates one student."""
     import hf_rb
-    from hf_rb import evaluation, tiny
+    from hf_rb import tiny
 
     config_name, fields = OBJECTIVES[name]
     trainer_name = config_name.replace("Config", "Trainer")
@@ -50,7 +52,10 @@ def tiny_run(name: str, seed: int, steps: int, batch_size: int, problems: int, l
         )  # fmt: skip
         teacher = {} if config_name == "SFTConfig" else {"teacher_model": str(tiny.path("teacher"))}
         trainer = getattr(hf_rb, trainer_name)(
-            str(tiny.path("student")), args=args, train_dataset=data.select_columns(["prompt", "completion"]), **teacher
+            str(tiny.path("student")),
+            args=args,
+            train_dataset=data.select_columns(["prompt", "completion"]),
+            **teacher,
         )
         start = time.perf_counter()
         trainer.train()
@@ -75,7 +80,9 @@ def tiny_effect(args: argparse.Namespace) -> None:
     from hf_rb import evaluation, tiny
 
     model, tokenizer = evaluation.load_model(tiny.path("student"), "float32")
-    runs = [{"objective": "student at the start", "seed": 0, "seconds": 0.0, **_measure(model, tokenizer, args.problems)}]
+    runs = [
+        {"objective": "student at the start", "seed": 0, "seconds": 0.0, **_measure(model, tokenizer, args.problems)}
+    ]
     for seed in range(args.seeds):
         for name in OBJECTIVES:
             runs.append(tiny_run(name, seed, args.steps, args.batch_size, args.problems, args.learning_rate))
@@ -91,7 +98,9 @@ def tiny_effect(args: argparse.Namespace) -> None:
         "|---|---:|---:|---:|",
     ]
     for name in dict.fromkeys(run["objective"] for run in runs):
-        cells = [[run[key] for run in runs if run["objective"] == name] for key in ("exact_match", "perplexity", "seconds")]
+        cells = [
+            [run[key] for run in runs if run["objective"] == name] for key in ("exact_match", "perplexity", "seconds")
+        ]
         shown = [f"{mean(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells[:2]] + [f"{mean(cells[2]):.0f}"]
         lines.append(f"| {name} | {' | '.join(shown)} |")
     _write("kd_effect_tiny", {"arguments": vars(args), "runs": runs}, lines)
@@ -128,7 +137,9 @@ def stories(args: argparse.Namespace) -> None:
             lr_scheduler_type="cosine", warmup_steps=20, logging_steps=100, max_length=args.window, **CPU,
         )  # fmt: skip
         data = Dataset.from_dict({"input_ids": rows, "labels": rows})
-        trainer = GKDTrainer(student, teacher, config, train_dataset=data, processing_class=tokenizer, callbacks=[Stop()])
+        trainer = GKDTrainer(
+            student, teacher, config, train_dataset=data, processing_class=tokenizer, callbacks=[Stop()]
+        )
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
