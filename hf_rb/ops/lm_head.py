@@ -196,7 +196,10 @@ def lm_head_loss(
         )  # fmt: skip
         return losses
 
-    return Scored(_TiledLoss.apply(hidden, head.weight, head.bias, run), stats)
+    parts = (hidden, head.weight, head.bias)
+    if not torch.is_grad_enabled():  # a function's forward pass is asked for gradients all the same
+        parts = tuple(part if part is None else part.detach() for part in parts)
+    return Scored(_TiledLoss.apply(*parts, run), stats)
 
 
 class _TiledLoss(torch.autograd.Function):

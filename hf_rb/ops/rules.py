@@ -148,11 +148,7 @@ class GopdRule:
     def __call__(self, log_q, log_p, log_probs, tokens) -> Term:
         labels, teacher, reference = tokens["labels"], tokens["teacher_logp"], tokens.get("reference_logp")
         student = _log_prob(log_probs, labels)
-        if self.logratio_clamp is not None:
-            bound = self.logratio_clamp
-            reward = None if reference is None else (teacher - reference).clamp(-bound, bound)
-            teacher = student + (teacher - student).clamp(-bound, bound)
-            reference = None if reward is None else teacher - reward
+        teacher, reference = self.clamped(student, teacher, reference)
         advantage = gopd_advantage(student, teacher, reference, self.reward_scale)
         stats = {"advantage": advantage, "reverse_kl_sampled": student - teacher, "entropy": _entropy(log_probs)}
         if reference is not None:
@@ -164,3 +160,13 @@ class GopdRule:
             advantage = weight * advantage
         # The ratio q / sg[q] is 1 in value; the derivative of -A q / sg[q] by log q is -A.
         return Term(-advantage, None, labels.unsqueeze(-1), -advantage.unsqueeze(-1), stats)
+
+    def clamped(
+        self, student: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the log-probabilities of teacher and reference with both log-ratios within the bound."""
+        bound = self.logratio_clamp
+        if bound is None:
+            return teacher, reference
+        bounded = student + (teacher - student).clamp(-bound, bound)
+        return bounded, None if reference is None else bounded - (teacher - reference).clamp(-bound, bound)

@@ -6,8 +6,10 @@ shard-00000.safetensors  S sequences with R predictions in all
     keys        int64 (S,)      hash of a sequence's token ids
     counts      int32 (S,)      predictions stored of it
     positions   int32 (R,)      position t of the token after which each was made, ascending in a sequence
-    ids         int32 (R, m)    m = min(k + 1, V) distinct token ids
+    ids         uint16 (R, m)   m = min(k + 1, V) distinct token ids, their low 16 bits
+    ids_high    uint8 (R, m)    the bits above, where V exceeds 65,536
     log_probs   float (R, m)    their log-probabilities at temperature 1, float16 or float32
+    rest        float (R,)      log-probability of all other ids together
 """
 
 import hashlib

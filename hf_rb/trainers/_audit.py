@@ -140,6 +140,7 @@ class _Paths:
             copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)), tokenizer=trainer.processing_class
         )
         twin.prepare(trainer)
+        twin.vocabulary = trainer.teacher.vocabulary  # the ids that the trainer goes on to compare
         trainer.teacher = twin
         if trainer.reference is not None:
             trainer.reference = twin

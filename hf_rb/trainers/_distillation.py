@@ -55,12 +55,7 @@ def dense_losses(
         return hpd_loss(student_logits, teacher_logits, labels, samples, rule.sample, rule.reinforce)
     if isinstance(rule, GopdRule):
         log_q = -cross_entropy(student_logits.float(), labels, reduction="none")
-        teacher, reference = tokens["teacher_logp"], tokens.get("reference_logp")
-        if rule.logratio_clamp is not None:
-            bound, student = rule.logratio_clamp, log_q.detach()
-            reward = None if reference is None else (teacher - reference).clamp(-bound, bound)
-            teacher = student + (teacher - student).clamp(-bound, bound)
-            reference = None if reward is None else teacher - reward
+        teacher, reference = rule.clamped(log_q.detach(), tokens["teacher_logp"], tokens.get("reference_logp"))
         advantage = gopd_advantage(log_q, teacher, reference, rule.reward_scale)
         return -advantage * (log_q - log_q.detach()).exp()
     if rule.loca_alpha is not None:

@@ -1,17 +1,17 @@
 """What G-OPD needs beside its rule: the mean over tokens, the reference, and one of several teachers for each example."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, Trainer
 
-from hf_rb.teachers import AdapterOffTeacher, LocalTeacher, ModelTeacher
+from hf_rb.teachers import AdapterOffTeacher, LocalTeacher, ModelTeacher, Teacher
 
 
-__all__ = ["RoutedTeacher", "start_reference", "token_weights"]
+__all__ = ["RoutedTeacher", "share_vocabulary", "start_reference", "token_weights"]
 
 
 def token_weights(
@@ -82,6 +82,18 @@ def _adapters_are_neutral(model: PreTrainedModel) -> bool:
     )
 
 
+def share_vocabulary(teachers: Iterable[Teacher]) -> int | None:
+    """
+    Cuts prepared teachers to the leading ids that all of them have, over which each one's probabilities then sum to 1: what is
+    compared must be normalised alike. Returns their number, `None` for all that the student has.
+    """
+    teachers = list(teachers)
+    number = min((one.vocabulary for one in teachers if one.vocabulary is not None), default=None)
+    for one in teachers:
+        one.vocabulary = number
+    return number
+
+
 class RoutedTeacher:
     """
     Several teachers, each scoring the examples that name it. A [`~hf_rb.teachers.Teacher`] for log-probabilities of tokens; a
@@ -106,6 +118,11 @@ class RoutedTeacher:
     def vocabulary(self) -> int | None:
         sizes = [teacher.vocabulary for teacher in self.teachers.values() if teacher.vocabulary is not None]
         return min(sizes, default=None)
+
+    @vocabulary.setter
+    def vocabulary(self, number: int | None) -> None:
+        for teacher in self.teachers.values():
+            teacher.vocabulary = number
 
     def log_probs(self, inputs: Mapping[str, Any], keep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         result = torch.zeros(len(ids), dtype=torch.float32, device=ids.device)

@@ -16,7 +16,7 @@ from hf_rb.ops.lm_head import Teacher as TeacherLogits
 from hf_rb.ops.lm_head import lm_head_loss
 from hf_rb.teachers import LocalTeacher, ModelTeacher
 from hf_rb.trainers._distillation import build_rule, check_finite, log_token_metrics
-from hf_rb.trainers._gopd import RoutedTeacher, start_reference, token_weights
+from hf_rb.trainers._gopd import RoutedTeacher, share_vocabulary, start_reference, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers.distillation_config import DistillationConfig
 
@@ -89,8 +89,7 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
         self.reference = self._make_reference(reference_model)
         self._rule = build_rule(args)
         self._sampler = _SamplerLogProbs(self.vllm_generation) if args.gopd_tis_cap is not None else None
-        shared = [part.vocabulary for part in (self.teacher, self.reference) if part and part.vocabulary is not None]
-        self._vocabulary = min(shared, default=None)
+        self._vocabulary = share_vocabulary(filter(None, (self.teacher, self.reference)))
         if args.objective == "jsd" and isinstance(teacher, LocalTeacher):
             if width_of(teacher.model) == width_of(self.model) == self._vocabulary:
                 self.teacher_model = teacher.wrapped  # the parent's loss reads it

@@ -32,7 +32,7 @@ from hf_rb.trainers._distillation import (
     last_hidden,
     log_token_metrics,
 )
-from hf_rb.trainers._gopd import start_reference, token_weights
+from hf_rb.trainers._gopd import share_vocabulary, start_reference, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers._rules import cache_rules
 from hf_rb.trainers.gkd_config import GKDConfig
@@ -114,9 +114,15 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
                 self.reference.model.__dict__.pop("forward", None)
         if args.disable_dropout:
             _compat.disable_dropout_in_model(self.model)
-        for source in filter(None, (self.teacher, self.reference)):
+        sources = [source for source in (self.teacher, self.reference) if source is not None]
+        for source in sources:
             source.prepare(self)
+        vocabulary = share_vocabulary(sources)
         self.teacher_model = getattr(self.teacher, "model", None)
+        width = max(width_of(model) for model in (self.model, self.teacher_model) if model is not None)
+        if vocabulary is not None and vocabulary < width:
+            # The loss is about the ids that all models share, and not every model can read the others.
+            self.generation_config.suppress_tokens = list(range(vocabulary, width))
         self._compare_templates()
 
     def _compare_templates(self) -> None:

@@ -6,6 +6,7 @@ from hf_rb.objectives.akl import adaptive_kl
 from hf_rb.objectives.divergences import forward_kl, jsd, reverse_kl
 from hf_rb.objectives.hpd import hpd_loss, inverse_cdf_sample
 from hf_rb.objectives.loca import loca_calibrate
+from hf_rb.ops import lm_head
 from hf_rb.ops.lm_head import CachedTeacher, Head, Teacher, lm_head_log_probs, lm_head_loss
 from hf_rb.ops.rules import DivergenceRule, GopdRule, HpdRule
 
@@ -210,6 +211,13 @@ def test_frozen_head_gets_no_gradient(case):
     ])  # fmt: skip
     result.loss.backward()
     assert case["hidden"].grad is not None
+
+
+def test_evaluation_computes_no_gradient(case, monkeypatch):
+    expected = tiled(case, RULES["akl"]).loss.detach()
+    monkeypatch.delattr(lm_head, "_write_gradient")
+    with torch.no_grad():
+        assert_close(tiled(case, RULES["akl"]).loss, expected)
 
 
 def test_half_precision_heads_are_projected_in_float32(case):

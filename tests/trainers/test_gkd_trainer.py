@@ -58,7 +58,7 @@ def make(student, teacher, config, data, tokenizer):
 # Configuration
 
 REFUSED = {
-    "hpd, on-policy": ({"objective": "hpd", "lmbda": 0.5}, "`objective: hpd` needs `lmbda: 0.0`"),
+    "hpd, on-policy": ({"objective": "hpd", "lmbda": 1.0}, "`objective: hpd` needs `lmbda: 0.0`"),
     "hpd, default lmbda": ({"objective": "hpd"}, "got `lmbda: 0.5`"),
     "gopd, off-policy": (
         {"objective": "gopd", "lmbda": 0.0, "temperature": 1.0},
@@ -90,6 +90,7 @@ REFUSED = {
     ),
     "kd_alpha, on-policy": ({"kd_alpha": 0.5, "lmbda": 1.0}, "`kd_alpha: 0.5` needs `lmbda: 0.0`"),
     "kd_alpha, mixed": ({"kd_alpha": 0.5}, "`kd_alpha: 0.5` needs `lmbda: 0.0`"),
+    "kd_alpha, hpd": ({"objective": "hpd", "kd_alpha": 0.5, "lmbda": 0.0}, "`objective: hpd` is none"),
     "loca, mixed": ({"loca_alpha": 0.9, "lmbda": 0.5}, "`loca_alpha: 0.9` needs `lmbda: 0.0`"),
     "loca, on-policy": ({"loca_alpha": 0.9, "lmbda": 1.0}, "`loca_alpha: 0.9` needs `lmbda: 0.0`"),
     "loca, hpd": ({"objective": "hpd", "loca_alpha": 0.9, "lmbda": 0.0}, "`objective: hpd` is none"),
@@ -128,7 +129,13 @@ def test_config_refuses(flags, message, config):
 
 
 ALLOWED = {
-    "every divergence, mixed": {"objective": "reverse_kl", "lmbda": 0.5},
+    **{
+        f"{objective}, lmbda {lmbda}": {"objective": objective, "lmbda": lmbda}
+        for objective in ("jsd", "forward_kl", "reverse_kl", "akl")
+        for lmbda in (0.0, 0.5, 1.0)
+    },
+    "hpd": {"objective": "hpd", "lmbda": 0.0},
+    "gopd": {"objective": "gopd", "lmbda": 1.0, "temperature": 1.0},
     "akl, loca, kd_alpha": {"objective": "akl", "loca_alpha": 0.9, "kd_alpha": 0.5, "lmbda": 0.0},
     "cache with both": {
         "objective": "akl",
@@ -479,6 +486,35 @@ def test_labels_outside_the_shared_vocabulary_are_left_out(make, student, teache
         logs.append(trainer.state.log_history[0])
     assert logs[0]["outside_vocabulary_fraction"] == 0.25 and logs[1]["outside_vocabulary_fraction"] == 0
     assert logs[0]["loss"] == logs[1]["loss"] and logs[0]["kept_fraction"] == 0.6
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("padding", [{"model": 16}, {"teacher": 16, "model": 16}], ids=["teacher", "reference"])
+def test_student_teacher_and_reference_are_compared_on_the_ids_of_the_narrowest(
+    make, student, teacher, tokenizer, padding, full
+):
+    start = AutoModelForCausalLM.from_pretrained(student)
+    models = {"model": start, "teacher": teacher, "reference_model": start}
+    results = []
+    for impl in ("chunked", "dense"):
+        of = {}
+        for name, model in models.items():
+            of[name] = copy.deepcopy(model)
+            torch.manual_seed(0)
+            of[name].resize_token_embeddings(len(tokenizer) + padding.get(name, 0), mean_resizing=False)
+        trainer = make(
+            model=of["model"],
+            trainer_kwargs={
+                "teacher": LocalTeacher(of["teacher"], tokenizer=tokenizer),
+                # None: the student at its start, as wide as the student.
+                "reference_model": of["reference_model"] if "teacher" in padding else None,
+            },
+            **{"objective": "gopd", "reward_scale": 1.25, "gopd_full_vocab": full, "lmbda": 1.0, "temperature": 1.0},
+            **{"loss_impl": impl, "max_steps": 1},
+        )
+        trainer.train()
+        results.append([trainer.state.log_history[0][key] for key in ("loss", "grad_norm")])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
 # Refusals of the trainer
