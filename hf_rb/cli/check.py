@@ -184,7 +184,13 @@ class _Checker:
     def _unknown(self, key: Any, keys: Iterable[str], prefix: str) -> None:
         close = get_close_matches(str(key), keys, n=1)
         message = f"unknown key `{prefix}{key}`" + (f"; did you mean `{prefix}{close[0]}`?" if close else ".")
-        if self.moved:
+        owners = [] if prefix else [f"`hf-rb {verb}`" for verb in schemas.RECIPES if key in schemas.load(verb)["keys"]]
+        if owners:
+            self.report.errors.append(
+                f"`{key}` is a key of {' and '.join(owners)}, and this recipe is for `hf-rb {self.report.verb}`. Remove it, or use "
+                "that verb."
+            )
+        elif self.moved:
             self.report.warnings.append(f"{message} It may be new: {', '.join(self.moved)}.")
         else:
             self.report.errors.append(message)

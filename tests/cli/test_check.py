@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_rb._resources import find_recipe
 from hf_rb.cli import main, schemas
-from hf_rb.cli.check import check, read_overrides
+from hf_rb.cli.check import check, read_overrides, read_recipe
 
 
 GOOD = {
@@ -64,7 +65,17 @@ def test_a_recipe_for_another_verb(tmp_path, capsys):
         f"{path}: error: `output_dir` is missing.",
     ]
     assert main(["check", str(path), "--for", "sft"]) == 2
-    assert "unknown key `quantization_config`" in capsys.readouterr().err
+    assert (
+        "`quantization_config` is a key of `hf-rb quantize`, and this recipe is for `hf-rb sft`"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("key, value", [("kd_alpha", 0.5), ("loca_alpha", 0.95), ("teacher_cache", "x")])
+def test_what_only_gkd_can_do(key, value):
+    path = find_recipe("exopd/tiny-cpu")
+    (error,) = check(path, read_recipe(path) | {key: value}, "distillation").errors
+    assert error.startswith(f"`{key}` is a key of `hf-rb gkd`, and this recipe is for `hf-rb distillation`.")
 
 
 def test_json(recipe, capsys):
