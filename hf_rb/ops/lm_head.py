@@ -234,7 +234,6 @@ def _loop(
     bias_grad, stats,
 ):  # fmt: skip
     rows, block_rows = _sizes(hidden.device.type, vocabulary, tile_rows)
-    collected: dict[str, list[torch.Tensor]] = {"loss": []}
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for tile in _slices(len(hidden), rows):
         logits = _project(hidden[tile], head, temperature, vocabulary)
@@ -247,7 +246,8 @@ def _loop(
             term = rule(events.log_q, events.log_p, log_probs, here)
             total += (term.loss * weights[rows_of]).sum()
             for name, value in {"loss": term.loss, **term.stats}.items():
-                collected.setdefault(name, []).append(value.float())
+                # Allocated once: small tensors left between the blocks' large ones would keep freed memory from being reused.
+                stats.setdefault(name, total.new_empty(len(hidden)))[rows_of] = value
             if wanted:
                 _write_gradient(logits[block], log_probs, events, term, weights[rows_of], head, temperature)
         if hidden_grad is not None:
@@ -257,7 +257,6 @@ def _loop(
         if bias_grad is not None:
             bias_grad[:vocabulary] += logits.sum(0)
         del logits, teacher_logits  # before the next tile is made
-    stats.update({name: torch.cat(values) for name, values in collected.items() if values})
     return total
 
 
