@@ -93,18 +93,18 @@ def last_hidden(
     return outputs.last_hidden_state, loss
 
 
-def check_finite(objective: str, step: int, loss: torch.Tensor, losses: torch.Tensor) -> None:
+def check_finite(objective: str, step: int, loss: torch.Tensor, losses: torch.Tensor | None = None) -> None:
     """
     Raises before a loss that is not finite can reach the weights.
 
     Raises:
-        ValueError: `loss`, of which `losses` are the tokens', is infinite or not a number.
+        ValueError: `loss`, of which `losses` are the tokens' where they are known, is infinite or not a number.
     """
     if torch.isfinite(loss):
         return
-    wrong = int((~torch.isfinite(losses)).sum())
+    where = "" if losses is None else f" ({int((~torch.isfinite(losses)).sum())} of {len(losses)} tokens)"
     raise ValueError(
-        f"`objective: {objective}` gave a loss of {loss.item()} at step {step} ({wrong} of {len(losses)} tokens); the weights have "
+        f"`objective: {objective}` gave a loss of {loss.item()} at step {step}{where}; the weights have "
         "not been changed. Either the teacher excludes tokens (logits of -inf) or overflows: `forward_kl` and `hpd` can take the "
         "first, and `teacher_model_init_kwargs: {dtype: bfloat16}` avoids the second. Or the student has diverged: lower "
         "`learning_rate`."

@@ -179,7 +179,9 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         if self.teacher_model is not None:
-            return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+            result = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+            check_finite(self.args.objective, self.state.global_step, result[0])
+            return result
         # The redirected forward, in which this runs, is without the model's autocast.
         with self.accelerator.autocast():
             return self._our_loss(unwrapped_student, inputs, num_items_in_batch)
