@@ -247,7 +247,9 @@ def _loop(
             total += (term.loss * weights[rows_of]).sum()
             for name, value in {"loss": term.loss, **term.stats}.items():
                 # Allocated once: small tensors left between the blocks' large ones would keep freed memory from being reused.
-                stats.setdefault(name, total.new_empty(len(hidden)))[rows_of] = value
+                if name not in stats:
+                    stats[name] = total.new_empty(len(hidden))
+                stats[name][rows_of] = value
             if wanted:
                 _write_gradient(logits[block], log_probs, events, term, weights[rows_of], head, temperature)
         if hidden_grad is not None:

@@ -161,6 +161,11 @@ def gkd_rules(config: Any) -> Iterator[str]:
                 f"`{name}: {value}` acts on a divergence from the teacher, and `objective: {objective}` is none. Choose one of "
                 f"{', '.join(_DIVERGENCES)}, or remove `{name}`."
             )
+    if lmbda == 0 and not config.seq_kd and config.temperature not in (0.9, 1.0):
+        yield (
+            f"`temperature: {config.temperature}` has no effect with `lmbda: 0.0`: it is that of sampling, nothing is sampled, and the "
+            "loss is at temperature 1, as in TRL. Remove it."
+        )
     if config.seq_kd and lmbda == 1:
         yield (
             "`seq_kd: true` has no effect with `lmbda: 1.0`, where every completion is the student's. Set `lmbda` below 1, or "

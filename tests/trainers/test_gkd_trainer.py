@@ -65,6 +65,10 @@ REFUSED = {
         "`objective: gopd` needs `lmbda: 1.0`",
     ),
     "gopd, mixed": ({"objective": "gopd", "lmbda": 0.5, "temperature": 1.0}, "`objective: gopd` needs `lmbda: 1.0`"),
+    "temperature without sampling": (
+        {"objective": "forward_kl", "lmbda": 0.0, "temperature": 2.0},
+        "`temperature: 2.0` has no effect with `lmbda: 0.0`",
+    ),
     "gopd, temperature": ({"objective": "gopd", "lmbda": 1.0}, "needs `temperature: 1.0`"),
     "gopd, tis": (
         {"objective": "gopd", "lmbda": 1.0, "temperature": 1.0, "gopd_tis_cap": 5.0},
