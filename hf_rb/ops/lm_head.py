@@ -33,8 +33,8 @@ __all__ = [
     "lm_head_top_k",
 ]
 
-# Bytes of one tile of logits. Larger tiles make fewer passes over the head's gradient, smaller ones need less memory.
-TILE_BYTES = {"cpu": 48 << 20, "cuda": 256 << 20}
+# Bytes of one tile of logits, with a frozen and with a trained head: larger tiles make fewer passes over the head's gradient.
+TILE_BYTES = {"cpu": (12 << 20, 48 << 20), "cuda": (256 << 20, 256 << 20)}
 # The elementwise work on a tile goes through it in blocks that stay in a CPU's cache.
 BLOCK_BYTES = 4 << 20
 # A head in half precision is widened by slabs of this many rows where there is no matrix product with float32 results.
@@ -233,7 +233,7 @@ def _loop(
     hidden, head, rule, tokens, teacher, weights, temperature, vocabulary, tile_rows, wanted, hidden_grad, weight_grad,
     bias_grad, stats,
 ):  # fmt: skip
-    rows, block_rows = _sizes(hidden.device.type, vocabulary, tile_rows)
+    rows, block_rows = _sizes(hidden.device.type, vocabulary, tile_rows, trains_head=weight_grad is not None)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for tile in _slices(len(hidden), rows):
         logits = _project(hidden[tile], head, temperature, vocabulary)
@@ -410,9 +410,10 @@ def _logit_blocks(
             yield slice(tile.start + block.start, tile.start + block.stop), logits[block]
 
 
-def _sizes(device: str, vocabulary: int, tile_rows: int | None) -> tuple[int, int]:
+def _sizes(device: str, vocabulary: int, tile_rows: int | None = None, trains_head: bool = False) -> tuple[int, int]:
     """Rows of a tile and of a block."""
-    rows = tile_rows or max(1, TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (4 * vocabulary))
+    budget = TILE_BYTES.get(device, TILE_BYTES["cuda"])[trains_head]
+    rows = tile_rows or max(1, budget // (4 * vocabulary))
     return rows, max(1, BLOCK_BYTES // (4 * vocabulary)) if device == "cpu" else rows
 
 
