@@ -151,7 +151,7 @@ class _Paths:
 @contextmanager
 def _tile_rows(rows: int, vocabulary: int) -> Iterator[None]:
     before = lm_head.TILE_BYTES
-    lm_head.TILE_BYTES = dict.fromkeys(before, 4 * vocabulary * rows)
+    lm_head.TILE_BYTES = dict.fromkeys(before, (4 * vocabulary * rows,) * 2)
     try:
         yield
     finally:
