@@ -21,7 +21,7 @@ from hf_rb import tiny
 from hf_rb._fields import Rule, value_problem
 from hf_rb._resources import find_recipe
 from hf_rb.cli import schemas
-from hf_rb.trainers._rules import distillation_rules, gkd_rules, profit_rules
+from hf_rb.trainers._rules import distillation_rules, gkd_rules, only_gkd, profit_rules
 
 
 __all__ = ["Report", "check", "read_overrides", "read_recipe"]
@@ -182,6 +182,9 @@ class _Checker:
         return values
 
     def _unknown(self, key: Any, keys: Iterable[str], prefix: str) -> None:
+        if not prefix and (problem := only_gkd(key)):
+            self.report.errors.append(problem)
+            return
         close = get_close_matches(str(key), keys, n=1)
         message = f"unknown key `{prefix}{key}`" + (f"; did you mean `{prefix}{close[0]}`?" if close else ".")
         owners = [] if prefix else [f"`hf-rb {verb}`" for verb in schemas.RECIPES if key in schemas.load(verb)["keys"]]

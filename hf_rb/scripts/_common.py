@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_rb import tiny
 from hf_rb._fields import described
+from hf_rb.trainers._rules import only_gkd
 
 
 __all__ = [
@@ -86,6 +87,8 @@ def parse(parser: trl.TrlParser, argv: Sequence[str] | None = None) -> tuple:
 def _refuse_unknown(keys: Iterable[str], known: list[str], where: str) -> None:
     for key in keys:
         if key not in known:
+            if problem := only_gkd(key):
+                raise ValueError(f"{where}: {problem}")
             nearest = get_close_matches(key, known, n=1)
             remedy = f"Did you mean `{nearest[0]}`?" if nearest else "Remove it."
             raise ValueError(f"`{key}` in {where} is not an option. {remedy}")

@@ -14,7 +14,7 @@ from hf_rb import _compat
 from hf_rb.ops import lm_head
 from hf_rb.ops.sequences import Sequences
 from hf_rb.teachers import LocalTeacher
-from hf_rb.trainers._distillation import dense_losses
+from hf_rb.trainers._distillation import dense_losses, log_prob
 from hf_rb.trainers._gopd import RoutedTeacher
 from hf_rb.trainers.distillation_trainer import DistillationTrainer, loss_mask, whole_sequences
 from hf_rb.trainers.gkd_trainer import GKDTrainer
@@ -238,9 +238,9 @@ class _DistillationPaths(_Paths):
                 prompt = "prompt" if trainer.reference_is_start else prompt
                 reference_rows = chosen(trainer.reference.logits(whole_sequences(batch, prompt)))
             if not args.gopd_full_vocab:
-                tokens["teacher_logp"] = _log_prob(teacher_rows, tokens["labels"])
+                tokens["teacher_logp"] = log_prob(teacher_rows, tokens["labels"])
                 if reference_rows is not None:
-                    tokens["reference_logp"] = _log_prob(reference_rows, tokens["labels"])
+                    tokens["reference_logp"] = log_prob(reference_rows, tokens["labels"])
             elif reference_rows is not None:
                 teacher_rows = args.reward_scale * teacher_rows + (1 - args.reward_scale) * reference_rows
         losses = dense_losses(trainer._rule, rows, teacher_rows, tokens)
@@ -262,7 +262,3 @@ class _DistillationPaths(_Paths):
         super().make_student_its_teacher()
         if self.trainer.teacher_model is not None:  # TRL's loss
             self.trainer.teacher_model = self.trainer.teacher.wrapped
-
-
-def _log_prob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)

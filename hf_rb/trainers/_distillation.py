@@ -1,6 +1,6 @@
 """What the distillation trainers share: an objective's rule and its dense form, the student's backbone, errors and metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from hf_rb.ops.lm_head import Rule
 from hf_rb.ops.rules import DivergenceRule, GopdRule, HpdRule
 
 
-__all__ = ["build_rule", "check_finite", "dense_losses", "last_hidden", "log_token_metrics"]
+__all__ = ["build_rule", "check_finite", "dense_losses", "last_hidden", "log_prob", "log_token_metrics"]
 
 
 def build_rule(args: Any) -> Rule:
@@ -70,6 +70,11 @@ def dense_losses(
         return losses
     nll = cross_entropy(student_logits.float(), labels, reduction="none")
     return rule.kd_alpha * losses + (1 - rule.kd_alpha) * nll
+
+
+def log_prob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the log-probabilities `(N,)` of labels `(N,)` by logits `(N, V)`."""
+    return logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def last_hidden(
@@ -129,25 +134,42 @@ _MEANS = {
     "reference_kl_sampled": "gopd/reference_log_ratio",
     "tis_weight": "gopd/tis_weight",
 }
-_EXTREMES = ("hpd_w_label", "hpd_w_sample", "advantage")
-_FRACTIONS = {
-    "loca/corrected_fraction": lambda stats: stats["loca_scale"] < 1,
-    # The branches of HPD: the label's probability is too high; so is that of the drawn token; what is taken goes to the label.
-    "hpd/overestimated_fraction": lambda stats: stats["hpd_w_label"] < 0,
-    "hpd/suppressed_fraction": lambda stats: stats["hpd_w_sample"] < 0,
-    "hpd/reinforced_fraction": lambda stats: (stats["hpd_w_label"] > 0) & (stats["hpd_w_sample"] < 0),
-}
+_EXTREMES = ("hpd_w_label", "hpd_w_sample", "advantage", "reward")
 
 
-def log_token_metrics(trainer: Any, stats: Mapping[str, torch.Tensor]) -> None:
-    """Adds the mean of what a rule reports of every token (N,), fractions and extremes to a trainer's metrics."""
+def _fractions(args: Any, stats: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields names of metrics, and of which tokens (N,) they are the fraction."""
+    if "loca_scale" in stats:
+        yield "loca/corrected_fraction", stats["loca_scale"] < 1
+    if "hpd_w_label" in stats:
+        # The branches of HPD: the label's probability is too high; so is that of the drawn token; what is taken goes to the label.
+        yield "hpd/overestimated_fraction", stats["hpd_w_label"] < 0
+        if args.hpd_sample:
+            suppressed = stats["hpd_w_sample"] < 0
+            yield "hpd/suppressed_fraction", suppressed
+            if args.hpd_reinforce:
+                yield "hpd/reinforced_fraction", (stats["hpd_w_label"] > 0) & suppressed
+
+
+def log_token_metrics(trainer: Any, stats: Mapping[str, torch.Tensor], is_token: torch.Tensor) -> None:
+    """
+    Adds to a trainer's metrics the means of what a rule reports of every token (N,), fractions and extremes.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            A distillation trainer.
+        stats (`Mapping[str, torch.Tensor]`):
+            What the rule reports.
+        is_token (`torch.Tensor` of shape `(B, L)`):
+            Mask of all tokens of the batch, prompts and what is not trained on among them.
+    """
     count = torch.tensor(len(stats["loss"]), device=stats["loss"].device)
+    trainer._add_metric("kept_fraction", count, is_token.sum().to(count.device))
     for name, key in _MEANS.items():
         if name in stats:
             trainer._add_metric(key, stats[name].sum(), count)
-    for key, is_counted in _FRACTIONS.items():
-        if key.startswith("loca") if "loca_scale" in stats else key.startswith("hpd") and "hpd_w_label" in stats:
-            trainer._add_metric(key, is_counted(stats).sum(), count)
+    for key, is_counted in _fractions(trainer.args, stats):
+        trainer._add_metric(key, is_counted.sum(), count)
     for name in _EXTREMES:
         if name in stats:
             trainer._add_extremes(_MEANS[name], stats[name])

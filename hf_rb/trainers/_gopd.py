@@ -1,17 +1,18 @@
 """What G-OPD needs beside its rule: the mean over tokens, the reference, and one of several teachers for each example."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, Trainer
 
-from hf_rb.teachers import AdapterOffTeacher, LocalTeacher, ModelTeacher, Teacher
+from hf_rb.ops.backbone import width_of
+from hf_rb.teachers import AdapterOffTeacher, LocalTeacher, ModelTeacher
 
 
-__all__ = ["RoutedTeacher", "share_vocabulary", "start_reference", "token_weights"]
+__all__ = ["RoutedTeacher", "given_reference", "share_vocabulary", "start_reference", "token_weights"]
 
 
 def token_weights(
@@ -45,6 +46,25 @@ def token_weights(
     return weights / lengths.clamp(min=1) if aggregation == "seq-mean-token-mean" else weights
 
 
+def given_reference(args: Any, model: str | PreTrainedModel | None) -> str | PreTrainedModel | None:
+    """
+    Returns the reference that a trainer was given, by argument or in its config, if any.
+
+    Raises:
+        ValueError: It cannot act, or there are two.
+    """
+    if model is None:
+        return args.reference_model_name_or_path
+    if args.objective != "gopd" or args.reward_scale == 1:
+        raise ValueError(
+            "`reference_model` acts with `objective: gopd` and a `reward_scale` other than 1, where it does not cancel; got "
+            f"`objective: {args.objective}` and `reward_scale: {args.reward_scale}`. Set them, or pass no reference."
+        )
+    if args.reference_model_name_or_path is not None:
+        raise ValueError("`reference_model` and `reference_model_name_or_path` are two references. Give one.")
+    return model
+
+
 def start_reference(trainer: Trainer) -> ModelTeacher:
     """
     Returns a trainer's student as it is now, as a frozen model: itself without its adapters, or a copy of it.
@@ -68,7 +88,9 @@ def start_reference(trainer: Trainer) -> ModelTeacher:
             "(DeepSpeed ZeRO-3, or FSDP with `fsdp_cpu_ram_efficient_loading`). Use LoRA, whose reference is the model without its "
             "adapters, or set `reference_model_name_or_path` to the model that the student starts from."
         )
-    return LocalTeacher(copy.deepcopy(model), tokenizer=trainer.processing_class)
+    start = copy.deepcopy(model)
+    start.__dict__.pop("forward", None)  # which TRL patches for its own loss, and which then gives no logits
+    return LocalTeacher(start, tokenizer=trainer.processing_class)
 
 
 def _adapters_are_neutral(model: PreTrainedModel) -> bool:
@@ -82,15 +104,21 @@ def _adapters_are_neutral(model: PreTrainedModel) -> bool:
     )
 
 
-def share_vocabulary(teachers: Iterable[Teacher]) -> int | None:
+def share_vocabulary(trainer: Any) -> int | None:
     """
-    Cuts prepared teachers to the leading ids that all of them have, over which each one's probabilities then sum to 1: what is
-    compared must be normalised alike. Returns their number, `None` for all that the student has.
+    Cuts a trainer's prepared teacher and reference to the leading ids that all its models have, over which each one's
+    probabilities then sum to 1: what is compared must be normalised alike. No other id is generated, since not every model could
+    read it. Returns the number of ids, `None` for all that the student has.
     """
-    teachers = list(teachers)
-    number = min((one.vocabulary for one in teachers if one.vocabulary is not None), default=None)
-    for one in teachers:
+    sources = [source for source in (trainer.teacher, trainer.reference) if source is not None]
+    number = min((one.vocabulary for one in sources if one.vocabulary is not None), default=None)
+    for one in sources:
         one.vocabulary = number
+    writers = [trainer.model, getattr(trainer.teacher, "model", None)]  # the teacher with `seq_kd`
+    width = max(width_of(model) for model in writers if model is not None)
+    if number is not None and number < width:
+        config = trainer.generation_config
+        config.suppress_tokens = [*(config.suppress_tokens or []), *range(number, width)]
     return number
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-__all__ = ["cache_rules", "distillation_rules", "gkd_rules", "profit_rules"]
+__all__ = ["cache_rules", "distillation_rules", "gkd_rules", "only_gkd", "profit_rules"]
 
 
 def profit_rules(config: Any) -> Iterator[str]:
@@ -217,6 +217,16 @@ def cache_rules(config: Any) -> Iterator[str]:
             )
     if config.teacher_model_name_or_path is not None:
         yield "`teacher_cache` and `teacher_model_name_or_path` are two teachers. Remove one."
+
+
+def only_gkd(name: str) -> str | None:
+    """Returns what to say of a field that acts on the completions of a dataset, where another trainer is configured."""
+    if name not in ("kd_alpha", "loca_alpha", "hpd_sample", "hpd_reinforce", "teacher_cache"):
+        return None
+    return (
+        f"`{name}` acts on the completions of the dataset, which GKD alone distils on. Use `GKDTrainer` (`hf-rb gkd`) with "
+        f"`lmbda: 0.0`, or remove `{name}`."
+    )
 
 
 def distillation_rules(config: Any) -> Iterator[str]:

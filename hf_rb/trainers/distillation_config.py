@@ -6,14 +6,23 @@ import trl
 
 from hf_rb._fields import described, validate
 from hf_rb.trainers._arguments import GopdArguments, ObjectiveArguments
-from hf_rb.trainers._rules import distillation_rules
+from hf_rb.trainers._rules import distillation_rules, only_gkd
 
 
 __all__ = ["DistillationConfig"]
 
 
+class _WithoutDataset:
+    """Says of a keyword argument that only GKD can act on where to go with it. A base class, so that signatures stay as they are."""
+
+    def __new__(cls, *args, **kwargs):
+        for problem in filter(None, map(only_gkd, kwargs)):
+            raise TypeError(problem)
+        return super().__new__(cls)
+
+
 @dataclass
-class DistillationConfig(GopdArguments, ObjectiveArguments, trl.DistillationConfig):
+class DistillationConfig(_WithoutDataset, GopdArguments, ObjectiveArguments, trl.DistillationConfig):
     r"""
     Configuration class for the [`DistillationTrainer`].
 
@@ -57,6 +66,7 @@ class DistillationConfig(GopdArguments, ObjectiveArguments, trl.DistillationConf
 
     Raises:
         ValueError: A value out of its range, or fields that exclude one another.
+        TypeError: A field of [`GKDConfig`] alone; the message says what to do.
     """
 
     _VALID_DICT_FIELDS = trl.DistillationConfig._VALID_DICT_FIELDS + ["teacher_model_name_or_path"]

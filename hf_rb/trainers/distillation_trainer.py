@@ -16,7 +16,7 @@ from hf_rb.ops.lm_head import Teacher as TeacherLogits
 from hf_rb.ops.lm_head import lm_head_loss
 from hf_rb.teachers import LocalTeacher, ModelTeacher
 from hf_rb.trainers._distillation import build_rule, check_finite, log_token_metrics
-from hf_rb.trainers._gopd import RoutedTeacher, share_vocabulary, start_reference, token_weights
+from hf_rb.trainers._gopd import RoutedTeacher, given_reference, share_vocabulary, start_reference, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers.distillation_config import DistillationConfig
 
@@ -37,13 +37,15 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
     teacher likes better than the reference does are made more probable. With `reward_scale=1` it is on-policy distillation by
     sampled tokens. A teacher whose chat template is another than the student's reads prompts in its own.
 
-    Also logged, over all trained tokens since the last log (`eval_` before them in evaluation):
+    Also logged, over all trained tokens since the last log (`eval_` before them in evaluation), unless the loss is TRL's own:
 
+    - `kept_fraction`, the share of tokens that are trained on
     - with every other objective than `"gopd"`: `forward_kl`, `reverse_kl` (with `gopd_full_vocab`, from the mixture of teacher
       and reference that the loss is about), and for `"akl"` `akl/weight` and `akl/head_size`
     - with `"gopd"`: `gopd/advantage` with its extremes; `gopd/teacher_log_ratio`, whose mean estimates KL(student ‖ teacher),
-      which the mean of the loss does not unless the scale is 1; with a reference `gopd/reward`, log(teacher / reference), and
-      `gopd/reference_log_ratio`, whose mean estimates KL(student ‖ reference); with `gopd_tis_cap` `gopd/tis_weight`
+      which the mean of the loss does not unless the scale is 1; with a reference `gopd/reward`, log(teacher / reference), with
+      its extremes, and `gopd/reference_log_ratio`, whose mean estimates KL(student ‖ reference); with `gopd_tis_cap`
+      `gopd/tis_weight`
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, **kwargs:
@@ -80,7 +82,7 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
         args = own_config(DistillationConfig, args, model, "Distillation")
         # All that can be wrong with them before a model is loaded.
         teacher = _teacher(teacher, teacher_model, args)
-        reference_model = _reference_model(reference_model, args)
+        reference_model = given_reference(args, reference_model)
         super().__init__(
             model, None, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, **kwargs
         )
@@ -89,7 +91,7 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
         self.reference = self._make_reference(reference_model)
         self._rule = build_rule(args)
         self._sampler = _SamplerLogProbs(self.vllm_generation) if args.gopd_tis_cap is not None else None
-        self._vocabulary = share_vocabulary(filter(None, (self.teacher, self.reference)))
+        self._vocabulary = share_vocabulary(self)
         if args.objective == "jsd" and isinstance(teacher, LocalTeacher):
             if width_of(teacher.model) == width_of(self.model) == self._vocabulary:
                 self.teacher_model = teacher.wrapped  # the parent's loss reads it
@@ -115,9 +117,20 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
                 f"`objective: {self.args.objective}` reads text, and the dataset has images. Set `objective: jsd`, or remove the "
                 "images."
             )
+        if self._vocabulary is not None and width_of(self.model) > self._vocabulary:
+            self._check_ids(output["completion_ids"])
         if self.args.objective == "gopd":
             self._add_gopd(output, inputs)
         return output
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        """Refuses what vLLM may sample, which is not told to leave the padding of the vocabulary out."""
+        if (ids >= self._vocabulary).any():
+            raise ValueError(
+                f"The student has written the id {ids.max()}, and student, teacher and reference share {self._vocabulary:,}: the "
+                "others cannot read it. Generate without vLLM (`use_vllm: false`), which leaves such ids out, or cut the student "
+                f"to size first (`resize_token_embeddings({self._vocabulary})`)."
+            )
 
     def _add_gopd(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         device = self.accelerator.device
@@ -193,8 +206,6 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
         )
         mask = loss_mask(inputs)
         weights = self._token_weights(mask, inputs, num_items_in_batch)
-        if self._vocabulary is not None:  # a padding id has no meaning to the teacher
-            mask = mask & (inputs["completion_ids"] < self._vocabulary)
         tokens, teacher = self._score(inputs, mask)
         with gathered_head(unwrapped_student):
             head = head_of(unwrapped_student)
@@ -211,7 +222,7 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
             )
         check_finite(self.args.objective, self.state.global_step, scored.loss, scored.stats["loss"])
         entropy = scored.stats.pop("entropy").sum()  # the parent logs it
-        log_token_metrics(self, scored.stats)
+        log_token_metrics(self, scored.stats, batch["attention_mask"])
         return scored.loss, entropy, mask.sum()
 
     def _token_weights(self, mask, inputs, num_items_in_batch) -> torch.Tensor:
@@ -279,19 +290,6 @@ def _local(model: Model, args: DistillationConfig) -> LocalTeacher:
     if args.teacher_model_revision is not None:
         kwargs["revision"] = args.teacher_model_revision
     return LocalTeacher(model, kwargs | (args.teacher_model_init_kwargs or {}))
-
-
-def _reference_model(model: Model | None, args: DistillationConfig) -> Model | None:
-    if model is None:
-        return args.reference_model_name_or_path
-    if args.objective != "gopd" or args.reward_scale == 1:
-        raise ValueError(
-            f"`reference_model` acts with `objective: gopd` and a `reward_scale` other than 1, where it does not cancel; got "
-            f"`objective: {args.objective}` and `reward_scale: {args.reward_scale}`. Set them, or pass no reference."
-        )
-    if args.reference_model_name_or_path is not None:
-        raise ValueError("`reference_model` and `reference_model_name_or_path` are two references. Give one.")
-    return model
 
 
 def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -30,9 +30,10 @@ from hf_rb.trainers._distillation import (
     check_finite,
     dense_losses,
     last_hidden,
+    log_prob,
     log_token_metrics,
 )
-from hf_rb.trainers._gopd import share_vocabulary, start_reference, token_weights
+from hf_rb.trainers._gopd import given_reference, share_vocabulary, start_reference, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers._rules import cache_rules
 from hf_rb.trainers.gkd_config import GKDConfig
@@ -93,7 +94,7 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
     ):
         args = own_config(GKDConfig, args, model, "GKD")
         self.teacher = _teacher(args, teacher, teacher_model)
-        reference_model = _reference_model(args, reference_model)
+        reference_model = given_reference(args, reference_model)
         self._has_prompts_only = False
         # TRL's GKDTrainer would replace the preparation of the data and attach a teacher of the student's exact width.
         trl.SFTTrainer.__init__(
@@ -109,20 +110,12 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         self.reference = None
         if args.objective == "gopd" and args.reward_scale != 1:
             self.reference = LocalTeacher(reference_model) if reference_model else start_reference(self)
-            if reference_model is None and isinstance(self.reference, LocalTeacher):
-                # A copy of the student, but the forward with which TRL has patched it is still the student's.
-                self.reference.model.__dict__.pop("forward", None)
         if args.disable_dropout:
             _compat.disable_dropout_in_model(self.model)
-        sources = [source for source in (self.teacher, self.reference) if source is not None]
-        for source in sources:
+        for source in filter(None, (self.teacher, self.reference)):
             source.prepare(self)
-        vocabulary = share_vocabulary(sources)
+        share_vocabulary(self)
         self.teacher_model = getattr(self.teacher, "model", None)
-        width = max(width_of(model) for model in (self.model, self.teacher_model) if model is not None)
-        if vocabulary is not None and vocabulary < width:
-            # The loss is about the ids that all models share, and not every model can read the others.
-            self.generation_config.suppress_tokens = list(range(vocabulary, width))
         self._compare_templates()
 
     def _compare_templates(self) -> None:
@@ -378,9 +371,9 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
                 scale = self.args.reward_scale
                 teacher_rows = scale * teacher_rows.float() + (1 - scale) * reference_rows.float()
             else:
-                tokens["reference_logp"] = _log_prob(reference_rows, tokens["labels"])
+                tokens["reference_logp"] = log_prob(reference_rows, tokens["labels"])
         if self.args.objective == "gopd" and not self.args.gopd_full_vocab:
-            tokens["teacher_logp"] = _log_prob(teacher_rows, tokens["labels"])
+            tokens["teacher_logp"] = log_prob(teacher_rows, tokens["labels"])
         if self.args.objective == "jsd" and self.args.kd_alpha == 1 and self.args.loca_alpha is None:
             loss = self.generalized_jsd_loss(
                 logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:], self.beta, num_items_in_batch=items
@@ -397,10 +390,8 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         return {"loss": term.loss, **term.stats}
 
     def _log_tokens(self, inputs, labels, keep, stats) -> None:
-        log_token_metrics(self, stats)
         mask = inputs.get("attention_mask")
-        number = torch.tensor(labels.numel(), device=labels.device) if mask is None else mask.sum()
-        self._add_metric("kept_fraction", keep.sum(), number)
+        log_token_metrics(self, stats, torch.ones_like(labels) if mask is None else mask)
         if self.teacher.vocabulary is not None and self.teacher.vocabulary < width_of(self.model):
             is_label = inputs["labels"][:, 1:] != -100
             self._add_metric("outside_vocabulary_fraction", (is_label & ~keep).sum(), is_label.sum())
@@ -420,21 +411,6 @@ def _teacher(args: GKDConfig, teacher: Teacher | None, teacher_model: Any) -> Te
             "set `seq_kd: false`."
         )
     return teacher
-
-
-def _reference_model(args: GKDConfig, reference_model: Any) -> Any:
-    if reference_model is None:
-        return args.reference_model_name_or_path
-    if args.objective != "gopd" or args.reward_scale == 1:
-        raise ValueError(
-            "`reference_model` acts with `objective: gopd` and a `reward_scale` other than 1 only; the objective is "
-            f"{args.objective!r}, the scale {args.reward_scale}. Remove `reference_model`, or set both."
-        )
-    return reference_model
-
-
-def _log_prob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def _with_empty_completion(example: dict[str, Any]) -> dict[str, Any]:

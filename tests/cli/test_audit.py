@@ -13,13 +13,14 @@ from hf_rb.ops import rules
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    """Folders of a random student and teacher with the embedded tokenizer."""
+    """Folders of a random student and teacher with the embedded tokenizer, and of a student with more padding."""
     folder = tmp_path_factory.mktemp("family")
     tokenizer = AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
-    for seed, (name, hidden) in enumerate((("student", 32), ("teacher", 48))):
+    sizes = {"student": (32, 0), "teacher": (48, 8), "padded-student": (32, 24)}
+    for seed, (name, (hidden, padding)) in enumerate(sizes.items()):
         set_seed(seed)
         config = Qwen3Config(
-            vocab_size=len(tokenizer) + 8 * seed,
+            vocab_size=len(tokenizer) + padding,
             hidden_size=hidden,
             intermediate_size=48,
             num_hidden_layers=1,
@@ -61,6 +62,10 @@ COMMON = {"as trained", "tiles of 7 tokens", "one sequence at a time"}
         ),
         "on-policy jsd with lora": (
             ["exopd/tiny-cpu", "--objective", "jsd", "--reward_scale", "1", "--beta", "0.4", "--use_peft", "true"],
+            {"more padding", "student = teacher"},
+        ),
+        "a teacher that is narrower": (
+            ["exopd/tiny-cpu", "--model_name_or_path", "tiny:padded-student"],
             {"more padding", "student = teacher"},
         ),
         "akl": (["akl/tiny-cpu"], {"more padding", "student = teacher"}),

@@ -72,10 +72,19 @@ def test_a_recipe_for_another_verb(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("key, value", [("kd_alpha", 0.5), ("loca_alpha", 0.95), ("teacher_cache", "x")])
-def test_what_only_gkd_can_do(key, value):
+@pytest.mark.parametrize("verb", ["distillation", "sft"])
+def test_what_only_gkd_can_do(key, value, verb):
+    path = find_recipe({"distillation": "exopd/tiny-cpu", "sft": "profit/tiny-cpu"}[verb])
+    assert check(path, read_recipe(path) | {key: value}, verb).errors == [
+        f"`{key}` acts on the completions of the dataset, which GKD alone distils on. Use `GKDTrainer` (`hf-rb gkd`) with "
+        f"`lmbda: 0.0`, or remove `{key}`."
+    ]
+
+
+def test_a_key_of_another_trainer():
     path = find_recipe("exopd/tiny-cpu")
-    (error,) = check(path, read_recipe(path) | {key: value}, "distillation").errors
-    assert error.startswith(f"`{key}` is a key of `hf-rb gkd`, and this recipe is for `hf-rb distillation`.")
+    (error,) = check(path, read_recipe(path) | {"loss_impl": "dense"}, "distillation").errors
+    assert error.startswith("`loss_impl` is a key of `hf-rb gkd`, and this recipe is for `hf-rb distillation`.")
 
 
 def test_json(recipe, capsys):

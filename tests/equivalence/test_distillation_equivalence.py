@@ -135,7 +135,7 @@ def test_one_step_is_that_of_dense_logits(models, name):
     torch.testing.assert_close(weights, dict(expected), rtol=1e-4, atol=2e-6)
 
 
-OURS = ("loss", "grad_norm", "entropy", "forward_kl", "reverse_kl", "akl/", "gopd/")
+OURS = ("loss", "grad_norm", "entropy", "forward_kl", "reverse_kl", "akl/", "gopd/", "kept_fraction")
 
 
 def assert_same_training(actual, expected):

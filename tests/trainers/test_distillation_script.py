@@ -86,6 +86,8 @@ def test_several_teachers_with_lora():
         ),
         ({"objective": "hpd", "reward_scale": None}, "trains on the completions of the dataset"),
         ({"reward_scal": 1.5}, "Did you mean `reward_scale`?"),
+        ({"kd_alpha": 0.5}, "recipe.yaml: `kd_alpha` acts on the completions of the dataset.*with `lmbda: 0.0`"),
+        ({"teacher_cache": "folder"}, "recipe.yaml: `teacher_cache` acts on the completions of the dataset"),
     ],
 )
 def test_bad_input_is_found_before_a_model_is_loaded(monkeypatch, keys, message):

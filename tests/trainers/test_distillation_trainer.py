@@ -1,4 +1,5 @@
 import copy
+import inspect
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import set_seed
 
-from hf_rb import DistillationConfig, DistillationTrainer, tiny
+from hf_rb import DistillationConfig, DistillationTrainer, GKDConfig, tiny
 from hf_rb.teachers import AdapterOffTeacher, LocalTeacher
 from hf_rb.trainers._gopd import RoutedTeacher
 from hf_rb.trainers.distillation_trainer import _SamplerLogProbs
@@ -372,6 +373,29 @@ def test_nothing_to_train_on_is_a_finite_zero(make, flags):
     assert all(not part.any() for part in gradient.values())
 
 
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        ({"objective": "akl"}, {"forward_kl", "reverse_kl", "akl/weight", "akl/head_size"}),
+        (
+            EXOPD,
+            {"gopd/advantage", "gopd/advantage_min", "gopd/advantage_max", "gopd/reward", "gopd/reward_min"}
+            | {"gopd/reward_max", "gopd/teacher_log_ratio", "gopd/reference_log_ratio"},
+        ),
+    ],
+)
+def test_metrics(make, flags, names):
+    trainer = make({**flags, "max_steps": 1})
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert names | {"entropy", "kept_fraction"} <= logs.keys()
+    batch = generation_batch(trainer)
+    kept = batch["completion_mask"].sum()
+    assert logs["kept_fraction"] == pytest.approx((kept / (kept + batch["prompt_mask"].sum())).item())
+    if flags == EXOPD:
+        assert logs["gopd/reward_min"] < logs["gopd/reward"] < logs["gopd/reward_max"]
+
+
 def test_evaluation(make, data):
     trainer = make({**EXOPD, "per_device_eval_batch_size": 4}, eval_dataset=data)
     metrics = trainer.evaluate()
@@ -442,6 +466,26 @@ def test_config_refuses(config, flags, message):
         DistillationConfig(**config, **flags)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    {
+        "kd_alpha": 0.5,
+        "loca_alpha": 0.95,
+        "teacher_cache": "folder",
+        "hpd_sample": False,
+        "hpd_reinforce": False,
+    }.items(),
+)
+def test_what_only_gkd_can_do(config, student, name, value):
+    message = rf"`{name}` acts on the completions of the dataset.* Use `GKDTrainer` \(`hf-rb gkd`\) with `lmbda: 0.0`"
+    with pytest.raises(TypeError, match=message):
+        DistillationConfig(**config, **{name: value})
+    with pytest.raises(TypeError, match="Use `GKDTrainer`"):
+        DistillationTrainer(str(student), str(student), GKDConfig(**config))
+    assert "objective" in inspect.signature(DistillationConfig).parameters
+    copy.deepcopy(DistillationConfig(**config))
+
+
 def test_teachers_that_are_refused(make, student, teacher):
     with pytest.raises(ValueError, match="There is no teacher. Set `teacher_model_name_or_path`"):
         make(teacher_model=None)
@@ -472,6 +516,45 @@ def test_a_teacher_on_another_tokenizer_of_the_same_size_is_refused(make, teache
     file.write_text(json.dumps(tokenizer), encoding="utf-8")
     with pytest.raises(ValueError, match=f"{min(vocabulary['0'], vocabulary['1'])}"):
         make(teacher_model=tmp_path)
+
+
+@pytest.fixture
+def padded(student):
+    """The random student with 16 ids more, which stand for no token, and which it likes."""
+    model = AutoModelForCausalLM.from_pretrained(student)
+    model.resize_token_embeddings(model.config.vocab_size + 16, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-16:] *= 20
+    return model
+
+
+@pytest.mark.parametrize("flags", [{}, {"objective": "akl"}, EXOPD])
+def test_ids_that_a_narrower_teacher_lacks_are_not_sampled(make, padded, teacher, student, flags):
+    processing_class = AutoTokenizer.from_pretrained(student)
+    trainer = make(flags, model=padded, trainer=DistillationTrainer, processing_class=processing_class)
+    shared = trainer.teacher.vocabulary
+    assert shared == AutoModelForCausalLM.from_pretrained(teacher).config.vocab_size
+    assert generation_batch(trainer)["completion_ids"].max() < shared
+    trainer.train()
+    trainer.generation_config.suppress_tokens = None
+    assert (
+        padded.generate(torch.ones(8, 1, dtype=torch.long), generation_config=trainer.generation_config).max()
+        >= shared
+    )
+
+
+def test_an_id_that_the_teacher_lacks_is_refused(make, padded, teacher, student):
+    """As vLLM may sample it."""
+
+    class Padding(DistillationTrainer):
+        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+            return [[self.teacher.vocabulary + 3] for _ in prompt_ids]
+
+    trainer = make(model=padded, trainer=Padding, processing_class=AutoTokenizer.from_pretrained(student))
+    with pytest.raises(
+        ValueError, match=r"written the id 1027, and .* share 1,024.*`resize_token_embeddings\(1024\)`"
+    ):
+        generation_batch(trainer)
 
 
 @pytest.mark.parametrize("objective", ["reverse_kl", "jsd"], ids=["ours", "TRL's loss"])

@@ -293,9 +293,19 @@ def test_logs_what_belongs_to_the_objective(make):
     assert logs["hpd/sample_weight_min"] < 0 == logs["hpd/sample_weight_max"]
     assert logs["hpd/label_weight_min"] < 0 < logs["hpd/label_weight_max"] < 2.37
 
+    fractions = {"hpd/overestimated_fraction", "hpd/suppressed_fraction", "hpd/reinforced_fraction"}
+    for flags, absent in (
+        ({"hpd_reinforce": False}, {"hpd/reinforced_fraction"}),
+        ({"hpd_sample": False}, {"hpd/suppressed_fraction", "hpd/reinforced_fraction"}),
+    ):
+        trainer = make(objective="hpd", max_steps=1, **flags)
+        trainer.train()
+        assert fractions & trainer.state.log_history[0].keys() == fractions - absent
+
     trainer = make(objective="akl", loca_alpha=0.95, max_steps=1)
     trainer.train()
     logs = trainer.state.log_history[0]
+    assert min(logs[name] for name in ("forward_kl", "reverse_kl", "ce", "entropy", "kd")) > 0
     assert 0 < logs["akl/weight"] < 1 <= logs["akl/head_size"]
     assert 0 < logs["loca/corrected_fraction"] <= 1
     assert 0 < logs["kept_fraction"] < 1
