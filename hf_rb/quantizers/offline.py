@@ -91,7 +91,7 @@ def quantize(
             size=size,
         )
         write_model_card(folder, card)
-    report.file_bytes, report.parameters, report.bits_per_weight = size.file_bytes, size.weights, size.bits_per_weight
+    report.set_size(size, sum(file.stat().st_size for file in source.glob("*.safetensors")))
     return report
 
 

@@ -1,6 +1,9 @@
-"""What quantizing a model did, layer by layer."""
+"""What quantizing a model did, layer by layer, and what plain 4-bit rounding would have done."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from hf_rb.quantizers.baseline import rtn_bits
 
 
 __all__ = ["LayerReport", "Report"]
@@ -12,16 +15,19 @@ class LayerReport:
     One quantized layer.
 
     Attributes:
-        name (`str`): Module name in the model.
+        name (`str`): Module name in the model; all experts of a layer that share a parameter have one name.
         weights (`int`): Weights in the layer.
         relative_error (`float`): Frobenius norm of the change over that of the weight, scales rounded as stored.
         resolved (`bool`): Whether the layer was solved a second time because the first stopping rule was too coarse.
+        baseline_error (`float`, *optional*): Relative error of 4-bit round-to-nearest with groups of 128, on a sample of
+            the rows.
     """
 
     name: str
     weights: int
     relative_error: float
     resolved: bool = False
+    baseline_error: float | None = None
 
     @property
     def kind(self) -> str:
@@ -43,8 +49,14 @@ class Report:
         seconds (`float`): Time in the solver.
         weights_per_second (`float`): Weights quantized a second of that time.
         file_bytes (`int`, *optional*): Bytes of the weight files with everything in them, once saved.
+        source_bytes (`int`, *optional*): Bytes of the weight files before.
         parameters (`int`, *optional*): Parameters of the whole model before quantization, tied ones counted once.
         bits_per_weight (`float`, *optional*): `8 * file_bytes / parameters`: scales, embeddings and headers included.
+        quantized_bits_per_weight (`float`, *optional*): Bits of a weight in the quantized layers, scales included.
+        baseline_file_bytes (`int`, *optional*): Bytes that the files would have if the same layers were rounded to 4 bits.
+        eval_data (`str`, *optional*): What the perplexities were measured on.
+        perplexity_before (`float`, *optional*): Perplexity of the model that was quantized.
+        perplexity_after (`float`, *optional*): Perplexity of the quantized model, as loaded from its folder.
     """
 
     method: str
@@ -54,19 +66,65 @@ class Report:
     seconds: float = 0.0
     weights_per_second: float = 0.0
     file_bytes: int | None = None
+    source_bytes: int | None = None
     parameters: int | None = None
     bits_per_weight: float | None = None
+    quantized_bits_per_weight: float | None = None
+    baseline_file_bytes: int | None = None
+    eval_data: str | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
 
     def add(self, layer: LayerReport, seconds: float) -> None:
-        """Counts one more layer."""
-        self.layers.append(layer)
-        self.resolved += layer.resolved
+        """Counts one more matrix. Those of one name, as the experts of a layer have it, become one layer."""
+        known = next((one for one in reversed(self.layers) if one.name == layer.name), None)
+        if known is None:
+            self.layers.append(layer)
+        else:
+            both = [known, layer]
+            known.relative_error, known.baseline_error = _mean(both, "relative_error"), _mean(both, "baseline_error")
+            known.weights += layer.weights
+            known.resolved |= layer.resolved
+        self.resolved = sum(layer.resolved for layer in self.layers)
         self.seconds += seconds
-        self.weights_per_second = sum(layer.weights for layer in self.layers) / self.seconds
+        self.weights_per_second = sum(layer.weights for layer in self.layers) / self.seconds if self.seconds else 0.0
 
-    def error_by_kind(self) -> dict[str, float]:
-        """Relative error by kind of layer: the root of the mean square over its layers."""
-        kinds: dict[str, list[float]] = {}
+    def set_size(self, size, source_bytes: int) -> None:
+        """Fills in what a [`~hf_rb.evaluation.Size`] of the written folder says."""
+        self.file_bytes, self.parameters, self.bits_per_weight = size.file_bytes, size.weights, size.bits_per_weight
+        self.source_bytes, self.quantized_bits_per_weight = source_bytes, size.quantized_bits_per_weight
+        saved = size.quantized_weights * (size.quantized_bits_per_weight - rtn_bits())
+        self.baseline_file_bytes = round(size.file_bytes - saved / 8)
+
+    def error_by_kind(self, which: str = "relative_error") -> dict[str, float]:
+        """Error by kind of layer: the root of the mean square over its weights. `which` may be `"baseline_error"`."""
+        kinds: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
-            kinds.setdefault(layer.kind, []).append(layer.relative_error**2)
-        return {kind: (sum(squares) / len(squares)) ** 0.5 for kind, squares in kinds.items()}
+            kinds.setdefault(layer.kind, []).append(layer)
+        return {kind: _mean(layers, which) for kind, layers in kinds.items()}
+
+    def error(self, which: str = "relative_error") -> float | None:
+        """Error over all quantized weights, like that of [`~Report.error_by_kind`]."""
+        return _mean(self.layers, which)
+
+    def verdict(self) -> str:
+        """One sentence on how 4-bit round-to-nearest with groups of 128 would compare, in bytes and error."""
+        ours, theirs = self.error(), self.error("baseline_error")
+        if theirs is None or self.baseline_file_bytes is None:
+            return "Not compared with 4-bit rounding."
+        more = self.baseline_file_bytes / self.file_bytes - 1
+        errors = f"its relative error {theirs:.4f} against {ours:.4f}"
+        if more <= 0:
+            size = f"would be {-more:.1%} smaller" if more else "would be as small"
+            if theirs < ours:
+                return f"Prefer plain 4-bit rounding (group 128) for this model: the file {size}, and {errors}."
+            return f"Plain 4-bit rounding (group 128) {size}; {errors}."
+        better = "is the more accurate" if theirs < ours else "is not more accurate"
+        return f"Plain 4-bit rounding (group 128) {better}, {errors}; its file would be {more:.1%} larger."
+
+
+def _mean(layers: Iterable[LayerReport], which: str) -> float | None:
+    pairs = [(layer.weights, getattr(layer, which)) for layer in layers]
+    if not pairs or any(error is None for _, error in pairs):
+        return None
+    return (sum(weights * error**2 for weights, error in pairs) / sum(weights for weights, _ in pairs)) ** 0.5
