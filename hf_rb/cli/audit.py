@@ -1,7 +1,8 @@
 """`hf-rb audit`: computes the loss of a distillation recipe in every way that there is, and compares.
 
 Two batches of the recipe's data go through the formulas on all logits, and then through each path that a training run can take.
-The models are the recipe's, in float32; the batches are small.
+The models are the recipe's, in float32; the batches are small. A recipe that trains from a cache is compared with the formulas on
+what the cache holds, and its teacher, where it can be loaded, with a cache of all its tokens.
 """
 
 import argparse
@@ -56,18 +57,15 @@ def run(args: argparse.Namespace) -> int:
             f"{path} is a recipe for `hf-rb {verb}`. `hf-rb audit` is for those of `hf-rb gkd` and `hf-rb distillation`."
         )
     recipe |= read_overrides(args.overrides, verb)
-    if recipe.get("teacher_cache"):
-        raise ValueError(
-            "`hf-rb audit` compares with the teacher's own logits, which `teacher_cache` does not hold. Write "
-            "`teacher_model_name_or_path` in its place."
-        )
+    # Beside a cache, the model that was captured.
+    captured = recipe.pop("teacher_model_name_or_path", None) if recipe.get("teacher_cache") else None
     report = check(path, recipe, verb)
     if report.errors:
         report.show()
         return 2
     for note in _make_small(recipe, verb, args):
         print(note, file=sys.stderr)
-    comparisons = _audit(recipe, verb, args.batches)
+    comparisons = _audit(recipe, verb, args.batches, captured)
     is_good = {one.path: max(one.loss, one.gradient) <= args.tolerance for one in comparisons}
     if args.json:
         rows = [asdict(one) | {"ok": is_good[one.path]} for one in comparisons]
@@ -95,7 +93,7 @@ def _make_small(recipe: dict[str, Any], verb: str, args: argparse.Namespace) -> 
     return ["`gopd_tis_cap` is left out: the audit samples without vLLM, where every importance weight is 1."]
 
 
-def _audit(recipe: dict[str, Any], verb: str, batches: int) -> list:
+def _audit(recipe: dict[str, Any], verb: str, batches: int, captured: str | None) -> list:
     from importlib import import_module
 
     import yaml
@@ -108,7 +106,27 @@ def _audit(recipe: dict[str, Any], verb: str, batches: int) -> list:
         path.write_text(yaml.safe_dump(recipe | {"output_dir": scratch}), encoding="utf-8")
         *parsed, splits = script.prepare(["--config", str(path)])
         trainer = script.build(*parsed, [_first_rows(splits[0]), None])
-        return audit(trainer, batches)
+        return audit(trainer, batches, _captured_teacher(trainer, captured) if recipe.get("teacher_cache") else None)
+
+
+def _captured_teacher(trainer: Any, name: str | None) -> Any:
+    """Returns the teacher that a cache was made with, as the recipe names it or else the cache; `None` if it is not here."""
+    from hf_rb.teachers import LocalTeacher
+
+    init_kwargs = {"trust_remote_code": trainer.args.trust_remote_code} | trainer.args.teacher_model_init_kwargs
+    teacher = LocalTeacher(name or trainer.teacher.model_name, init_kwargs)
+    try:
+        teacher.prepare(trainer)
+    except (OSError, ValueError) as error:
+        if name is not None:
+            raise
+        print(
+            f"The cache is compared with the formulas on what it holds, and not with its teacher {trainer.teacher.model_name!r}, "
+            f"which could not be loaded: pass `--teacher_model_name_or_path`. ({error})",
+            file=sys.stderr,
+        )
+        return None
+    return teacher
 
 
 def _first_rows(dataset: Any) -> Any:

@@ -35,6 +35,7 @@ __all__ = [
     "Shard",
     "bytes_per_token",
     "check_shard",
+    "normalized",
     "pack_ids",
     "sequence_key",
     "sha256_json",
@@ -70,6 +71,12 @@ def pack_ids(ids: torch.Tensor, vocabulary: int) -> dict[str, torch.Tensor]:
 def unpack_ids(low: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
     """Returns token ids as int32."""
     return low.int() if high is None else low.int() | (high.int() << 16)
+
+
+def normalized(log_probs: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns log-probabilities `(N, m)` and that of the rest `(N,)` such that they sum to 1."""
+    total = torch.logaddexp(log_probs.logsumexp(-1), rest)
+    return log_probs - total.unsqueeze(-1), rest - total
 
 
 def bytes_per_token(k: int, vocabulary: int, dtype: str = "float16") -> int:

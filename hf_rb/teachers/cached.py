@@ -22,6 +22,7 @@ from hf_rb.teachers.cache_format import (
     Identity,
     Manifest,
     check_shard,
+    normalized,
     sequence_key,
     sha256_json,
     unpack_ids,
@@ -43,6 +44,10 @@ class CachedTeacher:
     Args:
         folder (`str` or `os.PathLike`):
             The cache.
+
+    Attributes:
+        model_name (`str`):
+            What the captured model was loaded as. Known after `prepare`.
     """
 
     vocabulary: int | None = None
@@ -70,7 +75,7 @@ class CachedTeacher:
             manifest.shards.values(), desc="Checking the teacher cache", disable=trainer.args.disable_tqdm
         ):
             check_shard(self.folder, shard, identity)
-        self.vocabulary = identity.vocabulary
+        self.vocabulary, self.model_name = identity.vocabulary, identity.model_name
         self._template_differs = identity.template != sha256_json(trainer.processing_class.chat_template)
         self._open = lru_cache(maxsize=256)(lambda file: safe_open(self.folder / file, framework="pt"))
         self._nothing = (
@@ -112,7 +117,7 @@ class CachedTeacher:
 
     def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> lm_head.CachedTeacher:
         """
-        Returns the stored predictions.
+        Returns the stored predictions, each a distribution again, which rounding to the stored type has made of it only nearly.
 
         Raises:
             ValueError: One of them is not in the cache.
@@ -124,8 +129,9 @@ class CachedTeacher:
             for start, stop in Sequences(inputs).spans()
             if is_kept[start:stop].any()
         ]
-        tensors = map(torch.cat, zip(*rows, strict=True)) if rows else self._nothing
-        return lm_head.CachedTeacher(*(tensor.to(keep.device) for tensor in tensors))
+        ids, log_probs, rest = map(torch.cat, zip(*rows, strict=True)) if rows else self._nothing
+        log_probs, rest = normalized(log_probs.float(), rest.float())
+        return lm_head.CachedTeacher(*(tensor.to(keep.device) for tensor in (ids, log_probs, rest)))
 
     def _rows(self, token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns ids, their log-probabilities and that of the rest, at some positions of one sequence."""

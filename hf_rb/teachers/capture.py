@@ -26,6 +26,7 @@ from hf_rb.teachers.cache_format import (
     Manifest,
     Shard,
     check_shard,
+    normalized,
     pack_ids,
     put_in_place,
     sequence_key,
@@ -319,7 +320,7 @@ def _write_shard(
         dtype = DTYPES[identity.dtype]
         # A probability of 0 is stored as the smallest there is: exp gives 0 again, and no infinity gets into a loss.
         log_probs, rest = (x.to(dtype).clamp(min=torch.finfo(dtype).min) for x in (top.log_probs, top.rest))
-        divergence = _truncation(top, log_probs.float(), rest.float(), identity.vocabulary)
+        divergence = _truncation(top, *normalized(log_probs.float(), rest.float()), identity.vocabulary)
         truncation_kl, tail_mass = truncation_kl + divergence.sum().item(), tail_mass + top.rest.exp().sum().item()
         parts.append(
             {

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hf_rb import _compat
 from hf_rb.ops import lm_head
+from hf_rb.ops.backbone import model_inputs
 from hf_rb.ops.sequences import Sequences
-from hf_rb.teachers import LocalTeacher
+from hf_rb.teachers import CachedTeacher, LocalTeacher, cache_teacher
 from hf_rb.trainers._distillation import dense_losses, log_prob
 from hf_rb.trainers._gopd import RoutedTeacher
 from hf_rb.trainers.distillation_trainer import DistillationTrainer, loss_mask, whole_sequences
@@ -44,11 +46,16 @@ class Comparison:
     gradient: float
 
 
-def audit(trainer: DistillationTrainer | GKDTrainer, batches: int = 2) -> list[Comparison]:
+def audit(
+    trainer: DistillationTrainer | GKDTrainer, batches: int = 2, captured: LocalTeacher | None = None
+) -> list[Comparison]:
     """
     Compares the paths of a trainer on batches of its training data: the loss as the trainer computes it, in small tiles, one
     sequence at a time, with more padding, and for packed batches unpacked. Last comes a student that is its own teacher and
     reference, whose loss and gradient must be zero (HPD has no such case, and is left out).
+
+    Of a cached teacher, the reference is the formulas on what the cache holds. With the model that was `captured`, prepared, a
+    cache of all its tokens is made for the same batches, and compared with the formulas on its logits.
 
     The trainer's model keeps its weights; dropout and the load-balancing loss of a mixture of experts, which does not add up
     over sequences, are switched off.
@@ -57,8 +64,11 @@ def audit(trainer: DistillationTrainer | GKDTrainer, batches: int = 2) -> list[C
     if getattr(trainer, "aux_loss_enabled", False):
         trainer.aux_loss_enabled = False
     trainer.model.train()
-    paths = _GkdPaths(trainer) if isinstance(trainer, GKDTrainer) else _DistillationPaths(trainer)
+    paths = _paths(trainer)
     differences: dict[str, list[tuple[float, float]]] = {}
+    if captured is not None:  # all tokens of all rows would be much to store
+        rows = min(batches * trainer.args.train_batch_size, len(trainer.train_dataset))
+        trainer.train_dataset = trainer.train_dataset.select(range(rows))
     kept = [batch for batch, _ in zip(paths.batches(), range(batches), strict=False)]
     largest = []
     for batch in kept:
@@ -67,12 +77,29 @@ def audit(trainer: DistillationTrainer | GKDTrainer, batches: int = 2) -> list[C
         for name, loss, parts in paths.variants(batch):
             found = _loss_and_gradient(trainer, loss, parts)
             differences.setdefault(name, []).append(_difference(found, reference))
+    if captured is not None:
+        differences["cache of all tokens"] = _cache_of_all_tokens(trainer, captured, kept)
     if trainer.args.objective != "hpd":
         paths.make_student_its_teacher()
         for batch, scale in zip(kept, largest, strict=True):
             loss, gradient = _loss_and_gradient(trainer, paths.loss, [paths.seen_by_student(batch)])
             differences.setdefault("student = teacher", []).append((abs(loss), _largest(gradient) / (scale or 1.0)))
     return [Comparison(name, *map(max, zip(*pairs, strict=True))) for name, pairs in differences.items()]
+
+
+def _cache_of_all_tokens(
+    trainer: GKDTrainer, teacher: LocalTeacher, batches: list[Batch]
+) -> list[tuple[float, float]]:
+    stored, paths = trainer.teacher, _GkdPaths(trainer)
+    trainer.teacher = teacher
+    references = [_loss_and_gradient(trainer, paths.dense, [batch]) for batch in batches]
+    with TemporaryDirectory() as folder:
+        cache_teacher(trainer, folder, k=teacher.vocabulary, dtype="float32")
+        trainer.teacher = CachedTeacher(folder)
+        trainer.teacher.prepare(trainer)
+        found = [_loss_and_gradient(trainer, paths.loss, [batch]) for batch in batches]
+    trainer.teacher = stored
+    return list(map(_difference, found, references))
 
 
 def _loss_and_gradient(trainer, loss: Loss, parts: list[Batch]) -> tuple[float, list[torch.Tensor]]:
@@ -148,6 +175,12 @@ class _Paths:
             trainer._rule = replace(trainer._rule, kd_alpha=1.0, loca_alpha=None)
 
 
+def _paths(trainer: DistillationTrainer | GKDTrainer) -> _Paths:
+    if isinstance(trainer, DistillationTrainer):
+        return _DistillationPaths(trainer)
+    return _CachedPaths(trainer) if isinstance(trainer.teacher, CachedTeacher) else _GkdPaths(trainer)
+
+
 @contextmanager
 def _tile_rows(rows: int, vocabulary: int) -> Iterator[None]:
     before = lm_head.TILE_BYTES
@@ -206,6 +239,28 @@ class _GkdPaths(_Paths):
                     | {"items": batch["items"]}
                 ],
             )
+
+
+class _CachedPaths(_GkdPaths):
+    def dense(self, batch: Batch) -> torch.Tensor:
+        trainer = self.trainer
+        labels = trainer._trained_labels(batch)[:, 1:]
+        keep = labels != -100
+        events = trainer.teacher.score(batch, keep)
+        logits = trainer.model(**model_inputs(batch), use_cache=False).logits[:, :-1][keep]
+        tokens = {"labels": (events.ids == labels[keep].unsqueeze(-1)).int().argmax(-1)}
+        losses = dense_losses(trainer._rule, *_on_events(logits[:, : trainer.teacher.vocabulary], events), tokens)
+        return (trainer._weights(keep, batch["items"].clamp(min=1)) * losses).sum()
+
+
+def _on_events(logits: torch.Tensor, events: lm_head.CachedTeacher) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the log-probabilities of student and teacher for each of a cache's events: its ids, and all others together."""
+    log_q, ids = logits.float().log_softmax(-1), events.ids.long()
+    known = log_q.gather(-1, ids)
+    if ids.shape[-1] == log_q.shape[-1]:
+        return known, events.log_probs
+    rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([known, rest], -1), torch.cat([events.log_probs, events.rest.unsqueeze(-1)], -1)
 
 
 class _DistillationPaths(_Paths):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.trainer_utils import set_seed
 
 from hf_rb import tiny
+from hf_rb._resources import find_recipe
 from hf_rb.cli import main
 from hf_rb.ops import rules
+from hf_rb.teachers import CachedTeacher
 
 
 @pytest.fixture(scope="module")
@@ -52,31 +55,82 @@ def audit(capsys, *arguments):
 COMMON = {"as trained", "tiles of 7 tokens", "one sequence at a time"}
 
 
-@pytest.mark.parametrize(
-    "arguments, paths",
-    {
-        "exopd": (["exopd/tiny-cpu"], {"more padding", "student = teacher"}),
-        "token sums, full vocabulary": (
-            ["exopd/tiny-cpu", "--gopd_full_vocab", "true", "--gopd_aggregation", "seq-mean-token-sum"],
-            {"more padding", "student = teacher"},
-        ),
-        "on-policy jsd with lora": (
-            ["exopd/tiny-cpu", "--objective", "jsd", "--reward_scale", "1", "--beta", "0.4", "--use_peft", "true"],
-            {"more padding", "student = teacher"},
-        ),
-        "a teacher that is narrower": (
-            ["exopd/tiny-cpu", "--model_name_or_path", "tiny:padded-student"],
-            {"more padding", "student = teacher"},
-        ),
-        "akl": (["akl/tiny-cpu"], {"more padding", "student = teacher"}),
-        "hpd": (["hpd/tiny-cpu"], {"more padding"}),
-        "loca, packed": (["loca/tiny-cpu", "--packing", "true"], {"unpacked", "student = teacher"}),
-    }.values(),
-)
+PATHS = {
+    "exopd": (["exopd/tiny-cpu"], {"more padding", "student = teacher"}),
+    "token sums, full vocabulary": (
+        ["exopd/tiny-cpu", "--gopd_full_vocab", "true", "--gopd_aggregation", "seq-mean-token-sum"],
+        {"more padding", "student = teacher"},
+    ),
+    "on-policy jsd with lora": (
+        ["exopd/tiny-cpu", "--objective", "jsd", "--reward_scale", "1", "--beta", "0.4", "--use_peft", "true"],
+        {"more padding", "student = teacher"},
+    ),
+    "a teacher that is narrower": (
+        ["exopd/tiny-cpu", "--model_name_or_path", "tiny:padded-student"],
+        {"more padding", "student = teacher"},
+    ),
+    "akl": (["akl/tiny-cpu"], {"more padding", "student = teacher"}),
+    "hpd": (["hpd/tiny-cpu"], {"more padding"}),
+    "loca, packed": (["loca/tiny-cpu", "--packing", "true"], {"unpacked", "student = teacher"}),
+}
+
+
+@pytest.mark.parametrize("arguments, paths", PATHS.values(), ids=PATHS)
 def test_every_path_is_the_dense_one(capsys, arguments, paths):
     code, rows = audit(capsys, "--config", *arguments)
     assert code == 0
     assert rows.keys() == COMMON | paths
+
+
+@pytest.fixture
+def cached_recipe(capsys):
+    """Returns a function that writes a recipe that trains from a cache of a few tokens, in half precision."""
+
+    def write(name, **keys):
+        assert main(["cache-teacher", name, "cache", "--k", "6"]) == 0
+        capsys.readouterr()
+        keys = yaml.safe_load(find_recipe(name).read_text()) | {"teacher_cache": "cache"} | keys
+        del keys["teacher_model_name_or_path"]
+        Path("recipe.yaml").write_text(yaml.safe_dump(keys))
+        return "recipe.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["akl", "loca"])
+def test_a_cache(capsys, cached_recipe, name):
+    """Against the formulas on its events; and its teacher, by the name in the cache, against a cache of all tokens."""
+    code, rows = audit(capsys, "--config", cached_recipe(f"{name}/tiny-cpu"))
+    assert code == 0
+    assert rows.keys() == COMMON | {"more padding", "cache of all tokens", "student = teacher"}
+
+
+def test_a_cache_whose_teacher_is_elsewhere(capsys, cached_recipe, family):
+    recipe = cached_recipe("akl/tiny-cpu")
+    manifest = Path("cache/manifest.json")
+    manifest.write_text(manifest.read_text().replace(str(family / "teacher"), "/elsewhere/teacher"))
+    assert main(["audit", "--config", recipe]) == 0
+    output = capsys.readouterr()
+    assert "not with its teacher '/elsewhere/teacher', which could not be loaded" in output.err
+    assert "as trained" in output.out and "all tokens" not in output.out
+    code, rows = audit(capsys, "--config", recipe, "--teacher_model_name_or_path", "tiny:teacher", "--packing", "true")
+    assert code == 0
+    assert {"unpacked", "cache of all tokens"} <= rows.keys()
+    code, error = audit(capsys, "--config", recipe, "--teacher_model_name_or_path", "/nowhere")
+    assert code == 2 and "/nowhere" in error
+
+
+def test_a_difference_between_cache_and_teacher_is_found(capsys, cached_recipe, monkeypatch):
+    right = CachedTeacher.score
+
+    def wrong(self, *args):
+        events = right(self, *args)
+        return replace(events, log_probs=events.log_probs - 0.01)
+
+    recipe = cached_recipe("akl/tiny-cpu")
+    monkeypatch.setattr(CachedTeacher, "score", wrong)
+    code, rows = audit(capsys, "--config", recipe)
+    assert code == 1 and not rows["cache of all tokens"]["ok"]
 
 
 def test_a_difference_is_found(capsys, monkeypatch):
@@ -101,7 +155,9 @@ def test_a_difference_is_found(capsys, monkeypatch):
     "arguments, message",
     [
         (["profit/tiny-cpu"], "is a recipe for `hf-rb sft`"),
-        (["akl/tiny-cpu", "--teacher_cache", "folder"], "Write `teacher_model_name_or_path` in its place"),
+        (["akl/tiny-cpu", "--teacher_cache", "folder"], "There is no teacher cache in folder"),
+        (["hpd/tiny-cpu", "--teacher_cache", "folder"], "`objective: hpd` needs all of them"),
+        (["exopd/tiny-cpu", "--teacher_cache", "folder"], "`teacher_cache` acts on the completions of the dataset"),
         (["exopd/tiny-cpu", "--temperature", "0.7"], "`objective: gopd` needs `temperature: 1.0`"),
     ],
 )
