@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
     from hf_rb._resources import find_recipe
     from hf_rb.cli.check import read_recipe
 
-    recipe = read_recipe(find_recipe(args.recipe))
-    teacher = args.teacher_model_name_or_path or recipe.pop("teacher_model_name_or_path", None)
-    recipe.pop("teacher_model_name_or_path", None)
+    path = find_recipe(args.recipe)
+    recipe = read_recipe(path)
+    named = recipe.pop("teacher_model_name_or_path", None)
+    teacher = args.teacher_model_name_or_path or named
     folder = args.folder or recipe.get("teacher_cache")
     if teacher is None:
         raise ValueError("There is no teacher. Pass `--teacher_model_name_or_path`, or set it in the recipe.")
@@ -49,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
             "There is no folder for the cache. Write `hf-rb cache-teacher RECIPE FOLDER`, or `teacher_cache` in the recipe."
         )
     report = capture(recipe | {"teacher_cache": folder}, args.overrides, teacher, args)
-    print(json.dumps(asdict(report), indent=2) if args.json else _summary(report))
+    if args.json:
+        print(json.dumps(asdict(report), indent=2))
+    else:
+        print(f"{_summary(report)}\n\n{_next_step(args, path, recipe, report.folder, has_teacher=named is not None)}")
     return 0
 
 
@@ -88,6 +93,18 @@ def _summary(report: "CacheReport") -> str:
         ["time", f"{report.seconds:.1f} s"],
     ]
     width = max(len(name) for name, _ in facts)
-    lines = [f"{name.ljust(width)}  {value}" for name, value in facts]
-    remedy = f"Train from it with `teacher_cache: {report.folder}` in place of `teacher_model_name_or_path`."
-    return "\n".join([*lines, f"\nThe cache is in {report.folder}. {remedy}"])
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts)
+
+
+def _next_step(args: argparse.Namespace, path: Path, recipe: dict[str, Any], folder: str, has_teacher: bool) -> str:
+    """How to train from the cache. `hf-rb gkd` takes one teacher, and a recipe's key can only be taken away by editing it."""
+    from hf_rb.cli.check import read_overrides
+
+    step, name = "Train from the cache:", args.recipe
+    if has_teacher:
+        copy, name = ("", name) if str(path) == name else ("a copy of ", "COPY")
+        step = f"In {copy}{path}, remove the line `teacher_model_name_or_path: ...`. Then train from the cache:"
+    command = ["hf-rb", "gkd", name, *args.overrides]
+    if (recipe | read_overrides(args.overrides, "gkd")).get("teacher_cache") != folder:
+        command += ["--teacher_cache", folder]
+    return f"{step}\n{shlex.join(command)}"

@@ -1,13 +1,18 @@
 """`hf-rb cache-teacher`, and training from what it writes."""
 
+import argparse
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import yaml
 
 from hf_rb import tiny
 from hf_rb.cli import main
+from hf_rb.cli.cache_teacher import _next_step
+from hf_rb.cli.check import check, read_overrides, read_recipe
 from hf_rb.scripts import gkd
 from hf_rb.teachers import LocalTeacher
 
@@ -76,6 +81,36 @@ def test_says_what_it_wrote_and_goes_on(recipe, models, capsys):
     assert "1, of which 1 were there" in capsys.readouterr().out
     assert main(["cache-teacher", path, path + ".cache", "--k", "16"]) == 2
     assert "holds a teacher cache with `k: 8` where this one has `k: 16`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+@pytest.mark.parametrize("is_set", [True, False])
+def test_its_last_words_say_how_to_train(recipe, models, tmp_path, capsys, is_named, is_set):
+    """Whether or not the recipe names the teacher, and the folder of the cache."""
+    teacher, folder = models["teacher"], str(tmp_path / "cache")
+    path = recipe(teacher_model_name_or_path=teacher if is_named else None, teacher_cache=folder if is_set else None)
+    arguments = [] if is_set else [folder]
+    arguments += [] if is_named else ["--teacher_model_name_or_path", teacher]
+    assert main(["cache-teacher", path, *arguments, "--k", "4", "--max_length", "80"]) == 0
+    *_, step, command = capsys.readouterr().out.splitlines()
+    if is_named:
+        assert step.startswith(f"In {path}, remove the line `teacher_model_name_or_path: ...`.")
+        Path(path).write_text(
+            re.sub("^teacher_model_name_or_path: .*$", "", Path(path).read_text(), flags=re.MULTILINE)
+        )
+    program, verb, path, *overrides = shlex.split(command)
+    assert (program, verb) == ("hf-rb", "gkd")
+    assert check(Path(path), read_recipe(Path(path)) | read_overrides(overrides, verb), verb).errors == []
+    assert len(train(path, *overrides)) == 2
+
+
+def test_a_shipped_recipe_is_copied_first():
+    args = argparse.Namespace(recipe="akl/tiny-cpu", overrides=["--max_length", "80"])
+    step, command = _next_step(args, Path("/somewhere/akl/tiny-cpu.yaml"), {}, "folder", has_teacher=True).splitlines()
+    assert step.startswith(
+        "In a copy of /somewhere/akl/tiny-cpu.yaml, remove the line `teacher_model_name_or_path: ...`."
+    )
+    assert command == "hf-rb gkd COPY --max_length 80 --teacher_cache folder"
 
 
 @pytest.mark.parametrize(
