@@ -3,8 +3,8 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,10 +25,12 @@ __all__ = [
     "check_output_dir",
     "columns_of",
     "load_splits",
-    "model_init_kwargs",
+    "make_parser",
+    "make_trainer",
     "parse",
+    "read",
     "readable_errors",
-    "train_and_save",
+    "run",
 ]
 
 
@@ -50,6 +52,26 @@ class ScriptArguments(trl.ScriptArguments):
     )
 
 
+def run(prepare: Callable, build: Callable, argv: Sequence[str] | None = None, name: str | None = None) -> None:
+    """
+    Runs a script.
+
+    Args:
+        prepare (`Callable`):
+            From the arguments to what `build` takes. Everything that can be wrong before a model is loaded is found here.
+        build (`Callable`):
+            From script arguments, config, model arguments, mixture and splits to the trainer.
+        argv (`Sequence[str]`, *optional*):
+            Arguments. Defaults to those of the process.
+        name (`str`, *optional*):
+            The script as a program of its own, which ends with one line on stderr where `prepare` raises.
+    """
+    with readable_errors(name) if name else nullcontext():
+        script_args, args, model_args, mixture, splits = prepare(argv)
+    trainer = build(script_args, args, model_args, mixture, splits)
+    train_and_save(trainer, script_args, model_args, mixture)
+
+
 @contextmanager
 def readable_errors(module: str) -> Iterator[None]:
     """Turns an error about the user's input into one line on stderr and exit code 2. For the part before training."""
@@ -59,6 +81,30 @@ def readable_errors(module: str) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{module}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def make_parser(config_class: type[TrainingArguments], name: str) -> trl.TrlParser:
+    """Returns the parser of a recipe's keys, for the script of that name."""
+    return trl.TrlParser(
+        (ScriptArguments, config_class, trl.ModelConfig, trl.DatasetMixtureConfig),
+        prog=f"python -m hf_rb.scripts.{name}",
+        allow_abbrev=False,
+    )
+
+
+def read(parser: trl.TrlParser, argv: Sequence[str] | None = None) -> tuple:
+    """
+    Parses a recipe and arguments into script arguments, config, model arguments and mixture.
+
+    Raises:
+        ValueError: A key or an argument is unknown, or there is no model.
+        FileExistsError: `output_dir` holds an earlier run.
+    """
+    script_args, args, model_args, mixture = parse(parser, argv)
+    if model_args.model_name_or_path is None:
+        raise ValueError("There is no model. Set `model_name_or_path` to a Hub id, a folder or `tiny:student`.")
+    check_output_dir(args, script_args.overwrite)
+    return script_args, args, model_args, mixture
 
 
 def parse(parser: trl.TrlParser, argv: Sequence[str] | None = None) -> tuple:
@@ -146,15 +192,16 @@ def _remove_earlier_run(args: TrainingArguments) -> None:
 
 
 def load_splits(
-    script_args: ScriptArguments, mixture: trl.DatasetMixtureConfig, evaluation: bool
+    script_args: ScriptArguments, args: TrainingArguments, mixture: trl.DatasetMixtureConfig
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset | datasets.IterableDataset | None]:
     """
-    Loads the training split and, if `evaluation`, the test split of what a recipe names as `dataset_name` or `datasets`.
+    Loads the training split and, if there is evaluation, the test split of what a recipe names as `dataset_name` or `datasets`.
 
     Raises:
         ValueError: No dataset, or a split that it does not have.
         OSError: The dataset cannot be found.
     """
+    evaluation = args.eval_strategy != "no"
     names = [script_args.dataset_train_split] + ([script_args.dataset_test_split] if evaluation else [])
     if mixture.datasets:
         _check_files(mixture)
@@ -200,7 +247,22 @@ def columns_of(dataset: datasets.Dataset | datasets.IterableDataset) -> list[str
     return list(dataset.column_names or next(iter(dataset)))
 
 
-def model_init_kwargs(model_args: trl.ModelConfig, args: TrainingArguments) -> dict[str, Any]:
+def make_trainer(
+    trainer_class: type[Trainer], args: TrainingArguments, model_args: trl.ModelConfig, splits: Sequence
+) -> Trainer:
+    """Loads the models and returns the trainer."""
+    args.model_init_kwargs = _model_init_kwargs(model_args, args)
+    return trainer_class(
+        tiny.resolve(model_args.model_name_or_path),
+        args=args,
+        train_dataset=splits[0],
+        eval_dataset=splits[1],
+        quantization_config=trl.get_quantization_config(model_args),
+        peft_config=trl.get_peft_config(model_args),
+    )
+
+
+def _model_init_kwargs(model_args: trl.ModelConfig, args: TrainingArguments) -> dict[str, Any]:
     """Returns what `from_pretrained` gets: the model arguments, and over them `model_init_kwargs` of the recipe."""
     chosen = {
         "revision": model_args.model_revision,

@@ -21,9 +21,8 @@ from collections.abc import Sequence
 
 import trl
 
-from hf_rb import GKDConfig, GKDTrainer, tiny
+from hf_rb import GKDConfig, GKDTrainer
 from hf_rb.scripts import _common
-from hf_rb.scripts._common import ScriptArguments
 
 
 __all__ = ["build", "main", "make_parser", "prepare"]
@@ -31,25 +30,18 @@ __all__ = ["build", "main", "make_parser", "prepare"]
 
 def make_parser() -> trl.TrlParser:
     """Returns the parser of a recipe's keys."""
-    return trl.TrlParser(
-        (ScriptArguments, GKDConfig, trl.ModelConfig, trl.DatasetMixtureConfig),
-        prog="python -m hf_rb.scripts.gkd",
-        allow_abbrev=False,
-    )
+    return _common.make_parser(GKDConfig, "gkd")
 
 
 def prepare(argv: Sequence[str] | None = None) -> tuple:
     """Reads the arguments and the data; everything that can be wrong before a model is loaded is found here."""
-    script_args, args, model_args, mixture = _common.parse(make_parser(), argv)
-    if model_args.model_name_or_path is None:
-        raise ValueError("There is no model. Set `model_name_or_path` to a Hub id, a folder or `tiny:student`.")
+    script_args, args, model_args, mixture = _common.read(make_parser(), argv)
     if args.teacher_model_name_or_path is None and args.teacher_cache is None:
         raise ValueError(
             "There is no teacher. Set `teacher_model_name_or_path` to a Hub id, a folder or `tiny:teacher`, or `teacher_cache` to a "
             "folder of `hf-rb cache-teacher`."
         )
-    _common.check_output_dir(args, script_args.overwrite)
-    splits = _common.load_splits(script_args, mixture, evaluation=args.eval_strategy != "no")
+    splits = _common.load_splits(script_args, args, mixture)
     for split in filter(None, splits):
         columns = set(_common.columns_of(split))
         if not columns & {"messages", "conversations", "prompt", "input_ids", args.dataset_text_field}:
@@ -62,20 +54,7 @@ def prepare(argv: Sequence[str] | None = None) -> tuple:
 
 def build(script_args, args, model_args, mixture, splits) -> GKDTrainer:
     """Loads the models and returns the trainer."""
-    args.model_init_kwargs = _common.model_init_kwargs(model_args, args)
-    return GKDTrainer(
-        tiny.resolve(model_args.model_name_or_path),
-        args=args,
-        train_dataset=splits[0],
-        eval_dataset=splits[1],
-        quantization_config=trl.get_quantization_config(model_args),
-        peft_config=trl.get_peft_config(model_args),
-    )
-
-
-def train(script_args, args, model_args, mixture, splits) -> None:
-    trainer = build(script_args, args, model_args, mixture, splits)
-    _common.train_and_save(trainer, script_args, model_args, mixture)
+    return _common.make_trainer(GKDTrainer, args, model_args, splits)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,10 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError, OSError: Something is wrong with the recipe, the data or the output folder. No model was loaded.
     """
-    train(*prepare(argv))
+    _common.run(prepare, build, argv)
 
 
 if __name__ == "__main__":
-    with _common.readable_errors("hf_rb.scripts.gkd"):
-        prepared = prepare()
-    train(*prepared)
+    _common.run(prepare, build, name="hf_rb.scripts.gkd")

@@ -19,30 +19,22 @@ from collections.abc import Sequence
 
 import trl
 
-from hf_rb import SFTConfig, SFTTrainer, tiny
+from hf_rb import SFTConfig, SFTTrainer
 from hf_rb.scripts import _common
-from hf_rb.scripts._common import ScriptArguments
 
 
-__all__ = ["main", "make_parser"]
+__all__ = ["build", "main", "make_parser", "prepare"]
 
 
 def make_parser() -> trl.TrlParser:
     """Returns the parser of a recipe's keys."""
-    return trl.TrlParser(
-        (ScriptArguments, SFTConfig, trl.ModelConfig, trl.DatasetMixtureConfig),
-        prog="python -m hf_rb.scripts.sft",
-        allow_abbrev=False,
-    )
+    return _common.make_parser(SFTConfig, "sft")
 
 
 def prepare(argv: Sequence[str] | None = None) -> tuple:
     """Reads the arguments and the data; everything that can be wrong before a model is loaded is found here."""
-    script_args, args, model_args, mixture = _common.parse(make_parser(), argv)
-    if model_args.model_name_or_path is None:
-        raise ValueError("There is no model. Set `model_name_or_path` to a Hub id, a folder or `tiny:student`.")
-    _common.check_output_dir(args, script_args.overwrite)
-    splits = _common.load_splits(script_args, mixture, evaluation=args.eval_strategy != "no")
+    script_args, args, model_args, mixture = _common.read(make_parser(), argv)
+    splits = _common.load_splits(script_args, args, mixture)
     splits = [split and _with_known_format(split, args) for split in splits]
     return script_args, args, model_args, mixture, splits
 
@@ -59,17 +51,9 @@ def _with_known_format(dataset, args: SFTConfig):
     return dataset
 
 
-def train(script_args, args, model_args, mixture, splits) -> None:
-    args.model_init_kwargs = _common.model_init_kwargs(model_args, args)
-    trainer = SFTTrainer(
-        tiny.resolve(model_args.model_name_or_path),
-        args,
-        train_dataset=splits[0],
-        eval_dataset=splits[1],
-        quantization_config=trl.get_quantization_config(model_args),
-        peft_config=trl.get_peft_config(model_args),
-    )
-    _common.train_and_save(trainer, script_args, model_args, mixture)
+def build(script_args, args, model_args, mixture, splits) -> SFTTrainer:
+    """Loads the models and returns the trainer."""
+    return _common.make_trainer(SFTTrainer, args, model_args, splits)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,10 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError, OSError: Something is wrong with the recipe, the data or the output folder. No model was loaded.
     """
-    train(*prepare(argv))
+    _common.run(prepare, build, argv)
 
 
 if __name__ == "__main__":
-    with _common.readable_errors("hf_rb.scripts.sft"):
-        prepared = prepare()
-    train(*prepared)
+    _common.run(prepare, build, name="hf_rb.scripts.sft")
