@@ -80,6 +80,20 @@ TABLE: dict[str, Entry] = {
     # What a quantizer does to a tensor while it loads, and how it names modules (hf_rb/quantizers).
     "ConversionOps": Entry("transformers.core_model_loading", "ConversionOps"),
     "IdentityOp": Entry("transformers.core_model_loading", "_IdentityOp"),
+    # How transformers maps the tensors of files to parameters (hf_rb/quantizers/streaming.py).
+    "Concatenate": Entry("transformers.core_model_loading", "Concatenate", ("dim",)),
+    "MergeModulelist": Entry("transformers.core_model_loading", "MergeModulelist", ("dim",)),
+    "PreTrainedModel._get_dtype_plan": Entry("transformers", "PreTrainedModel._get_dtype_plan", ("dtype",)),
+    "WeightConverter": Entry("transformers.core_model_loading", "WeightConverter"),
+    "WeightRenaming": Entry("transformers.core_model_loading", "WeightRenaming"),
+    "get_model_conversion_mapping": Entry(
+        "transformers.conversion_mapping", "get_model_conversion_mapping", ("model", "key_mapping", "hf_quantizer")
+    ),
+    "rename_source_key": Entry(
+        "transformers.core_model_loading",
+        "rename_source_key",
+        ("source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"),
+    ),
     "should_convert_module": Entry(
         "transformers.quantizers.quantizers_utils", "should_convert_module", ("full_name", "patterns")
     ),

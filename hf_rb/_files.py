@@ -13,8 +13,10 @@ from pathlib import Path
 __all__ = [
     "MANIFEST",
     "atomic_folder",
+    "check_replaceable",
     "fsync_file",
     "fsync_folder",
+    "publish_folder",
     "sha256_file",
     "verify_manifest",
     "write_manifest",
@@ -74,22 +76,32 @@ def atomic_folder(destination: str | os.PathLike, overwrite: bool = False) -> It
     """
     # A link keeps pointing at its target, which is what gets replaced.
     destination = Path(destination).resolve()
-    _check_replaceable(destination, overwrite)
+    check_replaceable(destination, overwrite)
     destination.parent.mkdir(parents=True, exist_ok=True)
     # On the same file system as the destination, so that the final rename is one atomic step.
     folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".tmp", dir=destination.parent))
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private to the user
-        fsync_folder(folder)
-        _check_replaceable(destination, overwrite)  # somebody may have written there in the meantime
-        _move_into_place(folder, destination)
-        fsync_file(destination.parent)
+        publish_folder(folder, destination, overwrite)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_replaceable(destination: Path, overwrite: bool) -> None:
+def publish_folder(folder: Path, destination: Path, overwrite: bool = False) -> None:
+    """Syncs a complete folder to disk and gives it its final name, on the same file system.
+
+    Raises:
+        FileExistsError, ValueError: As [`atomic_folder`] does.
+    """
+    fsync_folder(folder)
+    check_replaceable(destination, overwrite)  # somebody may have written there in the meantime
+    _move_into_place(folder, destination)
+    fsync_file(destination.parent)
+
+
+def check_replaceable(destination: Path, overwrite: bool) -> None:
+    """Raises what [`atomic_folder`] would raise for this destination."""
     if not destination.exists():
         return
     if not destination.is_dir():

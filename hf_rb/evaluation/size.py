@@ -3,17 +3,17 @@
 Only the headers of the safetensors files and the model's config are read; no weight is loaded.
 """
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_rb._safetensors import Checkpoint
+
 
 __all__ = ["Size", "model_size"]
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,17 @@ def model_size(folder: str | Path) -> Size:
         ValueError: A weight file is not in the safetensors format.
     """
     folder = Path(folder)
-    files = _weight_files(folder)
-    tensors = {name: entry for file in files for name, entry in _header(file).items()}
-    file_bytes, weights = sum(file.stat().st_size for file in files), _logical_weights(folder)
+    checkpoint = Checkpoint(folder)
+    file_bytes, weights = sum(file.stat().st_size for file in checkpoint.files), _logical_weights(folder)
 
-    packed = {
-        name.removesuffix(".weight")
-        for name, entry in tensors.items()
-        if name.endswith(".weight") and entry["dtype"] == "U8"
-    }
+    tensors = checkpoint.entries
+    packed = {name for name, entry in tensors.items() if entry.dtype == torch.uint8 and f"{name}_scale" in tensors}
     packed_bytes = plain_weights = 0
     for name, entry in tensors.items():
-        module, _, parameter = name.rpartition(".")
-        if module in packed and parameter != "bias":
-            start, stop = entry["data_offsets"]
-            packed_bytes += stop - start
+        if name in packed or name.rpartition("_")[0] in packed:  # its scale, zero point, …
+            packed_bytes += entry.nbytes
         else:
-            plain_weights += torch.Size(entry["shape"]).numel()
+            plain_weights += math.prod(entry.shape)
     quantized_weights = weights - plain_weights if packed else 0
     return Size(
         file_bytes=file_bytes,
@@ -76,30 +70,6 @@ def model_size(folder: str | Path) -> Size:
         quantized_weights=quantized_weights,
         quantized_bits_per_weight=8 * packed_bytes / quantized_weights if packed else None,
     )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json.")
-    index = folder / INDEX
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {SINGLE}
-    files = [folder / name for name in sorted(names)]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{folder} has no {', '.join(missing)}: save the model with `save_pretrained`.")
-    return files
-
-
-def _header(file: Path) -> dict[str, dict]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            if length > file.stat().st_size:
-                raise ValueError("header longer than the file")
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file} is not a safetensors file, or it is truncated ({error}).") from error
-    header.pop("__metadata__", None)
-    return header
 
 
 def _logical_weights(folder: Path) -> int:

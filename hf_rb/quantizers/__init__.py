@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_rb.quantizers.offline import quantize
     from hf_rb.quantizers.report import LayerReport, Report
+    from hf_rb.quantizers.streaming import quantize_checkpoint
 
-__all__ = ["LayerReport", "Report", "quantize"]
+__all__ = ["LayerReport", "Report", "quantize", "quantize_checkpoint"]
 
 # On first use: a configuration below this folder is read without what its quantizer needs.
-_MODULES = {"LayerReport": "report", "Report": "report", "quantize": "offline"}
+_MODULES = {
+    "LayerReport": "report",
+    "Report": "report",
+    "quantize": "offline",
+    "quantize_checkpoint": "streaming",
+}
 
 
 def __getattr__(name: str) -> Any:

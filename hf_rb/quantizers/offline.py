@@ -9,12 +9,19 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb._files import atomic_folder
-from hf_rb.evaluation import find_model, model_size
+from hf_rb.evaluation import Size, find_model, model_size
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
 from hf_rb.quantizers.report import Report
 
 
-__all__ = ["quantize"]
+__all__ = [
+    "complete_folder",
+    "copy_companions",
+    "open_source",
+    "quantization_method",
+    "quantize",
+    "weight_bytes",
+]
 
 # What a model folder holds besides its configuration and weights.
 COMPANIONS = (
@@ -43,7 +50,8 @@ def quantize(
     """
     Quantizes a causal language model and saves it with its tokenizer, chat template, generation config and a model card.
 
-    The folder appears at `destination` in one step when it is complete.
+    The folder appears at `destination` in one step when it is complete. The whole model is in memory at a time;
+    [`quantize_checkpoint`] writes the same tensors with the memory of one.
 
     Args:
         source (`str` or `Path`):
@@ -65,36 +73,62 @@ def quantize(
         FileNotFoundError: There is no such model.
         ValueError: The model is quantized already, has a NaN, or the destination holds it.
     """
+    folder, destination, config = open_source(source, destination, config)
+    with atomic_folder(destination, overwrite) as result:
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+        model.save_pretrained(result)
+        size = complete_folder(result, folder, source, destination.name, config)
+    model.hf_quantizer.report.set_size(size, weight_bytes(folder))
+    return model.hf_quantizer.report
+
+
+def open_source(
+    source: str | Path, destination: str | Path, config: QuantizationConfigMixin | dict[str, Any]
+) -> tuple[Path, Path, QuantizationConfigMixin]:
+    """Returns the folder of the model, the destination as a path, and the config as an object, or refuses them."""
     if isinstance(config, dict):
         config = AutoQuantizationConfig.from_dict(config)
-    name, source, destination = str(source), find_model(str(source)), Path(destination)
-    if source.resolve().is_relative_to(destination.resolve()):
+    folder, destination = find_model(str(source)), Path(destination)
+    if folder.resolve().is_relative_to(destination.resolve()):
         raise ValueError(
             f"{destination} holds the model that is to be quantized. Choose another folder for the result."
         )
-    if method := _method(source):
-        raise ValueError(f"{source} is quantized with {method} already. Quantize the model it was made from.")
-
-    with atomic_folder(destination, overwrite) as folder:
-        model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=dtype)
-        model.save_pretrained(folder)
-        for pattern in COMPANIONS:
-            for file in source.glob(pattern):
-                if file.is_file() and not (folder / file.name).exists():
-                    shutil.copyfile(file, folder / file.name)
-        report, size = model.hf_quantizer.report, model_size(folder)
-        card = ModelCardData(
-            destination.name,
-            [config.quant_method],
-            base_model=name,
-            hyperparameters=changed_hyperparameters(config),
-            size=size,
-        )
-        write_model_card(folder, card)
-    report.set_size(size, sum(file.stat().st_size for file in source.glob("*.safetensors")))
-    return report
+    if method := quantization_method(folder):
+        raise ValueError(f"{folder} is quantized with {method} already. Quantize the model it was made from.")
+    return folder, destination, config
 
 
-def _method(source: Path) -> str | None:
-    stored = getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
+def quantization_method(folder: Path) -> str | None:
+    """Returns the method with which a saved model is quantized."""
+    stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
     return stored and stored.get("quant_method", "something")
+
+
+def complete_folder(
+    folder: Path, source_folder: Path, source: str | Path, name: str, config: QuantizationConfigMixin
+) -> Size:
+    """Adds to written weights and their config what else belongs to a model called `name`, and measures them."""
+    copy_companions(source_folder, folder)
+    size = model_size(folder)
+    card = ModelCardData(
+        name,
+        [config.quant_method],
+        base_model=str(source),
+        hyperparameters=changed_hyperparameters(config),
+        size=size,
+    )
+    write_model_card(folder, card)
+    return size
+
+
+def weight_bytes(folder: Path) -> int:
+    """Returns the bytes of a folder's weight files."""
+    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies tokenizer, chat template, generation config and licence, where the folder has none of its own."""
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)

@@ -89,6 +89,11 @@ class Report:
         self.seconds += seconds
         self.weights_per_second = sum(layer.weights for layer in self.layers) / self.seconds if self.seconds else 0.0
 
+    def merge(self, other: "Report") -> None:
+        """Counts the matrices of another report."""
+        for layer in other.layers:
+            self.add(layer, other.seconds / len(other.layers))
+
     def set_size(self, size, source_bytes: int) -> None:
         """Fills in what a [`~hf_rb.evaluation.Size`] of the written folder says."""
         self.file_bytes, self.parameters, self.bits_per_weight = size.file_bytes, size.weights, size.bits_per_weight

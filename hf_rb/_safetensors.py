@@ -1,0 +1,211 @@
+"""Safetensors checkpoints read and written in pieces: whatever their size, no more than one tensor is in memory.
+
+Files are read with plain reads. A memory map would be simpler, but what it has touched counts as memory of the process.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rb._files import fsync_file
+
+
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "Entry",
+    "Output",
+    "read_header",
+    "weight_files",
+    "write_index",
+    "write_tensors",
+]
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHUNK = 1 << 24  # bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: `nbytes` bytes of `file` from byte `start` on."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def read(self, index: int | None = None) -> Tensor:
+        """Returns the tensor, or `tensor[index]` without reading the rest."""
+        shape, start, nbytes = self.shape, self.start, self.nbytes
+        if index is not None:
+            shape, nbytes = shape[1:], nbytes // shape[0]
+            start += index * nbytes
+        if not nbytes:
+            return torch.empty(shape, dtype=self.dtype)
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        with self.file.open("rb", buffering=0) as stream:
+            _read_into(stream, start, data)
+        return data.view(self.dtype).view(shape)
+
+    def chunks(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        """Yields the tensor, cast to `dtype`, as flat pieces of about 16 MB."""
+        with self.file.open("rb", buffering=0) as stream:
+            for start in range(0, self.nbytes, CHUNK):
+                data = torch.empty(min(CHUNK, self.nbytes - start), dtype=torch.uint8)
+                _read_into(stream, self.start + start, data)
+                yield data.view(self.dtype).to(dtype or self.dtype)
+
+
+def _read_into(stream: Any, start: int, data: Tensor) -> None:
+    stream.seek(start)
+    view = memoryview(data.numpy())
+    while view:  # one call reads at most 2 GB
+        count = stream.readinto(view)
+        if not count:
+            raise ValueError(f"{stream.name} is truncated: copy or download it again.")
+        view = view[count:]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the weight files of a model folder, in the order of their names.
+
+    Raises:
+        FileNotFoundError: The folder's config or a weight file is missing.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json.")
+    index = folder / INDEX
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {SINGLE}
+    files = [folder / name for name in sorted(names)]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{folder} has no {', '.join(missing)}: save the model with `save_pretrained`.")
+    return files
+
+
+def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Returns the tensors of a file by name, and its metadata.
+
+    Raises:
+        ValueError: It is not in the safetensors format, or truncated.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            if length > size:
+                raise ValueError("header longer than the file")
+            header = json.loads(stream.read(length))
+            metadata = header.pop("__metadata__", {})
+            entries = {name: _entry(file, entry, 8 + length) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not a safetensors file, or it is truncated ({error}).") from error
+    for name, entry in entries.items():
+        if entry.start + entry.nbytes > size:
+            raise ValueError(f"{file} is truncated: {name} ends behind its end. Copy or download it again.")
+    return entries, metadata
+
+
+def _entry(file: Path, entry: dict, offset: int) -> Entry:
+    start, stop = entry["data_offsets"]
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"unknown type {entry['dtype']}")
+    return Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), offset + start, stop - start)
+
+
+class Checkpoint:
+    """
+    The tensors of a model folder, in one file or in shards.
+
+    Args:
+        folder (`Path`):
+            Folder that `save_pretrained` wrote.
+
+    Attributes:
+        files (`list[Path]`): The weight files.
+        shards (`list[dict[str, Entry]]`): Their tensors by name, a file each.
+        entries (`dict[str, Entry]`): The tensors of all files.
+    """
+
+    def __init__(self, folder: Path):
+        self.files = weight_files(folder)
+        self.shards = [read_header(file)[0] for file in self.files]
+        self.entries = {name: entry for shard in self.shards for name, entry in shard.items()}
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to be written; `chunks` yields it, in order, as flat tensors of its type."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[Tensor]]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Output":
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: iter([tensor.contiguous().view(-1)]))
+
+    @classmethod
+    def copy(cls, entry: Entry, dtype: torch.dtype | None = None) -> "Output":
+        """The tensor of another file, cast to `dtype`."""
+        return cls(dtype or entry.dtype, entry.shape, lambda: entry.chunks(dtype))
+
+
+def write_tensors(path: Path, outputs: dict[str, Output], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file that is there only when it is complete, even after a power cut."""
+    # The format's own order: the widest types first, so that every tensor begins at a multiple of its item size.
+    ordered = sorted(outputs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
+    stop = 0
+    for name, output in ordered:
+        start, stop = stop, stop + torch.Size(output.shape).numel() * output.dtype.itemsize
+        header[name] = {"dtype": NAMES[output.dtype], "shape": list(output.shape), "data_offsets": [start, stop]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb", buffering=0) as stream:
+        _write_all(stream, memoryview(len(text).to_bytes(8, "little") + text))
+        for _, output in ordered:
+            for chunk in output.chunks():
+                _write_all(stream, memoryview(chunk.view(torch.uint8).numpy()))
+        if stream.tell() != 8 + len(text) + stop:
+            raise RuntimeError(f"{path}: the tensors do not have the size of their shapes.")
+    fsync_file(temporary)
+    os.replace(temporary, path)
+    fsync_file(path.parent)
+
+
+def _write_all(stream: Any, view: memoryview) -> None:
+    while view:
+        view = view[stream.write(view) :]
+
+
+def write_index(folder: Path, files: list[str]) -> None:
+    """Writes the index of a checkpoint that consists of several files of `folder`."""
+    headers = {file: read_header(folder / file)[0] for file in files}
+    size = sum(entry.nbytes for entries in headers.values() for entry in entries.values())
+    weight_map = {name: file for file, entries in headers.items() for name in entries}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

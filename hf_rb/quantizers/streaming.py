@@ -1,0 +1,405 @@
+"""Quantizes a checkpoint tensor by tensor, without building the model: memory for one tensor, and a run that can be resumed.
+
+The model exists on the meta device only. Its quantizer decides there what is quantized, and transformers' own renaming says
+which parameter a tensor of the files belongs to; the work on one matrix is `quantizer.quantize_tensor(parameter, module, matrix)`,
+which returns the stored tensors by the suffix of their name. Any quantizer that has it, and needs no other tensor, can stream.
+
+Beside the destination lies the unfinished work, `.NAME.partial`:
+
+    state.json       what is being done: files, configuration, versions; a run that differs is refused
+    parts/           quantized tensors of a shard, about 64 MB of its weights a file, with their errors as metadata
+    shards/          the finished shards' errors; a file here means that the shard below is complete
+    model/           the folder that becomes the destination
+
+Each of these files appears whole, by a rename, so a run killed at any moment goes on behind the last one of them.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_rb import __version__, _compat
+from hf_rb._files import check_replaceable, fsync_file, publish_folder
+from hf_rb._safetensors import SINGLE, Checkpoint, Entry, Output, read_header, write_index, write_tensors
+from hf_rb.evaluation import model_size
+from hf_rb.quantizers.offline import complete_folder, open_source, weight_bytes
+from hf_rb.quantizers.report import LayerReport, Report
+
+
+__all__ = ["quantize_checkpoint"]
+
+logger = logging.get_logger(__name__)
+
+PART = 1 << 26  # bytes of weights that are quantized between two points from which a run can go on
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    config: QuantizationConfigMixin | dict[str, Any],
+    *,
+    overwrite: bool = False,
+    dtype: str = "auto",
+    resume: bool = True,
+    progress: bool = True,
+) -> Report:
+    """
+    Quantizes a checkpoint shard by shard with the memory of about one tensor. The stored tensors are those of [`quantize`].
+
+    The folder appears at `destination` in one step when it is complete. Until then the work lies beside it in a hidden
+    folder, from which the same call goes on after it was interrupted or killed.
+
+    Args:
+        source (`str` or `Path`):
+            Model folder, Hub id or embedded model (`"tiny:student"`) in safetensors files that is not quantized.
+        destination (`str` or `Path`):
+            Folder to write.
+        config ([`PTQTPConfig`] or `dict`):
+            Quantization config; as a dict it has the key `quant_method`.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace a folder that is not empty.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type in which the weights are read and those that stay as they are get saved; `"auto"` is that of the model.
+        resume (`bool`, *optional*, defaults to `True`):
+            Whether to go on with unfinished work of an earlier call; `False` throws it away.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar, on a terminal.
+
+    Returns:
+        [`Report`]
+
+    Raises:
+        FileExistsError: The destination is not empty and `overwrite` is `False`.
+        FileNotFoundError: There is no such model, or it has no safetensors files.
+        ValueError: The model is quantized already, its files do not fit its configuration or need a conversion that takes
+            more than one tensor, a weight has a NaN, or the unfinished work is of other files or another configuration.
+    """
+    folder, destination, config = open_source(source, destination, config)
+    destination = destination.resolve()
+    checkpoint = Checkpoint(folder)
+    plan = _Plan(folder, checkpoint, config, dtype)
+    work = destination.with_name(f".{destination.name}.partial")
+    if not work.exists():
+        check_replaceable(destination, overwrite)
+    with _unfinished(work, _fingerprint(checkpoint, folder, config, dtype), resume):
+        result = work / "model"
+        if plan.is_done(work) and not result.exists():  # it was killed after the result had got its name
+            size = model_size(destination)
+        else:
+            check_replaceable(destination, overwrite)
+            plan.write(work, progress)
+            size = complete_folder(result, folder, source, destination.name, config)
+            publish_folder(result, destination, overwrite)
+        report = plan.report(work)
+        shutil.rmtree(work, ignore_errors=True)
+    report.set_size(size, weight_bytes(folder))
+    return report
+
+
+@contextmanager
+def _unfinished(work: Path, state: dict[str, Any], resume: bool) -> Iterator[None]:
+    """Keeps other processes and other runs out of the folder of the unfinished work."""
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work / "lock", timeout=0):
+            if not resume:
+                for name in ("model", "shards", "parts"):
+                    shutil.rmtree(work / name, ignore_errors=True)
+                (work / "state.json").unlink(missing_ok=True)
+            if (work / "state.json").is_file():
+                _compare(json.loads((work / "state.json").read_text()), state, work)
+            else:
+                _write_json(work / "state.json", state)
+            yield
+    except Timeout:
+        raise ValueError(
+            f"Another process is at work in {work}. Wait for it, or choose another destination."
+        ) from None
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, folder: Path, config: QuantizationConfigMixin, dtype: str
+) -> dict[str, dict[str, Any]]:
+    """What must not change between two parts of a run, as JSON has it."""
+    files = {}
+    for file in (folder / "config.json", *checkpoint.files):
+        stat = file.stat()
+        files[file.name] = [stat.st_size, stat.st_mtime_ns]
+    options = {"dtype": dtype, "hf_rb": __version__} | config.to_dict()
+    return json.loads(json.dumps({"files": files, "options": options}))
+
+
+def _compare(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], work: Path) -> None:
+    files = [name for name in old["files"] | new["files"] if old["files"].get(name) != new["files"].get(name)]
+    changes = [f"{', '.join(files)} changed"] if files else []
+    for name in old["options"] | new["options"]:
+        before, now = old["options"].get(name), new["options"].get(name)
+        if before != now:
+            changes.append(f"{name} was {before!r} and is {now!r}")
+    if changes:
+        raise ValueError(
+            f"The unfinished work in {work} does not belong to this call: {'; '.join(changes)}. Repeat the call that began it, "
+            "or throw it away with `resume=False` (`--no-resume`)."
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tensor of the files, called `name` in the result; it becomes `parameter` of the model, in `dtype`."""
+
+    name: str
+    entry: Entry
+    parameter: str
+    dtype: torch.dtype
+    quantized: bool
+
+
+class _Plan:
+    """What happens to every tensor of a checkpoint, and the doing of it."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, config: QuantizationConfigMixin, dtype: str):
+        self.quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+        self.quantizer.validate_environment(device_map=None, weights_only=True)
+        model_config = AutoConfig.from_pretrained(folder)
+        self.dtype = self.quantizer.update_dtype(_load_dtype(model_config, checkpoint, dtype))
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(model_config, dtype=self.dtype)
+        self.needs_generation_config = self.model.can_generate() and not (folder / "generation_config.json").is_file()
+        self.shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        needed = {name for name, _ in self.model.named_parameters()}
+        self.quantizer.preprocess_model(
+            model=self.model, dtype=self.dtype, device_map=None, checkpoint_files=checkpoint.files
+        )
+        self.skipped = self.quantizer.report.skipped
+
+        jobs = _without_tied_copies(self._jobs(checkpoint, needed), self.model.all_tied_weights_keys)
+        by_file = [[job for job in jobs if job.entry.file == file] for file in checkpoint.files]
+        by_file = [jobs for jobs in by_file if jobs]
+        names = [f"model-{i:05}-of-{len(by_file):05}.safetensors" for i in range(1, len(by_file) + 1)]
+        self.shards = dict(zip(names if len(names) > 1 else [SINGLE], by_file, strict=True))
+
+    def _jobs(self, checkpoint: Checkpoint, needed: set[str]) -> list[_Job]:
+        model, find = self.model, _Names(self.model, self.quantizer)
+        kept_dtypes = model._get_dtype_plan(self.dtype)
+        jobs, unexpected, found = [], [], Counter()
+        for name, entry in checkpoint.entries.items():
+            parameters, operations, result = find(name)
+            if not parameters:
+                unexpected.append(name)
+                continue
+            found.update(dict.fromkeys(parameters, math.prod(entry.shape)))
+            parameter = parameters[0]
+            quantized = any(self.quantizer.param_needs_quantization(model, one) for one in parameters)
+            if quantized and not all(_is_per_expert(operation) for operation in operations):
+                names = ", ".join(type(operation).__name__ for operation in operations)
+                raise ValueError(
+                    f"{name} is turned into {', '.join(parameters)} by {names} while it loads, which streaming cannot do. "
+                    "Quantize this model in memory, without `--stream`."
+                )
+            if not operations and entry.shape != self.shapes[parameter]:
+                raise ValueError(f"{name} has shape {entry.shape}, {type(model).__name__} {self.shapes[parameter]}.")
+            dtype = self.dtype if quantized else model.get_parameter_or_buffer(parameter).dtype
+            kept = (kept for pattern, kept in kept_dtypes.items() if re.search(pattern.replace("*", ".*"), parameter))
+            dtype = next(kept, dtype)
+            jobs.append(_Job(result, entry, parameter, dtype, quantized))
+        self._check(jobs, found, needed)
+        if unexpected := [name for name in unexpected if not _matches(model._keys_to_ignore_on_load_unexpected, name)]:
+            logger.warning(f"{type(model).__name__} has no place for {_some(unexpected)}: left out.")
+        return [job for job in jobs if job.parameter not in (model._keys_to_ignore_on_save or ())]
+
+    def _check(self, jobs: list[_Job], found: Counter, needed: set[str]) -> None:
+        model, tied = self.model, self.model.all_tied_weights_keys
+        present = {tied.get(name, name) for name in found}
+        missing = sorted(name for name in needed if tied.get(name, name) not in present)
+        if missing := [name for name in missing if not _matches(model._keys_to_ignore_on_load_missing, name)]:
+            raise ValueError(f"The files have no {_some(missing)}, which {type(model).__name__} needs.")
+        for job in jobs:
+            weights, expected = found[job.parameter], math.prod(self.shapes[job.parameter])
+            if job.quantized and weights != expected:
+                raise ValueError(f"The files hold {weights:,} of the {expected:,} weights of {job.parameter}.")
+
+    def is_done(self, work: Path) -> bool:
+        return all(_done(work, shard).is_file() for shard in self.shards)
+
+    def write(self, work: Path, progress: bool) -> None:
+        """Writes the model's files, except for what [`complete_folder`] adds."""
+        for name in ("parts", "shards", "model"):
+            (work / name).mkdir(exist_ok=True)
+        total = sum(job.entry.nbytes for jobs in self.shards.values() for job in jobs)
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc="quantize", disable=None if progress else True)
+        with bar, torch.inference_mode():
+            for shard, jobs in self.shards.items():
+                if not _done(work, shard).is_file():
+                    self._write_shard(work, shard, jobs, bar)
+                bar.update(sum(job.entry.nbytes for job in jobs) - bar.n)
+        config = self.model.config
+        config.quantization_config = self.quantizer.quantization_config
+        config.architectures = [type(self.model).__name__]
+        config.save_pretrained(work / "model")
+        if self.needs_generation_config:
+            self.model.generation_config.save_pretrained(work / "model")
+        if len(self.shards) > 1:
+            write_index(work / "model", list(self.shards))
+
+    def _write_shard(self, work: Path, shard: str, jobs: list[_Job], bar: tqdm) -> None:
+        outputs = {job.name: Output.copy(job.entry, job.dtype) for job in jobs if not job.quantized}
+        parts, reports = [], []
+        for number, batch in enumerate(_batches([job for job in jobs if job.quantized])):
+            parts.append(work / "parts" / f"{shard}-{number}")
+            if not parts[-1].is_file():
+                self._write_part(parts[-1], batch, bar)
+            entries, metadata = read_header(parts[-1])
+            outputs |= {name: Output.copy(entry) for name, entry in entries.items()}
+            reports.append(json.loads(metadata["report"]))
+        write_tensors(work / "model" / shard, outputs)
+        _write_json(_done(work, shard), reports)
+        for part in parts:
+            part.unlink()
+
+    def _write_part(self, path: Path, jobs: list[_Job], bar: tqdm) -> None:
+        outputs = {}
+        report = self.quantizer.report = Report(self.quantizer.quantization_config.quant_method)
+        for job in jobs:
+            try:
+                tensors = self._quantize(job)
+            except ValueError as error:
+                raise ValueError(f"{job.name}: {error}") from error
+            outputs |= {job.name + suffix: Output.of(tensor) for suffix, tensor in tensors.items()}
+            bar.update(job.entry.nbytes)
+        metadata = {
+            "report": json.dumps({"layers": [asdict(one) for one in report.layers], "seconds": report.seconds})
+        }
+        write_tensors(path, outputs, metadata)
+
+    def _quantize(self, job: _Job) -> dict[str, Tensor]:
+        """Returns the stored tensors by the suffix that their names get."""
+        module = self.model.get_submodule(job.parameter.rpartition(".")[0])
+        if len(job.entry.shape) == 2:
+            return self.quantizer.quantize_tensor(job.parameter, module, job.entry.read().to(job.dtype))
+        # The experts of a layer in one tensor, (experts, out, in) or (experts, in, out).
+        experts = []
+        for index in range(job.entry.shape[0]):
+            matrix = job.entry.read(index).to(job.dtype)
+            matrix = matrix.T if module.is_transposed else matrix
+            experts.append(self.quantizer.quantize_tensor(job.parameter, module, matrix))
+        return {suffix: torch.stack([expert[suffix] for expert in experts]) for suffix in experts[0]}
+
+    def report(self, work: Path) -> Report:
+        """What was done, in this process or before."""
+        report = Report(self.quantizer.quantization_config.quant_method, skipped=self.skipped)
+        for shard in self.shards:
+            for part in json.loads(_done(work, shard).read_text()):
+                layers = [LayerReport(**layer) for layer in part["layers"]]
+                report.merge(Report(report.method, layers, seconds=part["seconds"]))
+        report.layers.sort(key=lambda layer: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", layer.name)])
+        return report
+
+
+class _Names:
+    """Finds the parameters that a tensor of the files becomes, by transformers' own rules for the model."""
+
+    def __init__(self, model: nn.Module, quantizer: Any):
+        rules = _compat.get_model_conversion_mapping(model, None, quantizer)
+        self.renamings = [rule for rule in rules if isinstance(rule, _compat.WeightRenaming)]
+        self.converters = [rule for rule in rules if isinstance(rule, _compat.WeightConverter)]
+        self.by_pattern = {pattern: rule for rule in self.converters for pattern in rule.source_patterns}
+        self.prefix, self.known = model.base_model_prefix, model.state_dict()
+
+    def __call__(self, name: str) -> tuple[list[str], list[Any], str]:
+        """Returns the parameters, none if the model has no place for it; the operations on the way; its name when saved."""
+        rules = self.renamings, self.converters
+        parameter, pattern = _compat.rename_source_key(name, *rules, self.prefix, self.known)
+        if parameter not in self.known and name in self.known:
+            rules = [], []
+            parameter, pattern = _compat.rename_source_key(name, *rules, self.prefix, self.known)
+        if parameter not in self.known:
+            return [], [], name
+        # Saving brings back the names of the files, but for the prefix that tells a model with a head from one without.
+        bare, _ = _compat.rename_source_key(name, *rules)
+        if parameter == f"{self.prefix}.{bare}":
+            name = f"{self.prefix}.{name}"
+        elif bare == f"{self.prefix}.{parameter}":
+            name = name.removeprefix(f"{self.prefix}.")
+        if pattern is None:
+            return [parameter], [], name
+        converter = self.by_pattern[pattern]
+        first = converter.target_patterns[0]
+        return [parameter.replace(first, target) for target in converter.target_patterns], converter.operations, name
+
+
+def _is_per_expert(operation: Any) -> bool:
+    """Whether an operation only puts matrices one beside the other that are quantized row by row."""
+    if isinstance(operation, _compat.MergeModulelist):
+        return operation.dim == 0
+    return isinstance(operation, _compat.Concatenate) and operation.dim == 1  # of (experts, rows, columns)
+
+
+def _without_tied_copies(jobs: list[_Job], tied: dict[str, str]) -> list[_Job]:
+    """Keeps one of each pair of tied tensors under the name that `save_pretrained` gives it; where they differ, both."""
+    by_parameter = {job.parameter: job for job in jobs}
+    for copy, kept in tied.items():
+        if copy in by_parameter and kept not in by_parameter:
+            jobs = [replace(job, name=kept, parameter=kept) if job.parameter == copy else job for job in jobs]
+        elif copy in by_parameter:
+            pairs = zip(by_parameter[copy].entry.chunks(), by_parameter[kept].entry.chunks(), strict=True)
+            if all(torch.equal(*pair) for pair in pairs):
+                jobs = [job for job in jobs if job.parameter != copy]
+    return jobs
+
+
+def _load_dtype(config: PreTrainedConfig, checkpoint: Checkpoint, dtype: str) -> torch.dtype:
+    """The type that `from_pretrained(..., dtype=dtype)` would choose."""
+    if dtype == "auto":
+        dtype = config.dtype or next(
+            entry.dtype for entry in checkpoint.entries.values() if entry.dtype.is_floating_point
+        )
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
+    batch, size = [], 0
+    for job in jobs:
+        if batch and size + job.entry.nbytes > PART:
+            yield batch
+            batch, size = [], 0
+        batch.append(job)
+        size += job.entry.nbytes
+    if batch:
+        yield batch
+
+
+def _done(work: Path, shard: str) -> Path:
+    return work / "shards" / f"{shard}.json"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value))
+    fsync_file(temporary)
+    os.replace(temporary, path)
+    fsync_file(path.parent)
+
+
+def _matches(patterns: Iterable[str] | None, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
