@@ -291,7 +291,7 @@ def test_weights_that_are_not_numbers(value):
     [
         (torch.zeros(4), {}, "floating matrix"),
         (torch.zeros(4, 4, dtype=torch.int8), {}, "floating matrix"),
-        (torch.ones(4, 4), {"planes": 3}, "planes must be 1 or 2"),
+        (torch.ones(4, 4), {"planes": 4}, "planes must be 1, 2 or 3"),
         (torch.ones(4, 4), {"tol_mode": "none"}, "tol_mode must be"),
         (torch.ones(4, 4), {"planes": 1, "scale_mode": "tied"}, "scale_mode must be"),
         (torch.full((4, 4), 1e6), {}, "does not fit torch.float16"),

@@ -16,6 +16,11 @@ therefore sorted once, with its prefix sums; an iteration is then one binary sea
 3^K distances for each of its weights. The trits are only written out at the end. The result is that of the literal search,
 ties included (`tests/quantizers/test_solver.py` compares them).
 
+This file is the reference, in torch, for any device and type. `solver.c` takes the same steps in the same precision, several times
+faster, wherever a weight of at most 32 bits lies in main memory and there is a compiler (`hf_rb/_native.py`); on a GPU with Triton
+the two half-steps are one kernel (`hf_rb/quantizers/kernels/triton`). Every group is solved on its own, so neither threads nor
+blocks change a result.
+
 Shapes: R rows (groups of equal length), G their length, K planes, C = 3^K combinations.
 """
 
@@ -28,10 +33,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_rb.quantizers.ptqtp.packing import TritPlanes, sections
+from hf_rb.quantizers.kernels.layout import sections
+from hf_rb.quantizers.ptqtp import native
+from hf_rb.quantizers.ptqtp.packing import TritPlanes, packed_width, row_blocks
 
 
-__all__ = ["fit_scales", "nearest_trits", "search_trits", "solve"]
+__all__ = ["QuantizedMatrix", "fit_scales", "nearest_trits", "quantize_matrix", "search_trits", "solve"]
 
 # Weights that are worked on at once: few enough to stay in the cache. The solver's own memory is below 100 bytes for each.
 CHUNK = 1 << 18
@@ -45,6 +52,11 @@ MIN_SCALE = 30
 LAMBDA_INIT, LAMBDA_MAX, KAPPA_THRESHOLD = 1e-8, 1.0, 1e12
 
 TIED = (3.0, 1.0)
+
+# Starts besides the paper's, as ratios of the scales (ours, not the paper's). The largest sum of scales is `REACH` times the root
+# mean square of the group. Three planes never start from three equal ones: what breaks that tie is only the order of the search.
+RATIOS = {1: (), 2: ((3.0, 1.0), (1.5, 1.0)), 3: ((4.0, 2.0, 1.0), (9.0, 3.0, 1.0))}
+REACH = 2.5
 
 
 def _without_autograd(function: Callable) -> Callable:
@@ -61,6 +73,7 @@ def solve(
     tol: float = 1e-4,
     tol_mode: str = "absolute",
     scale_mode: str = "free",
+    multistart: bool = False,
     scale_dtype: torch.dtype = torch.float16,
 ) -> TritPlanes:
     """
@@ -72,11 +85,12 @@ def solve(
 
     Args:
         weight (`torch.Tensor`):
-            Matrix of shape `(out_features, in_features)`, any floating type. Solved in float64, on its own device.
+            Matrix of shape `(out_features, in_features)`, any floating type. Solved in float64 sums, on its own device.
         group_size (`int`, *optional*, defaults to `128`):
             Neighbours in a row that share their scales. A shorter last group is solved on its true length.
         planes (`int`, *optional*, defaults to `2`):
-            Ternary planes: 2 is the paper's method with 9 levels, 1 is plain ternary.
+            Ternary planes: 2 is the paper's method with 9 levels, 1 is plain ternary, 3 has 27 levels (not part of the
+            paper; starts from scales in the ratio 4:2:1).
         max_iter (`int`, *optional*, defaults to `50`):
             Upper limit of iterations; 14 is typical.
         tol (`float`, *optional*, defaults to `1e-4`):
@@ -88,6 +102,9 @@ def solve(
         scale_mode (`str`, *optional*, defaults to `"free"`):
             `"tied"` keeps `a_1 = 3 a_2` exactly, in `scale_dtype` too, which makes the result a symmetric integer code
             from -4 to 4 (not part of the paper).
+        multistart (`bool`, *optional*, defaults to `False`):
+            Starts from other ratios of the scales as well and keeps the best for each group: 3:1 and 1.5:1 besides the
+            paper's start for two planes, 4:2:1 and 9:3:1 for three; one plane has one start. Not part of the paper.
         scale_dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Type of the returned scales; `torch.float64` leaves them as they are.
 
@@ -98,8 +115,62 @@ def solve(
         ValueError: The weight is not a floating matrix, has a NaN or an infinite value, or needs scales that `scale_dtype`
             cannot hold; or an option has a value that does not exist.
     """
-    scales, resolved = fit_scales(weight, group_size, planes, max_iter, tol, tol_mode, scale_mode, scale_dtype)
+    scales, resolved = fit_scales(
+        weight, group_size, planes, max_iter, tol, tol_mode, scale_mode, scale_dtype, multistart
+    )
     return TritPlanes(search_trits(weight, scales, group_size), scales, group_size, resolved)
+
+
+class QuantizedMatrix(NamedTuple):
+    """
+    What [`quantize_matrix`] returns.
+
+    Attributes:
+        packed (`torch.Tensor`): uint8 `(out_features, row_bytes)`, the kernels' layout.
+        scales (`torch.Tensor`): float16 `(out_features, groups, planes)`.
+        relative_error (`float`): Frobenius norm of what is lost over that of the weight.
+        resolved (`bool`): Whether the matrix was solved a second time, with the relative rule.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    relative_error: float
+    resolved: bool
+
+
+@_without_autograd
+def quantize_matrix(
+    weight: Tensor,
+    *,
+    group_size: int = 128,
+    planes: int = 2,
+    max_iter: int = 50,
+    tol: float = 1e-4,
+    tol_mode: str = "absolute",
+    scale_mode: str = "free",
+    multistart: bool = False,
+) -> QuantizedMatrix:
+    """
+    Solves a matrix as [`solve`] does and packs it, without ever holding all of its trits.
+
+    Takes the arguments of [`solve`], raises what it raises.
+    """
+    scales, resolved = fit_scales(
+        weight, group_size, planes, max_iter, tol, tol_mode, scale_mode, multistart=multistart
+    )
+    if solver := native.solver(weight):
+        row_bytes = packed_width(weight.shape[1], group_size, planes, "nibble")
+        packed, error, norm = solver.encode(weight, scales, group_size, row_bytes)
+    else:
+        parts, error, norm = [], 0.0, 0.0
+        for rows in row_blocks(*weight.shape):
+            trits = TritPlanes(search_trits(weight[rows], scales[rows], group_size), scales[rows], group_size)
+            parts.append(trits.pack("nibble")["weight"])
+            original = weight[rows].float()
+            error += (trits.dequantize() - original).square().sum(dtype=torch.float64).item()
+            norm += original.square().sum(dtype=torch.float64).item()
+        packed = torch.cat(parts)
+    return QuantizedMatrix(packed, scales, (error / norm) ** 0.5 if norm else 0.0, resolved)
 
 
 @_without_autograd
@@ -112,11 +183,22 @@ def fit_scales(
     tol_mode: str,
     scale_mode: str,
     scale_dtype: torch.dtype = torch.float16,
+    multistart: bool = False,
 ) -> tuple[Tensor, bool]:
     """Returns the scales of [`solve`] `(out_features, groups, planes)`, and whether it took a second attempt to find them."""
     _check(weight, planes, tol_mode, scale_mode)
     direction = torch.tensor(TIED, dtype=torch.float64, device=weight.device) if scale_mode == "tied" else None
-    rule = _Rule(planes, direction, max_iter, tol, relative=tol_mode == "relative")
+    rule = Rule(
+        planes,
+        direction,
+        starts=_starts(planes, multistart),
+        max_iter=max_iter,
+        tol=tol,
+        relative=tol_mode == "relative",
+        ridge_init=LAMBDA_INIT,
+        ridge_max=LAMBDA_MAX,
+        kappa_threshold=KAPPA_THRESHOLD,
+    )
     scales = _fit_matrix(weight, group_size, rule)
     resolved = tol_mode == "absolute" and _is_small(scales, MIN_SCALE * tol)
     if resolved:
@@ -127,6 +209,8 @@ def fit_scales(
 @_without_autograd
 def search_trits(weight: Tensor, scales: Tensor, group_size: int) -> Tensor:
     """Returns the best trits `(planes, out_features, in_features)`, int8, for given scales."""
+    if solver := native.solver(weight):
+        return solver.trits(weight, scales, group_size)
     trits = torch.empty(scales.shape[-1], *weight.shape, dtype=torch.int8, device=weight.device)
 
     def search(rows: slice, groups: slice, columns: slice, block: Tensor) -> None:
@@ -137,22 +221,36 @@ def search_trits(weight: Tensor, scales: Tensor, group_size: int) -> Tensor:
     return trits
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
+    """How the two half-steps alternate."""
+
     planes: int
     direction: Tensor | None  # the scales are multiples of it
+    starts: tuple[
+        tuple[float, ...] | None, ...
+    ]  # scales over the root mean square of the group; None: the paper's start
     max_iter: int
     tol: float
     relative: bool
+    ridge_init: float
+    ridge_max: float
+    kappa_threshold: float
+
+
+def _starts(planes: int, multistart: bool) -> tuple[tuple[float, ...] | None, ...]:
+    ratios = [tuple(REACH * part / sum(ratio) for part in ratio) for ratio in RATIOS[planes]]
+    starts = ratios if planes == 3 else [None, *ratios]
+    return tuple(starts if multistart else starts[:1])
 
 
 def _check(weight: Tensor, planes: int, tol_mode: str, scale_mode: str) -> None:
     if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(f"Expected a non-empty floating matrix, got {weight.dtype} of shape {tuple(weight.shape)}.")
-    if planes not in (1, 2):
-        raise ValueError(f"planes must be 1 or 2, got {planes}.")
+    if planes not in (1, 2, 3):
+        raise ValueError(f"planes must be 1, 2 or 3, got {planes}.")
     if tol_mode not in ("absolute", "relative", "absolute_strict"):
         raise ValueError(f"tol_mode must be 'absolute', 'relative' or 'absolute_strict', got {tol_mode!r}.")
-    if scale_mode not in ("free", "tied") or (scale_mode, planes) == ("tied", 1):
+    if scale_mode not in ("free", "tied") or (scale_mode == "tied" and planes != 2):
         raise ValueError(
             f"scale_mode must be 'free', or 'tied' with planes=2; got {scale_mode!r} with planes={planes}."
         )
@@ -187,8 +285,10 @@ def _for_blocks(weight: Tensor, group_size: int, work: Callable[[slice, slice, s
         torch.set_num_threads(threads)  # what one thread sets is what later ones start with
 
 
-def _fit_matrix(weight: Tensor, group_size: int, rule: _Rule) -> Tensor:
+def _fit_matrix(weight: Tensor, group_size: int, rule: Rule) -> Tensor:
     """Returns canonical float64 scales `(out_features, groups, planes)`."""
+    if solver := native.solver(weight):
+        return solver.fit(weight, group_size, rule)
     groups = -(-weight.shape[1] // group_size)
     scales = weight.new_empty(len(weight), groups, rule.planes, dtype=torch.float64)
 
@@ -200,21 +300,42 @@ def _fit_matrix(weight: Tensor, group_size: int, rule: _Rule) -> Tensor:
     return scales
 
 
-def _fit(block_RG: Tensor, rule: _Rule) -> Tensor:
-    """Alternates the two half-steps on groups of equal length and returns their scales `(R, K)`."""
+def _fit(block_RG: Tensor, rule: Rule) -> Tensor:
+    """Solves groups of equal length and returns their scales `(R, K)`, for each the best of all starts."""
     sorted_RG = _sort_rows(block_RG)
     if not sorted_RG[:, [0, -1]].isfinite().all():  # where sorting puts them
         raise ValueError("The weight has a NaN or an infinite value.")
     prefix_RP = sorted_RG.new_zeros(len(block_RG), block_RG.shape[1] + 1, dtype=torch.float64)
     torch.cumsum(sorted_RG, dim=-1, dtype=torch.float64, out=prefix_RP[:, 1:])
+    first, *others = rule.starts
+    best = _alternate(sorted_RG, prefix_RP, first, rule)
+    if not others:
+        return best
+    squares = torch.linalg.vector_norm(block_RG, dim=-1, dtype=torch.float64) ** 2
+    lowest = _loss(sorted_RG, prefix_RP, best)
+    for start in others:
+        scales = _alternate(sorted_RG, prefix_RP, start, rule)
+        loss = _loss(sorted_RG, prefix_RP, scales)
+        better = loss < lowest - 1e-12 * squares  # two starts that end in one place differ by rounding
+        best, lowest = torch.where(better[:, None], scales, best), torch.where(better, loss, lowest)
+    return best
 
-    fitted = prefix_RP.new_ones(len(block_RG), rule.planes)
-    ridge = prefix_RP.new_full((len(block_RG),), LAMBDA_INIT)
-    # t_1 = ... = t_K = sign(w), where the sign of zero is +1
-    gram = prefix_RP.new_full((len(block_RG), rule.planes, rule.planes), block_RG.shape[1])
-    total = torch.linalg.vector_norm(block_RG, ord=1, dim=-1, dtype=torch.float64)
-    target = total[:, None].expand(-1, rule.planes)
-    where = torch.arange(len(block_RG), device=block_RG.device)  # the groups that still move
+
+def _alternate(sorted_RG: Tensor, prefix_RP: Tensor, start: tuple[float, ...] | None, rule: Rule) -> Tensor:
+    """Alternates the two half-steps from one start and returns the scales `(R, K)`."""
+    rows, length = sorted_RG.shape
+    if start is None:
+        fitted = prefix_RP.new_ones(rows, rule.planes)
+        # t_1 = ... = t_K = sign(w), where the sign of zero is +1
+        gram = prefix_RP.new_full((rows, rule.planes, rule.planes), length)
+        total = torch.linalg.vector_norm(sorted_RG, ord=1, dim=-1, dtype=torch.float64)
+        target = total[:, None].expand(-1, rule.planes)
+    else:
+        rms = torch.linalg.vector_norm(sorted_RG, dim=-1, dtype=torch.float64) / length**0.5
+        fitted = rms[:, None] * prefix_RP.new_tensor(start)
+        gram, target = _trit_sums(sorted_RG, prefix_RP, fitted)
+    ridge = prefix_RP.new_full((rows,), rule.ridge_init)
+    where = torch.arange(rows, device=sorted_RG.device)  # the groups that still move
 
     for _ in range(rule.max_iter):
         scales, ridge = _ridge_step(gram, target, ridge, rule)
@@ -230,6 +351,12 @@ def _fit(block_RG: Tensor, rule: _Rule) -> Tensor:
     return fitted
 
 
+def _loss(sorted_RG: Tensor, prefix_RP: Tensor, scales: Tensor) -> Tensor:
+    """Squared error of the nearest trits, up to the squared norm of the weights."""
+    gram, target = _trit_sums(sorted_RG, prefix_RP, scales)
+    return ((gram @ scales[:, :, None])[..., 0] - 2 * target).mul(scales).sum(-1)
+
+
 def _sort_rows(block: Tensor) -> Tensor:
     if block.device.type == "cpu":
         # numpy's vectorised sort takes a thirtieth of the time of torch's on rows of this length.
@@ -237,32 +364,53 @@ def _sort_rows(block: Tensor) -> Tensor:
     return block.sort(-1).values
 
 
-def _ridge_step(gram: Tensor, target: Tensor, ridge: Tensor, rule: _Rule) -> tuple[Tensor, Tensor]:
+def _ridge_step(gram: Tensor, target: Tensor, ridge: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """Solves `(gram + ridge I) a = target` for every group; an ill-conditioned one again, with the larger ridge it gets."""
     if rule.direction is not None:
         gram = (gram @ rule.direction @ rule.direction)[:, None, None]
         target = (target @ rule.direction)[:, None]
     scales, kappa = _solve_small(gram, target, ridge)
-    ill = kappa >= KAPPA_THRESHOLD
+    ill = kappa >= rule.kappa_threshold
     if ill.any():
-        grown = (ridge * (kappa / KAPPA_THRESHOLD).sqrt()).clamp(max=LAMBDA_MAX)
+        grown = (ridge * (kappa / rule.kappa_threshold).sqrt()).clamp(max=rule.ridge_max)
         ridge = torch.where(ill, grown, ridge)
         scales, _ = _solve_small(gram, target, ridge)
     return (scales if rule.direction is None else scales * rule.direction), ridge
 
 
 def _solve_small(gram: Tensor, target: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the solutions `(R, K)` and the Frobenius condition numbers `(R,)`, for one or two planes."""
+    """
+    Returns the solutions `(R, K)` and the Frobenius condition numbers `(R,)`, for one to three planes.
+
+    The ridge stays in terms of its own: counts are exact integers, and `128 + 1e-8` would lose most of it.
+    """
     if target.shape[1] == 1:
         return target / (gram[:, 0] + ridge[:, None]), torch.ones_like(ridge)
+    if target.shape[1] == 3:
+        return _solve_three(gram, target, ridge)
     s11, s12, s22 = gram[:, 0, 0], gram[:, 0, 1], gram[:, 1, 1]
     b1, b2 = target.unbind(-1)
-    # The ridge stays in terms of its own: counts are exact integers, and `128 + 1e-8` would lose most of it.
     determinant = (s11 * s22 - s12**2) + ridge * (s11 + s22) + ridge**2
     first = (s22 * b1 - s12 * b2) + ridge * b1
     second = (s11 * b2 - s12 * b1) + ridge * b2
     squared_norm = (s11 + ridge) ** 2 + (s22 + ridge) ** 2 + 2 * s12**2
     return torch.stack([first, second], dim=-1) / determinant[:, None], squared_norm / determinant.abs()
+
+
+def _solve_three(gram: Tensor, target: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    # det(G + lI) and adj(G + lI) as polynomials in l, with the adjugate of the integer matrix G
+    row0, row1, row2 = gram.unbind(1)
+    cross = torch.linalg.cross
+    adjugate = torch.stack([cross(row1, row2), cross(row2, row0), cross(row0, row1)], dim=-1)
+    eye = torch.eye(3, dtype=gram.dtype, device=gram.device)
+    trace, minors = gram.diagonal(dim1=1, dim2=2).sum(-1), adjugate.diagonal(dim1=1, dim2=2).sum(-1)
+    determinant = (row0 * adjugate[..., 0]).sum(-1) + ridge * minors + ridge**2 * trace + ridge**3
+    rest = trace[:, None, None] * eye - gram
+    l_R11, b = ridge[:, None, None], target[..., None]
+    first = (adjugate @ b + l_R11 * (rest @ b) + l_R11**2 * b)[..., 0]
+    norm = torch.linalg.matrix_norm(gram + l_R11 * eye)
+    inverse_norm = torch.linalg.matrix_norm(adjugate + l_R11 * rest + l_R11**2 * eye)
+    return first / determinant[:, None], norm * inverse_norm / determinant.abs()
 
 
 @cache
