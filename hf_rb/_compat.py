@@ -80,6 +80,9 @@ TABLE: dict[str, Entry] = {
     # What a quantizer does to a tensor while it loads, and how it names modules (hf_rb/quantizers).
     "ConversionOps": Entry("transformers.core_model_loading", "ConversionOps"),
     "IdentityOp": Entry("transformers.core_model_loading", "_IdentityOp"),
+    "load_offloaded_parameter": Entry(
+        "transformers.integrations.accelerate", "load_offloaded_parameter", ("model", "param_name")
+    ),
     # How transformers maps the tensors of files to parameters (hf_rb/quantizers/streaming.py).
     "Concatenate": Entry("transformers.core_model_loading", "Concatenate", ("dim",)),
     "MergeModulelist": Entry("transformers.core_model_loading", "MergeModulelist", ("dim",)),
@@ -87,7 +90,7 @@ TABLE: dict[str, Entry] = {
     "WeightConverter": Entry("transformers.core_model_loading", "WeightConverter"),
     "WeightRenaming": Entry("transformers.core_model_loading", "WeightRenaming"),
     "get_model_conversion_mapping": Entry(
-        "transformers.conversion_mapping", "get_model_conversion_mapping", ("model", "key_mapping", "hf_quantizer")
+        "transformers.conversion_mapping", "get_model_conversion_mapping", ("model",)
     ),
     "rename_source_key": Entry(
         "transformers.core_model_loading",

@@ -27,6 +27,8 @@ VERBS = {
     "audit": ("hf_rb.cli.audit", "Compare every way in which a distillation recipe computes its loss."),
     "cache-teacher": ("hf_rb.cli.cache_teacher", "Run a teacher once over the data, and train without it."),
     "quantize": ("hf_rb.cli.quantize", "Quantize a model and save it."),
+    "dequantize": ("hf_rb.cli.dequantize", "Write a quantized model as an ordinary one."),
+    "export": ("hf_rb.cli.export", "Write a quantized model in the format of GPTQ."),
     "eval": ("hf_rb.cli.eval", "Measure perplexity, accuracy, size and speed of a model."),
 }
 

@@ -9,7 +9,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb._files import atomic_folder
-from hf_rb.evaluation import Size, find_model, model_size
+from hf_rb.evaluation import Size, find_model, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
 from hf_rb.quantizers.report import Report
 
@@ -17,11 +17,15 @@ from hf_rb.quantizers.report import Report
 __all__ = [
     "complete_folder",
     "copy_companions",
+    "measure_perplexity",
     "open_source",
     "quantization_method",
     "quantize",
+    "read_text",
     "weight_bytes",
 ]
+
+EVAL_TOKENS, EVAL_PROBLEMS = 16_384, 200
 
 # What a model folder holds besides its configuration and weights.
 COMPANIONS = (
@@ -80,6 +84,62 @@ def quantize(
         size = complete_folder(result, folder, source, destination.name, config)
     model.hf_quantizer.report.set_size(size, weight_bytes(folder))
     return model.hf_quantizer.report
+
+
+def measure_perplexity(report: Report, source: str | Path, destination: str | Path, data: str) -> None:
+    """
+    Fills in the perplexities of a report, of the model before and of the saved quantized one.
+
+    Args:
+        report ([`Report`]):
+            What to fill in.
+        source, destination (`str` or `Path`):
+            The two models. Each is loaded as a whole.
+        data (`str`):
+            A text file, a JSON-lines file with the column `text`, `"tiny:math"`, or a dataset of the Hub as `NAME` or
+            `NAME:CONFIG`, of which the column `text` of the split `test` is taken. Of a text the first 16,384 tokens count, in
+            windows of 512 that do not overlap; of `tiny:math` the worked solutions of 200 problems.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no such data, or it has no column `text`.
+    """
+    text = None if data.startswith("tiny:") else read_text(data)
+    values = []
+    for folder in (find_model(str(source)), destination):
+        model, tokenizer = load_model(folder)
+        if text is None:
+            texts, contexts = solutions(tokenizer, load_task(data, EVAL_PROBLEMS))
+            measured = perplexity(model, tokenizer, texts, contexts=contexts)
+        else:
+            ends = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+            measured = perplexity(model, tokenizer, text[: ends[:EVAL_TOKENS][-1][1]])
+        values.append(measured.perplexity)
+        del model
+    report.eval_data = data if data.startswith("tiny:") else Path(data).name
+    report.perplexity_before, report.perplexity_after = values
+
+
+def read_text(data: str) -> str:
+    """Returns the text of a file or a dataset (see [`measure_perplexity`])."""
+    path = Path(data)
+    if path.is_file() and path.suffix not in (".jsonl", ".json"):
+        text = path.read_text(encoding="utf-8")
+    else:
+        from datasets import load_dataset
+
+        if path.is_file():
+            rows = load_dataset("json", data_files=str(path), split="train")
+        elif path.suffix in (".txt", ".jsonl", ".json"):
+            raise FileNotFoundError(f"There is no file {data}.")
+        else:
+            name, _, config = data.partition(":")
+            rows = load_dataset(name, config or None, split="test")
+        if "text" not in rows.column_names:
+            raise ValueError(f"{data} has the columns {', '.join(rows.column_names)}; one called `text` is needed.")
+        text = "\n\n".join(rows["text"])
+    if not text.strip():
+        raise ValueError(f"{data} holds no text.")
+    return text
 
 
 def open_source(

@@ -43,7 +43,7 @@ from hf_rb.quantizers.offline import complete_folder, open_source, weight_bytes
 from hf_rb.quantizers.report import LayerReport, Report
 
 
-__all__ = ["quantize_checkpoint"]
+__all__ = ["ParameterNames", "quantize_checkpoint"]
 
 logger = logging.get_logger(__name__)
 
@@ -196,7 +196,7 @@ class _Plan:
         self.shards = dict(zip(names if len(names) > 1 else [SINGLE], by_file, strict=True))
 
     def _jobs(self, checkpoint: Checkpoint, needed: set[str]) -> list[_Job]:
-        model, find = self.model, _Names(self.model, self.quantizer)
+        model, find = self.model, ParameterNames(self.model)
         kept_dtypes = model._get_dtype_plan(self.dtype)
         jobs, unexpected, found = [], [], Counter()
         for name, entry in checkpoint.entries.items():
@@ -312,11 +312,11 @@ class _Plan:
         return report
 
 
-class _Names:
+class ParameterNames:
     """Finds the parameters that a tensor of the files becomes, by transformers' own rules for the model."""
 
-    def __init__(self, model: nn.Module, quantizer: Any):
-        rules = _compat.get_model_conversion_mapping(model, None, quantizer)
+    def __init__(self, model: nn.Module):
+        rules = _compat.get_model_conversion_mapping(model)
         self.renamings = [rule for rule in rules if isinstance(rule, _compat.WeightRenaming)]
         self.converters = [rule for rule in rules if isinstance(rule, _compat.WeightConverter)]
         self.by_pattern = {pattern: rule for rule in self.converters for pattern in rule.source_patterns}

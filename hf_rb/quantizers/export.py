@@ -1,0 +1,288 @@
+"""Turns a PTQTP checkpoint into formats that need no hf_rb, tensor by tensor.
+
+`dequantize_checkpoint` writes an ordinary model. `export_gptq` writes the 4-bit layout of GPTQ, which a tied PTQTP layer fits
+exactly: with a_1 = 3 a_2 = 3 s, its weights are s * c with the integers c = 3 t_1 + t_2 from -4 to 4, so they are symmetric
+4-bit codes q = c + 8 with the zero point 8. For a layer with K inputs, N outputs and groups of G:
+
+    qweight  int32 (K / 8, N)           code of weight (8 i + j, n) in the bits 4 j to 4 j + 3 of qweight[i, n]
+    qzeros   int32 (ceil(K / G), N / 8)    the zero points in the same way along N, one less than they are ("gptq", version 1)
+    scales   float16 (ceil(K / G), N)
+    g_idx    int32 (K,)                 group of every input
+
+and the weight (k, n) is  scales[g_idx[k], n] * (code - zero point).
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import logging
+
+from hf_rb._files import atomic_folder
+from hf_rb._safetensors import Checkpoint, Output, write_index, write_tensors
+from hf_rb.evaluation import Size, find_model, model_size
+from hf_rb.hub import ModelCardData, write_model_card
+from hf_rb.quantizers.kernels.layout import Layout, unpack
+from hf_rb.quantizers.offline import copy_companions, quantization_method
+from hf_rb.quantizers.ptqtp.config import PTQTPConfig
+from hf_rb.quantizers.ptqtp.packing import check_scales, dequantize, repack, row_blocks
+from hf_rb.quantizers.streaming import ParameterNames
+
+
+__all__ = ["dequantize_checkpoint", "export_gptq"]
+
+logger = logging.get_logger(__name__)
+
+ZERO_POINT = 8
+CODES_PER_WORD = 8
+
+
+def dequantize_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Size:
+    """
+    Writes a PTQTP checkpoint as an ordinary model, which loads without hf_rb, with the memory of about one tensor.
+
+    Args:
+        source (`str` or `Path`):
+            PTQTP model folder or Hub id.
+        destination (`str` or `Path`):
+            Folder to write.
+        dtype (`str`, *optional*):
+            `"bfloat16"`, `"float16"` or `"float32"` for all floating tensors. By default the quantized layers get the type of
+            the model and the others keep theirs.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace a folder that is not empty.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar, on a terminal.
+
+    Returns:
+        [`~hf_rb.evaluation.Size`]: Size of the written model.
+
+    Raises:
+        FileExistsError: The destination is not empty and `overwrite` is `False`.
+        FileNotFoundError: There is no such model.
+        ValueError: The model is not quantized with PTQTP, or a packed tensor is damaged.
+    """
+    packed = _PackedModel(source)
+    cast = getattr(torch, dtype) if dtype else None
+
+    def convert(name: str) -> dict[str, Output]:
+        weight = packed.weights[name]
+        target = cast or packed.dtype
+
+        def chunks() -> Iterator[Tensor]:
+            values = dequantize(*packed.read(name), weight.layout, target)
+            yield (values.mT if weight.transposed else values).contiguous().view(-1)
+
+        return {name: Output(target, weight.shape, chunks)}
+
+    return packed.rewrite(Path(destination), convert, None, cast, overwrite, progress)
+
+
+def export_gptq(
+    source: str | Path, destination: str | Path, *, overwrite: bool = False, progress: bool = True
+) -> Size:
+    """
+    Writes a PTQTP checkpoint with tied scales in GPTQ's 4-bit format, without any further loss.
+
+    Args:
+        source (`str` or `Path`):
+            PTQTP model folder or Hub id, quantized with `scale_mode="tied"`.
+        destination (`str` or `Path`):
+            Folder to write.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace a folder that is not empty.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar, on a terminal.
+
+    Returns:
+        [`~hf_rb.evaluation.Size`]: Size of the written model.
+
+    Raises:
+        FileExistsError: The destination is not empty and `overwrite` is `False`.
+        FileNotFoundError: There is no such model.
+        ValueError: The model is not quantized with PTQTP, its scales are free, its experts are stored in one tensor, a layer has
+            sizes that the format cannot hold, or a packed tensor is damaged.
+    """
+    packed = _PackedModel(source)
+    if packed.config.scale_mode != "tied":
+        raise ValueError(
+            f'{source} has two free scales a group, nine levels that no 4-bit grid holds. Quantize with `scale_mode="tied"` '
+            "(`--scale-mode tied`) to export it, or write an ordinary model with `hf-rb dequantize`."
+        )
+    for name, weight in packed.weights.items():
+        if len(weight.shape) == 3:
+            raise ValueError(
+                f"{name} holds all experts of a layer; GPTQ's format has a tensor for each. Not exported."
+            )
+        if any(size % CODES_PER_WORD for size in weight.shape):
+            raise ValueError(
+                f"{name} is {weight.shape[0]} x {weight.shape[1]}; GPTQ packs {CODES_PER_WORD} codes a word in both directions. "
+                "Leave this layer out of the quantization (`modules_to_not_convert`)."
+            )
+    short = [name for name, weight in packed.weights.items() if weight.shape[1] % packed.config.group_size]
+    if short:
+        logger.warning(
+            f"The rows of {len(short)} layers ({short[0]}, …) end in a group shorter than {packed.config.group_size}. The format "
+            "allows it; GPTQModel's torch and triton kernels read it, Marlin and ExLlama do not."
+        )
+    return packed.rewrite(Path(destination), packed.to_gptq, packed.gptq_config(), None, overwrite, progress)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A packed tensor of the files; `shape` is that of the weight it stands for."""
+
+    layout: Layout
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+class _PackedModel:
+    """A PTQTP checkpoint as tensors."""
+
+    def __init__(self, source: str | Path):
+        self.source, self.folder = source, find_model(str(source))
+        method = quantization_method(self.folder)
+        if method != "ptqtp":
+            found = f"quantized with {method}" if method else "not quantized"
+            raise ValueError(f"{source} is {found}. Give the folder of a model that was quantized with PTQTP.")
+        self.model_config = AutoConfig.from_pretrained(self.folder)
+        self.config = PTQTPConfig.from_dict(self.model_config.quantization_config)
+        del self.model_config.quantization_config
+        self.checkpoint = Checkpoint(self.folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.model_config)
+        self.dtype = model.dtype
+        self.linear = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        find = ParameterNames(model)
+        quantizer = AutoHfQuantizer.from_config(self.config, pre_quantized=True)
+        quantizer.preprocess_model(model=model, dtype=self.dtype, device_map=None)
+        self.weights: dict[str, _Packed] = {}
+        for name, entry in self.checkpoint.entries.items():
+            parameter = (find(name)[0] or [None])[0]
+            if parameter in quantizer.layouts:
+                transposed = len(entry.shape) == 3 and model.get_submodule(parameter.rpartition(".")[0]).is_transposed
+                layout = quantizer.layouts[parameter]
+                shape = shapes[parameter] if len(entry.shape) == 3 else (entry.shape[0], layout.in_features)
+                self.weights[name] = _Packed(layout, shape, transposed)
+
+    def read(self, name: str) -> tuple[Tensor, Tensor]:
+        """Returns the packed weight in the kernels' layout and its scales, both checked."""
+        entries, layout = self.checkpoint.entries, self.weights[name].layout
+        try:
+            packed = repack(entries[name].read(), layout, self.config.packing, "nibble")
+            if f"{name}_scale" not in entries:
+                raise ValueError(f"{name}_scale is missing.")
+            scales = entries[f"{name}_scale"].read()
+            check_scales(scales, (*packed.shape[:-1], layout.groups, layout.num_scales))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        return packed, scales
+
+    def rewrite(
+        self,
+        destination: Path,
+        convert: Callable[[str], dict[str, Output]],
+        quantization_config: dict | None,
+        dtype: torch.dtype | None,
+        overwrite: bool,
+        progress: bool,
+    ) -> Size:
+        """Writes the checkpoint again with `convert(name)` in the place of packed tensors and `dtype` for the others."""
+        scales = {f"{name}_scale" for name in self.weights}
+        total = sum(entry.nbytes for entry in self.checkpoint.entries.values())
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc="write", disable=None if progress else True)
+        with atomic_folder(destination, overwrite) as folder, bar, torch.inference_mode():
+            for file, shard in zip(self.checkpoint.files, self.checkpoint.shards, strict=True):
+                outputs: dict[str, Output] = {}
+                for name, entry in shard.items():
+                    if name in self.weights:
+                        outputs |= convert(name)
+                    elif name not in scales:
+                        outputs[name] = Output.copy(entry, dtype if entry.dtype.is_floating_point else None)
+                write_tensors(folder / file.name, outputs)
+                bar.update(sum(entry.nbytes for entry in shard.values()))
+            if len(self.checkpoint.files) > 1:
+                write_index(folder, [file.name for file in self.checkpoint.files])
+            self.model_config.dtype = dtype or self.dtype
+            self.model_config.save_pretrained(folder)
+            if quantization_config:
+                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                text = json.dumps(config | {"quantization_config": quantization_config}, indent=2) + "\n"
+                (folder / "config.json").write_text(text, encoding="utf-8")
+            copy_companions(self.folder, folder)
+            size = model_size(folder)
+            write_model_card(
+                folder, ModelCardData(destination.name, base_model=str(self.source), size=size, tags=["ptqtp"])
+            )
+        return size
+
+    def to_gptq(self, name: str) -> dict[str, Output]:
+        weight = self.weights[name]
+        (rows, columns), groups = weight.shape, weight.layout.groups
+        module = name.removesuffix(".weight")
+
+        def qweight() -> Iterator[Tensor]:
+            packed, _ = self.read(name)
+            words = torch.empty(columns // CODES_PER_WORD, rows, dtype=torch.int32)
+            for block in row_blocks(rows, columns):
+                (codes,) = unpack(packed[block], weight.layout)  # 3 (t_1 + 1) + (t_2 + 1) = c + 4
+                words[:, block] = _pack_words(codes.T.to(torch.int32) + (ZERO_POINT - 4))
+            yield words.view(-1)
+
+        def scales() -> Iterator[Tensor]:
+            yield self.read(name)[1][..., 1].T.contiguous().view(-1)
+
+        zeros = _pack_words(torch.full((CODES_PER_WORD, 1), ZERO_POINT - 1, dtype=torch.int32))
+        group = torch.arange(columns, dtype=torch.int32) // self.config.group_size
+        return {
+            f"{module}.qweight": Output(torch.int32, (columns // CODES_PER_WORD, rows), qweight),
+            f"{module}.qzeros": Output.of(zeros.expand(groups, rows // CODES_PER_WORD)),
+            f"{module}.scales": Output(torch.float16, (groups, rows), scales),
+            f"{module}.g_idx": Output.of(group),
+        }
+
+    def gptq_config(self) -> dict:
+        """What GPTQ's loaders read from `config.json`."""
+        config = {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": self.config.group_size,
+            "desc_act": False,
+            "sym": True,
+            "lm_head": False,
+            "checkpoint_format": "gptq",
+            "pack_dtype": "int32",
+            "meta": {"quantizer": ["hf_rb:ptqtp"]},
+        }
+        packed = {name.removesuffix(".weight") for name in self.weights}
+        blocks = [match[0] for name in packed if (match := re.match(r".*?\.\d+\.", name))]
+        kept = [name for name in self.linear if name not in packed and name.startswith(tuple(blocks))]
+        if kept:
+            # Within the blocks that the loaders replace as a whole, for optimum the layers to replace, for others those to leave.
+            config["modules_in_block_to_quantize"] = [sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in packed})]
+            config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in kept}
+        return config
+
+
+def _pack_words(codes: Tensor) -> Tensor:
+    """Packs int32 codes from 0 to 15, eight neighbours of the first dimension a word, the first in the lowest bits."""
+    words = torch.zeros(len(codes) // CODES_PER_WORD, *codes.shape[1:], dtype=torch.int32)
+    for place in range(CODES_PER_WORD):
+        words |= codes[place::CODES_PER_WORD] << (4 * place)
+    return words
