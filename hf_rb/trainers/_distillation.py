@@ -16,7 +16,15 @@ from hf_rb.ops.lm_head import Rule
 from hf_rb.ops.rules import DivergenceRule, GopdRule, HpdRule
 
 
-__all__ = ["build_rule", "check_finite", "dense_losses", "last_hidden", "log_prob", "log_token_metrics"]
+__all__ = [
+    "build_rule",
+    "check_finite",
+    "dense_losses",
+    "init_kwargs_of",
+    "last_hidden",
+    "log_prob",
+    "log_token_metrics",
+]
 
 
 def build_rule(args: Any) -> Rule:
@@ -70,6 +78,11 @@ def dense_losses(
         return losses
     nll = cross_entropy(student_logits.float(), labels, reduction="none")
     return rule.kd_alpha * losses + (1 - rule.kd_alpha) * nll
+
+
+def init_kwargs_of(args: Any) -> dict[str, Any]:
+    """Returns what `from_pretrained` gets for a teacher or a reference that a config gives by name."""
+    return {"trust_remote_code": args.trust_remote_code} | (args.teacher_model_init_kwargs or {})
 
 
 def log_prob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,17 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_rb.ops.backbone import width_of
 from hf_rb.teachers import AdapterOffTeacher, LocalTeacher, ModelTeacher
+from hf_rb.trainers._distillation import init_kwargs_of
 
 
-__all__ = ["RoutedTeacher", "given_reference", "share_vocabulary", "start_reference", "token_weights"]
+__all__ = [
+    "RoutedTeacher",
+    "given_reference",
+    "make_reference",
+    "share_vocabulary",
+    "start_reference",
+    "token_weights",
+]
 
 
 def token_weights(
@@ -63,6 +71,16 @@ def given_reference(args: Any, model: str | PreTrainedModel | None) -> str | Pre
     if args.reference_model_name_or_path is not None:
         raise ValueError("`reference_model` and `reference_model_name_or_path` are two references. Give one.")
     return model
+
+
+def make_reference(trainer: Any, model: str | PreTrainedModel | None, **init_kwargs: Any) -> ModelTeacher | None:
+    """Returns the reference of a trainer, not prepared yet; `None` where nothing reads one. The kwargs are for a model's name."""
+    args = trainer.args
+    if args.objective != "gopd" or args.reward_scale == 1:
+        return None
+    if model is None:
+        return start_reference(trainer)
+    return LocalTeacher(model, init_kwargs | init_kwargs_of(args) if isinstance(model, str) else None)
 
 
 def start_reference(trainer: Trainer) -> ModelTeacher:

@@ -51,6 +51,24 @@ class TrainerMixin:
     def _paper(self) -> dict[str, str]:
         return METHODS[self._methods[0]].paper if self._methods else super()._paper
 
+    def _check_sequences(self, name: str) -> None:
+        """
+        Refuses what shifts labels or cuts sequences.
+
+        Raises:
+            ValueError: With the name of what does not support it.
+        """
+        if any(config.is_prompt_learning for config in getattr(self.model, "peft_config", {}).values()):
+            raise ValueError(
+                f"{name} does not support prompt-learning adapters, whose virtual tokens shift the labels. Use LoRA."
+            )
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                f"{name} does not support context or sequence parallelism, which cut sequences over processes. Set `cp_size: 1` "
+                "and `sp_size: 1`."
+            )
+
     # Metrics
 
     @cached_property

@@ -14,9 +14,9 @@ from trl import is_conversational
 from hf_rb.ops.backbone import gathered_head, head_of, width_of
 from hf_rb.ops.lm_head import Teacher as TeacherLogits
 from hf_rb.ops.lm_head import lm_head_loss
-from hf_rb.teachers import LocalTeacher, ModelTeacher
-from hf_rb.trainers._distillation import build_rule, check_finite, log_token_metrics
-from hf_rb.trainers._gopd import RoutedTeacher, given_reference, share_vocabulary, start_reference, token_weights
+from hf_rb.teachers import LocalTeacher, ModelTeacher, build_teacher
+from hf_rb.trainers._distillation import build_rule, check_finite, init_kwargs_of, log_token_metrics
+from hf_rb.trainers._gopd import RoutedTeacher, given_reference, make_reference, share_vocabulary, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers.distillation_config import DistillationConfig
 
@@ -24,6 +24,7 @@ from hf_rb.trainers.distillation_config import DistillationConfig
 __all__ = ["DistillationTrainer"]
 
 Model = str | PreTrainedModel
+_DTYPE = {"dtype": None}  # of a model given by name, TRL's default
 
 
 class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
@@ -88,21 +89,16 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
         )
         self.teacher = teacher
         self.teacher.prepare(self)
-        self.reference = self._make_reference(reference_model)
+        self.reference = make_reference(self, reference_model, **_DTYPE)
+        self.reference_is_start = reference_model is None
+        if self.reference is not None:
+            self.reference.prepare(self)
         self._rule = build_rule(args)
         self._sampler = _SamplerLogProbs(self.vllm_generation) if args.gopd_tis_cap is not None else None
         self._vocabulary = share_vocabulary(self)
         if args.objective == "jsd" and isinstance(teacher, LocalTeacher):
             if width_of(teacher.model) == width_of(self.model) == self._vocabulary:
                 self.teacher_model = teacher.wrapped  # the parent's loss reads it
-
-    def _make_reference(self, model: Model | None) -> ModelTeacher | None:
-        if self.args.objective != "gopd" or self.args.reward_scale == 1:
-            return None
-        self.reference_is_start = model is None
-        reference = start_reference(self) if model is None else _local(model, self.args)
-        reference.prepare(self)
-        return reference
 
     @property
     def _methods(self) -> list[str]:
@@ -260,36 +256,31 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
 def _teacher(
     teacher: ModelTeacher | None, model: Model | dict[str, Model] | None, args: DistillationConfig
 ) -> ModelTeacher:
-    if teacher is not None and (model is not None or args.teacher_model_name_or_path is not None):
-        raise ValueError("`teacher` and `teacher_model` are two teachers. Pass one.")
-    if teacher is not None and not hasattr(teacher, "log_probs"):
+    model = args.teacher_model_name_or_path if model is None else model
+    if isinstance(model, Mapping) and teacher is None:
+        teacher, model = (
+            RoutedTeacher({name: LocalTeacher(one, _init_kwargs(one, args)) for name, one in model.items()}),
+            None,
+        )
+    teacher = build_teacher(teacher, model, init_kwargs=_init_kwargs(model, args))
+    if not hasattr(teacher, "log_probs"):
         raise TypeError(
             f"`teacher` is a {type(teacher).__name__}, which knows what it has stored, and the student's completions are new. Pass "
             "a model, or use `GKDTrainer` with `lmbda=0`, which trains on the completions of the dataset."
         )
-    model = args.teacher_model_name_or_path if model is None else model
-    if teacher is None and model is None:
-        raise ValueError(
-            "There is no teacher. Set `teacher_model_name_or_path`, or pass `teacher_model` or `teacher`."
-        )
-    if isinstance(model, Mapping):
-        teacher = RoutedTeacher({name: _local(one, args) for name, one in model.items()})
     if isinstance(teacher, RoutedTeacher) != (args.gopd_teacher_column is not None):
         raise ValueError(
             f"`gopd_teacher_column: {args.gopd_teacher_column}` names the column that chooses among several teachers: it goes with "
             "teachers by name, `teacher_model_name_or_path: {math: ..., code: ...}`, and they with it."
         )
-    return teacher or _local(model, args)
+    return teacher
 
 
-def _local(model: Model, args: DistillationConfig) -> LocalTeacher:
+def _init_kwargs(model: Any, args: DistillationConfig) -> dict[str, Any] | None:
     if not isinstance(model, str):
-        return LocalTeacher(model)
-    # TRL's defaults.
-    kwargs: dict[str, Any] = {"dtype": None, "trust_remote_code": args.trust_remote_code}
-    if args.teacher_model_revision is not None:
-        kwargs["revision"] = args.teacher_model_revision
-    return LocalTeacher(model, kwargs | (args.teacher_model_init_kwargs or {}))
+        return args.teacher_model_init_kwargs
+    revision = {} if args.teacher_model_revision is None else {"revision": args.teacher_model_revision}
+    return _DTYPE | revision | init_kwargs_of(args)
 
 
 def loss_mask(inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -24,16 +24,17 @@ from hf_rb._fields import validate
 from hf_rb.ops import lm_head
 from hf_rb.ops.backbone import gathered_head, head_of, model_inputs, width_of
 from hf_rb.ops.sequences import Sequences
-from hf_rb.teachers import CachedTeacher, LocalTeacher, Teacher, build_teacher
+from hf_rb.teachers import CachedTeacher, Teacher, build_teacher
 from hf_rb.trainers._distillation import (
     build_rule,
     check_finite,
     dense_losses,
+    init_kwargs_of,
     last_hidden,
     log_prob,
     log_token_metrics,
 )
-from hf_rb.trainers._gopd import given_reference, share_vocabulary, start_reference, token_weights
+from hf_rb.trainers._gopd import given_reference, make_reference, share_vocabulary, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers._rules import cache_rules
 from hf_rb.trainers.gkd_config import GKDConfig
@@ -107,9 +108,7 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         self.generation_kwargs = self._generation_kwargs()
         self.generation_config = GenerationConfig(**self.generation_kwargs)
 
-        self.reference = None
-        if args.objective == "gopd" and args.reward_scale != 1:
-            self.reference = LocalTeacher(reference_model) if reference_model else start_reference(self)
+        self.reference = make_reference(self, reference_model)
         if args.disable_dropout:
             _compat.disable_dropout_in_model(self.model)
         for source in filter(None, (self.teacher, self.reference)):
@@ -133,16 +132,7 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
             raise ValueError("`compute_loss_func` would replace the loss that `objective` names. Remove it.")
         if self._is_vision_dataset:
             raise ValueError("GKDTrainer trains on text, and the dataset has images. Remove the image columns.")
-        if any(config.is_prompt_learning for config in getattr(self.model, "peft_config", {}).values()):
-            raise ValueError(
-                "GKDTrainer does not support prompt-learning adapters, whose virtual tokens shift the labels. Use LoRA."
-            )
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "GKDTrainer does not support context or sequence parallelism, which cut sequences over processes. Set "
-                "`cp_size: 1` and `sp_size: 1`."
-            )
+        self._check_sequences("GKDTrainer")
 
     def _generation_kwargs(self) -> dict[str, Any]:
         # Chat models may end a turn with several tokens, base models with one that their config does not know.
@@ -182,6 +172,8 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
                 )
             self._has_prompts_only = True
             dataset = dataset.map(_with_empty_completion)
+        elif has_prompt and isinstance(example.get("completion"), list):
+            dataset = dataset.map(_require_completion)
         elif has_messages and not args.assistant_only_loss and args.completion_only_loss is not False:
             # `conversations` with `from` and `value` too.
             dataset = dataset.map(
@@ -399,9 +391,7 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
 
 def _teacher(args: GKDConfig, teacher: Teacher | None, teacher_model: Any) -> Teacher:
     model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-    init_kwargs = args.teacher_model_init_kwargs
-    if isinstance(model, str):
-        init_kwargs = {"trust_remote_code": args.trust_remote_code} | (init_kwargs or {})
+    init_kwargs = init_kwargs_of(args) if isinstance(model, str) else args.teacher_model_init_kwargs
     teacher = build_teacher(teacher, model, args.teacher_cache, init_kwargs)
     if isinstance(teacher, CachedTeacher):
         validate(args, cache_rules)
@@ -416,6 +406,15 @@ def _teacher(args: GKDConfig, teacher: Teacher | None, teacher_model: Any) -> Te
 def _with_empty_completion(example: dict[str, Any]) -> dict[str, Any]:
     is_text = isinstance(example["prompt"], str)
     return {"completion": "" if is_text else [{"role": "assistant", "content": ""}]}
+
+
+def _require_completion(example: dict[str, Any]) -> dict[str, Any]:
+    if not example["completion"]:
+        raise ValueError(
+            "An example has a prompt and an empty `completion`, in which there is nothing to train on. Remove it, or set `lmbda: "
+            "1.0` and drop the column `completion`, so that the student writes all of them."
+        )
+    return {}
 
 
 def _last_turn_as_completion(example: dict[str, Any]) -> dict[str, Any]:

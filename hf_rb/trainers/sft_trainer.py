@@ -67,16 +67,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             self._check_profit()
 
     def _check_profit(self) -> None:
-        if any(config.is_prompt_learning for config in getattr(self.model, "peft_config", {}).values()):
-            raise ValueError(
-                "ProFit does not support prompt-learning adapters, whose virtual tokens shift the labels. Use LoRA."
-            )
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "ProFit does not support context or sequence parallelism, which cut sequences over processes. Set `cp_size: 1` "
-                "and `sp_size: 1`."
-            )
+        self._check_sequences("ProFit")
         if self.args.profit_normalize == "sequence" and not self.model_accepts_loss_kwargs:
             raise ValueError(
                 f"`profit_normalize: sequence` needs the size of the whole batch, which {type(self.model).__name__} makes the "

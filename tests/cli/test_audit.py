@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-from transformers.trainer_utils import set_seed
+from random_models import save_qwen3
 
 from hf_rb import tiny
 from hf_rb._resources import find_recipe
@@ -18,24 +17,20 @@ from hf_rb.teachers import CachedTeacher
 def family(tmp_path_factory):
     """Folders of a random student and teacher with the embedded tokenizer, and of a student with more padding."""
     folder = tmp_path_factory.mktemp("family")
-    tokenizer = AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
-    sizes = {"student": (32, 0), "teacher": (48, 8), "padded-student": (32, 24)}
-    for seed, (name, (hidden, padding)) in enumerate(sizes.items()):
-        set_seed(seed)
-        config = Qwen3Config(
-            vocab_size=len(tokenizer) + padding,
+    for seed, (name, hidden, padding) in enumerate(
+        [("student", 32, 0), ("teacher", 48, 8), ("padded-student", 32, 24)]
+    ):
+        save_qwen3(
+            folder / name,
+            seed,
+            padding,
             hidden_size=hidden,
             intermediate_size=48,
             num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
             head_dim=16,
+            tie_word_embeddings=False,
             initializer_range=0.2,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
         )
-        Qwen3ForCausalLM(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
     return folder
 
 

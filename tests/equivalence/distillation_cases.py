@@ -8,10 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-from transformers.trainer_utils import set_seed
+from random_models import save_qwen3
+from seeded_runs import ARGUMENTS, logs_and_weights, save_results
 
 from hf_rb import DistillationConfig, DistillationTrainer, tiny
 
@@ -34,26 +33,9 @@ CASES = {
 
 def save_models(folder):
     """A random student; a wider teacher, whose logits are padded; and two more of the student's size."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
-    for seed, (name, hidden, padding) in enumerate(
-        [("student", 64, 0), ("teacher", 96, 24), ("other", 64, 0), ("reference", 64, 0)]
-    ):
-        set_seed(seed)
-        config = Qwen3Config(
-            vocab_size=len(tokenizer) + padding,
-            hidden_size=hidden,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            tie_word_embeddings=True,
-            initializer_range=0.05,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        Qwen3ForCausalLM(config).save_pretrained(Path(folder, name))
-        tokenizer.save_pretrained(Path(folder, name))
+    different = {"teacher": {"hidden_size": 96, "padding": 24}}
+    for seed, name in enumerate(("student", "teacher", "other", "reference")):
+        save_qwen3(Path(folder, name), seed, initializer_range=0.05, **different.get(name, {}))
 
 
 def prompts(count=12):
@@ -85,21 +67,11 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         args = config_class(
             **{
+                **ARGUMENTS,
                 "output_dir": folder,
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "optim": "sgd",  # proportional to the gradient, where Adam would hide its scale
-                "learning_rate": 0.1,
-                "lr_scheduler_type": "constant",
-                "max_grad_norm": 1e3,
                 "shuffle_dataset": False,
                 "max_completion_length": 12,
                 "max_steps": STEPS,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 **config,
             }
         )
@@ -111,16 +83,7 @@ def train(
             peft_config=peft,
         )
         trainer.train()
-    ignored = ("runtime", "per_second", "epoch", "step_time")
-    logs = [
-        {key: value for key, value in entry.items() if not key.endswith(ignored)}
-        for entry in trainer.state.log_history
-    ]
-    weights = {
-        name: weight.detach().clone()
-        for name, weight in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
-    }
-    return logs, weights, trainer
+    return *logs_and_weights(trainer), trainer
 
 
 if __name__ == "__main__":
@@ -129,6 +92,4 @@ if __name__ == "__main__":
     results["accumulated"] = train(
         models, per_device_train_batch_size=1, gradient_accumulation_steps=2, **CASES["exopd"]
     )[:2]
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, output)
-    torch.distributed.destroy_process_group()
+    save_results(results, output)

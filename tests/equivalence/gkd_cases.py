@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-from transformers.trainer_utils import set_seed
+from random_models import save_qwen3
+from seeded_runs import ARGUMENTS, logs_and_weights, save_results
+from transformers import AutoTokenizer
 
 from hf_rb import GKDConfig, GKDTrainer, tiny
 from hf_rb.teachers import LocalTeacher
@@ -53,21 +54,8 @@ CASES = {
 
 def save_models(folder, vocabulary=VOCABULARY, padding=32):
     """A random student and a wider teacher with more padding in its vocabulary."""
-    sizes = {"student": (64, vocabulary), "teacher": (96, vocabulary + padding)}
-    for index, (name, (width, vocabulary)) in enumerate(sizes.items()):
-        set_seed(index)
-        config = Qwen3Config(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            tie_word_embeddings=True,
-            initializer_range=0.1,
-        )
-        Qwen3ForCausalLM(config).save_pretrained(Path(folder, name))
+    save_qwen3(Path(folder, "student"), vocab_size=vocabulary)
+    save_qwen3(Path(folder, "teacher"), seed=1, hidden_size=96, vocab_size=vocabulary + padding)
 
 
 def documents():
@@ -110,20 +98,10 @@ def train(models, trainer_class=Injected, config_class=GKDConfig, rows=None, **c
     with tempfile.TemporaryDirectory() as folder:
         args = config_class(
             **{
+                **ARGUMENTS,
                 "output_dir": folder,
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "optim": "sgd",  # proportional to the gradient, where Adam would hide its scale
-                "learning_rate": 0.1,
-                "lr_scheduler_type": "constant",
-                "max_grad_norm": 1e3,
                 "train_sampling_strategy": "sequential",
                 "max_steps": STEPS,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 **config,
             }
         )
@@ -140,16 +118,7 @@ def train(models, trainer_class=Injected, config_class=GKDConfig, rows=None, **c
             **keywords,
         )
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    ignored = ("runtime", "per_second", "epoch", "num_tokens")
-    logs = [
-        {key: value for key, value in entry.items() if not key.endswith(ignored)}
-        for entry in trainer.state.log_history
-    ]
-    weights = {
-        name: weight.detach().clone()
-        for name, weight in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
-    }
-    return logs, weights
+    return logs_and_weights(trainer)
 
 
 if __name__ == "__main__":
@@ -162,6 +131,4 @@ if __name__ == "__main__":
         results[f"{name}, one with nothing"] = train(
             models, rows=halves(), per_device_train_batch_size=1, **CASES[name]
         )
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, output)
-    torch.distributed.destroy_process_group()
+    save_results(results, output)

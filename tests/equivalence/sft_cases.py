@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Trainer
-from transformers.trainer_utils import set_seed
+from random_models import save_qwen3
+from seeded_runs import ARGUMENTS, logs_and_weights, save_results
+from transformers import AutoTokenizer, Trainer
 
 from hf_rb import SFTConfig, SFTTrainer, tiny
 
@@ -29,19 +30,7 @@ CASES = {
 
 def save_model(folder):
     """A random Qwen3 whose label probabilities scatter around 1/vocabulary, on both sides of the thresholds above."""
-    set_seed(0)
-    config = Qwen3Config(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    save_qwen3(folder, vocab_size=128)
 
 
 def documents():
@@ -59,20 +48,10 @@ def train(model, trainer_class=SFTTrainer, config_class=SFTConfig, rows=None, **
     with tempfile.TemporaryDirectory() as folder:
         args = config_class(
             **{
+                **ARGUMENTS,
                 "output_dir": folder,
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "optim": "sgd",  # proportional to the gradient, where Adam would hide its scale
-                "learning_rate": 0.1,
-                "lr_scheduler_type": "constant",
-                "max_grad_norm": 1e3,
                 "train_sampling_strategy": "sequential",
                 "max_steps": STEPS,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
                 **config,
             }
         )
@@ -83,16 +62,7 @@ def train(model, trainer_class=SFTTrainer, config_class=SFTConfig, rows=None, **
             processing_class=AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer"),
         )
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    ignored = ("runtime", "per_second", "epoch", "num_tokens")
-    logs = [
-        {key: value for key, value in entry.items() if not key.endswith(ignored)}
-        for entry in trainer.state.log_history
-    ]
-    weights = {
-        name: weight.detach().clone()
-        for name, weight in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
-    }
-    return logs, weights
+    return logs_and_weights(trainer)
 
 
 def resume(model, folder):
@@ -126,6 +96,4 @@ if __name__ == "__main__":
     )
     results["resume"] = [None, None]
     torch.distributed.all_gather_object(results["resume"], resume(model, Path(output).parent / "run"))
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, output)
-    torch.distributed.destroy_process_group()
+    save_results(results, output)

@@ -1,15 +1,11 @@
 """Without flags the trainer is TRL's; with them, it is the dense formulas, however a batch is split over steps and processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import distillation_cases as cases
 import pytest
 import torch
 import trl
 from peft import LoraConfig
+from seeded_runs import in_two_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rb import DistillationConfig, DistillationTrainer
@@ -158,13 +154,7 @@ def test_accumulation(models, whole, name, size, steps):
 
 
 def test_two_processes(models, whole, tmp_path):
-    output = tmp_path / "two.pt"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = Path(cases.__file__)
-    subprocess.run(
-        [*launch, script, models, output], check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    results = torch.load(output)
+    results = in_two_processes(cases.__file__, models, tmp_path / "two.pt")
     for name in cases.CASES:
         assert_same_training(results[name], whole[name])
     assert_same_training(results["accumulated"], whole["exopd"])

@@ -1,14 +1,10 @@
 """The same data gives the same distillation, whatever path computes it; where TRL's GKD is right, it is TRL's."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import gkd_cases
 import pytest
 import torch
 from peft import LoraConfig
+from seeded_runs import in_two_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.utils import DataCollatorForChatML
 
@@ -180,13 +176,7 @@ def test_resuming_is_exact(models, tmp_path, name):
 
 
 def test_two_processes(models, whole, tmp_path):
-    output = tmp_path / "two.pt"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = Path(gkd_cases.__file__)
-    subprocess.run(
-        [*launch, script, models, output], check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    results = torch.load(output)
+    results = in_two_processes(gkd_cases.__file__, models, tmp_path / "two.pt")
     for name in CASES:
         assert_same_training(results[name], whole[name])
     assert_same_training(results["accumulated"], whole["hpd"])

@@ -1,14 +1,10 @@
 """The same batch gives the same training, however it is split over steps, processes, padding and packing; flags off is TRL."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import sft_cases
 import torch
 import trl
+from seeded_runs import in_two_processes
 
 from hf_rb import SFTConfig
 
@@ -112,13 +108,7 @@ def test_packing(model, name):
 
 
 def test_two_processes(model, whole, tmp_path):
-    output = tmp_path / "two.pt"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = Path(sft_cases.__file__)
-    subprocess.run(
-        [*launch, script, model, output], check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    results = torch.load(output)
+    results = in_two_processes(sft_cases.__file__, model, tmp_path / "two.pt")
     for name in sft_cases.CASES:
         assert_same_training(results[name], whole[name])
     assert_same_training(results["accumulated"], whole["random sequence"])

@@ -1,31 +1,12 @@
 import pytest
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-from transformers.trainer_utils import set_seed
+from random_models import save_qwen3
+from transformers import AutoTokenizer
 
 from hf_rb import SFTConfig, SFTTrainer, tiny
 from hf_rb.teachers import LocalTeacher
 
 
-def save_model(folder, seed, vocab_size, hidden_size=32):
-    """Saves a random Qwen3 with the embedded tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
-    set_seed(seed)
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+SIZE = {"intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16, "initializer_range": 0.3}
 
 
 @pytest.fixture(scope="session")
@@ -34,14 +15,12 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory, tokenizer):
+def models(tmp_path_factory):
     """Folders of a student, and of a teacher that is wider, and whose vocabulary is padded further."""
     folder = tmp_path_factory.mktemp("models")
-    size = len(tokenizer)
-    return {
-        "student": save_model(folder / "student", 0, size),
-        "teacher": save_model(folder / "teacher", 1, size + 24, hidden_size=64),
-    }
+    student = save_qwen3(folder / "student", 0, hidden_size=32, **SIZE)
+    teacher = save_qwen3(folder / "teacher", 1, hidden_size=64, padding=24, **SIZE)
+    return {"student": str(student), "teacher": str(teacher)}
 
 
 @pytest.fixture(scope="session")

@@ -565,6 +565,12 @@ def test_capture_refuses_streams_and_unlabelled_data(make_trainer, capturing, ca
             cache_teacher(capturing, tmp_path)
 
 
+def test_capture_refuses_several_processes(capturing, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(capturing.accelerator), "num_processes", 2)
+    with pytest.raises(ValueError, match="captured by one process.*`teacher_model_init_kwargs: {device_map: auto}`"):
+        cache_teacher(capturing, tmp_path)
+
+
 def test_capture_refuses_a_teacher_that_gives_nan(capturing, tmp_path, monkeypatch):
     def broken(inputs, keep):
         return [Teacher(torch.full((int(keep.sum()), 4), float("nan")), Head(torch.randn(1024, 4)))]

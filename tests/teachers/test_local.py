@@ -148,7 +148,7 @@ def test_build_teacher(models):
     assert isinstance(build_teacher(teacher_cache="cache"), CachedTeacher)
     own = AdapterOffTeacher()
     assert build_teacher(teacher=own) is own
-    with pytest.raises(ValueError, match="There is no teacher. Pass `teacher_model`"):
+    with pytest.raises(ValueError, match="There is no teacher. Set `teacher_model_name_or_path`"):
         build_teacher()
     with pytest.raises(ValueError, match="several teachers: `teacher_model`, `teacher_cache`"):
         build_teacher(teacher_model="a", teacher_cache="b")

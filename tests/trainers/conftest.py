@@ -1,6 +1,5 @@
 import pytest
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-from transformers.trainer_utils import set_seed
+from random_models import save_qwen3
 
 from hf_rb import tiny
 
@@ -8,25 +7,7 @@ from hf_rb import tiny
 @pytest.fixture(scope="session")
 def student(tmp_path_factory):
     """Folder of a random Qwen3 with the embedded tokenizer; labels get probabilities on both sides of 0.001."""
-    folder = tmp_path_factory.mktemp("models") / "random-student"
-    tokenizer = AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
-    set_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_qwen3(tmp_path_factory.mktemp("models") / "random-student")
 
 
 @pytest.fixture
@@ -44,3 +25,12 @@ def config(tmp_path):
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+@pytest.fixture
+def small_embedded(student, monkeypatch, tmp_path):
+    """The embedded names, standing for a random model and a few rows; outputs go to a temporary folder."""
+    monkeypatch.setattr(tiny, "path", lambda name: student)
+    monkeypatch.setitem(tiny.SIZES, "train", 16)
+    monkeypatch.setitem(tiny.SIZES, "test", 8)
+    monkeypatch.chdir(tmp_path)

@@ -14,13 +14,7 @@ from hf_rb.scripts import distillation
 RECIPE = resource_folder("recipes") / "exopd" / "tiny-cpu.yaml"
 
 
-@pytest.fixture(autouse=True)
-def small(student, monkeypatch, tmp_path):
-    """The embedded names, standing for a random model and a few rows; outputs go to a temporary folder."""
-    monkeypatch.setattr(tiny, "path", lambda name: student)
-    monkeypatch.setitem(tiny.SIZES, "train", 16)
-    monkeypatch.setitem(tiny.SIZES, "test", 8)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("small_embedded")
 
 
 def recipe(**keys):

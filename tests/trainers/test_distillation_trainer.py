@@ -1,6 +1,7 @@
 import copy
 import inspect
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers.trainer_utils import set_seed
 
 from hf_rb import DistillationConfig, DistillationTrainer, GKDConfig, tiny
 from hf_rb.teachers import AdapterOffTeacher, LocalTeacher
-from hf_rb.trainers._gopd import RoutedTeacher
+from hf_rb.trainers._gopd import RoutedTeacher, start_reference
 from hf_rb.trainers.distillation_trainer import _SamplerLogProbs
 
 
@@ -128,6 +129,15 @@ def test_adapters_that_act_are_no_start(make, student):
     )
     with pytest.raises(ValueError, match="the adapters given here already change the model"):
         make(model=model, processing_class=AutoTokenizer.from_pretrained(student))
+
+
+def test_a_student_in_parts_cannot_be_copied(student):
+    model = AutoModelForCausalLM.from_pretrained(student).to("meta")
+    trainer = SimpleNamespace(model=model, accelerator=SimpleNamespace(unwrap_model=lambda model: model))
+    with pytest.raises(
+        ValueError, match="does not have all of the student.* set `reference_model_name_or_path` to the model"
+    ):
+        start_reference(trainer)
 
 
 def test_a_scale_of_1_needs_no_reference(make):
@@ -486,10 +496,17 @@ def test_what_only_gkd_can_do(config, student, name, value):
     copy.deepcopy(DistillationConfig(**config))
 
 
+def test_images_are_refused(make, monkeypatch):
+    trainer = make()
+    monkeypatch.setattr(trls.DistillationTrainer, "_generate_and_score_completions", lambda *_: {"num_images": [1]})
+    with pytest.raises(ValueError, match="`objective: gopd` reads text, and the dataset has images"):
+        trainer._generate_and_score_completions([])
+
+
 def test_teachers_that_are_refused(make, student, teacher):
     with pytest.raises(ValueError, match="There is no teacher. Set `teacher_model_name_or_path`"):
         make(teacher_model=None)
-    with pytest.raises(ValueError, match="two teachers. Pass one"):
+    with pytest.raises(ValueError, match="several teachers: `teacher`, `teacher_model`. Keep one"):
         make(teacher=LocalTeacher(str(teacher)))
     with pytest.raises(ValueError, match="`gopd_teacher_column: domain` names the column that chooses"):
         make({**EXOPD, "gopd_teacher_column": "domain"})
@@ -557,11 +574,12 @@ def test_an_id_that_the_teacher_lacks_is_refused(make, padded, teacher, student)
         generation_batch(trainer)
 
 
-@pytest.mark.parametrize("objective", ["reverse_kl", "jsd"], ids=["ours", "TRL's loss"])
-def test_a_teacher_that_excludes_a_token_does_not_reach_the_weights(make, student, teacher, objective):
+@pytest.mark.parametrize("objective", ["reverse_kl", "gopd", "jsd"])
+def test_a_teacher_that_excludes_tokens_does_not_reach_the_weights(make, student, teacher, objective):
+    """The loss of `jsd` is TRL's own."""
     model = AutoModelForCausalLM.from_pretrained(student if objective == "jsd" else teacher)
     bias = torch.zeros(model.config.vocab_size)
-    bias[7] = -torch.inf
+    bias[5:95] = -torch.inf  # among them the first token of every completion
     model.lm_head.bias = torch.nn.Parameter(bias)
     trainer = make({"objective": objective}, teacher_model=model)
     assert (trainer.teacher_model is not None) == (objective == "jsd")

@@ -4,19 +4,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from hf_rb import tiny
 from hf_rb._resources import resource_folder
 from hf_rb.cli import main as cli
 from hf_rb.scripts import gkd
 
 
-@pytest.fixture(autouse=True)
-def small(student, monkeypatch, tmp_path):
-    """The embedded names, standing for a random model and a few rows; outputs go to a temporary folder."""
-    monkeypatch.setattr(tiny, "path", lambda name: student)
-    monkeypatch.setitem(tiny.SIZES, "train", 16)
-    monkeypatch.setitem(tiny.SIZES, "test", 8)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("small_embedded")
 
 
 SHORT = ["--max_steps", "2", "--eval_steps", "1", "--per_device_train_batch_size", "4"]

@@ -1,5 +1,6 @@
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,6 +205,16 @@ def test_other_layouts_are_labelled_alike(make, data, tokenizer):
 DATA_ERRORS = {
     "prompts without completions": ([{"prompt": TURNS[:2]}], {}, "Add a column `completion`, or set `lmbda: 1.0`"),
     "nothing left": ([{"messages": TURNS}], {"max_length": 8}, "Raise `max_length`"),
+    "empty completions": (
+        [{"prompt": TURNS[:2], "completion": TURNS[2:3]}, {"prompt": TURNS[:2], "completion": []}],
+        {},
+        "An example has a prompt and an empty `completion`",
+    ),
+    "all labels masked": (
+        [{"input_ids": [5, 6, 7], "labels": [-100] * 3}],
+        {},
+        "No example of the train dataset has a",
+    ),
     "last turn": ([{"messages": TURNS[:4]}], {}, "must be the assistant's; one is user"),
 }
 
@@ -589,6 +600,20 @@ def test_another_chat_template_of_the_teacher_is_mentioned(make, teacher, tokeni
         with caplog.at_level(logging.WARNING):
             make(trainer_kwargs={"teacher": LocalTeacher(copy.deepcopy(teacher), tokenizer=theirs)})
         assert caplog.text.count("different chat templates") == count
+
+
+def test_images_and_cut_sequences_are_refused(make, monkeypatch):
+    trainer = make()
+    parallelism = SimpleNamespace(cp_enabled=True, sp_enabled=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.accelerator), "parallelism_config", parallelism)
+        with pytest.raises(
+            ValueError, match="GKDTrainer does not support context or sequence parallelism.*`cp_size: 1`"
+        ):
+            trainer._check_supported()
+    trainer._is_vision_dataset = True
+    with pytest.raises(ValueError, match="Remove the image columns"):
+        trainer._check_supported()
 
 
 def test_a_prompt_learning_adapter_is_refused(make):
