@@ -1,13 +1,148 @@
-"""Where a quantized layer's multiplication is chosen: one function an operation, whatever the device."""
+"""Multiplication by a quantized matrix: one function, whatever the device.
+
+What is chosen, in this order:
+
+- in main memory, float32, bfloat16 and float16 activations: the C kernel for few rows of activations, panels of the expanded
+  matrix through torch's multiplication for many (`hf_rb/quantizers/kernels/cpu`);
+- on a GPU with Triton: its kernels (`hf_rb/quantizers/kernels/triton`);
+- otherwise the dequantized matrix, which is kept (`hf_rb/quantizers/kernels/reference.py`).
+
+Compiled and traced models, and those that need a gradient, see one operator, `hf_rb::lut_linear`.
+"""
 
 import torch
+from torch import Tensor, nn
 
-from hf_rb.quantizers.kernels import reference
+from hf_rb.quantizers.kernels import cpu, reference, triton
+from hf_rb.quantizers.kernels.layout import Layout
 
 
-__all__ = ["linear"]
+__all__ = ["dequantize", "forget", "linear", "matmul"]
 
 
-def linear(input: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
-    """Returns `input @ weight.T + bias` `(..., out_features)` for a quantized layer that has `dequantize(dtype)`."""
-    return reference.linear(input, layer)
+def linear(input: Tensor, layer: nn.Module) -> Tensor:
+    """
+    Returns `input @ weight.T + bias` `(..., out_features)` for a quantized layer.
+
+    Args:
+        input (`torch.Tensor`):
+            Activations `(..., in_features)`.
+        layer (`torch.nn.Module`):
+            Has `weight`, `weight_scale`, `bias`, `layout` and `activations`.
+    """
+    return matmul(input, layer.weight, layer.weight_scale, layer.layout, layer.bias, layer.activations)
+
+
+def matmul(
+    input: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    layout: Layout,
+    bias: Tensor | None = None,
+    activations: str = "exact",
+) -> Tensor:
+    """
+    Returns `input @ weight.T + bias` `(..., out_features)` for a packed matrix. Gradients flow to the input and the bias.
+
+    Args:
+        input (`torch.Tensor`):
+            Activations `(..., in_features)`.
+        weight (`torch.Tensor`):
+            uint8 `(out_features, layout.row_bytes)`.
+        weight_scale (`torch.Tensor`):
+            float16 `(out_features, layout.groups, layout.num_scales)`.
+        layout ([`~kernels.layout.Layout`]):
+            What the bytes mean.
+        bias (`torch.Tensor`, *optional*):
+            `(out_features,)`.
+        activations (`str`, *optional*, defaults to `"exact"`):
+            `"int8"` lets the C kernel round activations to 8 bits, a scale for each group of the weight, when it takes a few
+            rows of them: faster, with a relative error of about 0.4 %.
+    """
+    direct = type(input) is Tensor and not torch.compiler.is_compiling()
+    if direct and not (input.requires_grad and torch.is_grad_enabled()):
+        output = _forward(input, weight, weight_scale, layout, activations)
+    else:
+        output = lut_linear(input, weight, weight_scale, layout.key, activations)
+    return output if bias is None else output + bias
+
+
+def dequantize(weight: Tensor, weight_scale: Tensor, layout: Layout, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns the numbers `(..., in_features)` of packed rows `(..., row_bytes)`."""
+    shape = weight.shape[:-1]
+    weight, scale = weight.detach().flatten(0, -2), weight_scale.detach().flatten(0, -3)
+    if weight.device.type == "cpu" and (kernel := cpu.kernel()) and kernel.takes(dtype, weight, scale, layout):
+        matrix = kernel.expand(weight, scale, layout, dtype)
+    elif _on_gpu(weight) and triton.supports(dtype, layout):
+        matrix = triton.dequantize(weight, scale, layout, dtype)
+    else:
+        matrix = reference.dequantize(weight, scale, layout, dtype)
+    return matrix.unflatten(0, shape)
+
+
+def forget(layer: nn.Module) -> None:
+    """Frees what was kept for weights that a layer no longer has."""
+    reference.forget()
+
+
+@torch.library.custom_op("hf_rb::lut_linear", mutates_args=())
+def lut_linear(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: str, activations: str) -> Tensor:
+    """[`matmul`] as an operator, with `layout.key`."""
+    return _forward(input, weight, weight_scale, Layout.from_key(layout), activations)
+
+
+@lut_linear.register_fake
+def _(input, weight, weight_scale, layout, activations):
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+def _setup_context(ctx, inputs, output):
+    _, weight, scale, ctx.layout, _ = inputs
+    ctx.save_for_backward(weight, scale)
+
+
+def _backward(ctx, grad):
+    weight, scale = ctx.saved_tensors
+    return lut_linear_backward(grad, weight, scale, ctx.layout), None, None, None, None
+
+
+lut_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("hf_rb::lut_linear_backward", mutates_args=())
+def lut_linear_backward(grad: Tensor, weight: Tensor, weight_scale: Tensor, layout: str) -> Tensor:
+    """Returns `grad @ weight` `(..., in_features)`."""
+    layout = Layout.from_key(layout)
+    if (
+        grad.device.type == "cpu"
+        and (kernel := cpu.kernel())
+        and kernel.takes(grad.dtype, weight, weight_scale, layout)
+    ):
+        return kernel.matmul_transposed(grad, weight, weight_scale, layout)
+    if _on_gpu(grad) and triton.supports(grad.dtype, layout):
+        return grad @ triton.dequantize(weight, weight_scale, layout, grad.dtype)
+    return grad @ reference.matrix(weight, weight_scale, layout, grad.dtype)
+
+
+@lut_linear_backward.register_fake
+def _(grad, weight, weight_scale, layout):
+    return grad.new_empty(*grad.shape[:-1], Layout.from_key(layout).in_features)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu" and triton.available(tensor.device)
+
+
+def _forward(input: Tensor, weight: Tensor, scale: Tensor, layout: Layout, activations: str) -> Tensor:
+    if input.shape[-1] != layout.in_features:
+        raise ValueError(f"The input has {input.shape[-1]} features, the weight has {layout.in_features}.")
+    if input.dtype is torch.float16 and input.device.type == "cpu":
+        return _forward(input.float(), weight, scale, layout, activations).half()
+    if input.device.type == "cpu" and (kernel := cpu.kernel()) and kernel.takes(input.dtype, weight, scale, layout):
+        if input.numel() > cpu.GEMV_ROWS * layout.in_features:
+            return kernel.matmul(input, weight, scale, layout)
+        if kernel.decodes:
+            return kernel.gemv(input, weight, scale, layout, activations == "int8")
+    elif _on_gpu(input) and triton.supports(input.dtype, layout):
+        return triton.matmul(input, weight, scale, layout)
+    return reference.linear(input, weight, scale, layout)

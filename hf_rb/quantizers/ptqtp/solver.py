@@ -35,7 +35,7 @@ from torch import Tensor
 
 from hf_rb.quantizers.kernels.layout import sections
 from hf_rb.quantizers.ptqtp import native
-from hf_rb.quantizers.ptqtp.packing import TritPlanes, packed_width, row_blocks
+from hf_rb.quantizers.ptqtp.packing import TritPlanes, layout_of, row_blocks
 
 
 __all__ = ["QuantizedMatrix", "fit_scales", "nearest_trits", "quantize_matrix", "search_trits", "solve"]
@@ -159,7 +159,7 @@ def quantize_matrix(
         weight, group_size, planes, max_iter, tol, tol_mode, scale_mode, multistart=multistart
     )
     if solver := native.solver(weight):
-        row_bytes = packed_width(weight.shape[1], group_size, planes, "nibble")
+        row_bytes = layout_of(weight.shape[1], group_size, planes).row_bytes
         packed, error, norm = solver.encode(weight, scales, group_size, row_bytes)
     else:
         parts, error, norm = [], 0.0, 0.0

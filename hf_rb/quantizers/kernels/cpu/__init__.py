@@ -1,0 +1,164 @@
+"""The kernels for processors: `gemv.c`, and panels of the matrix through torch's own multiplication."""
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_rb import _native
+from hf_rb.quantizers.kernels.layout import Layout
+
+
+__all__ = ["Kernel", "kernel"]
+
+SOURCE = Path(__file__).with_name("gemv.c")
+MAX_PARTS, MAX_BASIS = 3, 4
+DTYPES = (torch.float32, torch.bfloat16)
+
+# More rows of activations than this, and expanding the matrix costs less than going through it again and again.
+GEMV_ROWS = 8
+PANEL = 1 << 20  # weights that are expanded at a time
+WEIGHTS_PER_THREAD = 1 << 17  # below that, waking a thread costs more than it gains
+
+
+@cache
+def kernel() -> "Kernel | None":
+    """Returns the kernel for this processor, or `None` (after one warning) if it cannot be built."""
+    variant = _native.variant()
+    library = _native.load(SOURCE, variant)
+    return Kernel(library, variant) if library else None
+
+
+class _Part(Structure):
+    _fields_ = [
+        ("bits", c_int32),
+        ("rows", c_int32),
+        ("lowest", c_int32 * MAX_BASIS),
+        ("basis", c_float * 16 * MAX_BASIS),
+        ("above", c_uint8 * 16 * MAX_BASIS),
+    ]
+
+
+class _Layout(Structure):
+    _names = ("in_features", "group_size", "groups", "row_bytes", "num_scales", "num_parts")
+    _fields_ = [*((name, c_int64) for name in _names), ("part", _Part * MAX_PARTS)]
+
+
+class Kernel:
+    """
+    The functions of `gemv.c` on tensors.
+
+    Attributes:
+        decodes (`bool`): Whether `gemv` is faster than a multiplication with the dequantized matrix.
+    """
+
+    def __init__(self, library: ctypes.CDLL, variant: str):
+        self.variant = variant
+        self.decodes = variant != "portable"
+        matrix = [POINTER(_Layout), c_void_p, c_void_p, c_int64]
+        self._gemv, self._expand = library.hf_rb_gemv, library.hf_rb_expand
+        self._gemv.argtypes = [*matrix, c_void_p, c_int64, c_int, c_int, c_int, c_void_p]
+        self._expand.argtypes = [*matrix, c_int, c_int, c_void_p]
+        self._layouts: dict[str, _Layout] = {}
+
+    def takes(self, dtype: torch.dtype, weight: Tensor, scale: Tensor, layout: Layout) -> bool:
+        """Whether `gemv` and `expand` can work on this matrix in this type."""
+        return (
+            dtype in DTYPES
+            and scale.dtype is torch.float16
+            and weight.is_contiguous()
+            and scale.is_contiguous()
+            and len(layout.parts) <= MAX_PARTS
+            and max(len(part.basis) for part in layout.parts) <= MAX_BASIS
+        )
+
+    def gemv(self, input: Tensor, weight: Tensor, scale: Tensor, layout: Layout, int8: bool = False) -> Tensor:
+        """Returns `input @ weight.T` `(..., out_features)`, for few rows of activations."""
+        input = input.contiguous()
+        output = input.new_empty(*input.shape[:-1], len(weight))
+        self._run(
+            self._gemv,
+            *self._matrix(weight, scale, layout),
+            input.data_ptr(),
+            input.numel() // layout.in_features,
+            input.dtype is torch.bfloat16,
+            int8,
+            _threads(len(weight) * layout.in_features),
+            output.data_ptr(),
+        )
+        return output
+
+    def expand(self, weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """Returns the matrix `(out_features, in_features)`."""
+        output = torch.empty(len(weight), layout.in_features, dtype=dtype)
+        self._run(
+            self._expand,
+            *self._matrix(weight, scale, layout),
+            dtype is torch.bfloat16,
+            _threads(output.numel()),
+            output.data_ptr(),
+        )
+        return output
+
+    def matmul(self, input: Tensor, weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
+        """Returns `input @ weight.T` `(..., out_features)`, for many rows of activations."""
+        output = input.new_empty(*input.shape[:-1], len(weight))
+        for rows in _panels(len(weight), layout.in_features):
+            output[..., rows] = F.linear(input, self.expand(weight[rows], scale[rows], layout, input.dtype))
+        return output
+
+    def matmul_transposed(self, grad: Tensor, weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
+        """Returns `grad @ weight` `(..., in_features)`."""
+        output = grad.new_zeros(*grad.shape[:-1], layout.in_features, dtype=torch.float32)
+        for rows in _panels(len(weight), layout.in_features):
+            output += grad[..., rows] @ self.expand(weight[rows], scale[rows], layout, grad.dtype)
+        return output.to(grad.dtype)
+
+    def _matrix(self, weight: Tensor, scale: Tensor, layout: Layout) -> tuple:
+        rows, width = weight.shape
+        if width != layout.row_bytes or scale.shape != (rows, layout.groups, layout.num_scales):
+            raise ValueError(
+                f"A packed weight of shape {tuple(weight.shape)} with scales {tuple(scale.shape)} does not fit {layout}."
+            )
+        structure = self._layouts.get(layout.key)
+        if structure is None:
+            structure = self._layouts[layout.key] = _structure(layout)
+        return structure, weight.data_ptr(), scale.data_ptr(), rows
+
+    @staticmethod
+    def _run(function, *arguments) -> None:
+        if function(*arguments):
+            raise MemoryError("A kernel has no memory for its activations.")
+
+
+def _structure(layout: Layout) -> _Layout:
+    parts = []
+    for part in layout.parts:
+        lowest = [min(row) for row in part.basis]
+        # Codes that are not in use mean zero. Shorter tables are repeated: the kernel leaves the bits above a code in place.
+        rows = [(*row, *[0] * (2**part.bits - len(row))) * (16 >> part.bits) for row in part.basis]
+        above = [[max(value - low, 0) for value in row] for row, low in zip(rows, lowest, strict=True)]
+        parts.append(
+            _Part(
+                part.bits,
+                len(rows),
+                (c_int32 * MAX_BASIS)(*lowest),
+                (c_float * 16 * MAX_BASIS)(*((c_float * 16)(*row) for row in rows)),
+                (c_uint8 * 16 * MAX_BASIS)(*((c_uint8 * 16)(*row) for row in above)),
+            )
+        )
+    sizes = layout.in_features, layout.group_size, layout.groups, layout.row_bytes, layout.num_scales, len(parts)
+    return _Layout(*sizes, (_Part * MAX_PARTS)(*parts))
+
+
+def _panels(rows: int, in_features: int):
+    step = max(1, PANEL // in_features)
+    return [slice(first, first + step) for first in range(0, rows, step)]
+
+
+def _threads(weights: int) -> int:
+    return min(torch.get_num_threads(), max(1, weights // WEIGHTS_PER_THREAD))
