@@ -29,7 +29,7 @@ __all__ = ["HEAD_RULES", "adaptive_kl", "adaptive_kl_rule", "adaptive_kl_weight"
 HEAD_RULES = ("paper", "code")
 # Cumulative sums in float32 land on either side of μ when they should equal it; this much is taken for equal.
 _TOLERANCE = 1e-6
-# The head of nearly every position is among this many most probable tokens; the others are sorted in full.
+# The head of nearly every position is among this many most probable tokens. Where it is not, as many times more are looked at.
 _CANDIDATES = 64
 
 
@@ -113,20 +113,23 @@ def _weight(p: torch.Tensor, q: torch.Tensor, mu: float, head_rule: str) -> tupl
     return torch.where(total > 0, head / total, 0.5).clamp_(max=1), size
 
 
-def _head(p: torch.Tensor, gap: torch.Tensor, mu: float, head_rule: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _head(
+    p: torch.Tensor, gap: torch.Tensor, mu: float, head_rule: str, candidates: int = _CANDIDATES
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the gap inside the head and its size, both `(N,)`, for p and gap of shape `(N, V)`."""
-    if p.shape[-1] <= _CANDIDATES:
+    if p.shape[-1] <= candidates:
         return _sorted_head(p, gap, mu, head_rule)
-    values, index = p.topk(_CANDIDATES, dim=-1)
+    values, index = p.topk(candidates, dim=-1)
     member = _is_head(values, mu, head_rule)
     size = member.sum(-1)
     # `topk` promises no order among equal values, so a tie across the head's border is left to the stable sort.
     last = values.gather(-1, (size - 1).unsqueeze(-1))
-    beyond = values.gather(-1, size.clamp(max=_CANDIDATES - 1).unsqueeze(-1))
+    beyond = values.gather(-1, size.clamp(max=candidates - 1).unsqueeze(-1))
     unsettled = (member[:, -1] | (last == beyond).squeeze(-1)).nonzero().squeeze(-1)
     head, size = (gap.gather(-1, index) * member).sum(-1), size.to(gap.dtype)
     if len(unsettled):
-        head[unsettled], size[unsettled] = _sorted_head(p[unsettled], gap[unsettled], mu, head_rule)
+        more = _head(p[unsettled], gap[unsettled], mu, head_rule, candidates * _CANDIDATES)
+        head[unsettled], size[unsettled] = more
     return head, size
 
 

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # Bytes of one tile of logits, with a frozen and with a trained head: larger tiles make fewer passes over the head's gradient.
-TILE_BYTES = {"cpu": (12 << 20, 48 << 20), "cuda": (256 << 20, 256 << 20)}
+TILE_BYTES = {"cpu": (12 << 20, 24 << 20), "cuda": (256 << 20, 256 << 20)}
 # The elementwise work on a tile goes through it in blocks that stay in a CPU's cache.
 BLOCK_BYTES = 4 << 20
 # A head in half precision is widened by slabs of this many rows where there is no matrix product with float32 results.
