@@ -44,7 +44,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHUNK = 1 << 24  # bytes
+CHUNK = 1 << 22  # bytes
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Entry:
         return data.view(self.dtype).view(shape)
 
     def chunks(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """Yields the tensor, cast to `dtype`, as flat pieces of about 16 MB."""
+        """Yields the tensor, cast to `dtype`, as flat pieces of about 4 MB."""
         with self.file.open("rb", buffering=0) as stream:
             for start in range(0, self.nbytes, CHUNK):
                 data = torch.empty(min(CHUNK, self.nbytes - start), dtype=torch.uint8)

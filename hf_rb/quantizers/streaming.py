@@ -47,6 +47,7 @@ __all__ = ["ParameterNames", "quantize_checkpoint"]
 
 logger = logging.get_logger(__name__)
 
+STATE = "state.json"
 PART = 1 << 26  # bytes of weights that are quantized between two points from which a run can go on
 
 
@@ -96,7 +97,8 @@ def quantize_checkpoint(
     checkpoint = Checkpoint(folder)
     plan = _Plan(folder, checkpoint, config, dtype)
     work = destination.with_name(f".{destination.name}.partial")
-    if not work.exists():
+    if not (work / STATE).is_file():
+        shutil.rmtree(work, ignore_errors=True)  # a run that had ended was killed while it cleaned up
         check_replaceable(destination, overwrite)
     with _unfinished(work, _fingerprint(checkpoint, folder, config, dtype), resume):
         result = work / "model"
@@ -108,6 +110,7 @@ def quantize_checkpoint(
             size = complete_folder(result, folder, source, destination.name, config)
             publish_folder(result, destination, overwrite)
         report = plan.report(work)
+        (work / STATE).unlink()  # first: what is left without it means nothing
         shutil.rmtree(work, ignore_errors=True)
     report.set_size(size, weight_bytes(folder))
     return report
@@ -119,14 +122,12 @@ def _unfinished(work: Path, state: dict[str, Any], resume: bool) -> Iterator[Non
     work.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(work / "lock", timeout=0):
-            if not resume:
+            if resume and (work / STATE).is_file():
+                _compare(json.loads((work / STATE).read_text()), state, work)
+            else:
                 for name in ("model", "shards", "parts"):
                     shutil.rmtree(work / name, ignore_errors=True)
-                (work / "state.json").unlink(missing_ok=True)
-            if (work / "state.json").is_file():
-                _compare(json.loads((work / "state.json").read_text()), state, work)
-            else:
-                _write_json(work / "state.json", state)
+                _write_json(work / STATE, state)
             yield
     except Timeout:
         raise ValueError(
