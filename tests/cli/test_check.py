@@ -137,8 +137,8 @@ def test_several_recipes(recipe, tmp_path, capsys):
             "did you mean `model_init_kwargs.quantization_config.group_size`?",
         ),
         (
-            {"model_init_kwargs": {"quantization_config": {"quant_method": "ptqtp", "planes": 3}}},
-            "`model_init_kwargs.quantization_config.planes` cannot be 3; it must be one of 1, 2.",
+            {"model_init_kwargs": {"quantization_config": {"quant_method": "ptqtp", "planes": 4}}},
+            "`model_init_kwargs.quantization_config.planes` cannot be 4; it must be one of 1, 2, 3.",
         ),
         (
             {

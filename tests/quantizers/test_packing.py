@@ -95,8 +95,6 @@ def test_short_last_group_needs_the_number_of_columns():
 
 
 def test_what_does_not_fit():
-    with pytest.raises(ValueError, match="holds 1 or 2 planes"):
-        planes_of(torch.zeros(3, 1, 4), 4).pack("nibble")
     with pytest.raises(ValueError, match="'dense' or 'nibble'"):
         planes_of(EXAMPLE, 8).pack("sparse")
 

@@ -4,6 +4,7 @@ import copy
 import filecmp
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -14,7 +15,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_rb import PTQTPConfig
-from hf_rb.quantizers.kernels import reference
 from hf_rb.quantizers.ptqtp import PTQTPLinear, solve
 
 
@@ -67,11 +67,12 @@ def test_round_trip(make_model, tmp_path, model, options):
 
     plain = load(tmp_path / "one", PTQTPConfig(dequantize=True))
     assert not any(isinstance(module, PTQTPLinear) for module in plain.modules())
-    assert plain.dtype == loaded.dtype and torch.equal(logits(plain), expected)
+    assert plain.dtype == loaded.dtype
+    torch.testing.assert_close(logits(plain), expected, atol=0.05, rtol=0.05)  # its weights are rounded to bfloat16
     plain.save_pretrained(tmp_path / "plain")
-    assert torch.equal(logits(load(tmp_path / "plain")), expected)
+    assert torch.equal(logits(load(tmp_path / "plain")), logits(plain))
 
-    assert torch.equal(logits(loaded.dequantize()), expected)
+    assert torch.equal(logits(loaded.dequantize()), logits(plain))
     assert not any(isinstance(module, PTQTPLinear) for module in loaded.modules())
 
 
@@ -83,8 +84,8 @@ def test_weights_are_those_of_the_solver(make_model):
     layer = model.model.layers[1].self_attn.o_proj
     assert torch.equal(layer.dequantize(), expected.dequantize())
     assert layer.weight_scale.shape == (192, 2, 2)  # 192 weights are one group and a half
-    x = torch.randn(3, 192, dtype=torch.bfloat16)
-    assert torch.equal(layer(x), nn.functional.linear(x, expected.dequantize(torch.bfloat16)))
+    x = torch.randn(3, 192)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, expected.dequantize()), atol=1e-5, rtol=1e-5)
 
 
 def test_report(make_model):
@@ -115,7 +116,7 @@ def copy_model(source, destination, tensors):
 def test_dict_config_and_other_dtypes(make_model, tmp_path):
     model = load(make_model(), {"quant_method": "ptqtp", "group_size": 64}, dtype=torch.float32)
     layer = model.model.layers[0].mlp.up_proj
-    assert layer.config.group_size == 64 and layer.weight_scale.dtype == torch.float16
+    assert layer.layout.group_size == 64 and layer.weight_scale.dtype == torch.float16
     assert model.dtype == torch.float32
     model.save_pretrained(tmp_path / "saved")
     loaded = load(tmp_path / "saved", dtype=torch.bfloat16)
@@ -131,25 +132,6 @@ def test_casting_the_model_keeps_the_scales(make_model):
     assert model.model.layers[0].mlp.up_proj.weight_scale.dtype == torch.float16
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight_scale, scale)
     assert logits(model).dtype == torch.bfloat16
-
-
-def test_fused_experts_are_mentioned(tmp_path, caplog):
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-    from transformers.utils import logging
-
-    sizes = dict(hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1, vocab_size=64)
-    sizes |= dict(num_attention_heads=2, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2)
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(tmp_path / "moe")
-    logging.enable_propagation()
-    model = load(tmp_path / "moe", PTQTPConfig())
-    logging.disable_propagation()
-    assert "leaves the 0.0M weights of the fused experts" in caplog.text
-    assert {"lm_head", "model.layers.0.mlp.experts.down_proj"} <= set(model.hf_quantizer.report.skipped)
-    model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
-    plain = load(tmp_path / "saved", PTQTPConfig(dequantize=True), dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
-    assert torch.equal(logits(plain), logits(load(tmp_path / "saved", dtype=torch.bfloat16)))
 
 
 def test_skipped_modules(make_model, tmp_path):
@@ -170,7 +152,7 @@ def test_device_map(make_model, tmp_path):
     # What `device_map` plans with: the parameters have their packed shapes before anything is loaded.
     weight = model.model.layers[0].mlp.up_proj.weight
     size = model.hf_quantizer.param_element_size(model, "model.layers.0.mlp.up_proj.weight", weight)
-    assert size * weight.numel() == 160 * (52 + 26)
+    assert size * weight.numel() == 160 * (64 + 32)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(load(tmp_path / "saved", device_map={"": "cpu"})), logits(model))
 
@@ -191,21 +173,18 @@ def test_gradients_reach_what_is_below_and_adapters(make_model):
     assert torch.equal(model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight, packed)
 
 
-def test_dequantized_weight_is_kept_and_never_stale(make_model):
-    model = load(make_model(), PTQTPConfig())
-    layer = model.model.layers[0].mlp.up_proj
-    x = torch.randn(2, 192, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])  # with a kernel, and without
+def test_a_layer_that_changes(make_model, dtype):
+    layer = load(make_model(), PTQTPConfig()).model.layers[0].mlp.up_proj
+    x = torch.randn(2, 192, dtype=dtype)
     first = layer(x)
-    kept = reference._weight(layer, torch.bfloat16)
-    assert reference._weight(layer, torch.bfloat16) is kept
-    assert copy.deepcopy(layer) not in reference._dequantized
     with torch.no_grad():
         layer.weight_scale *= 2
     torch.testing.assert_close(layer(x), 2 * first)
     layer.weight_scale.data = layer.weight_scale.data / 2
     assert torch.equal(layer(x), first)
-    layer.to("cpu")
-    assert layer not in reference._dequantized
+    other = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    assert torch.equal(other.to("cpu")(x), first)
 
 
 # Refusals.
@@ -236,11 +215,11 @@ def test_weight_of_another_shape(make_model, tmp_path):
     ("options", "message"),
     [
         (dict(group_size=0), r"`group_size` must be in \[1, inf\)"),
-        (dict(planes=3), "`planes` .* must be one of 1, 2"),
+        (dict(planes=4), "`planes` .* must be one of 1, 2, 3"),
         (dict(tol=0.0), "`tol` must be in"),
         (dict(tol_mode="strict"), "`tol_mode` .* must be one of"),
         (dict(packing="base3"), "`packing` .* must be one of 'dense', 'nibble'"),
-        (dict(planes_per_layer={"down_proj": 3}), "must be 1 or 2; got 3"),
+        (dict(planes_per_layer={"down_proj": 4}), "must be 1, 2 or 3; got 4"),
         (dict(planes=1, scale_mode="tied"), "use it with `planes=2`"),
         (dict(modules_to_not_convert="lm_head"), r"must be a list; got 'lm_head', so write \['lm_head'\]"),
         (dict(format_version=2), "Update hf_rb"),

@@ -20,18 +20,16 @@ class PTQTPConfig(QuantizationConfigMixin):
     """
     Configuration of PTQTP, post-training quantization to trit-planes (https://huggingface.co/papers/2509.16989).
 
-    Every `nn.Linear` outside the skipped ones becomes a sum of two ternary matrices with a pair of float16 scales for 128
-    weights. No calibration data is needed. These are nine levels: 3.5 bits a weight with its scales in the dense packing,
-    4.25 in the nibble packing, not the 1.58 bits of one plane. At 4.25 bits round-to-nearest on a 4-bit grid is the more
-    accurate choice.
-
-    The file is what becomes smaller. To run, a layer keeps a dequantized copy of its weight beside the packed one.
+    Every `nn.Linear` outside the skipped ones, and the weight of every expert where a model keeps them in one parameter,
+    becomes a sum of two ternary matrices with a pair of float16 scales for 128 weights. No calibration data is needed. These
+    are nine levels: 3.5 bits a weight with its scales in the dense packing, 4.25 in the nibble packing and in memory, not the
+    1.58 bits of one plane. At 4.25 bits round-to-nearest on a 4-bit grid is the more accurate choice.
 
     Args:
         group_size (`int`, *optional*, defaults to `128`):
             Neighbouring weights of a row that share their scales. A short last group is solved on its true length.
         planes (`int`, *optional*, defaults to `2`):
-            Ternary planes, 1 or 2.
+            Ternary planes: 1, 2 (the paper) or 3 (27 levels, 5.25 bits a weight with its scales in the dense packing; ours).
         max_iter (`int`, *optional*, defaults to `50`):
             Upper limit of iterations of the solver.
         tol (`float`, *optional*, defaults to `1e-4`):
@@ -41,15 +39,23 @@ class PTQTPConfig(QuantizationConfigMixin):
             early, is solved again with `"relative"` and counted in the report. `"absolute_strict"` never does that.
         scale_mode (`str`, *optional*, defaults to `"free"`):
             `"tied"` keeps the first scale at three times the second: a symmetric integer code (not part of the paper).
+        multistart (`bool`, *optional*, defaults to `False`):
+            Whether a group is also solved from other starting points and the best solution is kept: some 2 % less error
+            for several times the work (not part of the paper).
         packing (`str`, *optional*, defaults to `"dense"`):
-            Bytes in the file: `"dense"` (5 trits a byte) or `"nibble"` (a weight in 4 bits).
+            Bytes in the file: `"dense"` (5 trits a byte) or `"nibble"` (two planes of a weight in 4 bits, as in memory).
         modules_to_not_convert (`list[str]`, *optional*):
-            Names, endings or regular expressions of modules to leave as they are, in addition to the output embeddings
-            and everything tied to the input embeddings, which are never quantized.
+            Names, endings or regular expressions of modules to leave as they are, in addition to the output embeddings,
+            everything tied to the input embeddings, linear layers beside fused experts (routers), and what is outside
+            the language model of a multimodal one, none of which is ever quantized.
         quantize_qk (`bool`, *optional*, defaults to `True`):
             Whether `q_proj` and `k_proj` are quantized. The paper quantizes them, its authors' checkpoints do not.
         planes_per_layer (`dict[str, int]`, *optional*):
-            Planes for modules by name, ending or regular expression, instead of `planes`; the first match counts.
+            Planes for modules by name, ending or regular expression, instead of `planes`; the first match counts. Fused
+            experts have the names of their parameters: `{"down_proj": 3}` holds for dense layers and experts.
+        activations (`str`, *optional*, defaults to `"exact"`):
+            `"int8"` rounds the input of a layer to 8 bits for each group of weights where a processor has a faster kernel
+            for that, with a relative error of some 0.5 % in the output of a layer. May be given when loading.
         dequantize (`bool`, *optional*, defaults to `False`):
             For loading a PTQTP checkpoint: turn it into ordinary `nn.Linear` layers. Not stored.
 
@@ -60,7 +66,7 @@ class PTQTPConfig(QuantizationConfigMixin):
     group_size: int = field(
         default=128, metadata=described("Weights of a row that share their scales.", range="[1, inf)")
     )
-    planes: int = field(default=2, metadata=described("Ternary planes.", choices=(1, 2)))
+    planes: int = field(default=2, metadata=described("Ternary planes.", choices=(1, 2, 3)))
     max_iter: int = field(default=50, metadata=described("Upper limit of solver iterations.", range="[1, inf)"))
     tol: float = field(
         default=1e-4, metadata=described("Change of the scales at which a group is done.", range="(0, inf)")
@@ -73,6 +79,9 @@ class PTQTPConfig(QuantizationConfigMixin):
         default="free",
         metadata=described("`tied`: the first scale is three times the second.", choices=("free", "tied")),
     )
+    multistart: bool = field(
+        default=False, metadata=described("Whether to solve from several starting points and keep the best solution.")
+    )
     packing: str = field(default="dense", metadata=described("Bytes in the file.", choices=("dense", "nibble")))
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata=described("Modules to leave as they are, besides the output embeddings.")
@@ -80,6 +89,12 @@ class PTQTPConfig(QuantizationConfigMixin):
     quantize_qk: bool = field(default=True, metadata=described("Whether q_proj and k_proj are quantized."))
     planes_per_layer: dict[str, int] | None = field(
         default=None, metadata=described("Planes by module name, instead of `planes`.")
+    )
+    activations: str = field(
+        default="exact",
+        metadata=described(
+            "`int8`: round the input of a layer to 8 bits where that is faster.", choices=("exact", "int8")
+        ),
     )
     dequantize: bool = field(default=False, metadata=described("Load a PTQTP checkpoint as ordinary linear layers."))
     quant_method: str = field(default="ptqtp", metadata=described("The method's name.", choices=("ptqtp",)))
@@ -101,7 +116,7 @@ class PTQTPConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What may differ between the stored configuration and the one given to `from_pretrained`."""
-        return {"dequantize": self.dequantize}
+        return {"dequantize": self.dequantize, "activations": self.activations}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what is stored in `config.json`."""
@@ -120,7 +135,7 @@ def _rules(config):
         name = config.modules_to_not_convert
         yield f"`modules_to_not_convert` must be a list; got {name!r}, so write [{name!r}]."
     for pattern, planes in (config.planes_per_layer or {}).items():
-        if planes not in (1, 2):
-            yield f"`planes_per_layer[{pattern!r}]` must be 1 or 2; got {planes!r}."
+        if planes not in (1, 2, 3):
+            yield f"`planes_per_layer[{pattern!r}]` must be 1, 2 or 3; got {planes!r}."
     if config.scale_mode == "tied" and {config.planes, *(config.planes_per_layer or {}).values()} != {2}:
         yield "`scale_mode='tied'` ties two scales: use it with `planes=2` and without other `planes_per_layer`."

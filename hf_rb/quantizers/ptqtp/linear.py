@@ -1,26 +1,59 @@
-"""The quantized linear layer."""
+"""The quantized linear layer, and what it has in common with quantized experts."""
 
 import torch
 from torch import Tensor, nn
 
 from hf_rb.quantizers import kernels
-from hf_rb.quantizers.kernels import reference
+from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
-from hf_rb.quantizers.ptqtp.packing import dequantize, packed_width
+from hf_rb.quantizers.ptqtp.packing import layout_of
 
 
-__all__ = ["PTQTPLinear"]
+__all__ = ["PTQTPLinear", "PackedModule"]
 
 
-class PTQTPLinear(nn.Linear):
+class PackedModule(nn.Module):
+    """
+    A module with packed parameters: each has a companion `<name>_scale` in float16.
+
+    Attributes:
+        layouts (`dict[str, Layout]`): The kernels' layout of every packed parameter.
+        activations (`str`): See [`PTQTPConfig`].
+    """
+
+    layouts: dict[str, Layout]
+    activations: str
+
+    def add_packed(self, name: str, rows: tuple[int, ...], layout: Layout, device: torch.device | None = None) -> None:
+        """Adds the frozen parameters `<name>` `(*rows, row_bytes)` and `<name>_scale` `(*rows, groups, planes)`."""
+        weight = torch.empty(*rows, layout.row_bytes, dtype=torch.uint8, device=device)
+        scale = torch.empty(*rows, layout.groups, layout.num_scales, dtype=torch.float16, device=device)
+        setattr(self, name, nn.Parameter(weight, requires_grad=False))
+        setattr(self, f"{name}_scale", nn.Parameter(scale, requires_grad=False))
+
+    def unpacked(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns the weights `(*rows, in_features)` of a packed parameter."""
+        return kernels.dequantize(getattr(self, name), getattr(self, f"{name}_scale"), self.layouts[name], dtype)
+
+    def _apply(self, fn, recurse: bool = True):
+        # `model.to(torch.bfloat16)` means the activations: scales rounded once more would be another model.
+        scales = {name: getattr(self, f"{name}_scale").data for name in self.layouts}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            parameter = getattr(self, f"{name}_scale")
+            if parameter.dtype != scale.dtype:
+                parameter.data = scale.to(parameter.device)
+        kernels.forget(self)
+        return self
+
+
+class PTQTPLinear(PackedModule, nn.Linear):
     """
     A linear layer whose weight is stored as trit-planes.
 
     It is an `nn.Linear` for everything that looks for one (LoRA's `all-linear`, device maps). `weight` is a frozen uint8
-    parameter `(out_features, bytes of a row)`, `weight_scale` a frozen float16 parameter
-    `(out_features, ceil(in_features / group_size), planes)`; gradients flow to the input and the bias. A forward pass
-    multiplies by a dequantized copy, which is kept until the layer changes or moves
-    (`hf_rb/quantizers/kernels/reference.py`).
+    parameter `(out_features, layout.row_bytes)` in the kernels' layout, `weight_scale` a frozen float16 parameter
+    `(out_features, ceil(in_features / group_size), planes)`; gradients flow to the input and the bias.
 
     Args:
         in_features (`int`):
@@ -30,7 +63,7 @@ class PTQTPLinear(nn.Linear):
         bias (`bool`):
             Whether there is a bias.
         config ([`PTQTPConfig`]):
-            Gives `group_size` and `packing`.
+            Gives `group_size` and `activations`.
         planes (`int`, *optional*):
             Ternary planes of this layer. Defaults to `config.planes`.
         device (`torch.device`, *optional*):
@@ -51,32 +84,18 @@ class PTQTPLinear(nn.Linear):
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.config = config
-        self.planes = planes or config.planes
-        width = packed_width(in_features, config.group_size, self.planes, config.packing)
-        groups = -(-in_features // config.group_size)
-        weight = torch.empty(out_features, width, dtype=torch.uint8, device=device)
-        scale = torch.empty(out_features, groups, self.planes, dtype=torch.float16, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.layout = layout_of(in_features, config.group_size, planes or config.planes)
+        self.layouts = {"weight": self.layout}
+        self.activations = config.activations
+        self.add_packed("weight", (out_features,), self.layout, device)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the weight `(out_features, in_features)`."""
-        tensors = {"weight": self.weight, "weight_scale": self.weight_scale}
-        return dequantize(tensors, self.config, self.in_features, dtype)
+        return self.unpacked("weight", dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         return kernels.linear(input, self)
 
-    def _apply(self, fn, recurse: bool = True):
-        # `model.to(torch.bfloat16)` means the activations: scales rounded once more would be another model.
-        scale = self.weight_scale.data
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != scale.dtype:
-            self.weight_scale.data = scale.to(self.weight_scale.device)
-        reference.forget(self)
-        return self
-
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, planes={self.planes}, group_size={self.config.group_size}"
+        return f"{super().extra_repr()}, planes={self.layout.num_scales}, group_size={self.layout.group_size}"

@@ -4,54 +4,71 @@ A weight of group g in row i is  w = sum_k scales[i, g, k] * trits[k, i, j]  wit
 byte of its own in both layouts, so a tensor can be cut at any multiple of `group_size`:
 
 - `"dense"`: five trits of one plane a byte, as the base-3 number of their digits `trit + 1`, first trit most significant
-  (0 to 242). A group stores its planes one after the other: 2 x 26 bytes for 128 weights, 3.25 bits a weight.
-- `"nibble"`: one code a weight, the base-3 number of its planes' digits (0 to 8 for two planes). Byte j of a group of
-  length n holds code j in the low half and code j + ceil(n / 2) in the high half: 4 bits a weight.
+  (0 to 242). A group stores its planes one after the other: 26 bytes a plane for 128 weights, 1.625 bits a weight.
+- `"nibble"`: what the kernels read (`hf_rb/quantizers/kernels/layout.py`). Planes 0 and 1 share codes of four bits, the base-3
+  number of their two digits (0 to 8): byte j of a group of length n holds code j in its low half and code j + ceil(n / 2) in
+  its high half. A plane that is left over (plane 0 of one, plane 2 of three) follows as digits of two bits (0 to 2): byte j
+  holds digits j, j + q, j + 2q and j + 3q with q = ceil(n / 4), from the low bits up. A group of 128 takes 32, 64 or 96 bytes
+  for 1, 2 or 3 planes.
 
 A group shorter than `group_size`, the last of a row, is laid out by its own length. Unused places hold zero trits.
+
+In memory a layer always has the second; `config.packing` is the layout in the file.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_rb.quantizers.kernels.layout import Layout, Part, pack, sections, unpack
+
 
 if TYPE_CHECKING:
     from hf_rb.quantizers.ptqtp.config import PTQTPConfig
 
-__all__ = ["TritPlanes", "dequantize", "packed_width", "row_blocks", "sections"]
+__all__ = [
+    "TritPlanes",
+    "check_scales",
+    "layout_of",
+    "packed_width",
+    "repack",
+    "row_blocks",
+]
 
+MAX_PLANES = 3
 TRITS_PER_BYTE = 5
-_POWERS = torch.tensor([81, 27, 9, 3, 1], dtype=torch.uint8, device="cpu")
-_DIGITS = torch.cartesian_prod(*[torch.arange(-1, 2, dtype=torch.int8, device="cpu")] * TRITS_PER_BYTE)  # (243, 5)
+
+NIBBLE = Part(bits=4, basis=(tuple(code // 3 - 1 for code in range(9)), tuple(code % 3 - 1 for code in range(9))))
+CRUMB = Part(bits=2, basis=((-1, 0, 1),))
 
 
-def sections(in_features: int, group_size: int) -> list[tuple[int, int, int]]:
-    """Cuts a row into its full groups and its short last group: `(first weight, groups, group length)` of each part."""
-    full, rest = divmod(in_features, group_size)
-    parts = [(0, full, group_size), (full * group_size, 1, rest)]
-    return [(start, groups, length) for start, groups, length in parts if groups and length]
+@cache
+def layout_of(in_features: int, group_size: int, planes: int) -> Layout:
+    """Returns the kernels' layout of a matrix with `in_features` columns and 1, 2 or 3 planes."""
+    return Layout(in_features, group_size, (NIBBLE,) * (planes // 2) + (CRUMB,) * (planes % 2))
 
 
 def packed_width(in_features: int, group_size: int, planes: int, packing: str) -> int:
     """Returns the bytes that one packed row takes, without its scales."""
-    return sum(
-        groups * _group_bytes(length, planes, packing) for _, groups, length in sections(in_features, group_size)
-    )
-
-
-def _group_bytes(length: int, planes: int, packing: str) -> int:
-    if packing == "dense":
-        return planes * -(-length // TRITS_PER_BYTE)
+    layout = layout_of(in_features, group_size, planes)
     if packing == "nibble":
-        if planes > 2:
-            raise ValueError(f"packing='nibble' holds 1 or 2 planes, got {planes}. Use packing='dense'.")
-        return -(-length // 2)
+        return layout.row_bytes
+    if packing == "dense":
+        return sum(planes * groups * _dense_bytes(length) for _, groups, length in layout.sections())
     raise ValueError(f"packing must be 'dense' or 'nibble', got {packing!r}.")
+
+
+def _width(layout: Layout, packing: str) -> int:
+    return packed_width(layout.in_features, layout.group_size, layout.num_scales, packing)
+
+
+def _dense_bytes(length: int) -> int:
+    return -(-length // TRITS_PER_BYTE)
 
 
 @dataclass
@@ -103,19 +120,14 @@ class TritPlanes:
 
         Args:
             packing (`str`, *optional*, defaults to `"dense"`):
-                `"dense"` (26 bytes a plane and group of 128) or `"nibble"` (64 bytes a group of 128).
+                `"dense"` (26 bytes a plane and group of 128) or `"nibble"` (64 bytes a group of 128 with two planes).
 
         Returns:
             `dict[str, torch.Tensor]`: `weight`, uint8 `(out_features, packed_width(...))`, and `weight_scale`.
         """
-        _group_bytes(self.group_size, len(self.trits), packing)  # refuses what does not fit
-        pack = _pack_dense if packing == "dense" else _pack_nibble
-        digits = (self.trits + 1).to(torch.uint8)
-        parts = [
-            pack(digits[:, :, start : start + groups * length].unflatten(-1, (groups, length)).permute(1, 2, 0, 3))
-            for start, groups, length in sections(self.shape[1], self.group_size)
-        ]
-        return {"weight": torch.cat([part.flatten(1) for part in parts], dim=1), "weight_scale": self.scales}
+        layout = layout_of(self.shape[1], self.group_size, len(self.trits))
+        _width(layout, packing)  # refuses a packing that does not exist
+        return {"weight": _pack((self.trits + 1).to(torch.uint8), layout, packing), "weight_scale": self.scales}
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], config: "PTQTPConfig", in_features: int | None = None) -> "TritPlanes":
@@ -138,67 +150,89 @@ class TritPlanes:
         groups, planes = scales.shape[1:]
         if in_features is None:
             in_features = groups * config.group_size
+        layout = layout_of(in_features, config.group_size, planes)
         width = packed_width(in_features, config.group_size, planes, config.packing)
-        if packed.shape != (len(scales), width) or groups != -(-in_features // config.group_size):
+        if packed.shape != (len(scales), width) or groups != layout.groups:
             raise ValueError(
                 f"A packed weight of shape {tuple(packed.shape)} with scales {tuple(scales.shape)} is not a matrix with "
                 f"{in_features} columns in groups of {config.group_size} ({config.packing}, {width} bytes a row expected). "
                 "If the last group of a row is shorter than the others, pass `in_features`."
             )
-        unpack = _unpack_dense if config.packing == "dense" else _unpack_nibble
-        parts, first = [], 0
-        for _, groups, length in sections(in_features, config.group_size):
-            columns = slice(first, first + groups * _group_bytes(length, planes, config.packing))
-            blocks = unpack(
-                packed[:, columns].unflatten(-1, (groups, -1)), planes, length
-            )  # (out, groups, planes, length)
-            parts.append(blocks.permute(2, 0, 1, 3).flatten(2))
-            first = columns.stop
-        return cls(torch.cat(parts, dim=-1), scales, config.group_size)
+        return cls(_unpack(packed, layout, config.packing).to(torch.int8) - 1, scales, config.group_size)
 
 
 def row_blocks(rows: int, in_features: int) -> Iterator[slice]:
     """Cuts a matrix into rows of about a million weights, the most that is held in an unpacked form at a time."""
     step = max(1, (1 << 20) // in_features)
     for first in range(0, rows, step):
-        yield slice(first, first + step)
+        yield slice(first, min(first + step, rows))
 
 
-def dequantize(
-    tensors: dict[str, Tensor], config: "PTQTPConfig", in_features: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Returns the matrix `(out_features, in_features)` of packed `tensors`, without ever holding all of its trits."""
-    weight = torch.empty(len(tensors["weight"]), in_features, dtype=dtype, device=tensors["weight"].device)
-    for rows in row_blocks(*weight.shape):
-        block = {name: tensor[rows] for name, tensor in tensors.items()}
-        weight[rows] = TritPlanes.unpack(block, config, in_features).dequantize(dtype)
-    return weight
+def repack(packed: Tensor, layout: Layout, source: str, target: str) -> Tensor:
+    """
+    Changes the byte layout of packed trits, a block of rows at a time, and checks every byte.
+
+    Args:
+        packed (`torch.Tensor`):
+            uint8 `(..., bytes of a row)` in the layout `source`.
+        layout ([`~hf_rb.quantizers.kernels.layout.Layout`]):
+            That of the matrix, from [`layout_of`].
+        source, target (`str`):
+            `"dense"` or `"nibble"`.
+
+    Returns:
+        `torch.Tensor`: uint8 `(..., bytes of a row)`; the argument itself where the two layouts are the same.
+
+    Raises:
+        ValueError: The type or the number of bytes is not that of the layout, or a byte is none of its codes.
+    """
+    width = _width(layout, source)
+    if packed.dtype != torch.uint8 or packed.shape[-1] != width:
+        raise ValueError(
+            f"Expected uint8 rows of {width} bytes ({layout.in_features} weights, {layout.num_scales} planes, "
+            f"{source!r}), got {packed.dtype} of shape {tuple(packed.shape)}."
+        )
+    rows = packed.reshape(-1, width)
+    result = rows if source == target else rows.new_empty(len(rows), _width(layout, target))
+    for block in row_blocks(len(rows), layout.in_features):
+        digits = _unpack(rows[block], layout, source)
+        if source != target:
+            result[block] = _pack(digits, layout, target)
+    return packed if source == target else result.view(*packed.shape[:-1], -1)
 
 
-def _pack_dense(digits: Tensor) -> Tensor:
-    digits = F.pad(digits, (0, -digits.shape[-1] % TRITS_PER_BYTE), value=1)
-    return (digits.unflatten(-1, (-1, TRITS_PER_BYTE)) * _POWERS.to(digits.device)).sum(-1, dtype=torch.uint8)
+def check_scales(scales: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises a `ValueError` for scales that no matrix has."""
+    if scales.dtype != torch.float16 or scales.shape != shape:
+        raise ValueError(
+            f"Expected float16 scales of shape {tuple(shape)}, got {scales.dtype} of shape {tuple(scales.shape)}."
+        )
+    if not ((scales >= 0) & scales.isfinite()).all():
+        raise ValueError("A scale is negative, infinite or NaN: the file is damaged.")
 
 
-def _unpack_dense(packed: Tensor, planes: int, length: int) -> Tensor:
-    _check_codes(packed, len(_DIGITS), "dense")
-    trits = _DIGITS.to(packed.device)[packed.int()]
-    return trits.flatten(-2).unflatten(-1, (planes, -1))[..., :length]
+# In what follows digits are trits + 1, uint8 (planes, out, in).
 
 
-def _pack_nibble(digits: Tensor) -> Tensor:
-    planes = digits.shape[-2]
-    codes = sum(digits[:, :, plane] * 3 ** (planes - 1 - plane) for plane in range(planes))
-    codes = F.pad(codes, (0, codes.shape[-1] % 2), value=3**planes // 2)
-    low, high = codes.chunk(2, dim=-1)
-    return low | (high << 4)
+def _pack(digits: Tensor, layout: Layout, packing: str) -> Tensor:
+    if packing == "dense":
+        return _pack_dense(digits, layout)
+    codes, planes = [], list(digits)
+    for part in layout.parts:
+        codes.append(planes.pop(0) if part.bits == 2 else 3 * planes.pop(0) + planes.pop(0))
+    return pack(codes, layout)
 
 
-def _unpack_nibble(packed: Tensor, planes: int, length: int) -> Tensor:
-    codes = torch.cat([packed & 15, packed >> 4], dim=-1)[..., :length]
-    _check_codes(codes, 3**planes, "nibble")
-    digits = [codes // 3 ** (planes - 1 - plane) % 3 for plane in range(planes)]
-    return torch.stack(digits, dim=-2).to(torch.int8) - 1
+def _unpack(packed: Tensor, layout: Layout, packing: str) -> Tensor:
+    if packing == "dense":
+        _check_codes(packed, 3**TRITS_PER_BYTE, packing)
+        return _unpack_dense(packed, layout)
+    digits = []
+    for part, codes in zip(layout.parts, unpack(packed, layout), strict=True):
+        _check_codes(codes, 3 ** len(part.basis), packing)
+        first = (codes * 11) >> 5  # codes // 3, from 0 to 8
+        digits += [codes] if part.bits == 2 else [first, codes - 3 * first]
+    return torch.stack(digits)
 
 
 def _check_codes(codes: Tensor, limit: int, packing: str) -> None:
@@ -206,3 +240,35 @@ def _check_codes(codes: Tensor, limit: int, packing: str) -> None:
         raise ValueError(
             f"A packed weight holds the code {codes.max()}, {packing!r} ends at {limit - 1}: the file is damaged."
         )
+
+
+def _pack_dense(digits: Tensor, layout: Layout) -> Tensor:
+    parts = []
+    for start, groups, length in layout.sections():
+        block = digits[:, :, start : start + groups * length].unflatten(-1, (groups, length)).permute(1, 2, 0, 3)
+        block = F.pad(block, (0, -length % TRITS_PER_BYTE), value=1).unflatten(-1, (-1, TRITS_PER_BYTE))
+        number = block[..., 0]
+        for place in range(1, TRITS_PER_BYTE):
+            number = 3 * number + block[..., place]
+        parts.append(number.flatten(1))
+    return torch.cat(parts, dim=1)
+
+
+def _unpack_dense(packed: Tensor, layout: Layout) -> Tensor:
+    # One look-up for the five digits of a byte, which a word of eight bytes holds.
+    words = _words(packed.device).index_select(0, packed.flatten().int()).view(packed.shape)
+    parts, first = [], 0
+    for _, groups, length in layout.sections():
+        count = groups * layout.num_scales * _dense_bytes(length)
+        block = words[:, first : first + count].contiguous().view(torch.uint8)
+        block = block.view(len(packed), groups, layout.num_scales, -1, 8)[..., :TRITS_PER_BYTE].flatten(-2)
+        parts.append(block[..., :length].permute(2, 0, 1, 3).flatten(2))
+        first += count
+    return torch.cat(parts, dim=-1)
+
+
+@cache
+def _words(device: torch.device) -> Tensor:
+    numbers = torch.arange(256, device="cpu")[:, None]
+    digits = torch.cat([numbers // 3**power % 3 for power in reversed(range(TRITS_PER_BYTE))], dim=1)
+    return F.pad(digits.to(torch.uint8), (0, 8 - TRITS_PER_BYTE)).view(torch.int64).flatten().to(device)

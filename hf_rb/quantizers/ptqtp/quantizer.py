@@ -1,25 +1,31 @@
-"""PTQTP as a quantization backend of `from_pretrained(..., quantization_config=PTQTPConfig())`."""
+"""PTQTP as a quantization backend of `from_pretrained(..., quantization_config=PTQTPConfig())`.
+
+A layer holds the bytes that the kernels read. A file has those of `config.packing`, in the names and the splitting of the
+model's own checkpoints: `experts.3.gate_proj.weight`, with its scales as `experts.3.gate_proj.weight_scale`. Loading and
+`save_pretrained` go from one to the other; a state dict is what is in memory.
+"""
 
 import time
 
 import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 
 from hf_rb import _compat
+from hf_rb.quantizers import kernels
+from hf_rb.quantizers.baseline import rtn_error
+from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
-from hf_rb.quantizers.ptqtp.linear import PTQTPLinear
-from hf_rb.quantizers.ptqtp.packing import TritPlanes, dequantize, row_blocks
-from hf_rb.quantizers.ptqtp.solver import fit_scales, search_trits
+from hf_rb.quantizers.ptqtp.conversion import Conversions
+from hf_rb.quantizers.ptqtp.experts import PTQTPExperts
+from hf_rb.quantizers.ptqtp.linear import PackedModule
+from hf_rb.quantizers.ptqtp.packing import check_scales, packed_width, repack
+from hf_rb.quantizers.ptqtp.selection import packable
+from hf_rb.quantizers.ptqtp.solver import quantize_matrix
 from hf_rb.quantizers.report import LayerReport, Report
 
 
 __all__ = ["PTQTPQuantizer"]
-
-logger = logging.get_logger(__name__)
-
-QK = ["q_proj", "k_proj"]
 
 
 class PTQTPQuantizer(HfQuantizer):
@@ -40,100 +46,197 @@ class PTQTPQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.report = Report(method="ptqtp")
         self.failures: list[str] = []
+        self.layouts: dict[str, Layout] = {}  # by the full name of a packed parameter
+        self.missing: set[str] = set()
         if quantization_config.dequantize and not self.pre_quantized:
             raise ValueError(
                 "`dequantize=True` is for loading a PTQTP checkpoint, and this one is not quantized. Quantize it first "
                 "and call `model.dequantize()`, or leave `dequantize` out."
             )
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
-        module, _, name = param_name.rpartition(".")
-        return not self.pre_quantized and name == "weight" and isinstance(model.get_submodule(module), PTQTPLinear)
+    # What is quantized.
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
-        config = self.quantization_config
-        if config.dequantize:
-            return model
-        names = [name for name, _ in model.named_modules()]
-        patterns = [*(config.modules_to_not_convert or []), *([] if config.quantize_qk else QK)]
-        if not self.pre_quantized:
-            _check_patterns(config, patterns, names, type(model).__name__)
-        skip = self.get_modules_to_not_convert(model, patterns, model._keep_in_fp32_modules, add_default_skips=True)
-        self._mention_experts(model)
-        found = False
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, nn.Linear):
-                continue
-            # A subclass computes something else.
-            if type(module) is not nn.Linear or not _compat.should_convert_module(name, skip):
-                self.report.skipped.append(name)
-                continue
-            found = True
-            model.set_submodule(name, self._empty_layer(name, module))
-        if not found:
-            raise ValueError(
-                f"There is no `nn.Linear` to quantize in {type(model).__name__}: {len(names)} modules seen."
-            )
+        for name, module in list(packable(model, self)):
+            self.layouts |= {f"{name}.{parameter}": layout for parameter, layout in module.layouts.items()}
+            if not self.quantization_config.dequantize:
+                module._is_hf_initialized = True  # bytes cannot be initialized; what is missing is reported
+                model.set_submodule(name, module)
+        if not self.layouts:
+            seen = sum(1 for _ in model.modules())
+            raise ValueError(f"There is no `nn.Linear` to quantize in {type(model).__name__}: {seen} modules seen.")
+        self.missing = set(self.layouts)
+        if self.pre_quantized:
+            self.missing |= {f"{name}_scale" for name in self.layouts}
         return model
 
-    def _empty_layer(self, name: str, linear: nn.Linear) -> PTQTPLinear:
-        config = self.quantization_config
-        per_layer = (config.planes_per_layer or {}).items()
-        planes = next((planes for pattern, planes in per_layer if _matches(pattern, name)), config.planes)
-        bias = linear.bias is not None
-        dtype = linear.weight.dtype
-        return PTQTPLinear(linear.in_features, linear.out_features, bias, config, planes, linear.weight.device, dtype)
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+        module, name = _owner(model, param_name)
+        return not self.pre_quantized and name in getattr(module, "layouts", ())
 
-    def _mention_experts(self, model: nn.Module) -> None:
-        experts = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and "expert" in name]
-        self.report.skipped += experts
-        if experts and not self.pre_quantized:
-            share = sum(model.get_parameter(name).numel() for name in experts)
-            logger.warning(
-                f"PTQTP leaves the {share / 1e6:.1f}M weights of the fused experts in {type(model).__name__} as they are: "
-                "it quantizes `nn.Linear` layers."
+    def quantize_tensor(self, parameter: str, module: PackedModule, matrix: Tensor) -> dict[str, Tensor]:
+        """
+        Quantizes a weight matrix for a file and adds it to the report.
+
+        Args:
+            parameter (`str`):
+                Name of the packed parameter in the model.
+            module ([`PTQTPLinear`] or [`PTQTPExperts`]):
+                Module that has the parameter.
+            matrix (`torch.Tensor`):
+                Weights `(out, in)` of the layer or of one expert, or of one half of an expert's `gate_up_proj`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The packed bytes under `""` and the scales under `"_scale"`: what follows the name of
+            the parameter.
+
+        Raises:
+            ValueError: The matrix has a NaN, an infinite value or another width.
+        """
+        packed, scale = self._solve(parameter, module, matrix)
+        layout = module.layouts[parameter.rpartition(".")[2]]
+        return {"": repack(packed, layout, "nibble", self.quantization_config.packing), "_scale": scale}
+
+    def _solve(self, parameter: str, module: PackedModule, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        config, weight = self.quantization_config, parameter.rpartition(".")[2]
+        layout, rows = module.layouts[weight], getattr(module, weight).shape[-2]
+        if matrix.shape[-1] != layout.in_features:
+            raise ValueError(f"The weight has {matrix.shape[-1]} columns, expected {layout.in_features}.")
+        # Most checkpoints have gate and up apart. What comes out does not depend on that.
+        halves = weight == "gate_up_proj" and module.is_concatenated and len(matrix) == rows
+        results = []
+        for block in matrix.chunk(2) if halves else (matrix,):
+            start = time.perf_counter()
+            packed, scale, error, resolved = quantize_matrix(
+                block,
+                group_size=layout.group_size,
+                planes=layout.num_scales,
+                max_iter=config.max_iter,
+                tol=config.tol,
+                tol_mode=config.tol_mode,
+                scale_mode=config.scale_mode,
+                multistart=config.multistart,
             )
+            seconds = time.perf_counter() - start
+            name = parameter.removesuffix(".weight")
+            self.report.add(LayerReport(name, block.numel(), error, resolved, rtn_error(block)), seconds)
+            results.append((packed, scale))
+        return tuple(torch.cat(parts) if halves else parts[0] for parts in zip(*results, strict=True))
 
-    def get_quantize_ops(self) -> "_Quantize":
-        return _Quantize(self)
+    # How tensors of a file become parameters, and back.
 
-    def get_load_operations(self) -> dict:
-        return {"dequantize": _Dequantize} if self.quantization_config.dequantize else {}
+    def get_quantize_ops(self) -> _compat.ConversionOps:
+        return _compat.IdentityOp()  # the conversion has done it
 
-    def quantize_weight(self, name: str, layer: PTQTPLinear, weight: Tensor) -> dict[str, Tensor]:
-        """Returns the packed tensors of a weight `(out_features, in_features)`, and adds its layer to the report."""
-        config, start = self.quantization_config, time.perf_counter()
-        options = config.max_iter, config.tol, config.tol_mode, config.scale_mode
-        scales, resolved = fit_scales(weight, config.group_size, layer.planes, *options)
-        packed, change, norm = [], 0.0, 0.0
-        for rows in row_blocks(*weight.shape):
-            trits = search_trits(weight[rows], scales[rows], config.group_size)
-            planes = TritPlanes(trits, scales[rows], config.group_size)
-            packed.append(planes.pack(config.packing)["weight"])
-            original = weight[rows].float()
-            change += (planes.dequantize() - original).square().sum(dtype=torch.float64).item()
-            norm += original.square().sum(dtype=torch.float64).item()
-        seconds = time.perf_counter() - start
-        error = (change / norm) ** 0.5 if norm else 0.0
-        self.report.add(LayerReport(name, weight.numel(), error, resolved), seconds)
-        return {"weight": torch.cat(packed), "weight_scale": scales}
+    def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
+        # No cast into bytes: a packed tensor of another type is refused.
+        return super().get_new_dtype(converter, param, dtype) if dtype is None or dtype.is_floating_point else None
+
+    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+        self.conversions = Conversions(self, weight_conversions)
+        return self.conversions.loading
+
+    def packs(self, model: nn.Module, name: str) -> bool:
+        """Whether a parameter is packed, or the scales of one that is."""
+        module, parameter = _owner(model, name)
+        return parameter.removesuffix("_scale") in getattr(module, "layouts", ())
+
+    def load(self, model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Returns the parameters that a tensor of a checkpoint makes, the parameter `name` among them."""
+        module, parameter = _owner(model, name)
+        weight = parameter.removesuffix("_scale")
+        if not self.packs(model, name):
+            return {name: tensor}
+        layout, shape = module.layouts[weight], getattr(module, parameter).shape
+        if parameter != weight:
+            check_scales(tensor, shape)
+            self.missing.discard(name)
+            return {name: tensor}
+        packing, columns = self.quantization_config.packing, layout.in_features
+        if self.pre_quantized:
+            columns = packed_width(columns, layout.group_size, layout.num_scales, packing)
+        expected = (*shape[:-1], columns)
+        if tensor.shape != expected and tensor.ndim == 3 and not self.pre_quantized:
+            tensor = tensor.mT
+        if tensor.shape != expected:
+            raise ValueError(f"The checkpoint's weight has shape {tuple(tensor.shape)}, expected {expected}.")
+        matrices = []
+        for i, matrix in enumerate(tensor if tensor.ndim == 3 else [tensor]):
+            try:
+                if self.pre_quantized:
+                    matrices.append((repack(matrix, layout, packing, "nibble"),))
+                else:
+                    matrices.append(self._solve(name, module, matrix))
+            except ValueError as error:
+                raise ValueError(f"expert {i}: {error}" if tensor.ndim == 3 else str(error)) from error
+        made = [torch.stack(parts) if tensor.ndim == 3 else parts[0] for parts in zip(*matrices, strict=True)]
+        result = dict(zip((name, f"{name}_scale"), made, strict=False))
+        self.missing -= result.keys()
+        return result
+
+    def unpack(self, name: str, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the weights of a packed tensor of a checkpoint that goes into the parameter `name`."""
+        layout = self.layouts[name]
+        check_scales(scale, (*weight.shape[:-1], layout.groups, layout.num_scales))
+        packed = repack(weight, layout, self.quantization_config.packing, "nibble")
+        return kernels.dequantize(packed, scale, layout, dtype)
+
+    def fail(self, model: nn.Module, name: str, error: Exception) -> dict[str, Tensor]:
+        """Remembers why a parameter could not be made, and returns something of its shape."""
+        # Raised in a conversion it would end up in a table of the log. It is raised when the last tensor has been seen.
+        self.failures.append(f"{name}: {error}")
+        names = [name, *([] if self.pre_quantized else [f"{name}_scale"])]
+        self.missing -= {name, f"{name}_scale"}
+        return {name: torch.zeros_like(model.get_parameter_or_buffer(name), device="cpu") for name in names}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+        packed = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, PackedModule)]
+        for prefix, module in packed:
+            for name, parameter in module.named_parameters(recurse=False):
+                loaded = parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
+                if not loaded and not self.packs(model, f"{prefix}.{name}"):
+                    self.missing.add(f"{prefix}.{name}")
+        self.failures += [f"{name}: not in the checkpoint." for name in sorted(self.missing)]
         if self.failures:
             raise ValueError("\n".join(self.failures))
-        for module in model.modules():
-            if isinstance(module, PTQTPLinear):
-                module.weight_scale.requires_grad_(False)  # the loader trains whatever is floating
+        for _, module in packed:
+            for name in module.layouts:
+                getattr(module, f"{name}_scale").requires_grad_(False)  # the loader trains whatever is floating
+        used = model._weight_conversions
+        self.plain_conversions = self.conversions.plain(used)
+        dequantized = self.quantization_config.dequantize
+        model._weight_conversions = self.plain_conversions if dequantized else self.conversions.packed(used)
         return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict]:
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only the adapter is saved
+        state = model.state_dict()
+        for prefix, module in model.named_modules():
+            for parameter, layout in getattr(module, "layouts", {}).items():
+                name = f"{prefix}.{parameter}"
+                weight = _compat.load_offloaded_parameter(model, name) if state[name].is_meta else state[name]
+                state[name] = repack(weight, layout, "nibble", self.quantization_config.packing)
+        return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving turns config.dtype into a string
-        for name, module in list(model.named_modules()):
-            if isinstance(module, PTQTPLinear):
-                linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-                linear.weight = nn.Parameter(module.dequantize(dtype))
-                linear.bias = module.bias
-                model.set_submodule(name, linear)
+        packed = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedModule)]
+        for name, module in packed:
+            if any(parameter.is_meta for parameter in module.parameters()):
+                raise ValueError(
+                    f"{name} is offloaded, so it cannot be dequantized in place. Load the checkpoint with "
+                    "`quantization_config=PTQTPConfig(dequantize=True)` instead."
+                )
+        for name, module in packed:
+            if isinstance(module, PTQTPExperts):
+                model.set_submodule(name, module.dequantize(dtype))
+                continue
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear.weight = nn.Parameter(module.dequantize(dtype))
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+        model._weight_conversions = self.plain_conversions
         return model
 
     def is_serializable(self) -> bool:
@@ -143,62 +246,11 @@ class PTQTPQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
-
-class _Quantize(_compat.ConversionOps):
-    """A checkpoint's `weight` -> `weight`, `weight_scale` of a [`PTQTPLinear`]."""
-
-    def __init__(self, quantizer: PTQTPQuantizer):
-        self.quantizer = quantizer
-
-    def convert(self, input_dict: dict, *, full_layer_name: str, model: nn.Module, **kwargs) -> dict[str, Tensor]:
-        ((weight,),) = ([value] if isinstance(value, Tensor) else value for value in input_dict.values())
-        name = full_layer_name.removesuffix(".weight")
-        layer = model.get_submodule(name)
-        try:
-            if weight.shape != (layer.out_features, layer.in_features):
-                expected = (layer.out_features, layer.in_features)
-                raise ValueError(f"The checkpoint's weight has shape {tuple(weight.shape)}, expected {expected}.")
-            tensors = self.quantizer.quantize_weight(name, layer, weight)
-        except ValueError as error:
-            # Raised here it would end up in a table of the log. It is raised when the last tensor has been seen.
-            self.quantizer.failures.append(f"{full_layer_name}: {error}")
-            tensors = {key: torch.zeros_like(getattr(layer, key), device="cpu") for key in ("weight", "weight_scale")}
-        return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-
-
-class _Dequantize(_compat.ConversionOps):
-    """`weight`, `weight_scale` of a checkpoint -> the `weight` of an `nn.Linear`; other weights pass."""
-
-    def __init__(self, hf_quantizer: PTQTPQuantizer):
-        self.hf_quantizer = hf_quantizer  # the name by which the loader knows not to cast what comes in
-
-    def convert(self, input_dict: dict, *, full_layer_name: str, model: nn.Module, **kwargs) -> dict[str, Tensor]:
-        target = model.get_parameter_or_buffer(full_layer_name)
-        if "weight_scale" in input_dict:
-            tensors = {name: tensor for name, (tensor,) in input_dict.items()}
-            config = self.hf_quantizer.quantization_config
-            return {full_layer_name: dequantize(tensors, config, target.shape[1], target.dtype)}
-        if "weight" in input_dict:
-            return {full_layer_name: input_dict["weight"][0].to(target.dtype)}
-        # A conversion of the model's own goes on from here, such as the merge of experts.
-        return {key: [tensor.to(target.dtype) for tensor in tensors] for key, tensors in input_dict.items()}
-
     @property
-    def reverse_op(self):
-        return _compat.IdentityOp()
+    def is_compileable(self) -> bool:
+        return True
 
 
-def _matches(pattern: str, name: str) -> bool:
-    return not _compat.should_convert_module(name, [pattern])
-
-
-def _check_patterns(config: PTQTPConfig, patterns: list[str], names: list[str], model: str) -> None:
-    for pattern in [*patterns, *(config.planes_per_layer or {})]:
-        if any(_matches(pattern, name) for name in names):
-            continue
-        if pattern in QK:
-            raise ValueError(
-                f"quantize_qk=False: {model} has no {pattern}. Name the projections to keep in `modules_to_not_convert`."
-            )
-        endings = sorted({name.rpartition(".")[2] for name in names} - {""})
-        raise ValueError(f"{pattern!r} matches no module of {model}; names end in {', '.join(endings)}.")
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module, _, parameter = name.rpartition(".")
+    return model.get_submodule(module), parameter
