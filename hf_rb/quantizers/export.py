@@ -29,10 +29,11 @@ from hf_rb._files import atomic_folder
 from hf_rb._safetensors import Checkpoint, Output, write_index, write_tensors
 from hf_rb.evaluation import Size, find_model, model_size
 from hf_rb.hub import ModelCardData, write_model_card
+from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels.layout import Layout, unpack
 from hf_rb.quantizers.offline import copy_companions, quantization_method
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
-from hf_rb.quantizers.ptqtp.packing import check_scales, dequantize, repack, row_blocks
+from hf_rb.quantizers.ptqtp.packing import check_scales, repack, row_blocks
 from hf_rb.quantizers.streaming import ParameterNames
 
 
@@ -84,7 +85,7 @@ def dequantize_checkpoint(
         target = cast or packed.dtype
 
         def chunks() -> Iterator[Tensor]:
-            values = dequantize(*packed.read(name), weight.layout, target)
+            values = kernels.dequantize(*packed.read(name), weight.layout, target)
             yield (values.mT if weight.transposed else values).contiguous().view(-1)
 
         return {name: Output(target, weight.shape, chunks)}

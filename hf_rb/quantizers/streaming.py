@@ -250,6 +250,9 @@ class _Plan:
                 if not _done(work, shard).is_file():
                     self._write_shard(work, shard, jobs, bar)
                 bar.update(sum(job.entry.nbytes for job in jobs) - bar.n)
+        for path in (work / "model").iterdir():
+            if path.name not in self.shards:
+                path.unlink()  # half a file, perhaps, of a run that was killed here
         config = self.model.config
         config.quantization_config = self.quantizer.quantization_config
         config.architectures = [type(self.model).__name__]
