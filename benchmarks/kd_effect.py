@@ -59,11 +59,11 @@ def tiny_run(name: str, seed: int, steps: int, batch_size: int, problems: int, l
             train_dataset=data.select_columns(["prompt", "completion"]),
             **teacher,
         )
-        start = time.perf_counter()
+        start = time.process_time()
         trainer.train()
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
     model, tokenizer = trainer.model.eval(), trainer.processing_class
-    return {"objective": name, "seed": seed, "seconds": seconds, **_measure(model, tokenizer, problems)}
+    return {"objective": name, "seed": seed, "cpu_seconds": seconds, **_measure(model, tokenizer, problems)}
 
 
 def _measure(model, tokenizer, problems: int) -> dict:
@@ -83,7 +83,12 @@ def tiny_effect(args: argparse.Namespace) -> None:
 
     model, tokenizer = evaluation.load_model(tiny.path("student"), "float32")
     runs = [
-        {"objective": "student at the start", "seed": 0, "seconds": 0.0, **_measure(model, tokenizer, args.problems)}
+        {
+            "objective": "student at the start",
+            "seed": 0,
+            "cpu_seconds": 0.0,
+            **_measure(model, tokenizer, args.problems),
+        }
     ]
     for seed in range(args.seeds):
         for name in OBJECTIVES:
@@ -96,12 +101,13 @@ def tiny_effect(args: argparse.Namespace) -> None:
         f"{args.problems} held-out problems and perplexity of their worked solutions: mean (lowest to highest). An effect on a tiny model, which "
         "says little about large ones. `python benchmarks/kd_effect.py tiny` repeats it.",
         "",
-        "| objective | exact match | perplexity | seconds |",
+        "| objective | exact match | perplexity | CPU seconds |",
         "|---|---:|---:|---:|",
     ]
     for name in dict.fromkeys(run["objective"] for run in runs):
         cells = [
-            [run[key] for run in runs if run["objective"] == name] for key in ("exact_match", "perplexity", "seconds")
+            [run[key] for run in runs if run["objective"] == name]
+            for key in ("exact_match", "perplexity", "cpu_seconds")
         ]
         shown = [f"{mean(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells[:2]] + [f"{mean(cells[2]):.0f}"]
         lines.append(f"| {name} | {' | '.join(shown)} |")
