@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hf_rb.quantizers.baseline import rtn_bits
-
 
 __all__ = ["LayerReport", "Report"]
 
@@ -21,6 +19,7 @@ class LayerReport:
         resolved (`bool`): Whether the layer was solved a second time because the first stopping rule was too coarse.
         baseline_error (`float`, *optional*): Relative error of 4-bit round-to-nearest with groups of 128, on a sample of
             the rows.
+        baseline_bytes (`int`, *optional*): Bytes that the layer would take then.
     """
 
     name: str
@@ -28,6 +27,7 @@ class LayerReport:
     relative_error: float
     resolved: bool = False
     baseline_error: float | None = None
+    baseline_bytes: int | None = None
 
     @property
     def kind(self) -> str:
@@ -84,6 +84,8 @@ class Report:
             both = [known, layer]
             known.relative_error, known.baseline_error = _mean(both, "relative_error"), _mean(both, "baseline_error")
             known.weights += layer.weights
+            if None not in (known.baseline_bytes, layer.baseline_bytes):
+                known.baseline_bytes += layer.baseline_bytes
             known.resolved |= layer.resolved
         self.resolved = sum(layer.resolved for layer in self.layers)
         self.seconds += seconds
@@ -98,8 +100,9 @@ class Report:
         """Fills in what a [`~hf_rb.evaluation.Size`] of the written folder says."""
         self.file_bytes, self.parameters, self.bits_per_weight = size.file_bytes, size.weights, size.bits_per_weight
         self.source_bytes, self.quantized_bits_per_weight = source_bytes, size.quantized_bits_per_weight
-        saved = size.quantized_weights * (size.quantized_bits_per_weight - rtn_bits())
-        self.baseline_file_bytes = round(size.file_bytes - saved / 8)
+        if all(layer.baseline_bytes is not None for layer in self.layers):
+            ours = round(size.quantized_weights * size.quantized_bits_per_weight / 8)
+            self.baseline_file_bytes = size.file_bytes - ours + sum(layer.baseline_bytes for layer in self.layers)
 
     def error_by_kind(self, which: str = "relative_error") -> dict[str, float]:
         """Error by kind of layer: the root of the mean square over its weights. `which` may be `"baseline_error"`."""
@@ -117,15 +120,13 @@ class Report:
         ours, theirs = self.error(), self.error("baseline_error")
         if theirs is None or self.baseline_file_bytes is None:
             return "Not compared with 4-bit rounding."
+        accuracy = "more accurate" if theirs < ours else "no more accurate"
+        errors = f"relative error {theirs:.4f} against {ours:.4f}"
         more = self.baseline_file_bytes / self.file_bytes - 1
-        errors = f"its relative error {theirs:.4f} against {ours:.4f}"
-        if more <= 0:
-            size = f"would be {-more:.1%} smaller" if more else "would be as small"
-            if theirs < ours:
-                return f"Prefer plain 4-bit rounding (group 128) for this model: the file {size}, and {errors}."
-            return f"Plain 4-bit rounding (group 128) {size}; {errors}."
-        better = "is the more accurate" if theirs < ours else "is not more accurate"
-        return f"Plain 4-bit rounding (group 128) {better}, {errors}; its file would be {more:.1%} larger."
+        if more > 0:
+            return f"Plain 4-bit rounding (group 128) would be {accuracy}, {errors}, in a file {more:.1%} larger."
+        advice = "Prefer another format for this model: p" if theirs < ours else "P"
+        return f"{advice}lain 4-bit rounding (group 128) would be {accuracy}, {errors}, in a file {-more:.1%} smaller."
 
 
 def _mean(layers: Iterable[LayerReport], which: str) -> float | None:

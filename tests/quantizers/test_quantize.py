@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_rb import PTQTPConfig, tiny
@@ -13,6 +14,7 @@ from hf_rb._resources import resource_folder
 from hf_rb.cli import main
 from hf_rb.cli import quantize as verb
 from hf_rb.quantizers import quantize
+from hf_rb.quantizers.baseline import round_to_nearest, rtn
 from hf_rb.quantizers.ptqtp import PTQTPLinear
 
 
@@ -59,7 +61,8 @@ def test_verb(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["quantize", str(source), str(out), "--no-qk", "--skip", "down_proj", "--packing", "nibble"]) == 0
     printed = capsys.readouterr().out
-    assert "gate_proj" in printed and "true bits per weight" in printed and "down_proj, " in printed
+    assert "gate_proj" in printed and "true bits per weight" in printed and "2 down_proj, " in printed
+    assert "4-bit rounding (group 128) would be" in printed
     names = quantized_modules(out)
     assert names and not any(name.endswith(("q_proj", "k_proj", "down_proj")) for name in names)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
@@ -70,6 +73,74 @@ def test_verb_json(source, tmp_path, capsys):
     assert main(["quantize", str(source), str(tmp_path / "out"), "--group-size", "64", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["layers"]) == 14 and report["method"] == "ptqtp" and report["bits_per_weight"] > 3
+
+
+def test_report_beside_4_bit_rounding(source, tmp_path):
+    report = quantize(source, tmp_path / "out", PTQTPConfig(packing="nibble"))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    packed = [name for name, tensor in stored.items() if tensor.dtype == torch.uint8]
+    ours = sum(tensor.nbytes for name, tensor in stored.items() if name in packed or name[: -len("_scale")] in packed)
+    # 4 bits a weight; a 16-bit scale and a 4-bit zero point for each group of 128, and for the short one.
+    original = load_file(source / "model.safetensors")
+    shapes = [original[name].shape for name in packed]
+    theirs = sum((4 * rows * columns + 20 * rows * -(-columns // 128)) // 8 for rows, columns in shapes)
+    assert report.baseline_file_bytes == report.file_bytes - ours + theirs
+    assert report.quantized_bits_per_weight == pytest.approx(
+        8 * ours / sum(rows * columns for rows, columns in shapes)
+    )
+    assert 0.155 < report.error() < 0.175 and 0.09 < report.error("baseline_error") < 0.105
+    assert report.source_bytes == (source / "model.safetensors").stat().st_size
+    assert report.verdict().startswith(
+        "Prefer another format for this model: plain 4-bit rounding (group 128) would be more"
+    )
+    dense = quantize(source, tmp_path / "dense", PTQTPConfig())
+    larger = dense.baseline_file_bytes / dense.file_bytes - 1
+    assert 0.05 < larger < 0.2 and dense.verdict().endswith(f"in a file {larger:.1%} larger.")
+
+
+def test_round_to_nearest():
+    weight = torch.randn(64, 192, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    for bits, expected in ((3, 0.21), (4, 0.0995)):
+        rounded = round_to_nearest(weight, bits)
+        assert torch.equal(rounded[3], weight[3])
+        assert ((rounded - weight).norm() / weight.norm()).item() == pytest.approx(expected, abs=0.012)
+        group = rounded[0, :128].unique()
+        assert len(group) <= 2**bits and torch.allclose(
+            group.diff() / group.diff().min(), (group.diff() / group.diff().min()).round(), atol=1e-3
+        )
+    assert round_to_nearest(rounded).sub(rounded).abs().max() < 1e-2
+    error, size = rtn(weight)
+    assert error == pytest.approx(((round_to_nearest(weight) - weight).norm() / weight.norm()).item())
+    assert size == 64 * (192 // 2) + 64 * 2 * 20 // 8
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "tiny:math"])
+def test_perplexity_before_and_after(tmp_path, capsys, kind):
+    data = tmp_path / f"stories.{kind}"
+    text = "A farm has 12 cows and 7 goats. How many animals are there? " * 20
+    data.write_text(json.dumps({"text": text}) + "\n" if kind == "jsonl" else text)
+    arguments = ["quantize", "tiny:student", str(tmp_path / "out")]
+    arguments += ["--stream"] if kind == "tiny:math" else ["--eval-data", str(data)]  # the default for a model of ours
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["eval_data"] == ("tiny:math" if kind == "tiny:math" else data.name)
+    before, after = report["perplexity_before"], report["perplexity_after"]
+    assert 1 < before < after if kind == "tiny:math" else before != after  # the text is nothing it has learnt
+    assert report["verdict"] and report["layers"][0]["baseline_error"] < report["layers"][0]["relative_error"]
+
+
+def test_bad_evaluation_data_is_told_before_the_work(source, tmp_path, capsys):
+    arguments = ["quantize", str(source), str(tmp_path / "out"), "--eval-data"]
+    assert main([*arguments, str(tmp_path / "no.txt")]) == 2
+    assert "There is no file" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "?"}) + "\n")
+    assert main([*arguments, str(tmp_path / "rows.jsonl")]) == 2
+    assert "one called `text` is needed" in capsys.readouterr().err
+    (tmp_path / "empty.txt").write_text(" ")
+    assert main([*arguments, str(tmp_path / "empty.txt")]) == 2
+    assert "holds no text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_recipe_with_an_argument_over_it(source, tmp_path):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
-from hf_rb import _compat
+from hf_rb import _compat, _registration
 from hf_rb.quantizers import kernels
-from hf_rb.quantizers.baseline import rtn_error
+from hf_rb.quantizers.baseline import rtn
 from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
 from hf_rb.quantizers.ptqtp.conversion import Conversions
@@ -119,7 +119,7 @@ class PTQTPQuantizer(HfQuantizer):
             )
             seconds = time.perf_counter() - start
             name = parameter.removesuffix(".weight")
-            self.report.add(LayerReport(name, block.numel(), error, resolved, rtn_error(block)), seconds)
+            self.report.add(LayerReport(name, block.numel(), error, resolved, *rtn(block)), seconds)
             results.append((packed, scale))
         return tuple(torch.cat(parts) if halves else parts[0] for parts in zip(*results, strict=True))
 
@@ -244,6 +244,7 @@ class PTQTPQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
+        _registration.require("peft")  # without our guards a merge could damage packed weights
         return True
 
     @property
