@@ -1,0 +1,60 @@
+"""The kernels for GPUs. Importing this module needs neither Triton nor a device; its functions need both."""
+
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from hf_rb.quantizers.kernels.layout import Layout
+
+
+__all__ = ["available", "compiled_solver", "dequantize", "linear", "supports"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def available(device: torch.device) -> bool:
+    """Whether Triton is installed and `device` is a GPU that it compiles for."""
+    return device.type == "cuda" and _has_triton() and _is_recent(device)
+
+
+def supports(dtype: torch.dtype, layout: Layout) -> bool:
+    """Whether [`linear`] takes activations of this type and weights of this layout, on any available device."""
+    return dtype in DTYPES and all(_matmul().recipe(part) for part in layout.parts)
+
+
+def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """See [`~hf_rb.quantizers.kernels.triton.matmul.linear`]."""
+    return _matmul().linear(input, weight, weight_scale, layout, bias)
+
+
+def dequantize(weight: Tensor, weight_scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """See [`~hf_rb.quantizers.kernels.triton.matmul.dequantize`]."""
+    return _matmul().dequantize(weight, weight_scale, layout, dtype)
+
+
+def compiled_solver(weight: Tensor) -> ModuleType | None:
+    """Returns the solver, `fit` and `encode` of [`~hf_rb.quantizers.kernels.triton.solver`], if it can take `weight`."""
+    if not available(weight.device):
+        return None
+    from hf_rb.quantizers.kernels.triton import solver
+
+    return solver
+
+
+def _matmul() -> ModuleType:
+    from hf_rb.quantizers.kernels.triton import matmul
+
+    return matmul
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _is_recent(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
