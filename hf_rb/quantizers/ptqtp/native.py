@@ -41,7 +41,7 @@ class _Rule(ctypes.Structure):
         *((name, c_int32) for name in ("planes", "starts", "tied", "max_iter", "relative", "paper_start")),
         ("start", c_double * 3 * MAX_STARTS),
         ("direction", c_double * 3),
-        *((name, c_double) for name in ("tol", "ridge_init", "ridge_max", "kappa_threshold")),
+        *((name, c_double) for name in ("reach", "tol", "ridge_init", "ridge_max", "kappa_threshold")),
     ]
 
 
@@ -114,6 +114,7 @@ def _structure(rule: "Rule") -> _Rule:
         relative=rule.relative,
         start=(c_double * 3 * MAX_STARTS)(*rows),
         direction=(c_double * 3)(*direction),
+        reach=rule.reach,
         tol=rule.tol,
         ridge_init=rule.ridge_init,
         ridge_max=rule.ridge_max,

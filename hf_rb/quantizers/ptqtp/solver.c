@@ -19,9 +19,9 @@
 typedef struct {
     int32_t planes, starts, tied, max_iter, relative;
     int32_t paper_start;                  /* before the `starts`: all trits sign(w) */
-    double start[4][MAX_PLANES];          /* scales in units of the root mean square */
+    double start[4][MAX_PLANES];          /* shares of the largest sum of scales */
     double direction[MAX_PLANES];         /* of tied scales */
-    double tol, ridge_init, ridge_max, kappa_threshold;
+    double reach, tol, ridge_init, ridge_max, kappa_threshold;
 } Rule;
 
 /* Sorted weights and their prefix sums, `LANES` apart; the sums of |w| and of w^2. */
@@ -264,8 +264,10 @@ INLINE void fit_group(Group group, const Rule *rule, const int planes, double *b
                 for (int l = 0; l < planes; l++) gram[k][l] = group.length;
             }
         } else {
-            for (int k = 0; k < planes; k++)
-                scale[k] = rule->start[run - rule->paper_start][k] * sqrt(group.squares / group.length);
+            double largest = fmax(-group.sorted[0], group.sorted[(group.length - 1) * LANES]);
+            double top = fmin(rule->reach * sqrt(group.squares / group.length), largest);
+            for (int k = 0; k < planes; k++) /* in float32, so that sums that should coincide do */
+                scale[k] = (float)(rule->start[run - rule->paper_start][k] * top);
             trit_sums(group, scale, planes, order, gram, target);
         }
         alternate(group, rule, planes, order, gram, target, scale);

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_rb.quantizers.kernels import triton
 from hf_rb.quantizers.kernels.layout import sections
 from hf_rb.quantizers.ptqtp import native
 from hf_rb.quantizers.ptqtp.packing import TritPlanes, layout_of, row_blocks
@@ -53,8 +54,9 @@ LAMBDA_INIT, LAMBDA_MAX, KAPPA_THRESHOLD = 1e-8, 1.0, 1e12
 
 TIED = (3.0, 1.0)
 
-# Starts besides the paper's, as ratios of the scales (ours, not the paper's). The largest sum of scales is `REACH` times the root
-# mean square of the group. Three planes never start from three equal ones: what breaks that tie is only the order of the search.
+# Starts besides the paper's, as ratios of the scales (ours, not the paper's). Their sum is the largest weight of the group, or
+# `REACH` times the root mean square if that is less. Three planes never start from three equal ones: what breaks that tie is only
+# the order of the search.
 RATIOS = {1: (), 2: ((3.0, 1.0), (1.5, 1.0)), 3: ((4.0, 2.0, 1.0), (9.0, 3.0, 1.0))}
 REACH = 2.5
 
@@ -158,7 +160,7 @@ def quantize_matrix(
     scales, resolved = fit_scales(
         weight, group_size, planes, max_iter, tol, tol_mode, scale_mode, multistart=multistart
     )
-    if solver := native.solver(weight):
+    if solver := _compiled(weight):
         row_bytes = layout_of(weight.shape[1], group_size, planes).row_bytes
         packed, error, norm = solver.encode(weight, scales, group_size, row_bytes)
     else:
@@ -195,6 +197,7 @@ def fit_scales(
         max_iter=max_iter,
         tol=tol,
         relative=tol_mode == "relative",
+        reach=REACH,
         ridge_init=LAMBDA_INIT,
         ridge_max=LAMBDA_MAX,
         kappa_threshold=KAPPA_THRESHOLD,
@@ -221,24 +224,29 @@ def search_trits(weight: Tensor, scales: Tensor, group_size: int) -> Tensor:
     return trits
 
 
+def _compiled(weight: Tensor):
+    """Returns what has `fit` and `encode` for this weight, or `None`."""
+    return native.solver(weight) if weight.device.type == "cpu" else triton.compiled_solver(weight)
+
+
 class Rule(NamedTuple):
     """How the two half-steps alternate."""
 
     planes: int
     direction: Tensor | None  # the scales are multiples of it
-    starts: tuple[
-        tuple[float, ...] | None, ...
-    ]  # scales over the root mean square of the group; None: the paper's start
+    # shares of the sum of scales; None is the paper's start
+    starts: tuple[tuple[float, ...] | None, ...]
     max_iter: int
     tol: float
     relative: bool
+    reach: float
     ridge_init: float
     ridge_max: float
     kappa_threshold: float
 
 
 def _starts(planes: int, multistart: bool) -> tuple[tuple[float, ...] | None, ...]:
-    ratios = [tuple(REACH * part / sum(ratio) for part in ratio) for ratio in RATIOS[planes]]
+    ratios = [tuple(part / sum(ratio) for part in ratio) for ratio in RATIOS[planes]]
     starts = ratios if planes == 3 else [None, *ratios]
     return tuple(starts if multistart else starts[:1])
 
@@ -287,7 +295,7 @@ def _for_blocks(weight: Tensor, group_size: int, work: Callable[[slice, slice, s
 
 def _fit_matrix(weight: Tensor, group_size: int, rule: Rule) -> Tensor:
     """Returns canonical float64 scales `(out_features, groups, planes)`."""
-    if solver := native.solver(weight):
+    if solver := _compiled(weight):
         return solver.fit(weight, group_size, rule)
     groups = -(-weight.shape[1] // group_size)
     scales = weight.new_empty(len(weight), groups, rule.planes, dtype=torch.float64)
@@ -331,8 +339,11 @@ def _alternate(sorted_RG: Tensor, prefix_RP: Tensor, start: tuple[float, ...] | 
         total = torch.linalg.vector_norm(sorted_RG, ord=1, dim=-1, dtype=torch.float64)
         target = total[:, None].expand(-1, rule.planes)
     else:
-        rms = torch.linalg.vector_norm(sorted_RG, dim=-1, dtype=torch.float64) / length**0.5
-        fitted = rms[:, None] * prefix_RP.new_tensor(start)
+        squares = torch.linalg.vector_norm(sorted_RG, dim=-1, dtype=torch.float64) ** 2
+        largest = sorted_RG[:, [0, -1]].abs().amax(-1).double()
+        top = torch.minimum(rule.reach * (squares / length).sqrt(), largest)
+        # In float32, so that sums of scales that should coincide, as 4 - 2 - 1 and 1, do.
+        fitted = (top[:, None] * prefix_RP.new_tensor(start)).float().double()
         gram, target = _trit_sums(sorted_RG, prefix_RP, fitted)
     ridge = prefix_RP.new_full((rows,), rule.ridge_init)
     where = torch.arange(rows, device=sorted_RG.device)  # the groups that still move

@@ -274,6 +274,7 @@ INLINE void store(float *x, Floats value) { memcpy(x, value.lane, sizeof value);
 /* ====================================================================================================================== */
 
 #define BLOCK (8 * LANES) /* codes */
+#define AHEAD 8192        /* bytes: several rows are read at a time, which the processor's own prefetching does not follow */
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t part_bytes(int64_t length, int bits) { return ceil_div(length * bits, 8); }
@@ -289,43 +290,38 @@ typedef struct {
     int64_t padded, scales;
 } Activations;
 
-/* Weight of a group that code `index` of block `block` stands for, or -1 for none. */
-INLINE int64_t exact_place(int64_t index, int64_t block, int64_t length, int bits) {
-    int64_t bytes = part_bytes(length, bits), turn = index / LANES, lane = index % LANES;
-    int64_t byte = (block * LANES + lane) * bits + turn * bits / 8;
-    int64_t place = byte + turn * bits % 8 / bits * bytes;
-    return byte < bytes && place < length ? place : -1;
-}
-
-INLINE int64_t int8_place(int64_t index, int64_t block, int64_t length, int bits) {
-    int64_t bytes = part_bytes(length, bits), width = LANES * bits, within = index % (4 * LANES);
-    int64_t byte = block * width + within % width;
-    int64_t place = byte + (within / width * 2 + index / (4 * LANES)) * bytes;
-    return byte < bytes && place < length ? place : -1;
-}
-
-static void order_exact(const float *x, int64_t length, int bits, float *out) {
+/* `out` (padded_size(length)): the activations of a group, as its codes come out of their words; zero where there is no code.
+   Shift number `turn` of the word in `lane` is a code of byte `byte`, and of the weight `place`. */
+INLINE void order_exact(const float *x, int64_t length, const int bits, float *out) {
+    int64_t bytes = part_bytes(length, bits);
     for (int64_t block = 0; block * BLOCK < length; block++)
-        for (int64_t i = 0; i < BLOCK; i++) {
-            int64_t place = exact_place(i, block, length, bits);
-            out[block * BLOCK + i] = place < 0 ? 0 : x[place];
+        for (int turn = 0; turn < 8; turn++) {
+            int64_t byte = block * LANES * bits + turn * bits / 8, skip = turn * bits % 8 / bits * bytes;
+            for (int lane = 0; lane < LANES; lane++, byte += bits)
+                *out++ = byte < bytes && byte + skip < length ? x[byte + skip] : 0;
         }
 }
 
-static void order_int8(const int8_t *x, int64_t length, int bits, int8_t *out) {
+/* The same for bytes of codes: as many neighbouring bytes as there are codes of 4 bits in half a block; of 2 bits, half as many,
+   twice, shifted. */
+INLINE void order_int8(const int8_t *x, int64_t length, const int bits, int8_t *out) {
+    int64_t bytes = part_bytes(length, bits), width = LANES * bits;
     for (int64_t block = 0; block * BLOCK < length; block++)
-        for (int64_t i = 0; i < BLOCK; i++) {
-            int64_t place = int8_place(i, block, length, bits);
-            out[block * BLOCK + i] = place < 0 ? 0 : x[place];
-        }
+        for (int turn = 0; turn < 2; turn++)
+            for (int copy = 0; copy < 4 / bits; copy++) {
+                int64_t byte = block * width, skip = (2 * copy + turn) * bytes;
+                for (int64_t i = 0; i < width; i++, byte++)
+                    *out++ = byte < bytes && byte + skip < length ? x[byte + skip] : 0;
+            }
 }
 
 static void order_group(const Layout *layout, const float *x, int64_t length, int64_t m, int64_t g, int int8, int8_t *rounded,
                         Activations *to) {
     int64_t at = m * to->padded + g * padded_size(layout->group_size);
     if (!int8) {
-        for (int p = 0; p < layout->num_parts; p++)
-            order_exact(x, length, layout->part[p].bits, to->values[layout->part[p].bits] + at);
+        if (to->values[4]) order_exact(x, length, 4, to->values[4] + at);
+        if (to->values[2]) order_exact(x, length, 2, to->values[2] + at);
+        if (to->values[1]) order_exact(x, length, 1, to->values[1] + at);
         return;
     }
     float largest = 0;
@@ -335,12 +331,13 @@ static void order_group(const Layout *layout, const float *x, int64_t length, in
     int32_t total = 0;
     for (int64_t j = 0; j < length; j++) total += rounded[j] = inverse ? (int8_t)rintf(x[j] * inverse) : 0;
     to->step[m * layout->groups + g] = largest / 127;
+    if (to->rounded[4]) order_int8(rounded, length, 4, to->rounded[4] + at);
+    if (to->rounded[2]) order_int8(rounded, length, 2, to->rounded[2] + at);
+    if (to->rounded[1]) order_int8(rounded, length, 1, to->rounded[1] + at);
     int64_t s = g * layout->num_scales;
-    for (int p = 0; p < layout->num_parts; p++) {
-        order_int8(rounded, length, layout->part[p].bits, to->rounded[layout->part[p].bits] + at);
+    for (int p = 0; p < layout->num_parts; p++)
         for (int k = 0; k < layout->part[p].rows; k++)
             to->correction[m * to->scales + s++] = largest / 127 * total * layout->part[p].lowest[k];
-    }
 }
 
 static int order_activations(const Layout *layout, const void *input, int64_t m, int bfloat, int int8, Activations *to) {
@@ -378,12 +375,12 @@ static void release(Activations *x) {
 
 /* ------------------------------------------------------------------ R rows of the matrix times M activations */
 
-/* All scales of a row in float32; `scales` counts the places, a multiple of LANES. */
-INLINE void load_scales(const Matrix *matrix, int64_t row, int64_t scales, float *out) {
-    int64_t count = matrix->layout->groups * matrix->layout->num_scales, i = 0;
-    const uint16_t *half = matrix->scale + row * count;
+INLINE void load_scales(const uint16_t *half, int64_t count, float *out) {
+    uint16_t rest[LANES] = {0};
+    int64_t i = 0;
     for (; i + LANES <= count; i += LANES) halves_to_floats(half + i, out + i);
-    for (; i < scales; i++) out[i] = i < count ? from_half(half[i]) : 0;
+    memcpy(rest, half + i, (count - i) * sizeof *half);
+    halves_to_floats(rest, out + i);
 }
 
 INLINE void exact_part(const Part *part, const int bits, const int R, const int M, const uint8_t *const *code, int64_t at,
@@ -394,7 +391,10 @@ INLINE void exact_part(const Part *part, const int bits, const int R, const int 
     Words word[4];
     for (int r = 0; r < R; r++) table[r] = weighted(part->basis, scale[r] + s, part->rows);
     for (int64_t first = 0; first < bytes; first += LANES * bits, x += BLOCK) {
-        for (int r = 0; r < R; r++) word[r] = load_words(code[r] + at + first, bits, bytes - first);
+        for (int r = 0; r < R; r++) {
+            word[r] = load_words(code[r] + at + first, bits, bytes - first);
+            __builtin_prefetch(code[r] + at + first + AHEAD);
+        }
 #pragma GCC unroll 8
         for (int turn = 0; turn < 8; turn++)
             for (int r = 0; r < R; r++) {
@@ -447,6 +447,7 @@ INLINE void int8_part(const Part *part, const int bits, const int rows, const in
     for (int64_t first = 0; first < bytes; first += LANES * bits, x += BLOCK)
         for (int r = 0; r < R; r++) {
             Bytes packed = load_bytes(code[r] + at + first, bits, bytes - first);
+            __builtin_prefetch(code[r] + at + first + AHEAD);
 #pragma GCC unroll 2
             for (int turn = 0; turn < 2; turn++) {
                 Bytes index = code_bytes(packed, turn * bits, bits);
@@ -540,17 +541,17 @@ int hf_rb_gemv(const Layout *layout, const uint8_t *weight, const uint16_t *scal
     Rows *many = int8 ? int8_many : exact_many, *one = int8 ? int8_1_1 : exact_1_1, *four = int8 ? int8_1_4 : exact_1_4;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
-        float *buffer = failed ? 0 : malloc(ROWS * x.scales * sizeof *buffer), result[4 * ROWS];
+        /* float32 scales of a tile; the integer kernel reads whole vectors */
+        int64_t count = layout->groups * layout->num_scales;
+        float *buffer = failed ? 0 : calloc(ROWS * count + 2 * LANES, sizeof *buffer), result[4 * ROWS];
         failed |= !buffer;
 #pragma omp for
         for (int64_t tile = 0; tile < ceil_div(matrix->rows, ROWS); tile++) {
             int64_t row = tile * ROWS, rows = matrix->rows - row < ROWS ? matrix->rows - row : ROWS;
             const float *scale[ROWS];
             if (failed) continue;
-            for (int64_t r = 0; r < rows; r++) {
-                load_scales(matrix, row + r, x.scales, buffer + r * x.scales);
-                scale[r] = buffer + r * x.scales;
-            }
+            load_scales(scales + row * count, rows * count, buffer);
+            for (int64_t r = 0; r < rows; r++) scale[r] = buffer + r * count;
             for (int64_t i = 0; i < m;) {
                 int64_t some = m - i >= 4 ? 4 : 1;
                 if (some == 1 && rows == ROWS) many(matrix, &x, row, i, scale, result, ROWS);
