@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_rb.quantizers.kernels.layout import Layout
 
 
-__all__ = ["available", "compiled_solver", "dequantize", "linear", "supports"]
+__all__ = ["available", "compiled_solver", "dequantize", "matmul", "supports"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,18 +21,18 @@ def available(device: torch.device) -> bool:
 
 
 def supports(dtype: torch.dtype, layout: Layout) -> bool:
-    """Whether [`linear`] takes activations of this type and weights of this layout, on any available device."""
-    return dtype in DTYPES and all(_matmul().recipe(part) for part in layout.parts)
+    """Whether [`matmul`] takes activations of this type and weights of this layout, on any available device."""
+    return dtype in DTYPES and all(_gemm().recipe(part) for part in layout.parts)
 
 
-def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """See [`~hf_rb.quantizers.kernels.triton.matmul.linear`]."""
-    return _matmul().linear(input, weight, weight_scale, layout, bias)
+def matmul(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout) -> Tensor:
+    """See [`~hf_rb.quantizers.kernels.triton.gemm.matmul`]."""
+    return _gemm().matmul(input, weight, weight_scale, layout)
 
 
 def dequantize(weight: Tensor, weight_scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """See [`~hf_rb.quantizers.kernels.triton.matmul.dequantize`]."""
-    return _matmul().dequantize(weight, weight_scale, layout, dtype)
+    """See [`~hf_rb.quantizers.kernels.triton.gemm.dequantize`]."""
+    return _gemm().dequantize(weight, weight_scale, layout, dtype)
 
 
 def compiled_solver(weight: Tensor) -> ModuleType | None:
@@ -44,10 +44,10 @@ def compiled_solver(weight: Tensor) -> ModuleType | None:
     return solver
 
 
-def _matmul() -> ModuleType:
-    from hf_rb.quantizers.kernels.triton import matmul
+def _gemm() -> ModuleType:
+    from hf_rb.quantizers.kernels.triton import gemm
 
-    return matmul
+    return gemm
 
 
 @cache

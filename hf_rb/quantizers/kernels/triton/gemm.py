@@ -31,7 +31,7 @@ from torch import Tensor
 from hf_rb.quantizers.kernels.layout import Layout, Part
 
 
-__all__ = ["dequantize", "linear", "multiply", "recipe"]
+__all__ = ["dequantize", "matmul", "multiply", "recipe"]
 
 # Up to this many rows of activations the weights are decoded as they are multiplied, above it once for all rows.
 MAX_ROWS = 256
@@ -400,9 +400,9 @@ def multiply(
     return out.to(x.dtype)
 
 
-def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+def matmul(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout) -> Tensor:
     """
-    Returns `input @ w.T + bias` for a packed weight w.
+    Returns `input @ w.T` for a packed matrix w.
 
     Args:
         input (`torch.Tensor`):
@@ -412,9 +412,7 @@ def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout, 
         weight_scale (`torch.Tensor`):
             `(out_features, groups, num_scales)`.
         layout (`Layout`):
-            Of the weight; every part must have a [`recipe`].
-        bias (`torch.Tensor`, *optional*):
-            `(out_features,)`.
+            What the bytes mean; every part has a [`recipe`].
 
     Returns:
         `torch.Tensor`: `(..., out_features)` of the type of `input`.
@@ -422,17 +420,17 @@ def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout, 
     x = input.reshape(-1, layout.in_features)
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, out_features = len(x), len(weight)
+    block_n = 64 if out_features >= 2048 else 32
     if rows * out_features == 0:
         out = x.new_zeros(rows, out_features)
     elif rows > MAX_ROWS:
         out = x @ dequantize(weight, weight_scale, layout, x.dtype).T
     elif rows == 1 or (x.dtype == torch.float32 and rows <= MAX_VECTORS):
-        out = multiply(x, weight, weight_scale, layout, block_m=1, block_n=64 if out_features >= 2048 else 32)
+        out = multiply(x, weight, weight_scale, layout, block_m=1, block_n=block_n)
     else:
         block_m = min(max(16, triton.next_power_of_2(rows)), 128)
-        out = multiply(x, weight, weight_scale, layout, block_m=block_m, block_n=64 if out_features >= 2048 else 32)
-    out = out.view(*input.shape[:-1], out_features)
-    return out if bias is None else out + bias.to(out.dtype)
+        out = multiply(x, weight, weight_scale, layout, block_m=block_m, block_n=block_n)
+    return out.view(*input.shape[:-1], out_features)
 
 
 def dequantize(weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
