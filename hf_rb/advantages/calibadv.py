@@ -1,0 +1,339 @@
+"""CalibAdv: calibrated advantages for search agents (https://huggingface.co/papers/2604.18235).
+
+A rollout alternates between tokens that the model wrote and tool results. Its m runs of model tokens are m - 1 search steps and,
+last, the answer. With A_i the advantage of rollout i, q_it in [0, 1] the quality of its search step t and L_i the number of
+tokens of its answer, in every group
+
+    step t        A_i (1 - q_it) if A_i < 0, else A_i
+    answer        A_i            if A_i < 0, else A_i ρ N / P,    P = Σ_{A_i > 0} L_i A_i,  N = Σ_{A_i < 0} L_i |A_i|
+
+so that a useful search is not punished for a wrong answer, and over the answers of a group the positive tokens weigh ρ times
+the negative ones (ρ is `pos_neg_ratio`). If P or N is 0, the group's answers get 0. Step (1) breaks the zero sum of the group on
+purpose. P and N are sums over tokens: the balance is that of losses that average over tokens, as `dapo` does.
+
+Without a judge, q_it comes from documents. The silver documents of a group are those that its best rollouts retrieved, if they
+are good enough; q_it is the fraction of step t's documents that are silver and new to the rollout, or 0 if the step repeats an
+earlier one's thought or documents.
+
+Shapes: N rollouts in contiguous groups of `group_size`; advantages `(N,)`, runs and quality lists of N lists.
+"""
+
+import math
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import Any
+
+import torch
+
+from hf_rb.advantages.pipeline import Shaped, ShapingContext, TokenShaper
+
+
+__all__ = [
+    "CalibAdvShaper",
+    "calibadv",
+    "ends_with_tool_call",
+    "model_runs",
+    "silver_documents",
+    "step_quality",
+    "word_similarity",
+]
+
+
+def calibadv(
+    advantages: torch.Tensor | Sequence[float],
+    runs: Sequence[Sequence[int]],
+    quality: Sequence[Sequence[float]],
+    group_size: int,
+    pos_neg_ratio: float | None = 1.0,
+    max_gain: float | None = None,
+) -> list[list[float]]:
+    """
+    Calibrates the advantages of every run of model tokens. Paper: https://huggingface.co/papers/2604.18235
+
+    Args:
+        advantages (`torch.Tensor` of shape `(N,)`):
+            Advantages. The runs of a NaN stay NaN, and it counts nowhere.
+        runs (`Sequence[Sequence[int]]` of length N):
+            Tokens in each of a rollout's runs, the last one the answer: 0 if it has none. A rollout without tokens is empty.
+        quality (`Sequence[Sequence[float]]` of length N):
+            Quality in `[0, 1]` of each run before the last.
+        group_size (`int`):
+            Rollouts of one prompt; a divisor of N.
+        pos_neg_ratio (`float`, *optional*, defaults to `1.0`):
+            ρ, above 0. None leaves the answers as they are.
+        max_gain (`float`, *optional*):
+            Bound of ρ N / P, at least 1. One short right answer against long wrong ones gains without bound otherwise. Not in
+            the paper.
+
+    Returns:
+        `list[list[float]]`: Advantage of each run.
+
+    Raises:
+        ValueError: A parameter outside its range, or lengths that do not fit.
+    """
+    advantages = torch.as_tensor(advantages, dtype=torch.float64).tolist()
+    _check_parameters(pos_neg_ratio, max_gain)
+    _check_lengths(advantages, runs, quality, group_size)
+    answer_tokens = [run[-1] if run else 0 for run in runs]
+    calibrated = []
+    for start in range(0, len(advantages), group_size):
+        group = slice(start, start + group_size)
+        gain = _gain(advantages[group], answer_tokens[group], pos_neg_ratio, max_gain)
+        for advantage, run, q in zip(advantages[group], runs[group], quality[group], strict=True):
+            steps = [advantage * (1 - q_t) if advantage < 0 else advantage for q_t in q]
+            answer = advantage * (gain if advantage > 0 or gain == 0 else 1)
+            calibrated.append([*steps, answer] if run else [])
+    return calibrated
+
+
+def _gain(
+    advantages: Sequence[float], tokens: Sequence[int], pos_neg_ratio: float | None, max_gain: float | None
+) -> float:
+    """Factor on the group's positive answers; 0 stands for all of its answers."""
+    if pos_neg_ratio is None:
+        return 1.0
+    pairs = list(zip(advantages, tokens, strict=True))
+    positive = sum(count * advantage for advantage, count in pairs if advantage > 0)
+    negative = sum(count * -advantage for advantage, count in pairs if advantage < 0)
+    if positive == 0 or negative == 0:
+        return 0.0
+    gain = pos_neg_ratio * negative / positive
+    return gain if max_gain is None else min(gain, max_gain)
+
+
+def _check_parameters(pos_neg_ratio: float | None, max_gain: float | None) -> None:
+    if pos_neg_ratio is not None and not 0 < pos_neg_ratio < math.inf:
+        raise ValueError(f"`pos_neg_ratio` is a number above 0, or None to leave answers alone; got {pos_neg_ratio}.")
+    if max_gain is not None and not max_gain >= 1:
+        raise ValueError(f"`max_gain` is a number of at least 1, or None for no bound; got {max_gain}.")
+
+
+def _check_lengths(
+    advantages: Sequence, runs: Sequence[Sequence], quality: Sequence[Sequence[float]], group_size: int
+) -> None:
+    if not len(advantages) == len(runs) == len(quality) or group_size < 1 or len(advantages) % group_size:
+        raise ValueError(
+            f"CalibAdv needs one entry a rollout, in whole groups; got {len(advantages)} advantages, {len(runs)} of `runs`, "
+            f"{len(quality)} of `quality` and {group_size=}."
+        )
+    for i, (run, q) in enumerate(zip(runs, quality, strict=True)):
+        if len(q) != max(len(run) - 1, 0):
+            raise ValueError(
+                f"`quality` has one entry for each run but the last; rollout {i} has {len(run)} runs and {len(q)} entries."
+            )
+        if not all(0 <= q_t <= 1 for q_t in q):
+            raise ValueError(f"`quality` is between 0 and 1; rollout {i} has {list(q)}.")
+
+
+def silver_documents(
+    rewards: torch.Tensor | Sequence[float],
+    documents: Sequence[Sequence[Collection[Hashable]]],
+    group_size: int,
+    qualify: float = 0.7,
+) -> list[set]:
+    """
+    Returns the documents that the best rollouts of every group retrieved.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N,)`):
+            Rewards, 0 for an invalid format. NaN does not qualify.
+        documents (`Sequence` of length N):
+            For each rollout, for each of its search steps, the ids of the documents it returned.
+        group_size (`int`):
+            Rollouts of one prompt.
+        qualify (`float`, *optional*, defaults to `0.7`):
+            Reward from which on a rollout qualifies. Of those, the ones with the highest reward count.
+
+    Returns:
+        `list[set]`: one set a group; empty if no rollout qualified.
+    """
+    rewards = torch.as_tensor(rewards).tolist()
+    silver = []
+    for start in range(0, len(rewards), group_size):
+        group = range(start, start + group_size)
+        best = max((rewards[i] for i in group if rewards[i] >= qualify), default=None)
+        silver.append({doc for i in group if rewards[i] == best for step in documents[i] for doc in step})
+    return silver
+
+
+def step_quality(
+    documents: Sequence[Collection[Hashable]],
+    silver: Collection[Hashable],
+    thoughts: Sequence[str] | None = None,
+    max_similarity: float = 0.5,
+    max_overlap: int = 1,
+) -> list[float]:
+    """
+    Scores the search steps of one rollout.
+
+    Args:
+        documents (`Sequence` of length S):
+            For each search step, the ids of the documents it returned.
+        silver (`Collection`):
+            The group's silver documents.
+        thoughts (`Sequence[str]` of length S, *optional*):
+            What the model thought before each search.
+        max_similarity (`float`, *optional*, defaults to `0.5`):
+            A step whose thought is more similar than this to an earlier one is redundant.
+        max_overlap (`int`, *optional*, defaults to `1`):
+            A step that shares more documents than this with an earlier one is redundant.
+
+    Returns:
+        `list[float]`: the fraction of each step's documents that are silver and new to the rollout; 0 if it is redundant.
+    """
+    returned = [set(step) for step in documents]
+    seen, quality = set(), []
+    for t, step in enumerate(returned):
+        useful = len((step & silver) - seen) if silver else 0
+        seen |= step
+        redundant = useful and (
+            any(len(step & earlier) > max_overlap for earlier in returned[:t])
+            or thoughts is not None
+            and any(word_similarity(thoughts[t], earlier) > max_similarity for earlier in thoughts[:t])
+        )
+        quality.append(0.0 if redundant else useful / max(len(step), 1))
+    return quality
+
+
+def word_similarity(first: str, second: str) -> float:
+    """Returns 1 minus the word-level edit distance over the longer one's number of words; 0 for two empty texts."""
+    first, second = first.split(), second.split()
+    longest = max(len(first), len(second))
+    return 1 - _edit_distance(first, second) / longest if longest else 0.0
+
+
+def _edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
+    # Myers (1999) in Hyyrö's form: a column of the table of differences is two integers, so that a word costs a few integer
+    # operations instead of a pass over the other text.
+    places: dict[str, int] = {}
+    for i, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << i
+    every, last = (1 << len(first)) - 1, 1 << len(first) >> 1
+    up, down, distance = every, 0, len(first)
+    for word in second:
+        equal = places.get(word, 0)
+        vertical = equal | down
+        horizontal = ((equal & up) + up) ^ up | equal
+        right, left = down | every & ~(horizontal | up), up & horizontal
+        distance += bool(right & last) - bool(left & last) if first else 1
+        right, left = right << 1 | 1, left << 1
+        up, down = every & (left | ~(vertical | right)), every & right & vertical
+    return distance
+
+
+def model_runs(mask: torch.Tensor) -> list[list[tuple[int, int]]]:
+    """
+    Finds the runs of model tokens.
+
+    Args:
+        mask (`torch.Tensor` of shape `(B, T)` and type `bool`):
+            Tokens that the model wrote, padding excluded. TRL's `tool_mask` alone is 1 on padding.
+
+    Returns:
+        `list[list[tuple[int, int]]]`: for each row, first column and column after the last of each run.
+    """
+    edges = torch.nn.functional.pad(mask.cpu().to(torch.int8), (1, 1)).diff(dim=1)
+    runs = [[] for _ in range(len(mask))]
+    for (row, start), (_, stop) in zip((edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist(), strict=True):
+        runs[row].append((start, stop))
+    return runs
+
+
+def ends_with_tool_call(completion: str | list[dict]) -> bool:
+    """Returns whether the last message calls a tool or is a tool's result: such a rollout never came to an answer."""
+    if isinstance(completion, str) or not completion:
+        return False
+    return completion[-1]["role"] == "tool" or bool(completion[-1].get("tool_calls"))
+
+
+class CalibAdvShaper(TokenShaper):
+    """
+    CalibAdv in the pipeline.
+
+    Args:
+        step_scorer (`Callable[[ShapingContext], list[list[float]]]`, *optional*):
+            Quality of the search steps of this process's rollouts, in order, zeros for an invalid format. Missing entries are
+            0 and surplus ones are not read. Every process calls it. Needed with `soft`.
+        soft (`bool`, *optional*, defaults to `True`):
+            Whether useful searches of wrong rollouts are punished less.
+        pos_neg_ratio (`float`, *optional*, defaults to `1.0`), max_gain (`float`, *optional*):
+            As in [`calibadv`].
+        answer_must_not_call_tool (`bool`, *optional*, defaults to `True`):
+            Whether a last run that calls a tool is a search step. If false, the last run is the answer whatever it holds, as
+            in the authors' code.
+    """
+
+    name = "calibadv"
+
+    def __init__(
+        self,
+        step_scorer: Callable[[ShapingContext], list[list[float]]] | None = None,
+        soft: bool = True,
+        pos_neg_ratio: float | None = 1.0,
+        max_gain: float | None = None,
+        answer_must_not_call_tool: bool = True,
+    ):
+        if soft and step_scorer is None:
+            raise ValueError(
+                "CalibAdv needs a `step_scorer` that says how useful each search step was. Give one, or set `calibadv_soft: false` "
+                "to rebalance the answers only."
+            )
+        _check_parameters(pos_neg_ratio, max_gain)
+        self.step_scorer, self.soft = step_scorer, soft
+        self.pos_neg_ratio, self.max_gain = pos_neg_ratio, max_gain
+        self.answer_must_not_call_tool = answer_must_not_call_tool
+
+    @classmethod
+    def from_config(cls, args: Any, trainer: Any) -> "CalibAdvShaper":
+        return cls(
+            step_scorer=trainer.step_scorer,
+            soft=args.calibadv_soft,
+            pos_neg_ratio=args.calibadv_pos_neg_ratio,
+            max_gain=args.calibadv_max_gain,
+            answer_must_not_call_tool=args.calibadv_answer_must_not_call_tool,
+        )
+
+    def shape(self, ctx: ShapingContext, advantages: torch.Tensor) -> Shaped:
+        spans = model_runs(ctx.mask)
+        tokens = [[stop - start for start, stop in row] for row in spans]
+        if self.answer_must_not_call_tool:
+            for row, completion in zip(tokens, ctx.completions, strict=True):
+                if row and ends_with_tool_call(completion):
+                    row.append(0)
+        scores = self.step_scorer(ctx) if self.soft else [[]] * len(tokens)
+        quality = [([*q, *[0.0] * len(row)])[: max(len(row) - 1, 0)] for row, q in zip(tokens, scores, strict=True)]
+        all_tokens, all_quality = zip(*ctx.gather(list(zip(tokens, quality, strict=True))), strict=True)
+
+        scored = torch.where(ctx.valid, ctx.sequence_advantages, torch.nan)
+        calibrated = calibadv(scored, all_tokens, all_quality, ctx.group_size, self.pos_neg_ratio, self.max_gain)
+        # A factor, so that whatever another token shaper made of the advantages is kept.
+        factors = torch.ones(ctx.mask.shape)
+        for i, (base, values) in enumerate(zip(scored[ctx.local].tolist(), calibrated[ctx.local], strict=True)):
+            if base and not math.isnan(base):
+                for (start, stop), value in zip(spans[i], values, strict=False):
+                    factors[i, start:stop] = value / base
+        return Shaped(
+            advantages * factors.to(advantages),
+            self._metrics(scored.tolist(), all_tokens, all_quality, ctx.group_size),
+            {"step_quality": [" ".join(f"{q_t:.2f}" for q_t in q) for q in quality]},
+        )
+
+    def _metrics(
+        self,
+        advantages: list[float],
+        tokens: Sequence[Sequence[int]],
+        quality: Sequence[Sequence[float]],
+        group_size: int,
+    ) -> dict[str, float]:
+        answer_tokens = [row[-1] if row else 0 for row in tokens]
+        groups = [slice(start, start + group_size) for start in range(0, len(advantages), group_size)]
+        gains = [_gain(advantages[g], answer_tokens[g], self.pos_neg_ratio, self.max_gain) for g in groups]
+        gains = [gain for gain in gains if gain] or [1.0]
+        steps = [q_t for q in quality for q_t in q]
+        relieved = [q_t > 0 and a < 0 for a, q in zip(advantages, quality, strict=True) for q_t in q]
+        return {
+            "steps_per_rollout": len(steps) / len(advantages),
+            "step_quality": sum(steps) / max(len(steps), 1),
+            "steps_relieved": sum(relieved) / max(len(steps), 1),
+            "gain": sum(gains) / len(gains),
+            "gain_max": max(gains),
+        }
