@@ -59,8 +59,34 @@ def _register_quantizers(auto: ModuleType) -> None:
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, _OurQuantizationConfig)
 
 
+def _register_lora(lora: ModuleType) -> None:
+    create = _compat.resolve("LoraModel._create_new_module")
+    if create.__module__ == __name__:
+        return
+
+    def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs) -> Any:
+        ours = import_module("hf_rb.quantizers.adapters").dispatch(lora_config, adapter_name, target, **kwargs)
+        return create(lora_config, adapter_name, target, **kwargs) if ours is None else ours
+
+    lora.LoraModel._create_new_module = staticmethod(create_new_module)
+
+
+def _guard_merge(tuners: ModuleType) -> None:
+    check = _compat.resolve("BaseTuner._check_merge_allowed")
+    if check.__module__ == __name__:
+        return
+
+    def check_merge_allowed(self: Any) -> None:
+        import_module("hf_rb.quantizers.adapters").check_merge(self.model)
+        check(self)
+
+    tuners.BaseTuner._check_merge_allowed = check_merge_allowed
+
+
 _HOOKS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.quantizers.auto": _register_quantizers,
+    "peft.tuners.lora.model": _register_lora,
+    "peft.tuners.tuners_utils": _guard_merge,
 }
 
 

@@ -31,6 +31,7 @@ SLOW = {
 }
 
 CHECK = """
+import sys
 from transformers.quantizers import auto
 from hf_rb import PTQTPConfig, _registration
 
@@ -41,6 +42,13 @@ assert isinstance(config, auto.LOADING_ATTRIBUTES_CONFIG_TYPES)
 assert not isinstance(object(), auto.LOADING_ATTRIBUTES_CONFIG_TYPES)
 assert auto.AUTO_QUANTIZER_MAPPING["ptqtp"].__name__ == "PTQTPQuantizer"
 assert auto.AutoHfQuantizer.supports_quant_method({"quant_method": "ptqtp"})
+if "peft" in sys.modules:
+    from peft.tuners.lora.model import LoraModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    _registration.require("peft")
+    ours = LoraModel._create_new_module, BaseTuner._check_merge_allowed
+    assert {function.__module__ for function in ours} == {"hf_rb._registration"}
 """
 
 

@@ -5,8 +5,7 @@ import filecmp
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from hf_rb import PTQTPConfig
 from hf_rb.quantizers.ptqtp import PTQTPLinear
@@ -15,37 +14,7 @@ from hf_rb.quantizers.ptqtp.experts import PTQTPExperts, projections
 
 INPUT = torch.arange(24).view(2, 12)
 
-# Hidden size 192: a group and a half.
-SIZES = dict(
-    hidden_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=48, vocab_size=64
-)
-ARCHITECTURES = {
-    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=80, decoder_sparse_step=1),
-    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=80),
-    "olmoe": dict(num_experts=4, num_experts_per_tok=2, intermediate_size=80),
-    "deepseek_v3": dict(
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=80, intermediate_size=96, first_k_dense_replace=1,
-        n_group=1, topk_group=1, n_shared_experts=1, q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=16,
-        qk_nope_head_dim=32, v_head_dim=32, num_key_value_heads=4, head_dim=16,
-    ),
-    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=80),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def make_moe(tmp_path_factory):
-    def make(architecture, **options):
-        config = AutoConfig.for_model(architecture, **(SIZES | ARCHITECTURES[architecture] | options))
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                nn.init.normal_(parameter, std=0.05)
-        folder = tmp_path_factory.mktemp(architecture)
-        model.save_pretrained(folder)
-        return folder
-
-    return make
+ARCHITECTURES = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss"]
 
 
 def load(folder, config=None, **kwargs):

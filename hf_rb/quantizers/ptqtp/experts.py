@@ -63,6 +63,7 @@ class PTQTPExperts(PackedModule):
         self.activations = config.activations
         _take_over(self, experts)
         self.layouts = {}
+        self.adapters: dict[str, list[tuple[Tensor, Tensor, float]]] = {}  # LoRA factors, while a forward pass lasts
         for name, count in planes.items():
             weight = getattr(experts, name)
             out_features, in_features = (weight.mT if self.is_transposed else weight).shape[1:]
@@ -107,10 +108,14 @@ class PTQTPExperts(PackedModule):
     def _project(self, input: Tensor, name: str, expert: int) -> Tensor:
         weight = getattr(self, name)[expert]
         bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
-        if name in self.layouts:
-            scale = getattr(self, f"{name}_scale")[expert]
-            return kernels.matmul(input, weight, scale, self.layouts[name], bias, self.activations)
-        return F.linear(input, weight.T if self.is_transposed else weight, bias)
+        if name not in self.layouts:
+            return F.linear(input, weight.T if self.is_transposed else weight, bias)
+        scale = getattr(self, f"{name}_scale")[expert]
+        output = kernels.matmul(input, weight, scale, self.layouts[name], bias, self.activations)
+        for down, up, scaling in self.adapters.get(name, ()):
+            added = F.linear(F.linear(input.to(down.dtype), down[expert]), up[expert]) * scaling
+            output = output + added.to(output.dtype)
+        return output
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Returns a module of the model's own class with ordinary weights."""
@@ -130,7 +135,7 @@ class PTQTPExperts(PackedModule):
 
 def _take_over(module: nn.Module, other: nn.Module) -> None:
     """Gives a module the attributes, parameters, buffers and children of another."""
-    ours = {"experts_class", "layouts", "activations"}
+    ours = {"experts_class", "layouts", "activations", "adapters"}
     for name, value in vars(other).items():
         if name == "_is_expert_parallel" or not (name.startswith("_") or name in ours):
             setattr(module, name, value)

@@ -1,0 +1,206 @@
+"""Adapters on packed layers."""
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hf_rb import PTQTPConfig
+from hf_rb.quantizers.adapters import ParamWrapper
+from hf_rb.quantizers.ptqtp import PTQTPLinear
+
+
+INPUT = torch.arange(24).view(2, 12)
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=PTQTPConfig(**options), dtype=torch.float32
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(make_model):
+    return make_model(bias=True)
+
+
+@pytest.fixture
+def base(folder):
+    return load(folder)
+
+
+def adapted(base, **options):
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(**dict(target_modules="all-linear", r=4) | options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def packed(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
+
+
+@torch.no_grad()
+def logits(model):
+    return model(INPUT).logits
+
+
+def train(model, steps=4):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(INPUT, labels=INPUT).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_all_linear_trains(base):
+    with torch.inference_mode():
+        base(INPUT)  # what a kernel keeps from here must not stop training
+    before = packed(base)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", r=4))
+    assert sum(isinstance(module, PTQTPLinear) for module in model.modules()) == 14
+    model(INPUT, labels=INPUT).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert len([name for name in trained if "lora_B" in name]) == 14 and all("lora" in name for name in trained)
+    model.zero_grad()
+    losses = train(model)
+    assert losses[-1] < losses[0] - 0.1
+    after = packed(model)
+    assert len(after) == len(before) == 14
+    assert all(torch.equal(*pair) for pair in zip(before.values(), after.values(), strict=True))
+
+
+def test_adapters_save_and_load(base, folder, tmp_path):
+    model = adapted(base)
+    expected = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(load(folder)))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(folder), tmp_path)
+    assert torch.equal(logits(again), expected)
+    native = load(folder)
+    native.load_adapter(str(tmp_path))
+    assert torch.equal(logits(native), expected)
+    assert torch.equal(logits(again.unload()), logits(load(folder)))
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_merging_needs_plain_weights(base, merge):
+    model = adapted(base)
+    expected, before = logits(model), packed(model)
+    with pytest.raises(
+        ValueError, match=r"14 packed layers of this model: dequantize first. Write `model.dequantize\(\)`"
+    ):
+        getattr(model, merge)()
+    assert torch.equal(logits(model), expected) and packed(model).keys() == before.keys()
+    model.dequantize()
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    merged = getattr(model, merge)() or model
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_merged_model_is_an_ordinary_one(base, tmp_path):
+    model = adapted(base)
+    model.dequantize()
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(merged)) and not packed(again)
+
+
+def test_no_other_adapter_is_merged_either(base):
+    model = get_peft_model(base, IA3Config(target_modules=["up_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="dequantize first"):
+        model.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(use_dora=True), "write `use_dora=False`"),
+        (dict(init_lora_weights="pissa"), "'pissa'` starts from the plain weights"),
+    ],
+)
+def test_adapters_that_need_the_plain_weights(base, options, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, LoraConfig(target_modules="all-linear", **options))
+
+
+def test_gradient_checkpointing(base):
+    model = adapted(base)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model(INPUT, labels=INPUT).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 28
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_gradients_are_those_of_the_plain_model(base):
+    model = adapted(base)
+    model(INPUT, labels=INPUT).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.dequantize()
+    model(INPUT, labels=INPUT).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-3)
+
+
+# Mixtures of experts.
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_experts(make_moe, tmp_path, architecture):
+    folder = make_moe(architecture)
+    targets = dict(target_modules="all-linear")  # PEFT counts the experts among them, but not those of GPT-OSS
+    if architecture == "gpt_oss":
+        targets["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
+    model = adapted(load(folder), **targets)
+    names = {name for name, module in model.named_modules() if isinstance(module, ParamWrapper)}
+    assert len(names) == 4
+    before = packed(model)
+    losses = train(model, 6)
+    assert losses[-1] < losses[0] and len(before) == 12
+    assert all(torch.equal(tensor, before[name]) for name, tensor in packed(model).items())
+
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(folder), tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
+
+    model(INPUT, labels=INPUT).loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.dequantize()
+    torch.testing.assert_close(logits(model), expected, atol=1e-3, rtol=1e-3)
+    model(INPUT, labels=INPUT).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-4, rtol=1e-2)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_experts_that_were_left_out(make_moe):
+    model = load(make_moe("qwen3_moe"), modules_to_not_convert=["gate_up_proj"])
+    model = get_peft_model(model, LoraConfig(target_parameters=["experts.gate_up_proj"], r=2))
+    losses = train(model, 4)
+    assert losses[-1] < losses[0]
+
+
+def test_a_packed_layer_as_a_parameter(base):
+    with pytest.raises(ValueError, match="name the layer in `target_modules`"):
+        get_peft_model(base, LoraConfig(target_modules=[], target_parameters=["q_proj.weight"]))
