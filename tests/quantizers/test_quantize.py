@@ -154,7 +154,7 @@ def test_recipe_with_an_argument_over_it(source, tmp_path):
     assert not (tmp_path / "unused").exists()
 
 
-@pytest.mark.parametrize("name", ["tiny-cpu", "qwen3-0.6b"])
+@pytest.mark.parametrize("name", ["tiny-cpu", "qwen3-0.6b", "qwen3-8b", "qwen3-8b-gptq"])
 def test_shipped_recipes(name):
     recipe = yaml.safe_load((resource_folder("recipes") / "ptqtp" / f"{name}.yaml").read_text())
     arguments = verb.QuantizeArguments(**recipe)
