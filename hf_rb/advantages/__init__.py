@@ -1,5 +1,7 @@
 """Shaping of GRPO's advantages: pure functions on groups of rollouts, and the pipeline that runs them in a trainer."""
 
+from hf_rb.advantages.calibadv import CalibAdvShaper, calibadv, silver_documents, step_quality
+from hf_rb.advantages.edas import EdasShaper, edas, edas_warmup
 from hf_rb.advantages.pipeline import (
     Requires,
     SequenceShaper,
@@ -10,15 +12,28 @@ from hf_rb.advantages.pipeline import (
     check_shapers,
     run_pipeline,
 )
+from hf_rb.advantages.srar import SrarShaper, parse_rubric, parse_verdicts, srar_offsets, srar_step_scores
 
 
 __all__ = [
+    "CalibAdvShaper",
+    "EdasShaper",
     "Requires",
     "SequenceShaper",
     "Shaped",
     "ShapingContext",
+    "SrarShaper",
     "TokenShaper",
     "build_shapers",
+    "calibadv",
     "check_shapers",
+    "edas",
+    "edas_warmup",
+    "parse_rubric",
+    "parse_verdicts",
     "run_pipeline",
+    "silver_documents",
+    "srar_offsets",
+    "srar_step_scores",
+    "step_quality",
 ]

@@ -306,8 +306,9 @@ def _check_result(shaper: Shaper, after: torch.Tensor, before: torch.Tensor) -> 
 def _statistics(before: torch.Tensor, after: torch.Tensor, gather: Callable[[list], list]) -> dict[str, float]:
     before, after = before.double(), after.double()
     delta = (after - before).abs()
-    sums = torch.stack([after.sum(), after.square().sum(), (delta > 0).sum(), delta.sum()]).tolist()
-    total, squares, changed, moved, count = map(sum, zip(*gather([(*sums, after.numel())]), strict=True))
+    parts = (after, after.square(), delta > 0, delta, before * after < 0)
+    sums = torch.stack([part.double().sum() for part in parts]).tolist()
+    total, squares, changed, moved, flipped, count = map(sum, zip(*gather([(*sums, after.numel())]), strict=True))
     count = max(count, 1)
     mean = total / count
     return {
@@ -315,6 +316,7 @@ def _statistics(before: torch.Tensor, after: torch.Tensor, gather: Callable[[lis
         "std": max(squares / count - mean**2, 0.0) ** 0.5,
         "changed": changed / count,
         "delta_abs": moved / count,
+        "flipped": flipped / count,
     }
 
 

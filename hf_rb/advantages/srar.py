@@ -1,0 +1,404 @@
+"""SRaR: step-wise rubrics as rewards (https://huggingface.co/papers/2605.17291).
+
+A problem comes with a rubric: typed items, N_τ of type τ. A judge says of each item j whether a rollout satisfies it and in
+which step k_j. With δ_j = R_τ / N_τ if item j is satisfied, else 0, rollout i has in step k the score
+
+    d_ki = Σ_{j: k_j = k} δ_j                           R = 0.8 (SUGGEST), -1 (PITFALL: fallen into), 1 (BONUS)
+
+and over the rollouts G_k of its group that have step k, every token of step k gets the offset
+
+    z_ki = (d_ki - μ_k) / (σ_k + ε)                     0 if |G_k| ≤ 1 or σ_k ≤ ε
+
+which is added to the outcome's advantage; the outcome's baseline never sees the rubric. G_k are the rollouts with an item
+satisfied in step k ("code", the authors') or attributed to it, satisfied or not ("paper"). The paper's σ is that of a
+population (`ddof=0`), the code's that of a sample (`ddof=1`). A judge's step of 0, or one that does not exist, is the whole
+completion, -1 is no step.
+
+Shapes: N rollouts in contiguous groups of `group_size`; per-step quantities are lists of N dicts `{step: value}`; steps count
+from 1 and 0 is the whole completion.
+"""
+
+import json
+import logging
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_rb.advantages.pipeline import Requires, Shaped, ShapingContext, TokenShaper
+
+
+__all__ = [
+    "ITEM_TYPES",
+    "WEIGHTS",
+    "JudgeRequest",
+    "RubricItem",
+    "SrarShaper",
+    "find_steps",
+    "parse_rubric",
+    "parse_verdicts",
+    "srar_offsets",
+    "srar_step_scores",
+    "token_spans",
+]
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = {"SUGGEST": 0.8, "PITFALL": -1.0, "BONUS": 1.0}
+"""R_τ of the paper. ANSWER items are shown to the judge and never scored."""
+
+ITEM_TYPES = (*WEIGHTS, "ANSWER")
+
+_ITEM = re.compile(rf"<({'|'.join(ITEM_TYPES)})>\s*(\S.*)")
+_STEP = re.compile(r"^#{1,6}[ \t]*Step[ \t]+\d+", re.MULTILINE | re.IGNORECASE)
+_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+_VERDICT = {"id": int, "satisfied": bool, "step": int}
+
+
+@dataclass(frozen=True)
+class RubricItem:
+    """One line of a rubric: its number, counted from 1, one of `ITEM_TYPES`, and its text."""
+
+    id: int
+    type: str
+    text: str
+
+
+@dataclass(frozen=True)
+class JudgeRequest:
+    """
+    What a judge is asked about one rollout.
+
+    Attributes:
+        prompt (`str` or `list[dict]`): The problem, as the policy saw it.
+        rubric (`list[RubricItem]`): The items.
+        solution (`str`): The completion. Written by the policy: text to judge, never instructions.
+        num_steps (`int`): Steps in it, by order of their headers; a step may print another number.
+        answer (`str`, *optional*): Final answer that was extracted from it.
+    """
+
+    prompt: str | list[dict]
+    rubric: list[RubricItem]
+    solution: str
+    num_steps: int
+    answer: str | None = None
+
+
+def parse_rubric(text: str) -> list[RubricItem]:
+    """
+    Reads a rubric: one item a line, `<TYPE> text`, with a type of SUGGEST, PITFALL, BONUS or ANSWER. Blank lines do not count.
+
+    Raises:
+        ValueError: A line that is not of this form.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    items = []
+    for number, line in enumerate(lines, start=1):
+        match = _ITEM.fullmatch(line)
+        if match is None:
+            raise ValueError(
+                f"Line {number} of the rubric is {line!r}. Write `<TYPE> text` with a type of {', '.join(ITEM_TYPES)}."
+            )
+        items.append(RubricItem(number, *match.groups()))
+    return items
+
+
+def parse_verdicts(reply: str | list, num_items: int) -> list[dict]:
+    """
+    Reads a judge's reply.
+
+    Args:
+        reply (`str` or `list`):
+            A JSON array of `{"id": int, "satisfied": bool, "step": int}`, parsed or not, at most in one code fence. Nothing may
+            stand around it: a verdict that the judge merely quotes from the completion is not one.
+        num_items (`int`):
+            Items in the rubric. An item without a verdict is not satisfied.
+
+    Returns:
+        `list[dict]`: the verdicts.
+
+    Raises:
+        ValueError: Anything else, an id outside the rubric, or an id twice.
+    """
+    if isinstance(reply, str):
+        fenced = _FENCE.fullmatch(reply.strip())
+        try:
+            reply = json.loads(fenced.group(1) if fenced else reply)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"The judge's reply is not JSON ({error}): {reply[:200]!r}.") from error
+    expected = 'a list of {"id": int, "satisfied": bool, "step": int}'
+    if not isinstance(reply, list):
+        raise ValueError(f"The judge's reply is {expected}; got {type(reply).__name__}.")
+    for verdict in reply:
+        if not isinstance(verdict, dict) or {key: type(value) for key, value in verdict.items()} != _VERDICT:
+            raise ValueError(f"The judge's reply is {expected}; got the entry {str(verdict)[:200]}.")
+    counts = Counter(verdict["id"] for verdict in reply)
+    if wrong := [number for number, count in counts.items() if count > 1 or not 1 <= number <= num_items]:
+        raise ValueError(f"The judge's reply has items {wrong} twice or outside the rubric of {num_items} items.")
+    return reply
+
+
+def srar_step_scores(
+    verdicts: Sequence[Mapping],
+    rubric: Sequence[str],
+    num_steps: int,
+    gk: str = "code",
+    weights: Mapping[str, float] | None = None,
+) -> dict[int, float]:
+    """
+    Adds up one rollout's verdicts by step.
+
+    Args:
+        verdicts (`Sequence[Mapping]`):
+            `{"id": 1-based, "satisfied": bool, "step": int}`, at most one an item.
+        rubric (`Sequence[str]`):
+            Types of the items in line order.
+        num_steps (`int`):
+            Steps of the rollout.
+        gk (`str`, *optional*, defaults to `"code"`):
+            `"code"`: a step has a score if an item is satisfied in it. `"paper"`: if an item is attributed to it.
+        weights (`Mapping[str, float]`, *optional*):
+            R_τ by type, by default the paper's `WEIGHTS`.
+
+    Returns:
+        `dict[int, float]`: score of each step; 0 stands for the whole completion.
+
+    Raises:
+        ValueError: An unknown `gk`.
+    """
+    if gk not in ("code", "paper"):
+        raise ValueError(f"`gk={gk!r}` is unknown. Choose 'code' or 'paper'.")
+    weights, of_type, scores = WEIGHTS if weights is None else weights, Counter(rubric), defaultdict(float)
+    for verdict in verdicts:
+        kind, step = rubric[verdict["id"] - 1], verdict["step"]
+        if kind in weights and step != -1 and (verdict["satisfied"] or gk == "paper"):
+            scores[step if 1 <= step <= num_steps else 0] += verdict["satisfied"] * weights[kind] / of_type[kind]
+    return dict(scores)
+
+
+def srar_offsets(
+    step_scores: Sequence[Mapping[int, float]], group_size: int, ddof: int = 1, eps: float = 1e-4
+) -> list[dict[int, float]]:
+    """
+    Normalises every step's scores over the rollouts of the group that have it.
+
+    Args:
+        step_scores (`Sequence[Mapping[int, float]]` of length N):
+            Score of each step; empty for a rollout that was not judged.
+        group_size (`int`):
+            Rollouts of one prompt; a divisor of N.
+        ddof (`int`, *optional*, defaults to `1`):
+            1 for the standard deviation of a sample (the authors' code), 0 for that of a population (the paper).
+        eps (`float`, *optional*, defaults to `1e-4`):
+            ε; the authors' code uses 1e-6, TRL's advantages 1e-4.
+
+    Returns:
+        `list[dict[int, float]]`: z of each step of each rollout.
+
+    Raises:
+        ValueError: Groups that are not whole, or another `ddof`.
+    """
+    if ddof not in (0, 1):
+        raise ValueError(f"`ddof` is 0 (population) or 1 (sample); got {ddof}.")
+    if group_size < 1 or len(step_scores) % group_size:
+        raise ValueError(f"SRaR needs whole groups; got {len(step_scores)} rollouts and {group_size=}.")
+    offsets = []
+    for start in range(0, len(step_scores), group_size):
+        group = step_scores[start : start + group_size]
+        spread = {step: _spread([d[step] for d in group if step in d], ddof) for step in set().union(*group)}
+        offsets += [{step: _normalised(value, *spread[step], eps) for step, value in d.items()} for d in group]
+    return offsets
+
+
+def _spread(values: list[float], ddof: int) -> tuple[float, float]:
+    mean = math.fsum(values) / len(values)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    return mean, math.sqrt(squares / (len(values) - ddof)) if len(values) > 1 else 0.0
+
+
+def _normalised(value: float, mean: float, std: float, eps: float) -> float:
+    return 0.0 if std <= eps else (value - mean) / (std + eps)
+
+
+def find_steps(text: str) -> list[tuple[int, int]]:
+    """
+    Finds the steps of a completion: each from its `### Step N:` header to the next, numbered by order, whatever N is.
+
+    Returns:
+        `list[tuple[int, int]]`: first character and character after the last. Without a header the whole text is one step.
+    """
+    starts = [match.start() for match in _STEP.finditer(text)] or [0]
+    return list(zip(starts, [*starts[1:], len(text)], strict=True))
+
+
+def token_spans(
+    ids: Sequence[int], decode: Callable[[Sequence[int]], str], spans: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """
+    Turns characters of `decode(ids)` into tokens.
+
+    Args:
+        ids (`Sequence[int]` of length L):
+            Tokens.
+        decode (`Callable[[Sequence[int]], str]`):
+            Their text. A prefix of the tokens must decode to a prefix of the text, but for a character that it cuts in two.
+        spans (`Sequence[tuple[int, int]]`):
+            First character and character after the last, in ascending order.
+
+    Returns:
+        `list[tuple[int, int]]`: first token and token after the last of each span. A token that holds characters of two spans
+        belongs to the later one.
+    """
+
+    def characters(count: int) -> int:
+        # A character that is cut in two decodes to replacement characters, sometimes to more than the whole one.
+        return len(decode(ids[:count]).rstrip("\ufffd")) if count < len(ids) else len(decode(ids))
+
+    def token_of(character: int, low: int) -> int:
+        # The first token after which the text is longer than `character`.
+        high = len(ids)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if characters(middle + 1) > character else (middle + 1, high)
+        return low
+
+    found, start = [], 0
+    for first, last in spans:
+        start = token_of(first, start)
+        stop = token_of(last, start)
+        found.append((start, stop))
+    return found
+
+
+class SrarShaper(TokenShaper):
+    """
+    SRaR in the pipeline. Reads a rubric from the dataset, as [`parse_rubric`] accepts it; an empty one adds nothing.
+
+    Args:
+        judge (`Callable[[list[JudgeRequest]], list[str | list | None]]`):
+            Replies to the requests, in order, as [`parse_verdicts`] accepts them; None where there is none. Whatever it raises
+            or returns, training goes on: such a rollout gets no offset, is in no G_k and is counted in `judge_failed`.
+        coef (`float`, *optional*, defaults to `1.0`):
+            Factor on the offsets.
+        gk (`str`, *optional*, defaults to `"code"`):
+            As in [`srar_step_scores`].
+        ddof (`int`, *optional*, defaults to `1`):
+            As in [`srar_offsets`].
+        only_mixed (`bool`, *optional*, defaults to `True`):
+            Whether only groups with correct and wrong rollouts are judged: what remains of the authors' batches after their
+            filter, at a fraction of the calls.
+        rubric_column (`str`, *optional*, defaults to `"rubric"`):
+            The dataset's column.
+    """
+
+    name = "srar"
+    additive = True
+
+    def __init__(
+        self,
+        judge: Callable[[list[JudgeRequest]], list[str | list | None]],
+        coef: float = 1.0,
+        gk: str = "code",
+        ddof: int = 1,
+        only_mixed: bool = True,
+        rubric_column: str = "rubric",
+    ):
+        if judge is None:
+            raise ValueError("SRaR needs a `judge`: a callable, or the endpoint of a model that judges.")
+        srar_step_scores([], [], 0, gk)  # refuse bad parameters before the first step
+        srar_offsets([], 1, ddof)
+        self.judge, self.coef, self.gk, self.ddof = judge, coef, gk, ddof
+        self.only_mixed, self.rubric_column = only_mixed, rubric_column
+        self.requires = Requires(columns=(rubric_column,), correct=only_mixed, answers=True)
+
+    @classmethod
+    def from_config(cls, args: Any, trainer: Any) -> "SrarShaper":
+        return cls(trainer.judge, args.srar_coef, args.srar_gk, args.srar_ddof, args.srar_only_mixed)
+
+    def shape(self, ctx: ShapingContext, advantages: torch.Tensor) -> Shaped:
+        judged = self._judge(ctx)
+        scores = [self._scores(judged[i]) if i in judged else {} for i in range(len(ctx.completion_ids))]
+        counts = [judged[i].counts() if i in judged else None for i in range(len(scores))]
+        gathered = ctx.gather(list(zip(scores, counts, strict=True)))
+        offsets = srar_offsets([d for d, _ in gathered], ctx.group_size, self.ddof)[ctx.local]
+
+        added = torch.zeros(ctx.mask.shape)
+        for i, rollout in judged.items():
+            spans = token_spans(ctx.completion_ids[i], _decoder(ctx), rollout.steps) if offsets[i] else []
+            for step, (start, stop) in enumerate(spans, start=1):
+                added[i, start:stop] += offsets[i].get(step, 0.0)
+            added[i] += offsets[i].get(0, 0.0)
+        return Shaped(
+            advantages + self.coef * added.to(advantages),
+            _metrics([c for _, c in gathered if c is not None]),
+            {"step_offsets": [" ".join(f"{step}:{z_k:+.2f}" for step, z_k in sorted(z.items())) for z in offsets]},
+        )
+
+    def _judge(self, ctx: ShapingContext) -> dict[int, "_Rollout"]:
+        """Judges this process's rollouts that are worth it; by their place in the batch."""
+        wanted = ctx.valid
+        if self.only_mixed:
+            right, wrong = ((ctx.valid & c).view(-1, ctx.group_size).any(1) for c in (ctx.correct, ~ctx.correct))
+            wanted = wanted & (right & wrong).repeat_interleave(ctx.group_size)
+        answers = [None] * len(wanted) if ctx.answers is None else ctx.answers
+        decode, rollouts, requests = _decoder(ctx), {}, []
+        for i in wanted[ctx.local].nonzero().flatten().tolist():
+            text, rubric = decode(ctx.completion_ids[i]), parse_rubric(ctx.rows[i][self.rubric_column] or "")
+            if text.strip() and rubric:
+                steps = find_steps(text)
+                rollouts[i] = _Rollout(steps, rubric)
+                requests.append(JudgeRequest(ctx.prompts[i], rubric, text, len(steps), answers[ctx.local][i]))
+        for rollout, reply in zip(rollouts.values(), self._replies(requests), strict=True):
+            try:
+                rollout.verdicts = None if reply is None else parse_verdicts(reply, len(rollout.rubric))
+            except ValueError as error:
+                logger.warning("A judge's reply is counted as failed. %s", error)
+        return rollouts
+
+    def _replies(self, requests: list[JudgeRequest]) -> list[str | list | None]:
+        try:
+            replies = list(self.judge(requests)) if requests else []
+            if len(replies) != len(requests):
+                raise ValueError(f"it gave {len(replies)} replies to {len(requests)} requests")
+            return replies
+        except Exception as error:  # a judge is a service, or a user's code: it may fail, the run may not
+            logger.warning("The judge failed: %s: %s", type(error).__name__, error)
+            return [None] * len(requests)
+
+    def _scores(self, rollout: "_Rollout") -> dict[int, float]:
+        kinds = [item.type for item in rollout.rubric]
+        return srar_step_scores(rollout.verdicts or [], kinds, len(rollout.steps), self.gk)
+
+
+@dataclass
+class _Rollout:
+    steps: list[tuple[int, int]]
+    rubric: list[RubricItem]
+    verdicts: list[dict] | None = None
+
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """Failed, steps, verdicts, satisfied, verdicts on steps that do not exist."""
+        verdicts = self.verdicts or []
+        nowhere = [not -1 <= verdict["step"] <= len(self.steps) for verdict in verdicts]
+        satisfied = [verdict["satisfied"] for verdict in verdicts]
+        return self.verdicts is None, len(self.steps), len(verdicts), sum(satisfied), sum(nowhere)
+
+
+def _decoder(ctx: ShapingContext) -> Callable[[Sequence[int]], str]:
+    return lambda ids: ctx.processing_class.decode(ids, skip_special_tokens=True)
+
+
+def _metrics(counts: list[tuple[int, int, int, int, int]]) -> dict[str, float]:
+    judged = len(counts)
+    failed, steps, verdicts, satisfied, nowhere = map(sum, zip(*counts, strict=True)) if counts else (0,) * 5
+    return {
+        "judged": judged,
+        "judge_failed": failed,
+        "steps_per_rollout": steps / max(judged, 1),
+        "satisfied": satisfied / max(verdicts, 1),
+        "step_out_of_range": nowhere / max(verdicts, 1),
+    }
