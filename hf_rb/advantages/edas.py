@@ -183,7 +183,7 @@ def _shape(
 
 class EdasShaper(SequenceShaper):
     """
-    EDAS in the pipeline. Reads `ShapingContext.correct` and `ShapingContext.answers`.
+    EDAS in the pipeline. Reads `ShapingContext.wrong` and `ShapingContext.answers`.
 
     Args:
         alpha (`float`, *optional*, defaults to `0.4`), beta (`float`, *optional*, defaults to `0.3`),
@@ -227,7 +227,7 @@ class EdasShaper(SequenceShaper):
     def shape(self, ctx: ShapingContext, advantages: torch.Tensor) -> Shaped:
         scored = torch.where(ctx.valid, advantages, torch.nan)
         group_size = ctx.group_size
-        classes, names = _wrong_classes(scored, group_size, ctx.correct, ctx.answers, self.no_answer, self.equivalent)
+        classes, names = _wrong_classes(scored, group_size, ~ctx.wrong, ctx.answers, self.no_answer, self.equivalent)
         factor = edas_warmup(ctx.step, self.warmup_start, self.warmup_steps)
         shaped, clipped = _shape(scored, classes, group_size, factor * self.alpha, factor * self.beta, self.kappa)
 

@@ -59,6 +59,8 @@ class ShapingContext:
         valid (`torch.Tensor` of shape `(N,)` and type `bool`): Whether at least one reward function scored the rollout.
         correct (`torch.Tensor` of shape `(N,)` and type `bool`, *optional*): Whether the reward function that
             `correct_reward` names reached `correct_threshold`.
+        wrong (`torch.Tensor` of shape `(N,)` and type `bool`, *optional*): Whether it did not. A rollout that this function
+            could not score is neither.
         answers (`list[str | None]` of length N, *optional*): Final answers; None where there is none.
         local (`slice`): Which of the N rollouts are this process's.
         rows (`list[dict]` of length B): Dataset rows, with what a `rollout_func` added.
@@ -84,6 +86,7 @@ class ShapingContext:
     valid: torch.Tensor
     mask: torch.Tensor
     correct: torch.Tensor | None = None
+    wrong: torch.Tensor | None = None
     answers: list[str | None] | None = None
     local: slice = field(default_factory=lambda: slice(None))
     rows: list[dict] = field(default_factory=list)
@@ -130,7 +133,7 @@ class Requires:
     Args:
         columns (`tuple[str, ...]`, *optional*): Dataset columns.
         rewards (`tuple[str, ...]`, *optional*): Names of reward functions.
-        correct (`bool`, *optional*, defaults to `False`): Whether it reads `ShapingContext.correct`.
+        correct (`bool`, *optional*, defaults to `False`): Whether it reads `ShapingContext.correct` or `ShapingContext.wrong`.
         answers (`bool`, *optional*, defaults to `False`): Whether it reads `ShapingContext.answers`.
     """
 

@@ -342,7 +342,7 @@ class SrarShaper(TokenShaper):
         """Judges this process's rollouts that are worth it; by their place in the batch."""
         wanted = ctx.valid
         if self.only_mixed:
-            right, wrong = ((ctx.valid & c).view(-1, ctx.group_size).any(1) for c in (ctx.correct, ~ctx.correct))
+            right, wrong = ((ctx.valid & c).view(-1, ctx.group_size).any(1) for c in (ctx.correct, ctx.wrong))
             wanted = wanted & (right & wrong).repeat_interleave(ctx.group_size)
         answers = [None] * len(wanted) if ctx.answers is None else ctx.answers
         decode, rollouts, requests = _decoder(ctx), {}, []
