@@ -18,7 +18,7 @@ __all__ = ["ASSETS", "extract_answer", "load_dataset", "path", "resolve", "tool_
 
 ASSETS = Path(__file__).parent / "assets"
 MODELS = ("teacher", "student", "moe")
-CONFIGS = ("messages", "prompt_completion", "prompt_only", "tools")
+CONFIGS = ("messages", "prompt_completion", "prompt_only", "rubric", "tools")
 SIZES = {"train": 10_000, "test": 500}
 
 
@@ -68,8 +68,9 @@ def load_dataset(
         name (`str`, *optional*, defaults to `"math"`):
             Only `"math"` exists.
         config (`str`, *optional*, defaults to `"messages"`):
-            `"messages"` and `"prompt_completion"` hold word problems with solutions, `"prompt_only"` without; `"tools"` holds
-            two-hop questions over the fact base with tool-call transcripts in `messages` and the tool's schema in `tools`.
+            `"messages"` and `"prompt_completion"` hold word problems with solutions, `"prompt_only"` without, `"rubric"`
+            without and with a `rubric` for a judge of steps; `"tools"` holds two-hop questions over the fact base with
+            tool-call transcripts in `messages` and the tool's schema in `tools`.
         split (`str`, *optional*, defaults to `"train"`):
             `"train"` or `"test"`; no operands (no question, for `"tools"`) occur in both.
         size (`int`, *optional*):
@@ -101,6 +102,7 @@ def load_dataset(
             "messages": {"messages": prompt + completion},
             "prompt_completion": {"prompt": prompt, "completion": completion},
             "prompt_only": {"prompt": prompt},
+            "rubric": {"prompt": prompt, "rubric": problem.rubric},
         }[config]
         rows.append({**columns, "answer": problem.answer, "kind": problem.kind})
     return Dataset.from_list(rows)

@@ -64,6 +64,12 @@ class Problem:
     def held_out(self) -> bool:
         return _hash(self.kind, self.operands) % TEST_SHARE == 0
 
+    @property
+    def rubric(self) -> str:
+        """What a judge of steps looks for, one item a line: each equation, any that does not hold, the answer."""
+        wanted = [f"<SUGGEST> {equation}" for equation in self.equations]
+        return "\n".join([*wanted, "<PITFALL> an equation that does not hold", f"<ANSWER> {self.answer}"])
+
 
 def _hash(*key: object) -> int:
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "big")

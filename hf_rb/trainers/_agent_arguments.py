@@ -36,6 +36,8 @@ class AgentArguments:
         calibadv_step_field (`str`, *optional*):
             Field of the rollouts that holds the quality of each search step, as a `rollout_func` returns it. By default
             quality comes from silver documents.
+        srar_step_pattern (`str`, *optional*):
+            Regular expression that matches where a step begins. Defaults to headers such as `### Step 1:`.
         srar_judge (`str`, *optional*):
             Who judges steps: the base URL of an OpenAI-compatible endpoint (`http://localhost:8000/v1`), or `"tiny"`, an
             offline judge for `tiny:math`. The trainer's `judge` takes any callable.
@@ -71,6 +73,12 @@ class AgentArguments:
         default=None,
         metadata=described(
             "Field of the rollouts that holds the quality of each search step. By default it comes from silver documents."
+        ),
+    )
+    srar_step_pattern: str | None = field(
+        default=None,
+        metadata=described(
+            "Regular expression that matches where a step begins. Defaults to headers such as `### Step 1:`."
         ),
     )
     srar_judge: str | None = field(
@@ -112,11 +120,19 @@ def agent_rules(config: Any) -> Iterator[str]:
         yield "`environment_kwargs` needs an environment: set `environment: search`."
     elif unknown:
         yield f"`environment_kwargs` has {', '.join(sorted(unknown))}. `environment: search` knows `corpus` and `top_k`."
+    yield from _pattern_rules(config)
     yield from _judge_rules(config)
-    acting = {"calibadv_step_field": "calibadv", "srar_judge": "srar"}
+    acting = {"calibadv_step_field": "calibadv", "srar_judge": "srar", "srar_step_pattern": "srar"}
     for name, shaper in acting.items():
         if getattr(config, name) is not None and shaper not in config.advantage_shapers:
             yield f"`{name}` acts only with `{shaper}` in `advantage_shapers`. Add it there, or remove `{name}`."
+
+
+def _pattern_rules(config: Any) -> Iterator[str]:
+    try:
+        re.compile(config.srar_step_pattern or "")
+    except re.error as error:
+        yield f"`srar_step_pattern: {config.srar_step_pattern}` is not a regular expression: {error}."
 
 
 def _judge_rules(config: Any) -> Iterator[str]:

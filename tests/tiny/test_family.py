@@ -77,6 +77,7 @@ def test_datasets(config):
         "messages": {"messages"},
         "prompt_completion": {"prompt", "completion"},
         "prompt_only": {"prompt"},
+        "rubric": {"prompt", "rubric"},
         "tools": {"prompt", "messages", "tools"},
     }[config]
     assert set(train.column_names) == expected | {"answer", "kind"}
@@ -90,7 +91,7 @@ def test_tools_column_is_a_json_schema():
 def test_unknown_names():
     with pytest.raises(ValueError, match="write tiny:math"):
         tiny.load_dataset("maths")
-    with pytest.raises(ValueError, match="messages, prompt_completion, prompt_only, tools"):
+    with pytest.raises(ValueError, match="messages, prompt_completion, prompt_only, rubric, tools"):
         tiny.load_dataset(config="chat")
 
 
