@@ -169,7 +169,7 @@ def _shape(
         total = torch.where(wrong, values, 0).view(-1, group_size).sum(1, keepdim=True)
         return (total / count.clamp(min=1)).expand(-1, group_size).flatten()
 
-    in_group = count.expand(-1, group_size).flatten()
+    in_group = count.double().expand(-1, group_size).flatten()
     in_class = torch.bincount(classes[wrong], minlength=1)[classes.clamp(min=0)]
     information = -(in_class / in_group.clamp(min=1)).log()
     diverse = alpha * (information - mean(information)) / in_group.clamp(min=2).log()
