@@ -1,14 +1,20 @@
 """Fused experts: five architectures through `from_pretrained` and `save_pretrained`."""
 
+import copy
 import filecmp
+import pickle
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from mixtures import MOE, MOE_SIZES
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils import logging
 
-from hf_rb import PTQTPConfig
-from hf_rb.quantizers.ptqtp import PTQTPLinear
+from hf_rb import PTQTPConfig, tiny
+from hf_rb.quantizers.ptqtp import PTQTPLinear, solve
 from hf_rb.quantizers.ptqtp.experts import PTQTPExperts, projections
 
 
@@ -78,3 +84,178 @@ def test_round_trip(make_moe, tmp_path, architecture):
     assert torch.equal(logits(loaded.dequantize()), logits(plain))
     loaded.save_pretrained(tmp_path / "dequantized")
     assert same_files(tmp_path / "plain", tmp_path / "dequantized")
+
+
+def test_embedded_model(tmp_path):
+    quantized = load(tiny.resolve("tiny:moe"), PTQTPConfig(), dtype=torch.float32)
+    assert experts_of(quantized) and quantized.hf_quantizer.report.skipped == ["lm_head"]
+    quantized.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(load(tmp_path)), logits(quantized))
+
+
+def test_an_expert_is_solved_on_its_own(make_moe):
+    source = make_moe("qwen3_moe")
+    weights = load_file(source / "model.safetensors")
+    experts = load(source, PTQTPConfig()).model.layers[1].mlp.experts
+    for half, name in enumerate(("gate_proj", "up_proj")):
+        expected = solve(weights[f"model.layers.1.mlp.experts.2.{name}.weight"]).dequantize()
+        assert torch.equal(experts.unpacked("gate_up_proj")[2].chunk(2)[half], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "planes"),
+    [
+        (dict(packing="nibble"), dict(gate_up_proj=2, down_proj=2)),
+        (dict(planes=1), dict(gate_up_proj=1, down_proj=1)),
+        (dict(scale_mode="tied", group_size=64), dict(gate_up_proj=2, down_proj=2)),
+        (dict(planes_per_layer={"down_proj": 3}, packing="nibble"), dict(gate_up_proj=2, down_proj=3)),
+        (dict(planes_per_layer={"mlp.experts": 1}), dict(gate_up_proj=1, down_proj=1)),
+        (dict(modules_to_not_convert=["down_proj"]), dict(gate_up_proj=2)),
+        (dict(modules_to_not_convert=["experts.gate_up_proj"]), dict(down_proj=2)),
+        (dict(modules_to_not_convert=["experts"]), None),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_options(make_moe, tmp_path, architecture, options, planes):
+    model = load(make_moe(architecture, num_hidden_layers=1), PTQTPConfig(**options), dtype=torch.float32)
+    expected = logits(model)
+    found = [{name: layout.num_scales for name, layout in experts.layouts.items()} for experts in experts_of(model)]
+    assert found == ([planes] if planes else [])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), expected)
+    torch.testing.assert_close(logits(load(tmp_path, PTQTPConfig(dequantize=True))), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model.dequantize()), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_names_of_the_model(make_moe, tmp_path):
+    model = load(make_moe("qwen3_moe"), PTQTPConfig(), dtype=torch.float32)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj_scale" in load_file(tmp_path / "model.safetensors")
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_file_that_has_its_experts_transposed(tmp_path):
+    text = (
+        MOE_SIZES
+        | MOE["qwen3_moe"]
+        | dict(num_hidden_layers=1, vocab_size=64, rope_scaling={"mrope_section": [8, 8, 8]})
+    )
+    vision = dict(depth=1, hidden_size=64, intermediate_size=64, num_heads=2, out_hidden_size=192, patch_size=4)
+    vision |= dict(spatial_merge_size=1, deepstack_visual_indexes=[0], num_position_embeddings=16)
+    config = AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "one")
+    tensors = load_file(tmp_path / "one" / "model.safetensors")
+    for name in tensors:
+        if "experts" in name:
+            tensors[name] = tensors[name].mT.contiguous()  # as the published checkpoints are
+    write(tmp_path / "one", tmp_path / "two", tensors)
+    one, two = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / name, quantization_config=PTQTPConfig())
+        for name in ("one", "two")
+    )
+    assert torch.equal(logits(one), logits(two)) and len(experts_of(one)) == 1
+    # Only the language model of a multimodal one is quantized.
+    packed = [name for name, module in one.named_modules() if isinstance(module, (PTQTPLinear, PTQTPExperts))]
+    assert len(packed) == 5 and all("language_model" in name for name in packed)
+    two.save_pretrained(tmp_path / "saved")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(one))
+
+
+def test_unknown_experts(make_moe, tmp_path, caplog):
+    sizes = dict(num_local_experts=4, num_experts_per_tok=1, intermediate_size=80, intermediate_size_mlp=96)
+    source = make_moe("llama4_text", **sizes)
+    logging.enable_propagation()
+    model = load(source, PTQTPConfig())
+    logging.disable_propagation()
+    assert "leaves 0.4M weights of Llama4ForCausalLM as they are" in caplog.text and "Llama4TextExperts" in caplog.text
+    skipped = model.hf_quantizer.report.skipped
+    assert {"model.layers.1.feed_forward.experts.down_proj", "model.layers.1.feed_forward.router"} <= set(skipped)
+    assert not any("router" in layer.name or ".experts." in layer.name for layer in model.hf_quantizer.report.layers)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_routers_stay(make_moe):
+    sizes = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=80, shared_expert_intermediate_size=96)
+    model = load(make_moe("qwen2_moe", **sizes, intermediate_size=80), PTQTPConfig())
+    assert [type(module) for name, module in model.named_modules() if name.endswith("shared_expert_gate")] == [
+        nn.Linear
+    ] * 2
+    assert isinstance(model.model.layers[0].mlp.shared_expert.down_proj, PTQTPLinear)
+
+
+def test_copies(make_moe):
+    model = load(make_moe("qwen3_moe"), PTQTPConfig())
+    expected = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), expected)
+    other.dequantize()
+    assert torch.equal(logits(model), expected) and experts_of(model) and not experts_of(other)
+
+
+def test_index_of_no_expert(make_moe):
+    experts = load(make_moe("qwen3_moe"), PTQTPConfig(), dtype=torch.float32).model.layers[0].mlp.experts
+    states, weights = torch.randn(3, 192), torch.rand(3, 2)
+    index = torch.tensor([[0, 1], [2, 4], [4, 4]])
+    output = experts(states, index, weights)
+    assert torch.equal(output[2], torch.zeros(192))
+    weights[1, 1] = 0
+    torch.testing.assert_close(output[:2], experts(states[:2], index[:2].clamp(max=3), weights[:2]))
+
+
+# Damaged files.
+
+
+def code(tensors, name):
+    tensors[f"{name}.weight"][3, 4] = 250
+
+
+def width(tensors, name):
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, 1:].contiguous()
+
+
+def scale(tensors, name):
+    tensors[f"{name}.weight_scale"][5, 0, 0] = float("nan")
+
+
+def missing(tensors, name):
+    del tensors[f"{name}.weight"]
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (code, r"mlp.experts.down_proj: (expert 2: )?A packed weight holds the code 250"),
+        (
+            width,
+            r"mlp.experts.down_proj: mlp.experts.2.down_proj.weight has shape \(192, 15\), its neighbours have \(192, 16\)",
+        ),
+        (scale, r"mlp.experts.down_proj(_scale)?: A scale is negative, infinite or NaN"),
+        (missing, r"mlp.experts.down_proj: (The checkpoint's weight has shape \(3,|3 packed tensors come with 4)"),
+    ],
+)
+def test_damaged_experts(make_moe, tmp_path, damage, message, dequantize):
+    load(make_moe("qwen3_moe", num_hidden_layers=1), PTQTPConfig(planes=1)).save_pretrained(tmp_path / "good")
+    tensors = load_file(tmp_path / "good" / "model.safetensors")
+    damage(tensors, "model.layers.0.mlp.experts.2.down_proj")
+    write(tmp_path / "good", tmp_path / "bad", tensors)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "bad", PTQTPConfig(dequantize=dequantize))
+
+
+def test_bad_weights_of_an_expert(make_moe, tmp_path):
+    source = make_moe("qwen3_moe", num_hidden_layers=1)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.3.up_proj.weight"][0, 0] = float("inf")
+    write(source, tmp_path / "bad", tensors)
+    with pytest.raises(ValueError, match="mlp.experts.gate_up_proj: expert 3: .*NaN or an infinite value"):
+        load(tmp_path / "bad", PTQTPConfig())
+
+
+def write(source, destination, tensors):
+    destination.mkdir()
+    shutil.copy(source / "config.json", destination)
+    save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})

@@ -16,10 +16,12 @@ __all__ = ["PTQTPExperts", "fused_experts", "projections"]
 FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 
 
-def fused_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module keeps a weight matrix for each expert in parameters of its own."""
-    stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-    return stacked and "expert" in f"{name}.{type(module).__name__}".lower()
+def fused_experts(name: str, module: nn.Module) -> list[str]:
+    """Returns the names of the parameters in which a module itself keeps the weights of several experts."""
+    if isinstance(module, (nn.Linear, nn.Embedding)) or "expert" not in f"{name}.{type(module).__name__}".lower():
+        return []
+    own = module.named_parameters(recurse=False)
+    return [parameter for parameter, value in own if value.ndim > 1 and "bias" not in parameter]
 
 
 def projections(experts: nn.Module) -> tuple[str, str] | None:

@@ -1,6 +1,6 @@
 """Which parts of a model are packed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -27,69 +27,59 @@ def packable(model: nn.Module, quantizer: "PTQTPQuantizer") -> Iterator[tuple[st
     """Yields the packed stand-ins of what is to be quantized; the report gets the rest."""
     config, skipped = quantizer.quantization_config, quantizer.report.skipped
     modules = dict(model.named_modules())
-    experts = {name: module for name, module in modules.items() if fused_experts(name, module)}
-    routers = {name.rpartition(".")[0] for name in experts}  # where what chooses among experts is
-    names = [
-        *modules,
-        *(f"{name}.{parameter}" for name, module in experts.items() for parameter in module._parameters),
-    ]
-    patterns = [*(config.modules_to_not_convert or []), *([] if config.quantize_qk else QK)]
-    if not quantizer.pre_quantized:
-        _check_patterns(config, patterns, names, type(model).__name__)
-    in_fp32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    skip = quantizer.get_modules_to_not_convert(model, patterns, in_fp32, add_default_skips=True)
-    language = _language_model(model)
-    unknown = []
+    experts = {name: weights for name, module in modules.items() if (weights := fused_experts(name, module))}
+    blocks = {name.rpartition(".")[0] for name in experts}
+    stays = _stays(model, quantizer, [*modules, *(f"{name}.{weight}" for name in experts for weight in experts[name])])
+    unknown = {}
     for name, module in modules.items():
-        inside = any(name == prefix or name.startswith(prefix) for prefix in language)
         if name in experts:
-            weights = [n for n, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
             known = projections(module)
-            if known is None:
-                unknown.append((name, module))
+            if known is None and not stays(name):
+                unknown[name] = module
             planes = {
-                parameter: _planes(config, f"{name}.{parameter}", name)
-                for parameter in known or ()
-                if inside
-                and not any(_matches(pattern, path) for pattern in skip for path in (name, f"{name}.{parameter}"))
+                weight: _planes(config, f"{name}.{weight}", name)
+                for weight in known or ()
+                if not stays(name) and not stays(f"{name}.{weight}")
             }
-            skipped += [f"{name}.{parameter}" for parameter in weights if parameter not in planes]
+            skipped += [f"{name}.{weight}" for weight in experts[name] if weight not in planes]
             if planes:
                 yield name, PTQTPExperts(module, config, planes)
         elif isinstance(module, nn.Linear):
-            parent = name.rpartition(".")[0]
-            # A subclass computes something else.
-            if (
-                type(module) is not nn.Linear
-                or parent in routers
-                or not inside
-                or not _compat.should_convert_module(name, skip)
-            ):
+            router = name.rpartition(".")[0] in blocks or "router" in name
+            if router or stays(name) or type(module) is not nn.Linear:  # a subclass computes something else
                 skipped.append(name)
                 continue
             size = module.in_features, module.out_features, module.bias is not None
             weight = module.weight
             yield name, PTQTPLinear(*size, config, _planes(config, name), weight.device, weight.dtype)
     if unknown and not quantizer.pre_quantized:
-        weights = sum(parameter.numel() for _, module in unknown for parameter in module.parameters(recurse=False))
-        kinds = ", ".join(sorted({type(module).__name__ for _, module in unknown}))
+        weights = sum(modules[name].get_parameter(weight).numel() for name in unknown for weight in experts[name])
+        kinds = ", ".join(sorted({type(module).__name__ for module in unknown.values()}))
         logger.warning(
             f"PTQTP leaves {weights / 1e6:.1f}M weights of {type(model).__name__} as they are: it does not know how the fused "
             f"experts of {kinds} are laid out."
         )
 
 
-def _language_model(model: nn.Module) -> list[str]:
-    """Prefixes of the modules that a quantization is for: all of them, or those of a multimodal model's language model."""
+def _stays(model: nn.Module, quantizer: "PTQTPQuantizer", names: list[str]) -> Callable[[str], bool]:
+    """Returns whether what has a name is to stay as it is; `names` are those that patterns may mean."""
+    config = quantizer.quantization_config
+    patterns = [*(config.modules_to_not_convert or []), *([] if config.quantize_qk else QK)]
+    if not quantizer.pre_quantized:
+        _check_patterns(config, patterns, names, type(model).__name__)
+    in_fp32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    skip = quantizer.get_modules_to_not_convert(model, patterns, in_fp32, add_default_skips=True)
+    inside = _language_model(model)
+    return lambda name: not name.startswith(inside) or not _compat.should_convert_module(name, skip)
+
+
+def _language_model(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the modules that a quantization is for: any, or those of a multimodal model's language model."""
     text = model.config.get_text_config()
     if text is model.config:
-        return [""]
-    inside = [
-        f"{name}."
-        for name, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) and module.config is text and name
-    ]
-    return inside or [""]
+        return ("",)
+    models = ((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel) and name)
+    return tuple(f"{name}." for name, module in models if module.config is text) or ("",)
 
 
 def _planes(config: PTQTPConfig, *names: str) -> int:
