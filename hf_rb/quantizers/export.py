@@ -137,8 +137,8 @@ def export_gptq(
     short = [name for name, weight in packed.weights.items() if weight.shape[1] % packed.config.group_size]
     if short:
         logger.warning(
-            f"The rows of {len(short)} layers ({short[0]}, …) end in a group shorter than {packed.config.group_size}. The format "
-            "allows it; GPTQModel's torch and triton kernels read it, Marlin and ExLlama do not."
+            f"The rows of {len(short)} layers ({short[0]}, …) end in a group shorter than {packed.config.group_size}. Few loaders "
+            'of the format take that; transformers does with `GPTQConfig(bits=4, backend="gptq_torch")`.'
         )
     return packed.rewrite(Path(destination), packed.to_gptq, packed.gptq_config(), None, overwrite, progress)
 
