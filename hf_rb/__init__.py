@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hf_rb.trainers.distillation_trainer import DistillationTrainer
     from hf_rb.trainers.gkd_config import GKDConfig
     from hf_rb.trainers.gkd_trainer import GKDTrainer
+    from hf_rb.trainers.grpo_config import GRPOConfig
+    from hf_rb.trainers.grpo_trainer import GRPOTrainer
     from hf_rb.trainers.sft_config import SFTConfig
     from hf_rb.trainers.sft_trainer import SFTTrainer
 
@@ -26,6 +28,8 @@ _MODULES = {
     "DistillationTrainer": "hf_rb.trainers.distillation_trainer",
     "GKDConfig": "hf_rb.trainers.gkd_config",
     "GKDTrainer": "hf_rb.trainers.gkd_trainer",
+    "GRPOConfig": "hf_rb.trainers.grpo_config",
+    "GRPOTrainer": "hf_rb.trainers.grpo_trainer",
     "PTQTPConfig": "hf_rb.quantizers.ptqtp.config",
     "SFTConfig": "hf_rb.trainers.sft_config",
     "SFTTrainer": "hf_rb.trainers.sft_trainer",
@@ -36,6 +40,8 @@ __all__ = [
     "DistillationTrainer",
     "GKDConfig",
     "GKDTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "PTQTPConfig",
     "SFTConfig",
     "SFTTrainer",

@@ -48,12 +48,25 @@ TABLE: dict[str, Entry] = {
         "GKDTrainer.generate_on_policy_outputs",
         ("model", "inputs", "generation_config"),
     ),
+    "GRPOTrainer._calculate_rewards": Entry(
+        "trl", "GRPOTrainer._calculate_rewards", ("inputs", "prompts", "completions", "completion_ids_list")
+    ),
+    "GRPOTrainer._compute_loss": Entry("trl", "GRPOTrainer._compute_loss", ("model", "inputs")),
+    "GRPOTrainer._generate_and_score_completions": Entry(
+        "trl", "GRPOTrainer._generate_and_score_completions", ("inputs",)
+    ),
+    "GRPOTrainer._get_per_token_logps_and_entropies": Entry(
+        "trl",
+        "GRPOTrainer._get_per_token_logps_and_entropies",
+        ("model", "input_ids", "attention_mask", "logits_to_keep"),
+    ),
     "SFTTrainer._prepare_dataset": Entry(
         "trl",
         "SFTTrainer._prepare_dataset",
         ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
     ),
     "disable_dropout_in_model": Entry("trl.trainer.utils", "disable_dropout_in_model", ("model",)),
+    "get_callable_name": Entry("trl.trainer.utils", "get_callable_name", ("func",)),
     "unwrap_model_for_generation": Entry(
         "trl.models.utils",
         "unwrap_model_for_generation",

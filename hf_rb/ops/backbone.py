@@ -1,7 +1,7 @@
 """A causal language model in two parts: the backbone, which makes the last hidden states, and the LM head as the tile loop takes it."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from hf_rb import _compat
 from hf_rb.ops.lm_head import Head
 
 
-__all__ = ["backbone_output", "gathered_head", "head_of", "model_inputs", "width_of"]
+__all__ = ["backbone_output", "gathered_head", "head_of", "model_inputs", "recorded_hidden", "width_of"]
 
 # What a collated text batch may hold for the model; labels and the columns of a dataset are not among it.
 _MODEL_INPUTS = (
@@ -58,6 +58,25 @@ def backbone_output(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs:
         [`~transformers.utils.ModelOutput`]: With `last_hidden_state` of shape `(B, L, H)`.
     """
     return _without_peft(model).base_model(**model_inputs(inputs), use_cache=False, **kwargs)
+
+
+@contextmanager
+def recorded_hidden(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """
+    Context in which the last hidden states `(B, L, H)` of every forward pass of a causal language model are appended to a list,
+    with their gradient: for a loss on what someone else's forward pass has computed anyway.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`):
+            Unwrapped model.
+    """
+    states: list[torch.Tensor] = []
+    backbone = _without_peft(model).base_model
+    handle = backbone.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    try:
+        yield states
+    finally:
+        handle.remove()
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -274,19 +274,28 @@ def _listed(problems: list[str]) -> str:
 
 
 def _results(evaluation: dict[str, float], dataset_name: str | None) -> list[Result]:
-    names = {"eval_loss": "loss", "eval_mean_token_accuracy": "token accuracy"}
+    names = {"eval_loss": "loss", "eval_mean_token_accuracy": "token accuracy", "eval_reward": "reward"}
     dataset = dataset_name or "evaluation data"
     return [Result(name, evaluation[key], dataset) for key, name in names.items() if key in evaluation]
 
 
 def own_config(
-    config_class: type[TrainingArguments], args: TrainingArguments | None, model: str | PreTrainedModel, suffix: str
+    config_class: type[TrainingArguments],
+    args: TrainingArguments | None,
+    model: str | PreTrainedModel,
+    suffix: str,
+    **derived: Any,
 ) -> TrainingArguments:
-    """Returns `args` as our config class, with the flags off where `args` is TRL's or missing."""
+    """
+    Returns `args` as our config class, with the flags off where `args` is TRL's or missing. `derived` are fields that TRL's config
+    has set from others and refuses beside them.
+    """
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         return config_class(f"{name.split('/')[-1]}-{suffix}")
     if not isinstance(args, config_class):
         # Not `args.to_dict()`, which replaces the value of every field called `..._token`, `eos_token` too.
-        return config_class(**{field.name: getattr(args, field.name) for field in fields(args) if field.init})
+        return config_class(
+            **{field.name: getattr(args, field.name) for field in fields(args) if field.init} | derived
+        )
     return args

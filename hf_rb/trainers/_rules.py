@@ -1,10 +1,21 @@
 """What the fields of a trainer config may not be together. Standard library only: `hf-rb check` runs these without torch."""
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any
 
+from hf_rb._shapers import BUILT_IN, registered_shapers
 
-__all__ = ["cache_rules", "distillation_rules", "gkd_rules", "only_gkd", "profit_rules"]
+
+__all__ = [
+    "cache_rules",
+    "distillation_rules",
+    "gkd_rules",
+    "grpo_rules",
+    "grpo_warnings",
+    "only_gkd",
+    "profit_rules",
+]
 
 
 def profit_rules(config: Any) -> Iterator[str]:
@@ -253,4 +264,117 @@ def distillation_rules(config: Any) -> Iterator[str]:
             "Several teachers, `teacher_model_name_or_path: {math: ..., code: ...}`, and `gopd_teacher_column`, the dataset column "
             f"that chooses among them, go together; got `teacher_model_name_or_path: {config.teacher_model_name_or_path}` and "
             f"`gopd_teacher_column: {config.gopd_teacher_column}`."
+        )
+
+
+# Fields that one shaper reads, or the auxiliary loss, with the defaults that are silent without it.
+_FIELDS_OF_SHAPER = {
+    "edas": {
+        "edas_alpha": 0.4,
+        "edas_beta": 0.3,
+        "edas_kappa": 2.0,
+        "edas_no_answer": "cluster",
+        "edas_equivalence": "string",
+        "edas_warmup_start": 0,
+        "edas_warmup_steps": 0,
+    },
+    "calibadv": {
+        "calibadv_soft": True,
+        "calibadv_pos_neg_ratio": 1.0,
+        "calibadv_max_gain": None,
+        "calibadv_qualify": 0.7,
+        "calibadv_answer_must_not_call_tool": True,
+    },
+    "srar": {"srar_coef": 1.0, "srar_gk": "code", "srar_ddof": 1, "srar_only_mixed": True},
+}
+_TOKEN_SHAPERS = ("calibadv", "srar")
+
+
+def grpo_rules(config: Any) -> Iterator[str]:
+    """Yields what is wrong with the fields of a [`GRPOConfig`]."""
+    names = config.advantage_shapers
+    if isinstance(names, str):
+        yield f"`advantage_shapers` is a list: write `advantage_shapers: [{names}]`."
+        return
+    yield from _shaper_name_rules(names)
+    for shaper, defaults in _FIELDS_OF_SHAPER.items():
+        for name, default in defaults.items():
+            if shaper not in names and getattr(config, name) != default:
+                yield (
+                    f"`{name}: {getattr(config, name)}` has no effect without the shaper {shaper!r}. Write `advantage_shapers: "
+                    f"[{', '.join([*names, shaper])}]`, or remove `{name}`."
+                )
+    if "edas" in names and config.correct_reward is None:
+        yield (
+            "`advantage_shapers: [edas]` needs to know which completions are wrong. Set `correct_reward` to the name of a reward "
+            "function, such as `correct_reward: exact_answer_reward`."
+        )
+    if config.hidden_align_coef > 0 and config.correct_reward is None:
+        yield (
+            f"`hidden_align_coef: {config.hidden_align_coef}` aligns correct completions. Set `correct_reward` to the name of the "
+            "reward function that says which are."
+        )
+    for name, default in (("hidden_align_marker", None), ("hidden_align_all_correct", False)):
+        if config.hidden_align_coef == 0 and getattr(config, name) != default:
+            yield f"`{name}: {getattr(config, name)}` has no effect with `hidden_align_coef: 0.0`. Set the weight, or remove it."
+
+
+def _shaper_name_rules(names: list[str]) -> Iterator[str]:
+    known = registered_shapers() if names else {}
+    for name in names:
+        if name in known:
+            continue
+        if ":" in name:
+            yield (
+                f"`advantage_shapers` names code, {name!r}. Code in a recipe is imported only if the command line says so too: add "
+                f"`--allow_local_code {name}` if you trust it."
+            )
+            continue
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(map(repr, known))}."
+        yield f"`advantage_shapers` cannot hold {name!r}; {hint}"
+    ours = [name for name in names if name in BUILT_IN]
+    ordered = sorted(ours, key=list(BUILT_IN).index)
+    if len(set(names)) < len(names):
+        yield f"`advantage_shapers: [{', '.join(names)}]` has a shaper twice. Each runs once."
+    elif ours != ordered:
+        yield (
+            "Advantage shapers run in the order sequence, token-wise factors, token-wise offsets. Write `advantage_shapers: "
+            f"[{', '.join(ordered)}]` instead of [{', '.join(ours)}]."
+        )
+
+
+def grpo_warnings(config: Any, token_shapers: bool | None = None) -> Iterator[str]:
+    """
+    Yields what acts otherwise than one may think with the fields of a [`GRPOConfig`].
+
+    Args:
+        config (`GRPOConfig`, or anything with its fields):
+            The config.
+        token_shapers (`bool`, *optional*):
+            Whether a shaper makes advantages of tokens. By default it follows from `advantage_shapers`.
+    """
+    if token_shapers is None:
+        token_shapers = any(name in _TOKEN_SHAPERS for name in config.advantage_shapers)
+    if token_shapers:
+        why = {
+            "importance_sampling_level: sequence": config.importance_sampling_level == "sequence",
+            "loss_type: vespo": config.loss_type == "vespo",
+            "off_policy_mask_threshold": config.off_policy_mask_threshold is not None,
+        }
+        for name in (name for name, is_set in why.items() if is_set):
+            yield (
+                f"`{name}` is defined with one advantage a completion, and the shapers make one a token: what depends on its sign "
+                "is decided token by token."
+            )
+    if "edas" in config.advantage_shapers and config.mask_truncated_completions and config.edas_no_answer == "cluster":
+        yield (
+            "`mask_truncated_completions` takes truncated completions out of the loss, and to EDAS they remain one error, that of "
+            "no answer. `edas_no_answer: skip` leaves them out there too."
+        )
+    once = config.steps_per_generation in (None, config.gradient_accumulation_steps)
+    if config.hidden_align_coef > 0 and (config.num_iterations > 1 or not once):
+        yield (
+            "`hidden_align_coef` aligns with states of the policy that wrote the completions, and here it takes several steps on "
+            "them: the gradient is exact in the first only."
         )

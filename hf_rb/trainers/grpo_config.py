@@ -1,0 +1,228 @@
+"""Configuration of [`GRPOTrainer`]: TRL's, with advantage shapers and an auxiliary loss."""
+
+from dataclasses import dataclass, field
+
+import trl
+
+from hf_rb._fields import described, validate
+from hf_rb.trainers._agent_arguments import AgentArguments, agent_rules
+from hf_rb.trainers._rules import grpo_rules
+
+
+__all__ = ["GRPOConfig"]
+
+
+@dataclass
+class GRPOConfig(AgentArguments, trl.GRPOConfig):
+    r"""
+    Configuration class for the [`GRPOTrainer`].
+
+    Everything in [`~trl.GRPOConfig`], and the fields below. With none of them set the trainer is TRL's.
+
+    Parameters:
+        advantage_shapers (`list[str]`, *optional*, defaults to `[]`):
+            Shapers of the advantages, in the order in which they run: `"edas"`
+            (https://huggingface.co/papers/2605.17333), `"calibadv"` (https://huggingface.co/papers/2604.18235), `"srar"`
+            (https://huggingface.co/papers/2605.17291), or a name that an installed package registers under the entry-point
+            group `hf_rb.shapers`.
+        correct_reward (`str`, *optional*):
+            Reward function that says which completions are correct. Its weight may be 0.
+        correct_threshold (`float`, *optional*, defaults to `0.5`):
+            A completion is correct if that function gives it at least this.
+        answer_extractor (`str`, *optional*, defaults to `"boxed"`):
+            Where the final answer of a completion is: in its last `\boxed{}` (`"boxed"`), after its last `####`
+            (`"hashes"`), or in its last `<answer></answer>` (`"tag"`). The trainer takes a function too.
+        edas_alpha (`float`, *optional*, defaults to `0.4`):
+            Strength on groups with several different errors; 0 or more.
+        edas_beta (`float`, *optional*, defaults to `0.3`):
+            Strength on groups whose wrong answers are all the same; 0 or more. The paper: 0.3 with DAPO, 0.2 with GRPO.
+        edas_kappa (`float`, *optional*, defaults to `2.0`):
+            An advantage moves by at most the κ-th part of itself; above 1.
+        edas_no_answer (`str`, *optional*, defaults to `"cluster"`):
+            Wrong completions without an answer are one error (`"cluster"`, the authors' code), left alone (`"skip"`), or an
+            error each (`"singleton"`).
+        edas_equivalence (`str`, *optional*, defaults to `"string"`):
+            When two answers are the same: their texts are, up to case and surrounding blanks (`"string"`), or `math-verify`
+            finds them equal in either direction too (`"math"`; needs `pip install 'hf_rb[math]'`).
+        edas_warmup_start (`int`, *optional*, defaults to `0`), edas_warmup_steps (`int`, *optional*, defaults to `0`):
+            Optimizer step at which EDAS starts, and number of steps over which its strengths grow to their values.
+        calibadv_soft (`bool`, *optional*, defaults to `True`):
+            Whether search steps that found good documents are penalised less for a wrong answer.
+        calibadv_pos_neg_ratio (`float`, *optional*, defaults to `1.0`):
+            Positive over negative advantage of the answers of a group, summed over tokens, after rebalancing; above 0.
+        calibadv_max_gain (`float`, *optional*):
+            Largest factor by which rebalancing multiplies an advantage. Not in the paper, where it is unbounded.
+        calibadv_qualify (`float`, *optional*, defaults to `0.7`):
+            Reward from which on the documents of a completion count as good.
+        calibadv_answer_must_not_call_tool (`bool`, *optional*, defaults to `True`):
+            Whether a last turn that calls a tool is a search step, and such a completion has no answer; `False` is the
+            authors' code.
+        srar_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the step scores, which are added to the advantages; 0 or more.
+        srar_gk (`str`, *optional*, defaults to `"code"`):
+            Which completions the score of a step is compared with: those in which a criterion points to it (`"code"`), or
+            those that have the step (`"paper"`).
+        srar_ddof (`int`, *optional*, defaults to `1`):
+            1 divides by the unbiased standard deviation, 0 by that of the population.
+        srar_only_mixed (`bool`, *optional*, defaults to `True`):
+            Whether only groups with correct and wrong completions are judged.
+        hidden_align_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of an auxiliary loss that aligns the hidden states before the answers of the correct completions of a
+            prompt; 0 is off. A reconstruction of https://huggingface.co/papers/2606.03234, without code to compare with.
+        hidden_align_marker (`str`, *optional*):
+            Text before which the hidden state is taken. Defaults to what `answer_extractor` looks for.
+        hidden_align_all_correct (`bool`, *optional*, defaults to `False`):
+            Whether groups with correct completions only, which have no advantage, are aligned too.
+        environment (`str`, *optional*), environment_kwargs (`dict`, *optional*):
+            What the policy may act on: `"search"`, a search tool over passages, with its `corpus` and `top_k`.
+        calibadv_step_field (`str`, *optional*):
+            Field of the rollouts that holds the quality of each search step. By default it comes from silver documents.
+        srar_judge (`str`, *optional*), srar_judge_model (`str`, *optional*):
+            Who judges steps: the base URL of an OpenAI-compatible endpoint and the model that it serves, or `"tiny"`, an offline
+            judge for `tiny:math`.
+        srar_judge_api_key_env (`str`, *optional*):
+            Name of the environment variable that holds the endpoint's key.
+        srar_judge_timeout (`float`, *optional*, defaults to `60.0`), srar_judge_retries (`int`, *optional*, defaults to `2`),
+        srar_judge_concurrency (`int`, *optional*, defaults to `32`), srar_judge_kwargs (`dict`, *optional*):
+            Seconds an answer may take, further attempts, open requests of a process, and more fields of a request.
+
+    Raises:
+        ValueError: A value out of its range, or fields that exclude one another.
+    """
+
+    advantage_shapers: list[str] = field(
+        default_factory=list,
+        metadata=described(
+            "Shapers of the advantages, in the order in which they run: `edas`, `calibadv`, `srar`, or a name that an installed "
+            "package registers under `hf_rb.shapers`."
+        ),
+    )
+    correct_reward: str | None = field(
+        default=None,
+        metadata=described("Reward function that says which completions are correct. Its weight may be 0."),
+    )
+    correct_threshold: float = field(
+        default=0.5, metadata=described("A completion is correct if `correct_reward` gives it at least this.")
+    )
+    answer_extractor: str = field(
+        default="boxed",
+        metadata=described(
+            "Where the final answer of a completion is: in its last \\boxed{} (`boxed`), after its last #### (`hashes`), or in "
+            "its last <answer></answer> (`tag`).",
+            choices=["boxed", "hashes", "tag"],
+        ),
+    )
+    edas_alpha: float = field(
+        default=0.4,
+        metadata=described("Strength of EDAS on groups with several different errors.", range="[0, inf)"),
+    )
+    edas_beta: float = field(
+        default=0.3,
+        metadata=described(
+            "Strength of EDAS on groups whose wrong answers are all the same. The paper: 0.3 with DAPO, 0.2 with GRPO.",
+            range="[0, inf)",
+        ),
+    )
+    edas_kappa: float = field(
+        default=2.0,
+        metadata=described("EDAS moves an advantage by at most this part of itself, 1/kappa.", range="(1, inf)"),
+    )
+    edas_no_answer: str = field(
+        default="cluster",
+        metadata=described(
+            "Wrong completions without an answer are one error (`cluster`, the authors' code), left alone (`skip`), or an error "
+            "each (`singleton`).",
+            choices=["cluster", "skip", "singleton"],
+        ),
+    )
+    edas_equivalence: str = field(
+        default="string",
+        metadata=described(
+            "When two answers are the same: their texts are (`string`), or math-verify finds them equal too (`math`; needs "
+            "`pip install 'hf_rb[math]'`).",
+            choices=["string", "math"],
+        ),
+    )
+    edas_warmup_start: int = field(
+        default=0, metadata=described("Optimizer step at which EDAS starts.", range="[0, inf)")
+    )
+    edas_warmup_steps: int = field(
+        default=0,
+        metadata=described("Steps over which the strengths of EDAS grow to their values.", range="[0, inf)"),
+    )
+    calibadv_soft: bool = field(
+        default=True,
+        metadata=described("Whether search steps that found good documents are penalised less for a wrong answer."),
+    )
+    calibadv_pos_neg_ratio: float | None = field(
+        default=1.0,
+        metadata=described(
+            "Positive over negative advantage of the answers of a group, summed over tokens, after rebalancing; null does not "
+            "rebalance.",
+            range="(0, inf)",
+        ),
+    )
+    calibadv_max_gain: float | None = field(
+        default=None,
+        metadata=described(
+            "Largest factor by which rebalancing multiplies an advantage. Not in the paper, where it is unbounded.",
+            range="[1, inf)",
+        ),
+    )
+    calibadv_qualify: float = field(
+        default=0.7,
+        metadata=described("Reward from which on the documents of a completion count as good."),
+    )
+    calibadv_answer_must_not_call_tool: bool = field(
+        default=True,
+        metadata=described(
+            "Whether a last turn that calls a tool is a search step, and such a completion has no answer; false is the authors' "
+            "code."
+        ),
+    )
+    srar_coef: float = field(
+        default=1.0,
+        metadata=described("Weight of the step scores, which are added to the advantages.", range="[0, inf)"),
+    )
+    srar_gk: str = field(
+        default="code",
+        metadata=described(
+            "Which completions the score of a step is compared with: those in which a criterion points to it (`code`), or those "
+            "that have the step (`paper`).",
+            choices=["code", "paper"],
+        ),
+    )
+    srar_ddof: int = field(
+        default=1,
+        metadata=described(
+            "1 divides step scores by the unbiased standard deviation, 0 by that of the population.", choices=[0, 1]
+        ),
+    )
+    srar_only_mixed: bool = field(
+        default=True,
+        metadata=described("Whether only groups with correct and wrong completions are judged."),
+    )
+    hidden_align_coef: float = field(
+        default=0.0,
+        metadata=described(
+            "Weight of an auxiliary loss that aligns the hidden states before the answers of the correct completions of a "
+            "prompt; 0 is off. A reconstruction from the paper's abstract.",
+            range="[0, inf)",
+        ),
+    )
+    hidden_align_marker: str | None = field(
+        default=None,
+        metadata=described(
+            "Text before which `hidden_align_coef` takes the hidden state. Defaults to what `answer_extractor` looks for."
+        ),
+    )
+    hidden_align_all_correct: bool = field(
+        default=False,
+        metadata=described(
+            "Whether `hidden_align_coef` aligns groups with correct completions only too, which have no advantage."
+        ),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        validate(self, grpo_rules, agent_rules)

@@ -1,0 +1,209 @@
+"""GRPO: TRL's trainer with shapers between its advantages and its loss, and an auxiliary loss beside it."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import trl
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, TrainingArguments
+
+from hf_rb._shapers import pipeline_line
+from hf_rb.advantages import build_shapers, check_shapers, run_pipeline
+from hf_rb.advantages.pipeline import Shaper
+from hf_rb.hub import METHODS
+from hf_rb.ops.backbone import recorded_hidden
+from hf_rb.rewards import EXTRACTORS, math_equivalent, require_math_verify
+from hf_rb.trainers import _hidden_align
+from hf_rb.trainers._mixin import TrainerMixin, own_config
+from hf_rb.trainers._rules import grpo_warnings
+from hf_rb.trainers._shaping import ScoredGeneration, add_columns, columns_of, make_context, names_of_rewards
+from hf_rb.trainers.grpo_config import GRPOConfig
+
+
+__all__ = ["GRPOTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
+    r"""
+    Trainer for GRPO with shaped advantages. Takes what [`~trl.GRPOTrainer`] takes; without shapers and auxiliary loss it is that
+    trainer. Generation, tools, rewards, baselines and losses are the parent's in every case.
+
+    `GRPOConfig(advantage_shapers=["edas"], correct_reward="exact_answer_reward")` trains with EDAS
+    (https://huggingface.co/papers/2605.17333): of the wrong answers to a prompt, the common ones are pushed down harder than the
+    rare ones. [`~hf_rb.advantages.Shaper`] says how to write a shaper.
+
+    Also logged (`eval_` before them in evaluation):
+
+    - of every shaper what it reports, and the `mean` and `std` of the advantages after it, the fraction that it `changed` and
+      the mean absolute change, `delta_abs`: `shaping/<name>/...`
+    - `shaping/answered`, the fraction of completions with an answer, where a shaper reads answers
+    - with `hidden_align_coef`: `hidden_align/cosine`, between the completions of a prompt, whose distance from 1 is the loss;
+      `hidden_align/cosine_across`, between those of different prompts; `hidden_align/aligned`, the fraction of completions
+
+    With `log_completions` the table of completions has the columns `shaped_advantage` (the mean over the completion's tokens) and
+    those of the shapers, beside `advantage`, TRL's own. Evaluation shapes too, unless it writes one completion a prompt.
+
+    Args:
+        model, reward_funcs, args, train_dataset, eval_dataset, **kwargs:
+            As for [`~trl.GRPOTrainer`].
+        shapers (`Sequence[Shaper]`, *optional*):
+            Shapers, in place of those that `args.advantage_shapers` names.
+        answer_extractor (`Callable[[str], str | None]`, *optional*):
+            From the text of a completion to its final answer, in place of `args.answer_extractor`.
+        step_scorer (`Callable`, *optional*):
+            Says how useful each search step was, in place of the silver documents of `calibadv`. From a
+            [`~hf_rb.advantages.ShapingContext`] to a list of scores in [0, 1] for each of its rollouts.
+        judge (`Callable`, *optional*):
+            Judges the steps of `srar`, in place of `args.srar_judge`.
+
+    Raises:
+        ValueError: A shaper needs a dataset column or a reward function that is not there, or the order of the shapers would
+            change the result.
+        ImportError: `edas_equivalence="math"` without `math-verify`.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any = None,
+        args: GRPOConfig | TrainingArguments | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        *other_args: Any,
+        shapers: Sequence[Shaper] | None = None,
+        answer_extractor: Callable[[str], str | None] | None = None,
+        step_scorer: Callable | None = None,
+        judge: Callable | None = None,
+        **kwargs: Any,
+    ):
+        args = own_config(GRPOConfig, args, model, "GRPO", generation_batch_size=None)
+        kwargs = _with_environment(args, kwargs)
+        self.answer_extractor = answer_extractor or EXTRACTORS[args.answer_extractor]
+        self.answers_equivalent = _equivalence(args)
+        self.step_scorer = step_scorer or _step_scorer(args)
+        self.judge = judge or _judge(args)
+        self.shapers = list(build_shapers(args.advantage_shapers, args, self) if shapers is None else shapers)
+        self.shaping_columns: dict[str, None] = {}
+        # All that can be wrong with them before a model is loaded. Of an environment the reward is not known yet.
+        evaluation = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        columns = [columns_of(data) for data in (train_dataset, *evaluation) if data is not None]
+        if kwargs.get("environment_factory") is None:
+            self._check_shaping(args, columns, names_of_rewards(reward_funcs), kwargs.get("rollout_func"))
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *other_args, **kwargs)
+        self._check_shaping(args, columns, self.reward_func_names, self.rollout_func)
+        if args.hidden_align_coef:
+            self._check_sequences("`hidden_align_coef`")
+        if self.accelerator.is_main_process:
+            for message in grpo_warnings(args, any(shaper.level == "token" for shaper in self.shapers)):
+                logger.warning(message)
+        self._generation: ScoredGeneration | None = None
+
+    def _check_shaping(
+        self, args: GRPOConfig, columns: list[list[str]], reward_names: list[str], rollout_func: Callable | None
+    ) -> None:
+        if args.correct_reward is not None and args.correct_reward not in reward_names:
+            raise ValueError(
+                f"`correct_reward: {args.correct_reward}` is none of the reward functions, {', '.join(reward_names)}."
+            )
+        # A `rollout_func` adds fields to the rows, which the first generation shows.
+        later = [name for shaper in self.shapers for name in shaper.requires.columns] if rollout_func else []
+        for names in columns:
+            check_shapers(self.shapers, [*names, *later], reward_names, args.correct_reward is not None)
+
+    @property
+    def _methods(self) -> list[str]:
+        names = [shaper.name for shaper in self.shapers] + ["hidden_align"] * bool(self.args.hidden_align_coef)
+        return [name for name in names if name in METHODS]
+
+    def train(self, *args, **kwargs):
+        if self._acts:
+            self.accelerator.print(pipeline_line(self.args, [shaper.name for shaper in self.shapers]))
+        return super().train(*args, **kwargs)
+
+    # Where rewards and advantages pass by
+
+    @property
+    def _acts(self) -> bool:
+        return bool(self.shapers or self.args.hidden_align_coef)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._acts:
+            self._generation = ScoredGeneration(inputs, prompts, completions, completion_ids_list, rewards_per_func)
+        return rewards_per_func
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self._acts:
+            context, self._generation = make_context(self, output, self._generation), None
+            if self.shapers:
+                self._shape(output, context)
+            if self.args.hidden_align_coef:
+                _hidden_align.add_targets(self, output, context)
+        return output
+
+    def _shape(self, output, context) -> None:
+        check_shapers(self.shapers, context.rows[0], context.reward_names, context.correct is not None)
+        metrics, columns = {}, {}
+        if (
+            context.group_size > 1
+        ):  # a completion alone in its group, as in some evaluations, has nothing to be compared with
+            advantages, metrics, columns = run_pipeline(context, self.shapers)
+            output["advantages"] = advantages.to(output["advantages"].dtype)
+        if context.answers is not None:
+            metrics["shaping/answered"] = self._answered(context.answers)
+        for name, value in metrics.items():
+            self._metrics["train" if context.training else "eval"][name].append(value)
+        add_columns(self, columns, len(context.prompts))
+
+    def _answered(self, answers: list[str | None]) -> float:
+        answered = sum(answer is not None for answer in answers) / len(answers)
+        if answered == 0 and self.accelerator.is_main_process:
+            logger.warning(
+                f"No completion of step {self.state.global_step} has an answer for `answer_extractor: "
+                f"{self.args.answer_extractor}`: to the shapers all are the same."
+            )
+        return answered
+
+    # The auxiliary loss
+
+    def _compute_loss(self, model, inputs):
+        if "align_weight" not in inputs:
+            return super()._compute_loss(model, inputs)
+        with recorded_hidden(self.accelerator.unwrap_model(model)) as states:
+            loss = super()._compute_loss(model, inputs)
+        return loss + _hidden_align.auxiliary_loss(self, inputs, states[0])
+
+
+def _equivalence(args: GRPOConfig) -> Callable[[str, str], bool] | None:
+    if args.edas_equivalence == "string":
+        return None
+    require_math_verify("edas_equivalence: math")
+    return math_equivalent
+
+
+def _step_scorer(args: GRPOConfig) -> Callable | None:
+    if "calibadv" not in args.advantage_shapers:
+        return None
+    from hf_rb.agents import step_scorer
+
+    return step_scorer(args)
+
+
+def _judge(args: GRPOConfig) -> Callable | None:
+    if args.srar_judge is None:
+        return None
+    from hf_rb.judges import judge_from_config
+
+    return judge_from_config(args)
+
+
+def _with_environment(args: GRPOConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if args.environment is None or kwargs.get("environment_factory") is not None:
+        return kwargs
+    from hf_rb.agents import environment_factory
+
+    return kwargs | {"environment_factory": environment_factory(args)}
