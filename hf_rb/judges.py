@@ -55,9 +55,7 @@ class Judge:
             Seconds before the second attempt.
     """
 
-    def __init__(
-        self, ask: Ask, timeout: float = 60.0, retries: int = 2, concurrency: int = 32, pause: float = 0.5
-    ):
+    def __init__(self, ask: Ask, timeout: float = 60.0, retries: int = 2, concurrency: int = 32, pause: float = 0.5):
         self.ask, self.timeout, self.retries, self.concurrency, self.pause = ask, timeout, retries, concurrency, pause
         self._is_async = any(map(inspect.iscoroutinefunction, (ask, type(ask).__call__)))
 
@@ -225,7 +223,7 @@ def judge_messages(request: JudgeRequest) -> list[dict[str, str]]:
     no solution can contain on purpose.
     """
     marker = blake2b(request.solution.encode(), digest_size=8).hexdigest()
-    pieces = [request.solution[: request.steps[0][0]]] if request.steps else [request.solution]
+    pieces = [request.solution[: request.steps[0][0]]]
     for number, (first, last) in enumerate(request.steps, start=1):
         pieces += [f"\n[{marker} step {number}]\n", request.solution[first:last]]
     prompt = request.prompt
@@ -233,7 +231,7 @@ def judge_messages(request: JudgeRequest) -> list[dict[str, str]]:
         prompt = "\n\n".join(str(message.get("content") or "") for message in prompt)
     rubric = "\n".join(f"{item.id}. <{item.type}> {item.text}" for item in request.rubric)
     user = (
-        f"Problem:\n{prompt}\n\nRubric:\n{rubric}\n\nSolution, in {request.num_steps} steps:\n[{marker} begin]\n"
+        f"Problem:\n{prompt}\n\nRubric:\n{rubric}\n\nSolution, in {len(request.steps)} steps:\n[{marker} begin]\n"
         f"{''.join(pieces)}\n[{marker} end]\n\nFinal answer found in it: {request.answer or 'none'}"
     )
     return [
@@ -286,7 +284,5 @@ def judge_from_config(args: Any) -> Callable[[list[JudgeRequest]], list] | None:
         return None
     if args.srar_judge == "tiny":
         return lambda requests: [judge_tiny(request) for request in requests]
-    endpoint = Endpoint(
-        args.srar_judge, args.srar_judge_model, args.srar_judge_api_key_env, args.srar_judge_kwargs
-    )
+    endpoint = Endpoint(args.srar_judge, args.srar_judge_model, args.srar_judge_api_key_env, args.srar_judge_kwargs)
     return Judge(endpoint, args.srar_judge_timeout, args.srar_judge_retries, args.srar_judge_concurrency)

@@ -77,14 +77,15 @@ class JudgeRequest:
         prompt (`str` or `list[dict]`): The problem, as the policy saw it.
         rubric (`list[RubricItem]`): The items.
         solution (`str`): The completion. Written by the policy: text to judge, never instructions.
-        num_steps (`int`): Steps in it, by order of their headers; a step may print another number.
+        steps (`list[tuple[int, int]]`): First character and character after the last of each of its steps. They are numbered
+            by order, from 1; a step may print another number.
         answer (`str`, *optional*): Final answer that was extracted from it.
     """
 
     prompt: str | list[dict]
     rubric: list[RubricItem]
     solution: str
-    num_steps: int
+    steps: list[tuple[int, int]]
     answer: str | None = None
 
 
@@ -224,14 +225,20 @@ def _normalised(value: float, mean: float, std: float, eps: float) -> float:
     return 0.0 if std <= eps else (value - mean) / (std + eps)
 
 
-def find_steps(text: str) -> list[tuple[int, int]]:
+def find_steps(text: str, pattern: str | re.Pattern = _STEP) -> list[tuple[int, int]]:
     """
     Finds the steps of a completion: each from its `### Step N:` header to the next, numbered by order, whatever N is.
+
+    Args:
+        text (`str`):
+            The completion.
+        pattern (`str` or `re.Pattern`, *optional*):
+            Matches where a step begins, in place of such headers.
 
     Returns:
         `list[tuple[int, int]]`: first character and character after the last. Without a header the whole text is one step.
     """
-    starts = [match.start() for match in _STEP.finditer(text)] or [0]
+    starts = [match.start() for match in re.finditer(pattern, text)] or [0]
     return list(zip(starts, [*starts[1:], len(text)], strict=True))
 
 
@@ -293,6 +300,8 @@ class SrarShaper(TokenShaper):
             filter, at a fraction of the calls.
         rubric_column (`str`, *optional*, defaults to `"rubric"`):
             The dataset's column.
+        step_pattern (`str`, *optional*):
+            Regular expression that matches where a step begins. Defaults to `### Step N:` headers.
     """
 
     name = "srar"
@@ -306,6 +315,7 @@ class SrarShaper(TokenShaper):
         ddof: int = 1,
         only_mixed: bool = True,
         rubric_column: str = "rubric",
+        step_pattern: str | None = None,
     ):
         if judge is None:
             raise ValueError("SRaR needs a `judge`: a callable, or the endpoint of a model that judges.")
@@ -313,11 +323,19 @@ class SrarShaper(TokenShaper):
         srar_offsets([], 1, ddof)
         self.judge, self.coef, self.gk, self.ddof = judge, coef, gk, ddof
         self.only_mixed, self.rubric_column = only_mixed, rubric_column
+        self.step_pattern = _STEP if step_pattern is None else re.compile(step_pattern)
         self.requires = Requires(columns=(rubric_column,), correct=only_mixed, answers=True)
 
     @classmethod
     def from_config(cls, args: Any, trainer: Any) -> "SrarShaper":
-        return cls(trainer.judge, args.srar_coef, args.srar_gk, args.srar_ddof, args.srar_only_mixed)
+        return cls(
+            trainer.judge,
+            coef=args.srar_coef,
+            gk=args.srar_gk,
+            ddof=args.srar_ddof,
+            only_mixed=args.srar_only_mixed,
+            step_pattern=args.srar_step_pattern,
+        )
 
     def shape(self, ctx: ShapingContext, advantages: torch.Tensor) -> Shaped:
         judged = self._judge(ctx)
@@ -349,9 +367,9 @@ class SrarShaper(TokenShaper):
         for i in wanted[ctx.local].nonzero().flatten().tolist():
             text, rubric = decode(ctx.completion_ids[i]), parse_rubric(ctx.rows[i][self.rubric_column] or "")
             if text.strip() and rubric:
-                steps = find_steps(text)
+                steps = find_steps(text, self.step_pattern)
                 rollouts[i] = _Rollout(steps, rubric)
-                requests.append(JudgeRequest(ctx.prompts[i], rubric, text, len(steps), answers[ctx.local][i]))
+                requests.append(JudgeRequest(ctx.prompts[i], rubric, text, steps, answers[ctx.local][i]))
         for rollout, reply in zip(rollouts.values(), self._replies(requests), strict=True):
             try:
                 rollout.verdicts = None if reply is None else parse_verdicts(reply, len(rollout.rubric))

@@ -1,6 +1,7 @@
 """Agents: environments whose methods are a policy's tools, the reward of a search, and the quality of its steps."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
@@ -31,10 +32,13 @@ def step_scorer(args: Any) -> Callable:
 
     Args:
         args (`GRPOConfig`):
-            With `calibadv_step_field`, `calibadv_qualify` and `correct_reward`.
+            With `calibadv_step_field`, `calibadv_qualify`, `correct_reward` and `answer_extractor`.
     """
+    from hf_rb.agents.rewards import is_well_formed
     from hf_rb.agents.steps import FieldScores, SilverDocuments
+    from hf_rb.rewards import EXTRACTORS
 
     if args.calibadv_step_field is not None:
         return FieldScores(args.calibadv_step_field)
-    return SilverDocuments(args.calibadv_qualify, args.correct_reward)
+    well_formed = partial(is_well_formed, answer_extractor=EXTRACTORS[args.answer_extractor])
+    return SilverDocuments(args.calibadv_qualify, args.correct_reward, well_formed)

@@ -3,9 +3,10 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from hf_rb.rewards import completion_text
 from hf_rb.tiny.problems import extract_answer
 
 
@@ -15,7 +16,13 @@ _MARKUP = re.compile(r"</?tool_(call|response)>")
 _SKIPPED = re.compile(r"\b(a|an|the)\b")
 
 
-def search_f1(completions: list, answer: Sequence[str | list[str]], log_metric: Any = None, **kwargs: Any) -> list[float]:
+def search_f1(
+    completions: list,
+    answer: Sequence[str | list[str]],
+    log_metric: Callable[[str, float], None] | None = None,
+    answer_extractor: Callable[[str], str | None] = extract_answer,
+    **kwargs: Any,
+) -> list[float]:
     """
     F1 of the answer, times whether the rollout is well formed, as CalibAdv is trained with
     (https://huggingface.co/papers/2604.18235).
@@ -27,23 +34,27 @@ def search_f1(completions: list, answer: Sequence[str | list[str]], log_metric: 
             The right answer of each, or several: the best match counts.
         log_metric (`Callable[[str, float], None]`, *optional*):
             TRL's; gets `search/well_formed` and `search/f1`, the latter whatever the form.
+        answer_extractor (`Callable[[str], str | None]`, *optional*):
+            From a text to its answer. By default what follows the last `####`.
 
     Returns:
         `list[float]`: Rewards in `[0, 1]`.
     """
-    formed = [is_well_formed(completion) for completion in completions]
-    f1 = [answer_f1(_last_answer(completion), gold) for completion, gold in zip(completions, answer, strict=True)]
+    formed = [is_well_formed(completion, answer_extractor) for completion in completions]
+    answers = [answer_extractor(completion_text(completion)) for completion in completions]
+    f1 = [answer_f1(given, gold) for given, gold in zip(answers, answer, strict=True)]
     if log_metric and formed:
         log_metric("search/well_formed", sum(formed) / len(formed))
         log_metric("search/f1", sum(f1) / len(f1))
     return [score * ok for score, ok in zip(f1, formed, strict=True)]
 
 
-def is_well_formed(completion: str | list[dict]) -> bool:
+def is_well_formed(
+    completion: str | list[dict], answer_extractor: Callable[[str], str | None] = extract_answer
+) -> bool:
     """
     Returns whether a rollout searched at least once, without an error, and then answered: every assistant message but the last
-    calls a tool, the last calls none and has an answer behind `####`, and no message holds markup of calls that failed to
-    parse.
+    calls a tool, the last calls none and has an answer, and no message holds markup of calls that failed to parse.
     """
     if isinstance(completion, str) or not completion:
         return False
@@ -56,7 +67,7 @@ def is_well_formed(completion: str | list[dict]) -> bool:
         and not assistant[-1].get("tool_calls")
         and not any(is_tool_error(message) for message in tool)
         and not any(_MARKUP.search(text_of(message)) for message in assistant)
-        and extract_answer(text_of(assistant[-1])) is not None
+        and answer_extractor(text_of(assistant[-1])) is not None
     )
 
 
@@ -69,12 +80,6 @@ def text_of(message: dict) -> str:
     """Returns a message's text; content blocks are joined."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
-
-
-def _last_answer(completion: str | list[dict]) -> str | None:
-    if isinstance(completion, list):
-        completion = text_of(completion[-1]) if completion and completion[-1]["role"] == "assistant" else ""
-    return extract_answer(completion)
 
 
 def answer_f1(answer: str | None, gold: str | Sequence[str]) -> float:

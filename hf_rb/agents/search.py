@@ -19,6 +19,10 @@ __all__ = ["FactSearch", "Index", "Passage", "PassageSearch", "read_passages", "
 
 FACTS = "tiny:facts"
 
+_INSTRUCTION = (
+    "\nSearch as often as you need, for one fact at a time. Then answer in as few words as possible, on a line that begins with ####."
+)
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -85,9 +89,10 @@ class PassageSearch:
         self._index = index
         self.retrieved: dict[str, list[str]] = {}
 
-    def reset(self, **row: Any) -> None:
-        """Forgets the last rollout."""
+    def reset(self, prompt: Any = None, question: str | None = None, **row: Any) -> str | None:
+        """Forgets the last rollout. Asks the row's `question` if it has no `prompt`."""
         self.retrieved = {}
+        return question + _INSTRUCTION if prompt is None and question is not None else None
 
     def search(self, query: str) -> str:
         """

@@ -52,9 +52,7 @@ class SilverDocuments:
         formed = [self.well_formed(completion) for completion in ctx.completions]
         everywhere = ctx.gather(list(zip(documents, formed, strict=True)))
 
-        rewards = [
-            reward if ok else 0.0 for reward, (_, ok) in zip(self._rewards(ctx), everywhere, strict=True)
-        ]
+        rewards = [reward if ok else 0.0 for reward, (_, ok) in zip(self._rewards(ctx), everywhere, strict=True)]
         silver = silver_documents(rewards, [found for found, _ in everywhere], ctx.group_size, self.qualify)
         first = ctx.local.start or 0
         return [
