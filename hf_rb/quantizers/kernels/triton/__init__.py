@@ -21,8 +21,9 @@ def available(device: torch.device) -> bool:
 
 
 def supports(dtype: torch.dtype, layout: Layout) -> bool:
-    """Whether [`matmul`] takes activations of this type and weights of this layout, on any available device."""
-    return dtype in DTYPES and all(_gemm().recipe(part) for part in layout.parts)
+    """Whether [`matmul`] and [`dequantize`] take this type and this layout, on any available device."""
+    gemm = _gemm()
+    return dtype in DTYPES and layout.group_size <= gemm.MAX_GROUP and all(map(gemm.recipe, layout.parts))
 
 
 def matmul(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout) -> Tensor:

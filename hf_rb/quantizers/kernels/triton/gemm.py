@@ -35,9 +35,12 @@ __all__ = ["dequantize", "matmul", "multiply", "recipe"]
 
 # Up to this many rows of activations the weights are decoded as they are multiplied, above it once for all rows.
 MAX_ROWS = 256
-# Up to this many rows of float32 each is multiplied by itself: there are no tensor cores of that precision.
+# `tl.dot` takes the weights of a whole group, of at most this length, and 16-bit types: others have no tensor cores. What it does not
+# take is multiplied row by row, up to so many rows.
+MAX_TILE = 128
 MAX_VECTORS = 8
-
+# The longest group that is taken at all.
+MAX_GROUP = 1024
 # Programs for every multiprocessor of the device; with fewer, the groups of a row are divided among several.
 PROGRAMS = 4
 
@@ -84,7 +87,9 @@ class _Constants(NamedTuple):
     GROUP: int
     TAIL: int  # length of the short last group
     GROUP_BYTES: int
-    PARTS: tuple[int, ...]  # FIELDS numbers for every part, see `_section`
+    PARTS: tuple[
+        int, ...
+    ]  # bits, radix, shift, first scale, end of its scales, offset in a group and in the last, for every part
     DIGITS: tuple[int, ...]  # alpha, beta and gamma for every scale of a group
 
 
@@ -389,15 +394,27 @@ def multiply(
     split = programs > 1
     out = torch.empty(rows, out_features, dtype=torch.float32 if INTERPRETED else x.dtype, device=x.device)
     partial = out.new_empty(programs, rows, out_features, dtype=torch.float32) if split else out
+    twice = x.dtype == torch.bfloat16 and rows <= EXACT_ROWS
+    warps, stages = _warps_and_stages(block_m)
     with torch.cuda.device_of(x):
         _matmul_kernel[grid_n, programs, grid_m](
             x, weight, scale, partial, rows, out_features, full, triton.cdiv(full, programs),
-            x.stride(0), weight.stride(0), scale.stride(0), *_constants(layout), block_m, block_n, x.dtype == torch.bfloat16 and rows <= EXACT_ROWS,
-            num_warps=8 if block_m * block_n >= 128 * 64 else 4,
+            x.stride(0), weight.stride(0), scale.stride(0), *_constants(layout), block_m, block_n, twice,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if split:
             _sum_kernel[(triton.cdiv(out.numel(), 256),)](partial, out, out.numel(), programs, 256)
     return out.to(x.dtype)
+
+
+def _warps_and_stages(block_m: int) -> tuple[int, int]:
+    return (8, 2) if block_m >= 64 else (4, 3)
+
+
+def _block_n(out_features: int, layout: Layout) -> int:
+    # Fewer rows for a long group, of which a program holds all products, and where there would be few programs.
+    longest = max(part.bytes(layout.group_size) for part in layout.parts)
+    return max(16, min(64 if out_features >= 2048 else 32, 4096 // triton.next_power_of_2(longest)))
 
 
 def matmul(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout) -> Tensor:
@@ -420,16 +437,16 @@ def matmul(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout) 
     x = input.reshape(-1, layout.in_features)
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, out_features = len(x), len(weight)
-    block_n = 64 if out_features >= 2048 else 32
+    tiled = x.dtype != torch.float32 and layout.group_size <= MAX_TILE
     if rows * out_features == 0:
         out = x.new_zeros(rows, out_features)
-    elif rows > MAX_ROWS:
-        out = x @ dequantize(weight, weight_scale, layout, x.dtype).T
-    elif rows == 1 or (x.dtype == torch.float32 and rows <= MAX_VECTORS):
-        out = multiply(x, weight, weight_scale, layout, block_m=1, block_n=block_n)
-    else:
+    elif rows == 1 or (rows <= MAX_VECTORS and not tiled):
+        out = multiply(x, weight, weight_scale, layout, block_m=1, block_n=_block_n(out_features, layout))
+    elif rows <= MAX_ROWS and tiled:
         block_m = min(max(16, triton.next_power_of_2(rows)), 128)
-        out = multiply(x, weight, weight_scale, layout, block_m=block_m, block_n=block_n)
+        out = multiply(x, weight, weight_scale, layout, block_m=block_m, block_n=_block_n(out_features, layout))
+    else:
+        out = x @ dequantize(weight, weight_scale, layout, x.dtype).T
     return out.view(*input.shape[:-1], out_features)
 
 
