@@ -12,11 +12,13 @@ was cut off after a tool's response has no answer.
 """
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from hf_rb._shapers import LOCAL
 from hf_rb.tiny.problems import extract_answer
 
 
@@ -31,6 +33,7 @@ __all__ = [
     "exact_answer_reward",
     "math_accuracy_reward",
     "math_equivalent",
+    "reward_problem",
     "require_math_verify",
     "tagged_answer",
 ]
@@ -181,7 +184,7 @@ def _timeout(seconds: int) -> int | None:
     return seconds if threading.current_thread() is threading.main_thread() else None
 
 
-# Name in a recipe -> where it is. Of what is ours, all take `answer_extractor`.
+# Name in a recipe -> where it is. What is ours takes `answer_extractor`.
 REWARDS = {
     "exact_answer_reward": "hf_rb.rewards:exact_answer_reward",
     "math_accuracy_reward": "hf_rb.rewards:math_accuracy_reward",
@@ -191,6 +194,31 @@ REWARDS = {
     "reasoning_accuracy_reward": "trl.rewards:reasoning_accuracy_reward",
     "think_format_reward": "trl.rewards:think_format_reward",
 }
+
+
+_OURS = {name for name, where in REWARDS.items() if where.startswith("hf_rb.")}
+
+
+def reward_problem(name: str) -> str | None:
+    """Returns why a recipe may not name this reward function, or `None`. Imports nothing."""
+    if name in REWARDS or name in LOCAL:
+        return None
+    if ":" in name:
+        return (
+            f"`reward_funcs` names code, {name!r}. Code in a recipe is imported only if the command line says so too: add "
+            f"`--allow_local_code {name}` if you trust it."
+        )
+    if "." in name:
+        name = ":".join(name.rsplit(".", 1))
+        return f"Code in a recipe is written `{name}`, and imported only if the command line has `--allow_local_code {name}`."
+    close = get_close_matches(name, REWARDS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(map(repr, REWARDS))}."
+    return f"`reward_funcs` cannot hold {name!r}; {hint}"
+
+
+def reward_name(name: str) -> str:
+    """Returns the name under which a trainer knows a reward function that a recipe names."""
+    return name.rpartition(":")[2]
 
 
 def build_reward(name: str, answer_extractor: str = "boxed") -> Callable:
@@ -204,10 +232,8 @@ def build_reward(name: str, answer_extractor: str = "boxed") -> Callable:
             A key of `EXTRACTORS`, for our own functions.
 
     Raises:
-        ValueError: There is no such function.
+        ImportError, AttributeError: It is not there.
     """
-    module, colon, attribute = REWARDS.get(name, name).partition(":")
-    if not colon:
-        raise ValueError(f"There is no reward function {name!r}. Choose among {', '.join(map(repr, REWARDS))}.")
+    module, _, attribute = REWARDS.get(name, name).partition(":")
     function = getattr(import_module(module), attribute)
-    return partial(function, answer_extractor=EXTRACTORS[answer_extractor]) if module == __name__ else function
+    return partial(function, answer_extractor=EXTRACTORS[answer_extractor]) if name in _OURS else function

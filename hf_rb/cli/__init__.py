@@ -24,6 +24,7 @@ VERBS = {
     "sft": ("hf_rb.cli.train", "Fine-tune a model from a recipe."),
     "gkd": ("hf_rb.cli.train", "Distil a teacher into a model from a recipe."),
     "distillation": ("hf_rb.cli.train", "Distil a teacher into a model, on what the model writes."),
+    "grpo": ("hf_rb.cli.train", "Train a model by rewards, with shaped advantages, from a recipe."),
     "audit": ("hf_rb.cli.audit", "Compare every way in which a distillation recipe computes its loss."),
     "cache-teacher": ("hf_rb.cli.cache_teacher", "Run a teacher once over the data, and train without it."),
     "quantize": ("hf_rb.cli.quantize", "Quantize a model and save it."),

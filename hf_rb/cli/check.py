@@ -20,8 +20,18 @@ from typing import Any
 from hf_rb import tiny
 from hf_rb._fields import Rule, value_problem
 from hf_rb._resources import find_recipe
+from hf_rb._shapers import LOCAL, pipeline_line
 from hf_rb.cli import schemas
-from hf_rb.trainers._rules import distillation_rules, gkd_rules, only_gkd, profit_rules
+from hf_rb.rewards import reward_name, reward_problem
+from hf_rb.trainers._agent_arguments import agent_rules
+from hf_rb.trainers._rules import (
+    distillation_rules,
+    gkd_rules,
+    grpo_rules,
+    grpo_warnings,
+    only_gkd,
+    profit_rules,
+)
 
 
 __all__ = ["Report", "check", "read_overrides", "read_recipe"]
@@ -37,13 +47,15 @@ class Report:
         recipe (`str`): The recipe's path.
         verb (`str`): The verb it was checked for.
         errors (`list[str]`): Messages about what would stop the run.
-        warnings (`list[str]`): Messages about what could not be decided.
+        warnings (`list[str]`): Messages about what could not be decided, or may not be what one thinks.
+        notes (`list[str]`): What the recipe does.
     """
 
     recipe: str
     verb: str
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def show(self) -> None:
         """Prints the findings to stderr, or one line to stdout when there are none."""
@@ -52,6 +64,8 @@ class Report:
                 print(f"{self.recipe}: {kind}: {message}", file=sys.stderr)
         if not self.errors:
             print(f"{self.recipe}: a good recipe for `hf-rb {self.verb}`.")
+            for note in self.notes:
+                print(f"{self.recipe}: {note}")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -59,10 +73,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--for", dest="target", choices=[*schemas.RECIPES], help="the verb to check for (default: by the keys)"
     )
+    parser.add_argument(
+        "--allow_local_code",
+        action="append",
+        default=[],
+        metavar="MODULE:ATTRIBUTE",
+        help="code that a recipe for `hf-rb grpo` names (nothing is imported)",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    LOCAL.update(args.allow_local_code)
     reports = [check(path, read_recipe(path), args.target) for path in map(find_recipe, args.recipes)]
     if args.json:
         print(json.dumps([asdict(report) for report in reports], indent=1))
@@ -146,8 +168,12 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Report
     schema = schemas.load(verb)
     report = Report(str(path), verb)
     values = _Checker(report, schema["versions"]).values(recipe, schema["keys"])
+    args = SimpleNamespace(**values)
     for rule in RULES[verb]:
-        report.errors += rule(SimpleNamespace(**values))
+        report.errors += rule(args)
+    if verb == "grpo" and not report.errors:
+        report.warnings += grpo_warnings(args)
+        report.notes.append(pipeline_line(args))
     return report
 
 
@@ -302,6 +328,16 @@ def _teacher_rules(args: Any) -> Iterator[str]:
         yield f"no teacher: write `teacher_model_name_or_path: ...`{more}."
 
 
+def _reward_rules(args: Any) -> Iterator[str]:
+    names = args.reward_funcs or []
+    yield from filter(None, map(reward_problem, names))
+    if not names and not args.reward_model_name_or_path:
+        yield "no reward: write `reward_funcs: [...]`."
+    known = [reward_name(name) for name in names] + (args.reward_model_name_or_path or "").split("/")[-1:]
+    if args.correct_reward is not None and args.correct_reward not in known:
+        yield f"`correct_reward: {args.correct_reward}` is none of the reward functions, {', '.join(filter(None, known))}."
+
+
 def _texts(value: Any) -> Iterator[str]:
     """The strings in a string, a list or a dict."""
     if isinstance(value, str):
@@ -315,5 +351,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "sft": (profit_rules, _precision_rules, _source_rules, _name_rules),
     "gkd": (gkd_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),
     "distillation": (distillation_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),
+    "grpo": (grpo_rules, agent_rules, _precision_rules, _source_rules, _reward_rules, _name_rules),
     "quantize": (_name_rules,),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hf_rb import _compat
 from hf_rb._resources import find_recipe, resource_folder
+from hf_rb._shapers import LOCAL
 from hf_rb.cli.check import check, read_overrides, read_recipe
 
 
@@ -20,12 +21,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a file of `accelerate config`, or the name of one that ships with hf_rb (recipes/accelerate_configs)",
     )
     parser.add_argument("--num_processes", help="processes to launch (default: what the accelerate config says)")
+    if parser.get_default("verb") == "grpo":
+        parser.add_argument(
+            "--allow_local_code",
+            action="append",
+            metavar="MODULE:ATTRIBUTE",
+            help="a reward function or shaper of your own that the recipe names, and that may be imported",
+        )
     parser.set_defaults(overrides=[])
     parser.usage = f"{parser.prog} RECIPE [--accelerate_config FILE] [--num_processes N] [--key value ...]"
 
 
 def run(args: argparse.Namespace) -> int:
     recipe = find_recipe(args.recipe)
+    local_code = getattr(args, "allow_local_code", None) or []
+    LOCAL.update(local_code)
     report = check(recipe, read_recipe(recipe) | read_overrides(args.overrides, args.verb), args.verb)
     report.show()
     if report.errors:
@@ -34,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     launch = ["--config_file", str(_accelerate_config(args.accelerate_config))] if args.accelerate_config else []
     launch += ["--num_processes", args.num_processes] if args.num_processes else []
     launch += ["--module", f"hf_rb.scripts.{args.verb}", "--config", str(recipe), *args.overrides]
+    launch += [part for name in local_code for part in ("--allow_local_code", name)]
     return _launch(launch)
 
 

@@ -83,10 +83,12 @@ def readable_errors(module: str) -> Iterator[None]:
         sys.exit(2)
 
 
-def make_parser(config_class: type[TrainingArguments], name: str) -> trl.TrlParser:
+def make_parser(
+    config_class: type[TrainingArguments], name: str, script_arguments: type[ScriptArguments] = ScriptArguments
+) -> trl.TrlParser:
     """Returns the parser of a recipe's keys, for the script of that name."""
     return trl.TrlParser(
-        (ScriptArguments, config_class, trl.ModelConfig, trl.DatasetMixtureConfig),
+        (script_arguments, config_class, trl.ModelConfig, trl.DatasetMixtureConfig),
         prog=f"python -m hf_rb.scripts.{name}",
         allow_abbrev=False,
     )
@@ -248,9 +250,9 @@ def columns_of(dataset: datasets.Dataset | datasets.IterableDataset) -> list[str
 
 
 def make_trainer(
-    trainer_class: type[Trainer], args: TrainingArguments, model_args: trl.ModelConfig, splits: Sequence
+    trainer_class: type[Trainer], args: TrainingArguments, model_args: trl.ModelConfig, splits: Sequence, **kwargs: Any
 ) -> Trainer:
-    """Loads the models and returns the trainer."""
+    """Loads the models and returns the trainer; `kwargs` are further arguments of its constructor."""
     args.model_init_kwargs = _model_init_kwargs(model_args, args)
     return trainer_class(
         tiny.resolve(model_args.model_name_or_path),
@@ -259,6 +261,7 @@ def make_trainer(
         eval_dataset=splits[1],
         quantization_config=trl.get_quantization_config(model_args),
         peft_config=trl.get_peft_config(model_args),
+        **kwargs,
     )
 
 

@@ -82,6 +82,11 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         args = own_config(GRPOConfig, args, model, "GRPO", generation_batch_size=None)
         kwargs = _with_environment(args, kwargs)
         self.answer_extractor = answer_extractor or EXTRACTORS[args.answer_extractor]
+        if answer_extractor is not None and args.hidden_align_coef and args.hidden_align_marker is None:
+            raise ValueError(
+                "`hidden_align_coef` takes hidden states before the answer, and with an `answer_extractor` of your own it does not "
+                "know the text with which answers begin. Set `hidden_align_marker`."
+            )
         self.answers_equivalent = _equivalence(args)
         self.step_scorer = step_scorer or _step_scorer(args)
         self.judge = judge or _judge(args)

@@ -96,6 +96,7 @@ def test_json(recipe, capsys):
             "verb": "sft",
             "errors": ["unknown key `learning_ratee`; did you mean `learning_rate`?"],
             "warnings": [],
+            "notes": [],
         }
     ]
 

@@ -17,6 +17,7 @@ RECIPES = {
     "sft": "hf_rb.scripts.sft:make_parser",
     "gkd": "hf_rb.scripts.gkd:make_parser",
     "distillation": "hf_rb.scripts.distillation:make_parser",
+    "grpo": "hf_rb.scripts.grpo:make_parser",
     "quantize": "hf_rb.cli.quantize:QuantizeArguments",
 }
 # The quantization configs by their `quant_method`.
