@@ -22,10 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from typing import Any
 
-from hf_rb.advantages.srar import JudgeRequest, parse_verdicts
+from hf_rb.advantages.srar import JudgeRequest, parse_rubric, parse_verdicts
 
 
-__all__ = ["Endpoint", "Judge", "judge_from_config", "judge_messages", "judge_tiny"]
+__all__ = ["Endpoint", "Judge", "check_rubrics", "judge_from_config", "judge_messages", "judge_tiny"]
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,8 @@ def judge_messages(request: JudgeRequest) -> list[dict[str, str]]:
     ]
 
 
-_EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+# No longer numbers than `int` takes: what a policy writes may be of any length.
+_EQUATION = re.compile(r"(?<!\d)(\d{1,18}) ([-+*/]) (\d{1,18}) = (\d{1,18})(?!\d)")
 
 
 def judge_tiny(request: JudgeRequest) -> list[dict]:
@@ -267,6 +268,27 @@ def judge_tiny(request: JudgeRequest) -> list[dict]:
 def _holds(left: str, sign: str, right: str, value: str) -> bool:
     a, b, c = int(left), int(right), int(value)
     return {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": a == b * c}[sign]
+
+
+def check_rubrics(dataset: Any, column: str = "rubric") -> None:
+    """
+    Reads every rubric of a dataset; of a streamed one the first, which is all that can be had before training.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Rows.
+        column (`str`, *optional*, defaults to `"rubric"`):
+            Column of the rubrics.
+
+    Raises:
+        ValueError: A rubric cannot be read. The message names row and line.
+    """
+    rubrics = dataset[column] if hasattr(dataset, "__len__") else [next(iter(dataset))[column]]
+    for number, rubric in enumerate(rubrics):
+        try:
+            parse_rubric(rubric or "")
+        except ValueError as error:
+            raise ValueError(f"Row {number} of the column `{column}`: {error}") from error
 
 
 def judge_from_config(args: Any) -> Callable[[list[JudgeRequest]], list] | None:
