@@ -146,11 +146,13 @@ def silver_documents(
     Returns:
         `list[set]`: one set a group; empty if no rollout qualified.
     """
-    rewards = torch.as_tensor(rewards).tolist()
+    rewards = torch.as_tensor(rewards)
+    # Compared as a tensor, in its own type: a reward of 0.7 in float32 is less than Python's 0.7.
+    qualified, rewards = (rewards >= qualify).tolist(), rewards.tolist()
     silver = []
     for start in range(0, len(rewards), group_size):
-        group = range(start, start + group_size)
-        best = max((rewards[i] for i in group if rewards[i] >= qualify), default=None)
+        group = [i for i in range(start, start + group_size) if qualified[i]]
+        best = max((rewards[i] for i in group), default=None)
         silver.append({doc for i in group if rewards[i] == best for step in documents[i] for doc in step})
     return silver
 
