@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -158,6 +159,19 @@ def test_gradients_are_those_of_the_plain_model(base):
     for name, parameter in model.named_parameters():
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-3)
+
+
+def test_a_model_prepared_for_kbit_training(base, tmp_path):
+    expected = logits(base)
+    base.save_pretrained(tmp_path / "one")
+    prepare_model_for_kbit_training(base)
+    assert base.model.layers[0].mlp.up_proj.weight_scale.dtype == torch.float32  # PEFT does not know better
+    base.save_pretrained(tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) and one[name].dtype == two[name].dtype for name in one)
+    prepare_model_for_kbit_training(base)
+    assert torch.equal(logits(base), expected)
+    train(adapted(base), 1)
 
 
 # Mixtures of experts.

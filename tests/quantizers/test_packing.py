@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from hf_rb import PTQTPConfig
 from hf_rb.quantizers.ptqtp import TritPlanes, solve
-from hf_rb.quantizers.ptqtp.packing import packed_width
+from hf_rb.quantizers.ptqtp.packing import layout_of, packed_width, repack
 
 
 def planes_of(trits, group_size):
@@ -30,7 +30,7 @@ def test_worked_example_dense():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    planes=st.integers(1, 2),
+    planes=st.integers(1, 3),
     rows=st.integers(1, 3),
     columns=st.integers(1, 40),
     group_size=st.integers(1, 17),
@@ -49,21 +49,40 @@ def test_unpack_inverts_pack(planes, rows, columns, group_size, packing, seed):
     assert all(torch.equal(again[name], packed[name]) for name in packed)
     if columns % group_size == 0:
         assert torch.equal(TritPlanes.unpack(packed, config).trits, found.trits)
+    layout = layout_of(columns, group_size, planes)
+    for other in ("dense", "nibble"):
+        expected = planes_of(trits, group_size).pack(other)["weight"]
+        assert torch.equal(repack(packed["weight"], layout, packing, other), expected)
 
 
 @pytest.mark.parametrize(
-    ("columns", "packing", "width"),
-    [
-        (128, "dense", 52),
-        (128, "nibble", 64),
-        (192, "dense", 52 + 26),
-        (192, "nibble", 96),
-        (129, "dense", 54),
-        (129, "nibble", 65),
-    ],
+    ("columns", "planes", "dense", "nibble"),
+    [(128, 2, 52, 64), (192, 2, 52 + 26, 96), (129, 2, 54, 65), (128, 1, 26, 32), (130, 1, 27, 33), (128, 3, 78, 96)],
 )
-def test_bytes_of_a_row(columns, packing, width):
-    assert packed_width(columns, 128, 2, packing) == width
+def test_bytes_of_a_row(columns, planes, dense, nibble):
+    assert packed_width(columns, 128, planes, "dense") == dense
+    assert packed_width(columns, 128, planes, "nibble") == nibble
+
+
+def test_a_plane_left_over():
+    # One plane: digits 2, 1, 0, 2, 1, 1, 0 and a place that is not used, four of them a byte, q = 2 apart.
+    trits = [[[1, 0, -1, 1, 0, 0, -1]]]
+    packed = planes_of(trits, 7).pack("nibble")["weight"]
+    assert packed.tolist() == [[2 | 0 << 2 | 1 << 4 | 0 << 6, 1 | 2 << 2 | 1 << 4 | 1 << 6]]
+    # Three planes: the codes of the first two, then the digits of the third.
+    three = planes_of([*EXAMPLE, [[1, 0, -1, 1, 0, 0, -1, 0]]], 8).pack("nibble")["weight"]
+    assert bytes(three.flatten().tolist()[:4]).hex() == "08732455" and three[0, 4:].tolist() == packed[0].tolist()
+
+
+def test_repacking_keeps_leading_dimensions():
+    trits = torch.randint(-1, 2, (2, 12, 20), generator=torch.Generator().manual_seed(0))
+    dense, nibble = (planes_of(trits, 8).pack(packing)["weight"].view(3, 4, -1) for packing in ("dense", "nibble"))
+    layout = layout_of(20, 8, 2)
+    assert torch.equal(repack(dense, layout, "dense", "nibble"), nibble)
+    assert torch.equal(repack(nibble, layout, "nibble", "dense"), dense)
+    assert repack(dense, layout, "dense", "dense") is dense
+    with pytest.raises(ValueError, match=r"Expected uint8 rows of 10 bytes \(20 weights, 2 planes, 'dense'\)"):
+        repack(nibble[..., 1:], layout, "dense", "nibble")
 
 
 @pytest.mark.parametrize("packing", ["dense", "nibble"])

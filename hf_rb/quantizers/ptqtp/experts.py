@@ -87,6 +87,7 @@ class PTQTPExperts(PackedModule):
         Returns:
             `torch.Tensor`: `(tokens, hidden)`.
         """
+        self.restore_scales()
         output = torch.zeros_like(hidden_states)
         chosen, order = top_k_index.flatten().sort(stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts + 1)[: self.num_experts].tolist()

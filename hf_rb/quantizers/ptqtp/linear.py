@@ -35,6 +35,13 @@ class PackedModule(nn.Module):
         """Returns the weights `(*rows, in_features)` of a packed parameter."""
         return kernels.dequantize(getattr(self, name), getattr(self, f"{name}_scale"), self.layouts[name], dtype)
 
+    def restore_scales(self) -> None:
+        """Makes the scales float16 again, which `prepare_model_for_kbit_training` of PEFT casts to float32."""
+        for name in self.layouts:
+            scale = getattr(self, f"{name}_scale")
+            if scale.dtype is not torch.float16:
+                scale.data = scale.data.half()
+
     def _apply(self, fn, recurse: bool = True):
         # `model.to(torch.bfloat16)` means the activations: scales rounded once more would be another model.
         scales = {name: getattr(self, f"{name}_scale").data for name in self.layouts}
@@ -95,6 +102,7 @@ class PTQTPLinear(PackedModule, nn.Linear):
         return self.unpacked("weight", dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        self.restore_scales()
         return kernels.linear(input, self)
 
     def extra_repr(self) -> str:

@@ -211,9 +211,12 @@ class PTQTPQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
+        modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+        for module in modules.values():
+            module.restore_scales()
         state = model.state_dict()
-        for prefix, module in model.named_modules():
-            for parameter, layout in getattr(module, "layouts", {}).items():
+        for prefix, module in modules.items():
+            for parameter, layout in module.layouts.items():
                 name = f"{prefix}.{parameter}"
                 weight = _compat.load_offloaded_parameter(model, name) if state[name].is_meta else state[name]
                 state[name] = repack(weight, layout, "nibble", self.quantization_config.packing)
