@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,11 @@ def _unfinished(work: Path, state: dict[str, Any], resume: bool) -> Iterator[Non
                 for name in ("model", "shards", "parts"):
                     shutil.rmtree(work / name, ignore_errors=True)
                 _write_json(work / STATE, state)
-            yield
+            try:
+                yield
+            except BaseException:
+                logger.warning(f"What is done is kept in {work}; the same call goes on from there.")
+                raise
     except Timeout:
         raise ValueError(
             f"Another process is at work in {work}. Wait for it, or choose another destination."
@@ -243,13 +248,13 @@ class _Plan:
         """Writes the model's files, except for what [`complete_folder`] adds."""
         for name in ("parts", "shards", "model"):
             (work / name).mkdir(exist_ok=True)
-        total = sum(job.entry.nbytes for jobs in self.shards.values() for job in jobs)
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc="quantize", disable=None if progress else True)
+        ends = list(accumulate(sum(job.entry.nbytes for job in jobs) for jobs in self.shards.values()))
+        bar = tqdm(total=ends[-1], unit="B", unit_scale=True, desc="quantize", disable=None if progress else True)
         with bar, torch.inference_mode():
-            for shard, jobs in self.shards.items():
+            for end, (shard, jobs) in zip(ends, self.shards.items(), strict=True):
                 if not _done(work, shard).is_file():
                     self._write_shard(work, shard, jobs, bar)
-                bar.update(sum(job.entry.nbytes for job in jobs) - bar.n)
+                bar.update(end - bar.n)
         for path in (work / "model").iterdir():
             if path.name not in self.shards:
                 path.unlink()  # half a file, perhaps, of a run that was killed here

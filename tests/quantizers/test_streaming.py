@@ -120,7 +120,7 @@ class Stop(Exception):
 
 
 @pytest.fixture
-def interrupted(small, tmp_path, monkeypatch):
+def interrupted(small, tmp_path, monkeypatch, caplog):
     """An unfinished run into `out` with three of seven matrices done."""
     done, quantize_tensor = [], PTQTPQuantizer.quantize_tensor
 
@@ -135,6 +135,7 @@ def interrupted(small, tmp_path, monkeypatch):
         patch.setattr(PTQTPQuantizer, "quantize_tensor", stop)
         quantize_checkpoint(small, tmp_path / "out", PTQTPConfig())
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert "the same call goes on from there" in caplog.text
     return tmp_path / "out"
 
 
@@ -153,6 +154,30 @@ def solved(monkeypatch, *args, **kwargs):
 def test_goes_on_where_it_was(small, interrupted, monkeypatch):
     assert len(solved(monkeypatch, small, interrupted, PTQTPConfig())) == 4
     assert [path.name for path in interrupted.parent.iterdir()] == ["out"]
+
+
+def test_progress(small, interrupted, monkeypatch):
+    class Bar:
+        def __init__(self, total, **kwargs):
+            self.total, self.n = total, 0
+            bars.append(self)
+
+        def update(self, n):
+            assert n >= 0
+            self.n += n
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    bars = []
+    monkeypatch.setattr(streaming, "tqdm", Bar)
+    quantize_checkpoint(small, interrupted, PTQTPConfig())
+    quantize_checkpoint(small, interrupted.parent / "again", PTQTPConfig())
+    size = sum(tensor.nbytes for file in small.glob("*.safetensors") for tensor in load_file(file).values())
+    assert [(bar.n, bar.total) for bar in bars] == [(size, size)] * 2
 
 
 def test_starts_over_on_request(small, interrupted, monkeypatch):
