@@ -118,7 +118,8 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
                 break
         else:
             lines = done.stderr.strip().splitlines() or ["no message"]
-            raise RuntimeError(f"{command[0]} ended with {done.returncode}: {lines[0]}")
+            line = next((line for line in lines if "error" in line), lines[-1])
+            raise RuntimeError(f"{command[0]} ended with {done.returncode}: {line}")
         _checksum_file(library).write_text(_checksum(result))
         os.replace(result, library)
 

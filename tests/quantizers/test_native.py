@@ -108,7 +108,7 @@ def test_no_compiler(source, monkeypatch):
 
 def test_build_that_fails(source):
     source.write_text("int answer(void) { return")
-    fails(source, "answer.c could not be compiled.*cc ended with 1")
+    fails(source, "answer.c could not be compiled.*cc ended with 1: .*error: expected")
 
 
 def test_compiler_that_fails(source, monkeypatch):

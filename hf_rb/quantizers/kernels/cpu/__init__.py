@@ -19,8 +19,9 @@ SOURCE = Path(__file__).with_name("gemv.c")
 MAX_PARTS, MAX_BASIS = 3, 4
 DTYPES = (torch.float32, torch.bfloat16)
 
-# More rows of activations than this, and expanding the matrix costs less than going through it again and again.
-GEMV_ROWS = 8
+# Up to so many rows of activations, rounding them to 8 bits pays; up to so many, going through the packed matrix costs less than
+# expanding it (`benchmarks/ptqtp_kernels.py`).
+INT8_ROWS, GEMV_ROWS = 3, 8
 PANEL = 1 << 20  # weights that are expanded at a time
 WEIGHTS_PER_THREAD = 1 << 17  # below that, waking a thread costs more than it gains
 
@@ -75,6 +76,13 @@ class Kernel:
             and len(layout.parts) <= MAX_PARTS
             and max(len(part.basis) for part in layout.parts) <= MAX_BASIS
         )
+
+    def linear(self, input: Tensor, weight: Tensor, scale: Tensor, layout: Layout, int8: bool = False) -> Tensor:
+        """Returns `input @ weight.T` `(..., out_features)` in the faster way."""
+        rows = input.numel() // layout.in_features
+        if rows > GEMV_ROWS:
+            return self.matmul(input, weight, scale, layout)
+        return self.gemv(input, weight, scale, layout, int8 and rows <= INT8_ROWS)
 
     def gemv(self, input: Tensor, weight: Tensor, scale: Tensor, layout: Layout, int8: bool = False) -> Tensor:
         """Returns `input @ weight.T` `(..., out_features)`, for few rows of activations."""

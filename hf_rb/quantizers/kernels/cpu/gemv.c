@@ -85,11 +85,18 @@ INLINE float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 INLINE void halves_to_floats(const uint16_t *half, float *x) {
     _mm512_storeu_ps(x, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)half)));
 }
+/* LANES * bits bytes in the low end of a register, or as many as there are, and zeros */
+INLINE __m512i some_bytes(const uint8_t *code, int bits, int64_t bytes) {
+    if (bytes < LANES * bits) return _mm512_maskz_loadu_epi8((1ull << bytes) - 1, code);
+    if (bits == 4) return _mm512_loadu_si512(code);
+    if (bits == 2) return _mm512_castsi256_si512(_mm256_loadu_si256((const void *)code));
+    return _mm512_castsi128_si512(_mm_loadu_si128((const void *)code));
+}
 INLINE Words load_words(const uint8_t *code, int bits, int64_t bytes) {
-    __mmask64 some = bytes >= LANES * bits ? ~0ull : (1ull << bytes) - 1;
-    if (bits == 4) return _mm512_maskz_loadu_epi8(some, code);
-    if (bits == 2) return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi8(some, code));
-    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, code));
+    __m512i packed = some_bytes(code, bits, bytes);
+    if (bits == 4) return packed;
+    if (bits == 2) return _mm512_cvtepu16_epi32(_mm512_castsi512_si256(packed));
+    return _mm512_cvtepu8_epi32(_mm512_castsi512_si128(packed));
 }
 INLINE Table weighted(const float basis[][16], const float *scale, int rows) {
     Table table = multiply(load(basis[0]), all(scale[0]));
@@ -101,12 +108,12 @@ INLINE Floats look_up(Table table, Words code, int shift, int bits) {
     return _mm512_permutexvar_ps(_mm512_srli_epi32(code, shift), table);
 }
 INLINE Bytes load_bytes(const uint8_t *code, int bits, int64_t bytes) {
-    __mmask64 some = bytes >= LANES * bits ? ~0ull : (1ull << bytes) - 1;
-    if (bits == 4) return _mm512_maskz_loadu_epi8(some, code);
+    __m512i packed = some_bytes(code, bits, bytes);
+    if (bits == 4) return packed;
     if (bits == 2)
-        return _mm512_srlv_epi64(_mm512_broadcast_i64x4(_mm256_maskz_loadu_epi8(some, code)),
+        return _mm512_srlv_epi64(_mm512_broadcast_i64x4(_mm512_castsi512_si256(packed)),
                                  _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
-    return _mm512_srlv_epi64(_mm512_broadcast_i32x4(_mm_maskz_loadu_epi8(some, code)),
+    return _mm512_srlv_epi64(_mm512_broadcast_i32x4(_mm512_castsi512_si128(packed)),
                              _mm512_setr_epi64(0, 0, 2, 2, 4, 4, 6, 6));
 }
 INLINE Bytes code_bytes(Bytes code, int shift, int bits) {
@@ -386,6 +393,7 @@ INLINE void load_scales(const uint16_t *half, int64_t count, float *out) {
 INLINE void exact_part(const Part *part, const int bits, const int R, const int M, const uint8_t *const *code, int64_t at,
                        int64_t length, const float *const *scale, int64_t s, const float *x, int64_t padded,
                        Floats total[][4][2]) {
+    const int chains = R * M > 4 ? 1 : 2; /* of additions that wait for each other */
     int64_t bytes = part_bytes(length, bits);
     Table table[4];
     Words word[4];
@@ -400,8 +408,8 @@ INLINE void exact_part(const Part *part, const int bits, const int R, const int 
             for (int r = 0; r < R; r++) {
                 Floats value = look_up(table[r], word[r], turn * bits, bits);
                 for (int m = 0; m < M; m++)
-                    total[r][m][turn & 1] =
-                        multiply_add(value, load(x + m * padded + turn * LANES), total[r][m][turn & 1]);
+                    total[r][m][turn % chains] =
+                        multiply_add(value, load(x + m * padded + turn * LANES), total[r][m][turn % chains]);
             }
     }
 }
@@ -435,59 +443,49 @@ INLINE void exact_rows(const Matrix *matrix, const Activations *input, int64_t r
         for (int m = 0; m < M; m++) output[m * stride + r] = sum(add(total[r][m][0], total[r][m][1]));
 }
 
-INLINE void int8_part(const Part *part, const int bits, const int rows, const int R, const int M, const uint8_t *const *code,
-                      int64_t at, int64_t length, const float *const *scale, int64_t s, const int8_t *x, int64_t padded,
-                      Floats group[][4]) {
+INLINE void int8_part(const Part *part, const int bits, const int rows, const int R, const uint8_t *const *code, int64_t at,
+                      int64_t length, const float *const *scale, int64_t s, const int8_t *x, Floats *group) {
     int64_t bytes = part_bytes(length, bits);
-    Bytes sums[4][4][MAX_BASIS], table[MAX_BASIS];
+    Bytes sums[4][MAX_BASIS], table[MAX_BASIS];
     for (int k = 0; k < rows; k++) table[k] = load_table(part->above[k]);
     for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++)
-            for (int k = 0; k < rows; k++) sums[r][m][k] = no_bytes();
+        for (int k = 0; k < rows; k++) sums[r][k] = no_bytes();
     for (int64_t first = 0; first < bytes; first += LANES * bits, x += BLOCK)
         for (int r = 0; r < R; r++) {
             Bytes packed = load_bytes(code[r] + at + first, bits, bytes - first);
             __builtin_prefetch(code[r] + at + first + AHEAD);
 #pragma GCC unroll 2
             for (int turn = 0; turn < 2; turn++) {
-                Bytes index = code_bytes(packed, turn * bits, bits);
-                for (int m = 0; m < M; m++) {
-                    Bytes activations = load_activations(x + m * padded + turn * 4 * LANES);
-                    for (int k = 0; k < rows; k++) sums[r][m][k] = dot(sums[r][m][k], table[k], index, activations);
-                }
+                Bytes index = code_bytes(packed, turn * bits, bits), activations = load_activations(x + turn * 4 * LANES);
+                for (int k = 0; k < rows; k++) sums[r][k] = dot(sums[r][k], table[k], index, activations);
             }
         }
     for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++)
-            for (int k = 0; k < rows; k++)
-                group[r][m] = multiply_add(integers(sums[r][m][k]), all(scale[r][s + k]), group[r][m]);
+        for (int k = 0; k < rows; k++) group[r] = multiply_add(integers(sums[r][k]), all(scale[r][s + k]), group[r]);
 }
 
-INLINE void int8_rows(const Matrix *matrix, const Activations *input, int64_t row, int64_t first_m, const int R, const int M,
+INLINE void int8_rows(const Matrix *matrix, const Activations *input, int64_t row, int64_t m, const int R, const int M,
                       const float *const *scale, float *output, int64_t stride) {
+    (void)M, (void)stride; /* 1: several at a time were not faster than one after the other */
     const Layout *layout = matrix->layout;
     const uint8_t *code[4];
-    Floats total[4][4];
+    Floats total[4];
     for (int r = 0; r < R; r++) {
         code[r] = matrix->weight + (row + r) * layout->row_bytes;
-        for (int m = 0; m < M; m++) {
-            total[r][m] = zeros();
-            for (int64_t i = 0; i < input->scales; i += LANES)
-                total[r][m] =
-                    multiply_add(load(scale[r] + i), load(input->correction + (first_m + m) * input->scales + i), total[r][m]);
-        }
+        total[r] = zeros();
+        for (int64_t i = 0; i < input->scales; i += LANES)
+            total[r] = multiply_add(load(scale[r] + i), load(input->correction + m * input->scales + i), total[r]);
     }
-    int64_t at = 0, s = 0, place = first_m * input->padded;
+    int64_t at = 0, s = 0, place = m * input->padded;
     for (int64_t g = 0; g < layout->groups; g++) {
         int64_t left = layout->in_features - g * layout->group_size;
         int64_t length = left < layout->group_size ? left : layout->group_size;
-        Floats group[4][4];
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++) group[r][m] = zeros();
+        Floats group[4];
+        for (int r = 0; r < R; r++) group[r] = zeros();
         for (int p = 0; p < layout->num_parts; p++) {
             const Part *part = layout->part + p;
             const int8_t *x = input->rounded[part->bits] + place;
-#define PART(bits, rows) int8_part(part, bits, rows, R, M, code, at, length, scale, s, x, input->padded, group)
+#define PART(bits, rows) int8_part(part, bits, rows, R, code, at, length, scale, s, x, group)
             if (part->bits == 4 && part->rows == 2) PART(4, 2);
             else if (part->bits == 4 && part->rows == 1) PART(4, 1);
             else if (part->bits == 4) PART(4, part->rows);
@@ -498,69 +496,96 @@ INLINE void int8_rows(const Matrix *matrix, const Activations *input, int64_t ro
             at += part_bytes(length, part->bits), s += part->rows;
         }
         for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++)
-                total[r][m] = multiply_add(group[r][m], all(input->step[(first_m + m) * layout->groups + g]), total[r][m]);
+            total[r] = multiply_add(group[r], all(input->step[m * layout->groups + g]), total[r]);
         place += padded_size(layout->group_size);
     }
-    for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) output[m * stride + r] = sum(total[r][m]);
+    for (int r = 0; r < R; r++) output[r] = sum(total[r]);
 }
 
-typedef void Rows(const Matrix *, const Activations *, int64_t, int64_t, const float *const *, float *, int64_t);
-#define VERSION(kind, R, M)                                                                                              \
-    static void kind##_##R##_##M(const Matrix *matrix, const Activations *input, int64_t row, int64_t first_m,           \
-                                 const float *const *scale, float *output, int64_t stride) {                             \
-        kind##_rows(matrix, input, row, first_m, R, M, scale, output, stride);                                           \
+/* What is built: one or ROWS rows, one or four activations. */
+typedef void Tile(const Matrix *, const Activations *, int64_t, int64_t, const float *const *, float *, int64_t);
+#define TILE(name, kind, R, M)                                                                                           \
+    static void name(const Matrix *matrix, const Activations *input, int64_t row, int64_t m, const float *const *scale,  \
+                     float *output, int64_t stride) {                                                                    \
+        kind##_rows(matrix, input, row, m, R, M, scale, output, stride);                                                 \
     }
-VERSION(exact, 1, 1)
-VERSION(exact, 1, 4)
-VERSION(int8, 1, 1)
-VERSION(int8, 1, 4)
-#if ROWS == 4
-VERSION(exact, 4, 1)
-VERSION(int8, 4, 1)
-#define exact_many exact_4_1
-#define int8_many int8_4_1
-#elif ROWS == 2
-VERSION(exact, 2, 1)
-VERSION(int8, 2, 1)
-#define exact_many exact_2_1
-#define int8_many int8_2_1
+TILE(exact_one_one, exact, 1, 1)
+TILE(exact_one_four, exact, 1, 4)
+TILE(int8_one, int8, 1, 1)
+#if ROWS > 1
+TILE(exact_rows_one, exact, ROWS, 1)
+TILE(exact_rows_four, exact, ROWS, 4)
+TILE(int8_rows_one, int8, ROWS, 1)
 #else
-#define exact_many exact_1_1
-#define int8_many int8_1_1
+#define exact_rows_one exact_one_one
+#define exact_rows_four exact_one_four
+#define int8_rows_one int8_one
 #endif
+static Tile *const exact_tiles[2][2] = {{exact_one_one, exact_one_four}, {exact_rows_one, exact_rows_four}};
+static Tile *const int8_tiles[2] = {int8_one, int8_rows_one};
+
+/* Two scales of which one is always three times the other are one, of the code 3 c_0 + c_1: half the work for the integer kernel. */
+static int all_tied(const float *scale, int64_t pairs) {
+    int different = 0;
+    for (int64_t i = 0; i < pairs; i++) different |= scale[2 * i] != 3 * scale[2 * i + 1];
+    return !different;
+}
+
+static void tie_layout(const Layout *layout, Layout *tied) {
+    *tied = *layout;
+    tied->num_scales = tied->part[0].rows = 1;
+    for (int c = 0; c < 16; c++) tied->part[0].above[0][c] = 3 * layout->part[0].above[0][c] + layout->part[0].above[1][c];
+}
+
+static int tie_activations(const Activations *x, int64_t m, int64_t groups, Activations *tied) {
+    *tied = *x;
+    tied->scales = ceil_div(groups, LANES) * LANES;
+    if (!(tied->correction = calloc(m * tied->scales, sizeof(float)))) return 1;
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t g = 0; g < groups; g++) {
+            const float *pair = x->correction + i * x->scales + 2 * g;
+            tied->correction[i * tied->scales + g] = 3 * pair[0] + pair[1];
+        }
+    return 0;
+}
 
 /* `output` (m, rows) = `input` (m, in_features) times the matrix, both float32 or bfloat16. Returns 0, or 1 without memory. */
-int hf_rb_gemv(const Layout *layout, const uint8_t *weight, const uint16_t *scales, int64_t rows_of_all, const void *input,
-               int64_t m, int bfloat, int int8, int threads, void *output) {
-    Matrix whole = {layout, weight, scales, rows_of_all}, *matrix = &whole;
-    Activations x;
+int hf_rb_gemv(const Layout *layout, const uint8_t *weight, const uint16_t *scales, int64_t rows, const void *input, int64_t m,
+               int bfloat, int int8, int threads, void *output) {
+    Layout tied_layout;
+    Matrix matrix = {layout, weight, scales, rows}, tied_matrix = {&tied_layout, weight, scales, rows};
+    Activations x, tied_x;
     memset(&x, 0, sizeof x);
-    int failed = order_activations(matrix->layout, input, m, bfloat, int8, &x);
-    Rows *many = int8 ? int8_many : exact_many, *one = int8 ? int8_1_1 : exact_1_1, *four = int8 ? int8_1_4 : exact_1_4;
+    int failed = order_activations(layout, input, m, bfloat, int8, &x);
+    int pairs = int8 && !failed && layout->num_parts == 1 && layout->num_scales == 2;
+    if (pairs) {
+        tie_layout(layout, &tied_layout);
+        failed = tie_activations(&x, m, layout->groups, &tied_x);
+    }
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
         /* float32 scales of a tile; the integer kernel reads whole vectors */
-        int64_t count = layout->groups * layout->num_scales;
-        float *buffer = failed ? 0 : calloc(ROWS * count + 2 * LANES, sizeof *buffer), result[4 * ROWS];
+        int64_t of_row = layout->groups * layout->num_scales;
+        float *buffer = failed ? 0 : calloc(ROWS * of_row + 2 * LANES, sizeof *buffer), result[4 * ROWS];
         failed |= !buffer;
 #pragma omp for
-        for (int64_t tile = 0; tile < ceil_div(matrix->rows, ROWS); tile++) {
-            int64_t row = tile * ROWS, rows = matrix->rows - row < ROWS ? matrix->rows - row : ROWS;
+        for (int64_t tile = 0; tile < ceil_div(rows, ROWS); tile++) {
+            int64_t row = tile * ROWS, count = rows - row < ROWS ? rows - row : ROWS;
             const float *scale[ROWS];
             if (failed) continue;
-            load_scales(scales + row * count, rows * count, buffer);
-            for (int64_t r = 0; r < rows; r++) scale[r] = buffer + r * count;
+            load_scales(scales + row * of_row, count * of_row, buffer);
+            int tied = pairs && all_tied(buffer, count * layout->groups);
+            if (tied)
+                for (int64_t i = 0; i < count * layout->groups; i++) buffer[i] = buffer[2 * i + 1];
+            for (int64_t r = 0; r < count; r++) scale[r] = buffer + (tied ? r * layout->groups : r * of_row);
             for (int64_t i = 0; i < m;) {
-                int64_t some = m - i >= 4 ? 4 : 1;
-                if (some == 1 && rows == ROWS) many(matrix, &x, row, i, scale, result, ROWS);
-                else
-                    for (int64_t r = 0; r < rows; r++)
-                        (some == 4 ? four : one)(matrix, &x, row + r, i, scale + r, result + r, ROWS);
+                int64_t some = m - i >= 4 && !int8 ? 4 : 1, whole = count == ROWS;
+                Tile *kernel = int8 ? int8_tiles[whole] : exact_tiles[whole][some == 4];
+                for (int64_t r = 0; r < (whole ? 1 : count); r++)
+                    kernel(tied ? &tied_matrix : &matrix, tied ? &tied_x : &x, row + r, i, scale + r, result + r, ROWS);
                 for (int64_t j = 0; j < some; j++, i++)
-                    for (int64_t r = 0; r < rows; r++) {
-                        int64_t place = i * matrix->rows + row + r;
+                    for (int64_t r = 0; r < count; r++) {
+                        int64_t place = i * rows + row + r;
                         if (bfloat) ((uint16_t *)output)[place] = to_bfloat(result[j * ROWS + r]);
                         else ((float *)output)[place] = result[j * ROWS + r];
                     }
@@ -568,6 +593,7 @@ int hf_rb_gemv(const Layout *layout, const uint8_t *weight, const uint16_t *scal
         }
         free(buffer);
     }
+    if (pairs) free(tied_x.correction);
     release(&x);
     return failed;
 }
