@@ -2,7 +2,8 @@
 
 The model exists on the meta device only. Its quantizer decides there what is quantized, and transformers' own renaming says
 which parameter a tensor of the files belongs to; the work on one matrix is `quantizer.quantize_tensor(parameter, module, matrix)`,
-which returns the stored tensors by the suffix of their name. Any quantizer that has it, and needs no other tensor, can stream.
+which returns the stored tensors by the suffix of their name. Any quantizer that has it can stream; one that needs another tensor of
+the model too finds the files among the arguments of `preprocess_model`.
 
 Beside the destination lies the unfinished work, `.NAME.partial`:
 
