@@ -101,8 +101,7 @@ def test_dequantized_matrix_is_exact(parts):
     layout = Layout(70, 32, parts)
     weight, scale, matrix = packed_matrix(layout, 9)
     for dtype in TOLERANCE:
-        if DEVICE == "cuda" or dtype != torch.bfloat16:  # which the interpreter rounds wrongly
-            assert torch.equal(gpu.dequantize(weight, scale, layout, dtype), matrix.to(dtype))
+        assert torch.equal(gpu.dequantize(weight, scale, layout, dtype), matrix.to(dtype))
 
 
 @pytest.mark.parametrize("parts", COMBINATIONS.values(), ids=COMBINATIONS.keys())

@@ -452,11 +452,12 @@ def matmul(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout) 
 
 def dequantize(weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Returns the matrix `(N, in_features)`, summed in float32."""
-    out = torch.empty(len(weight), layout.in_features, dtype=dtype, device=weight.device)
+    out_type = torch.float32 if INTERPRETED else dtype
+    out = torch.empty(len(weight), layout.in_features, dtype=out_type, device=weight.device)
     full = layout.in_features // layout.group_size
     block_n = max(1, 1024 // triton.next_power_of_2(layout.group_size))
     with torch.cuda.device_of(weight):
         _dequantize_kernel[triton.cdiv(len(weight), block_n), layout.groups](
             weight, scale, out, len(weight), full, weight.stride(0), scale.stride(0), out.stride(0), *_constants(layout), block_n
         )  # fmt: skip
-    return out
+    return out.to(dtype)
