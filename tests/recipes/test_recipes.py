@@ -23,6 +23,9 @@ VERBS = {
     "llm_neo": "gkd",
     "loca": "gkd",
     "exopd": "distillation",
+    "edas": "grpo",
+    "calibadv": "grpo",
+    "srar": "grpo",
 }
 
 
