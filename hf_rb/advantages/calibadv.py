@@ -8,8 +8,9 @@ tokens of its answer, in every group
     answer        A_i            if A_i < 0, else A_i ρ N / P,    P = Σ_{A_i > 0} L_i A_i,  N = Σ_{A_i < 0} L_i |A_i|
 
 so that a useful search is not punished for a wrong answer, and over the answers of a group the positive tokens weigh ρ times
-the negative ones (ρ is `pos_neg_ratio`). If P or N is 0, the group's answers get 0. Step (1) breaks the zero sum of the group on
-purpose. P and N are sums over tokens: the balance is that of losses that average over tokens, as `dapo` does.
+the negative ones (ρ is `pos_neg_ratio`). If P or N is 0, the group's answers get 0: with advantages that sum to 0 in the group,
+only where one side has no answer. The first line breaks that sum on purpose. P and N count tokens: the balance is that of losses
+that average over tokens, as `dapo` does.
 
 Without a judge, q_it comes from documents. The silver documents of a group are those that its best rollouts retrieved, if they
 are good enough; q_it is the fraction of step t's documents that are silver and new to the rollout, or 0 if the step repeats an

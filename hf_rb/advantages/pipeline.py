@@ -219,8 +219,15 @@ def check_shapers(
             Whether `correct_reward` names one of them.
 
     Raises:
+        TypeError: Something that is not a shaper.
         ValueError: A name twice, an order that would change the result, or something missing that a shaper requires.
     """
+    for shaper in shapers:
+        if isinstance(shaper, type) or not all(hasattr(shaper, key) for key in ("name", "level", "requires", "shape")):
+            raise TypeError(
+                f"{shaper!r} is not an advantage shaper. Pass an object whose class derives from `SequenceShaper` or "
+                "`TokenShaper` of `hf_rb.advantages` and has a `name`."
+            )
     names = [shaper.name for shaper in shapers]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Advantage shapers run once each, and {_listed(repeated)} is listed more than once.")
@@ -270,7 +277,7 @@ def run_pipeline(
         completions table, among them `shaped_advantage` (the mean over a rollout's tokens).
 
     Raises:
-        ValueError: A shaper returned advantages of another shape, or one that is not finite.
+        ValueError: A shaper returned advantages of another shape or not finite, or a column of another length.
     """
     advantages, metrics, columns = ctx.base, {}, {}
     keep, gather = ctx.valid, list  # what counts, and how statistics of this process's part reach the others
@@ -281,7 +288,7 @@ def run_pipeline(
             gather, keep = ctx.gather, ctx.mask & ctx.valid[ctx.local].to(ctx.mask.device)[:, None]
             advantages = advantages[ctx.local].to(ctx.mask.device)[:, None] * keep
         shaped = shaper.shape(ctx, advantages)
-        _check_result(shaper, shaped.advantages, advantages)
+        _check_result(shaper, shaped, advantages, len(ctx.mask))
         after = torch.where(keep, shaped.advantages, 0)
         stats = _statistics(advantages[keep], after[keep], gather)
         metrics |= {f"shaping/{shaper.name}/{key}": value for key, value in {**stats, **shaped.metrics}.items()}
@@ -296,7 +303,8 @@ def run_pipeline(
     return advantages, metrics, columns
 
 
-def _check_result(shaper: Shaper, after: torch.Tensor, before: torch.Tensor) -> None:
+def _check_result(shaper: Shaper, shaped: Shaped, before: torch.Tensor, rollouts: int) -> None:
+    after = shaped.advantages
     if after.shape != before.shape:
         raise ValueError(
             f"The advantage shaper {shaper.name!r} was given advantages of shape {tuple(before.shape)} and returned "
@@ -304,10 +312,16 @@ def _check_result(shaper: Shaper, after: torch.Tensor, before: torch.Tensor) -> 
         )
     if not after.isfinite().all():
         raise ValueError(f"The advantage shaper {shaper.name!r} returned advantages that are not finite.")
+    for name, values in shaped.columns.items():
+        if len(values) != rollouts:
+            raise ValueError(
+                f"The column {name!r} of the advantage shaper {shaper.name!r} has {len(values)} entries, and this process has "
+                f"{rollouts} rollouts. Return one entry for each, `values[ctx.local]` of all."
+            )
 
 
 def _statistics(before: torch.Tensor, after: torch.Tensor, gather: Callable[[list], list]) -> dict[str, float]:
-    before, after = before.double(), after.double()
+    before, after = before.cpu().double(), after.cpu().double()
     delta = (after - before).abs()
     parts = (after, after.square(), delta > 0, delta, before * after < 0)
     sums = torch.stack([part.double().sum() for part in parts]).tolist()

@@ -18,6 +18,7 @@ Shapes: N rollouts in contiguous groups of `group_size`; per-step quantities are
 from 1 and 0 is the whole completion.
 """
 
+import functools
 import json
 import logging
 import math
@@ -261,16 +262,24 @@ def token_spans(
         belongs to the later one.
     """
 
+    @functools.cache
     def characters(count: int) -> int:
         # A character that is cut in two decodes to replacement characters, sometimes to more than the whole one.
         return len(decode(ids[:count]).rstrip("\ufffd")) if count < len(ids) else len(decode(ids))
 
+    @functools.cache
     def token_of(character: int, low: int) -> int:
-        # The first token after which the text is longer than `character`.
-        high = len(ids)
+        # The first token after which the text is longer than `character`. Decoding is what costs, and text grows almost evenly
+        # with tokens: interpolation takes a few attempts where halving takes ten. Halving ends it when the text is uneven.
+        high, attempts = len(ids), 0
         while low < high:
             middle = (low + high) // 2
+            if attempts < 8:
+                before, after = characters(low), characters(high)
+                middle = low + (high - low) * max(character - before, 0) // max(after - before, 1)
+                middle = min(middle, high - 1)
             low, high = (low, middle) if characters(middle + 1) > character else (middle + 1, high)
+            attempts += 1
         return low
 
     found, start = [], 0

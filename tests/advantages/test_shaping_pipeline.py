@@ -30,7 +30,8 @@ class Halve(SequenceShaper):
     requires = Requires(correct=True)
 
     def shape(self, ctx, advantages):
-        return Shaped(torch.where(ctx.correct, advantages, advantages / 2), {"calls": 1.0}, {"half": [True] * 4})
+        shaped = torch.where(ctx.correct, advantages, advantages / 2)
+        return Shaped(shaped, {"calls": 1.0}, {"right": ctx.correct[ctx.local].tolist()})
 
 
 class Shift(TokenShaper):
@@ -64,7 +65,7 @@ def context(**fields):
 def test_sequence_shapers_keep_one_advantage_a_rollout():
     advantages, metrics, columns = run_pipeline(context(), [Halve()])
     assert torch.equal(advantages, torch.tensor([1.0, -0.5, 0.25, 0.0]))
-    assert columns == {"half": [True] * 4, "shaped_advantage": [1.0, -0.5, 0.25, 0.0]}
+    assert columns == {"right": [True, False, False, False], "shaped_advantage": [1.0, -0.5, 0.25, 0.0]}
     assert metrics == {
         "shaping/halve/mean": pytest.approx(0.25),  # over the three scored rollouts
         "shaping/halve/std": pytest.approx(torch.tensor([1.0, -0.5, 0.25]).std(correction=0).item()),
@@ -114,16 +115,34 @@ class Broken(SequenceShaper):
         self.made = made
 
     def shape(self, ctx, advantages):
-        return Shaped(self.made)
+        return self.made
 
 
 @pytest.mark.parametrize(
     "made, message",
-    [(torch.zeros(3), r"shape \(4,\) and returned \(3,\)"), (torch.full((4,), torch.nan), "not finite")],
+    [
+        (Shaped(torch.zeros(3)), r"shape \(4,\) and returned \(3,\)"),
+        (Shaped(torch.full((4,), torch.nan)), "not finite"),
+    ],
 )
 def test_a_broken_shaper_is_named(made, message):
     with pytest.raises(ValueError, match=f"'broken'.*{message}"):
         run_pipeline(context(), [Broken(made)])
+
+
+def test_a_column_of_all_rollouts_is_refused():
+    ctx = context(local=slice(0, 2), mask=context().mask[:2])
+    shaper = Broken(Shaped(ctx.base, columns={"answer": ctx.base.tolist()}))
+    with pytest.raises(
+        ValueError, match=r"'answer' of the advantage shaper 'broken' has 4 entries.*2 rollouts.*ctx.local"
+    ):
+        run_pipeline(ctx, [shaper])
+
+
+@pytest.mark.parametrize("given", [Halve, "edas", SimpleNamespace(name="x", shape=None)])
+def test_what_is_not_a_shaper(given):
+    with pytest.raises(TypeError, match="derives from `SequenceShaper` or `TokenShaper`"):
+        check_shapers([given], [], [], True)
 
 
 def test_rewards_by_name():
