@@ -126,6 +126,19 @@ def test_equivalent_answers_are_one_error():
     assert error_classes(answers[::-1], [True] * 8, 8, equivalent=equivalent)[0] == classes[::-1]
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_classes_do_not_depend_on_the_order_of_rollouts(values, random):
+    def close(first, second):  # not transitive: 1 and 2, 2 and 3, but not 1 and 3
+        return abs(int(first) - int(second)) <= 1
+
+    def names(values):
+        classes, names = error_classes(list(map(str, values)), [True] * len(values), len(values), equivalent=close)
+        return {value: names[k] for value, k in zip(values, classes, strict=True)}
+
+    assert names(values) == names(random.sample(values, len(values)))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

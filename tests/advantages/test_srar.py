@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from torch.testing import assert_close
 
+from hf_rb import tiny
 from hf_rb.advantages import (
     ShapingContext,
     SrarShaper,
@@ -305,6 +307,32 @@ def test_tokens_of_steps(bodies, intro, places, by_byte):
         assert start <= stop
     assert tokens[-1][1] == len(ids)
     assert all(a[1] == b[0] for a, b in zip(tokens, tokens[1:], strict=False))
+
+
+def test_tokens_of_steps_with_a_real_tokenizer():
+    tokenizer = Tokenizer.from_file(str(tiny.path("student") / "tokenizer.json"))
+    bodies = [
+        "Tom has 3 apples. ",
+        "🦊€é αβγ 数学 ",
+        "3+4=7; 12*12=144; ",
+        "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ",
+    ]
+    text = "Let us see.\n" + "".join(f"### Step {k}: {bodies[k % 4] * k}🦊\n" for k in range(1, 9))
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    attempts = []
+
+    def decode(ids):
+        attempts.append(len(ids))
+        return tokenizer.decode(ids)
+
+    assert decode(ids) == text
+    spans = find_steps(text)
+    tokens = token_spans(ids, decode, spans)
+    for (first, last), (start, stop) in zip(spans, tokens, strict=True):
+        assert len(tokenizer.decode(ids[:start]).rstrip("\ufffd")) <= first < len(tokenizer.decode(ids[: start + 1]))
+        assert "### Step" in tokenizer.decode(ids[start : start + 12])
+        assert text[first:last].strip() in tokenizer.decode(ids[start:stop])
+    assert len(attempts) < 8 * 12  # a few a header
 
 
 def test_tokens_of_steps_where_density_varies():
