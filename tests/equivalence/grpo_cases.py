@@ -1,0 +1,114 @@
+"""Short GRPO runs with given completions that the equivalence tests compare; as a script, the same in two processes.
+
+torchrun --standalone --nproc_per_node 2 grpo_cases.py MODELS OUTPUT.pt
+"""
+
+import random
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from random_models import save_qwen3
+from seeded_runs import ARGUMENTS, logs_and_weights, save_results
+
+from hf_rb import GRPOConfig, GRPOTrainer, tiny
+from hf_rb.advantages import Shaped, TokenShaper
+from hf_rb.rewards import exact_answer_reward
+
+
+STEPS = 2
+GROUP = 4
+ROLLOUTS = 12  # three groups a step: in two processes the second straddles them
+EDAS = {"advantage_shapers": ["edas"], "correct_reward": "exact_answer_reward"}
+
+
+class Ramp(TokenShaper):
+    """Weighs tokens by their place, and by how many rollouts of all processes are correct."""
+
+    name = "ramp"
+
+    def shape(self, ctx, advantages):
+        share = sum(ctx.gather(ctx.correct[ctx.local].tolist())) / len(ctx.base)
+        place = torch.arange(advantages.shape[1]) / 10
+        return Shaped(advantages * (1 + share * place), columns={"rows": [ctx.local.start] * len(advantages)})
+
+
+CASES = {
+    "edas": EDAS,
+    "edas, grpo loss": {**EDAS, "loss_type": "grpo", "edas_no_answer": "singleton"},
+    "tokens": {"correct_reward": "exact_answer_reward", "shapers": [Ramp()]},
+    "hidden-align": {"correct_reward": "exact_answer_reward", "hidden_align_coef": 5.0},
+    "both": {**EDAS, "hidden_align_coef": 5.0},
+}
+
+
+def save_models(folder):
+    """A random policy."""
+    save_qwen3(Path(folder, "policy"), initializer_range=0.05)
+
+
+def prompts(count=12):
+    rows = tiny.load_dataset("math", config="prompt_only", size=count).to_list()
+    return [{"prompt": row["prompt"], "answer": "7"} for row in rows]
+
+
+def completion_of(prompt, index, tokenizer):
+    """A completion that follows from the ids of the prompt and its place in the group: right, wrong, without an answer, or cut."""
+    draw = random.Random(f"{prompt} {index}")
+    words = " ".join(draw.choice("First Then Now So 12 + = 7".split()) for _ in range(draw.randrange(1, 9)))
+    answer = draw.choice([" #### 7", " #### 7", " #### 12", " #### 12", " #### 5", ""])
+    ids = tokenizer(words + answer)["input_ids"]
+    return ids + [tokenizer.eos_token_id] * draw.randrange(2)
+
+
+class Trainer(GRPOTrainer):
+    """Takes the completions above in place of sampling any."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        first = self.accelerator.process_index * len(prompt_ids)
+        ids = [
+            completion_of(prompt, (first + row) % GROUP, self.processing_class)
+            for row, prompt in enumerate(prompt_ids)
+        ]
+        return ids, None
+
+
+def train(models, trainer_class=Trainer, config_class=GRPOConfig, peft=None, reward=None, shapers=None, **config):
+    """Trains the saved policy; returns what was logged at each step, the weights at the end, and the trainer."""
+    ours = {} if shapers is None else {"shapers": shapers}
+    if config_class is GRPOConfig:
+        config = {"answer_extractor": "hashes", **config}
+    with tempfile.TemporaryDirectory() as folder:
+        args = config_class(
+            **{
+                **ARGUMENTS,
+                "output_dir": folder,
+                "shuffle_dataset": False,
+                "num_generations": GROUP,
+                "max_completion_length": 24,
+                "max_steps": STEPS,
+                **config,
+            }
+        )
+        trainer = trainer_class(
+            str(Path(models, "policy")),
+            reward or partial(exact_answer_reward, answer_extractor=tiny.extract_answer),
+            args,
+            Dataset.from_list(prompts()),
+            peft_config=peft,
+            **ours,
+        )
+        trainer.train()
+    return *logs_and_weights(trainer), trainer
+
+
+if __name__ == "__main__":
+    models, output = sys.argv[1:]
+    results = {name: train(models, per_device_train_batch_size=6, **case)[:2] for name, case in CASES.items()}
+    results["accumulated"] = train(
+        models, per_device_train_batch_size=2, gradient_accumulation_steps=3, **CASES["both"]
+    )[:2]
+    save_results(results, output)

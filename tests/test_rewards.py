@@ -1,0 +1,176 @@
+import subprocess
+import sys
+
+import pytest
+
+from hf_rb import rewards
+from hf_rb.rewards import (
+    EXTRACTORS,
+    MARKERS,
+    REWARDS,
+    answer_format_reward,
+    boxed_answer,
+    build_reward,
+    completion_text,
+    exact_answer_reward,
+    math_accuracy_reward,
+    math_equivalent,
+    reward_problem,
+    tagged_answer,
+)
+
+
+SEARCH = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "search"}}]}
+TOOL = {"role": "tool", "content": "\\boxed{4}"}
+
+
+@pytest.mark.parametrize(
+    "completion, text",
+    [
+        ("plain", "plain"),
+        ([{"role": "assistant", "content": "one"}], "one"),
+        ([SEARCH, TOOL, {"role": "assistant", "content": "two"}], "two"),
+        ([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], "ab"),
+        ([SEARCH], ""),
+        ([{"role": "assistant", "content": None}], ""),
+        ([SEARCH, TOOL], ""),  # cut off after the tool has spoken
+        ([], ""),
+        ("", ""),
+    ],
+)
+def test_what_the_model_wrote_last(completion, text):
+    assert completion_text(completion) == text
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"so \boxed{7}.", "7"),
+        (r"\boxed{1} then \boxed{ \frac{1}{2} } done", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"cut \boxed{12", None),
+        (r"\boxed{1} and cut \boxed{\frac{1}{2}", None),
+        (r"\boxed{}", None),
+        ("nothing", None),
+        ("", None),
+    ],
+)
+def test_boxed(text, answer):
+    assert boxed_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("<answer>Paris</answer>", "Paris"),
+        ("<answer>a</answer> no, <answer> b \n</answer>", "b"),
+        ("<answer>cut", None),
+        ("<answer> </answer>", None),
+        ("</answer>", None),
+    ],
+)
+def test_tagged(text, answer):
+    assert tagged_answer(text) == answer
+
+
+def test_every_extractor_has_its_marker():
+    assert EXTRACTORS.keys() == MARKERS.keys()
+    for name, marker in MARKERS.items():
+        text = {"boxed": r"x \boxed{3}", "hashes": "x #### 3", "tag": "x <answer>3</answer>"}[name]
+        assert marker in text
+        assert EXTRACTORS[name](text) == "3"
+
+
+def test_exact_answer():
+    completions = [r"\boxed{ Paris }", r"\boxed{Rome}", "Paris", [{"role": "assistant", "content": r"\boxed{paris}"}]]
+    assert exact_answer_reward(completions, ["Paris"] * 4, other_column=[1] * 4) == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_the_gold_answer_may_end_a_solution():
+    hashes = EXTRACTORS["hashes"]
+    assert exact_answer_reward(["#### 7", "#### 8"], ["3 + 4 = 7. #### 7"] * 2, answer_extractor=hashes) == [1.0, 0.0]
+
+
+def test_answer_format():
+    assert answer_format_reward([r"\boxed{7}", "seven", ""]) == [1.0, 0.0, 0.0]
+
+
+class TestMathVerify:
+    @pytest.fixture(autouse=True)
+    def installed(self):
+        pytest.importorskip("math_verify")
+
+    def test_accuracy(self):
+        completions = [r"\boxed{0.5}", r"\boxed{\frac{2}{4}}", r"\boxed{2}", "0.5", r"\boxed{\frac{}"]
+        assert math_accuracy_reward(completions, [r"\frac{1}{2}"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+    def test_an_unreadable_solution_scores_nothing(self):
+        assert math_accuracy_reward([r"\boxed{2}"], [""]) == [None]
+
+    def test_the_solution_may_end_a_text(self):
+        assert math_accuracy_reward([r"\boxed{3}"], [r"Therefore \boxed{3}"]) == [1.0]
+
+    @pytest.mark.parametrize(
+        "first, second, equal",
+        [
+            ("1/2", "0.5", True),
+            (r"\frac{1}{2}", "1/2", True),
+            ("1,000", "1000", True),
+            ("x=5", "5", True),
+            ("1<x<2", "(1,2)", True),  # equal with one of them as gold only
+            ("(1,2)", "1<x<2", True),
+            ("7", "8", False),
+            ("", "7", False),
+            ("}{", "7", False),
+        ],
+    )
+    def test_equivalence(self, first, second, equal):
+        assert math_equivalent(first, second) == equal
+
+    def test_an_exception_is_different(self, monkeypatch):
+        import math_verify
+
+        def fail(*args, **kwargs):
+            raise RecursionError
+
+        monkeypatch.setattr(math_verify, "verify", fail)
+        assert not math_equivalent("3.25", "3.250")
+
+
+def test_without_math_verify(monkeypatch):
+    monkeypatch.setattr(rewards, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs math-verify. Run `pip install 'hf_rb\[math\]'`"):
+        math_accuracy_reward(["1"], ["1"])
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_name_is_a_function(name):
+    function = build_reward(name, "hashes")
+    assert callable(function)
+    assert reward_problem(name) is None
+
+
+def test_ours_take_the_recipes_extractor():
+    assert build_reward("exact_answer_reward", "hashes")(["#### 7"], answer=["7"]) == [1.0]
+    assert build_reward("exact_answer_reward", "boxed")(["#### 7"], answer=["7"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("exact_reward", "did you mean 'exact_answer_reward'?"),
+        ("zzz", "it must be one of 'exact_answer_reward'"),
+        ("os:system", "add `--allow_local_code os:system` if you trust it"),
+        (
+            "my_lib.rewards.mine",
+            "`my_lib.rewards:mine`, and imported only if the command line has `--allow_local_code",
+        ),
+    ],
+)
+def test_names_that_are_refused(name, message):
+    assert message in reward_problem(name)
+
+
+def test_names_are_known_without_heavy_imports():
+    program = "import sys, hf_rb.rewards; print(*{'torch', 'transformers', 'trl', 'math_verify'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60).strip() == ""
