@@ -32,6 +32,7 @@ import trl
 from hf_rb import GRPOConfig, GRPOTrainer
 from hf_rb._fields import described
 from hf_rb._shapers import LOCAL
+from hf_rb.judges import check_rubrics
 from hf_rb.rewards import build_reward, reward_problem
 from hf_rb.scripts import _common
 
@@ -78,8 +79,11 @@ def prepare(argv: Sequence[str] | None = None) -> tuple:
     splits = _common.load_splits(script_args, args, mixture)
     for split in filter(None, splits):
         columns = _common.columns_of(split)
-        if "prompt" not in columns:
+        # An environment asks a row's question itself.
+        if "prompt" not in columns and not (args.environment and "question" in columns):
             raise ValueError(f"The dataset has the columns {', '.join(sorted(columns))}. GRPO needs `prompt`.")
+        if "srar" in args.advantage_shapers and "rubric" in columns:
+            check_rubrics(split)
         for name, function in zip(script_args.reward_funcs or [], functions, strict=True):
             if missing := _missing(function, columns):
                 raise ValueError(
