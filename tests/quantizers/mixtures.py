@@ -11,5 +11,6 @@ MOE = {
         n_group=1, topk_group=1, n_shared_experts=1, q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=16,
         qk_nope_head_dim=32, v_head_dim=32, num_key_value_heads=4, head_dim=16,
     ),
-    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=80),
+    # A square `down_proj`, as in the published models: its shape does not say that it is transposed.
+    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=192),
 }  # fmt: skip

@@ -195,6 +195,15 @@ def test_copies(make_moe):
     assert torch.equal(logits(model), expected) and experts_of(model) and not experts_of(other)
 
 
+def test_compiled(make_moe):
+    model = load(make_moe("qwen3_moe", num_hidden_layers=1), PTQTPConfig(), dtype=torch.float32)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), logits(model))
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(INPUT, **options), model.generate(INPUT, use_cache=False, **options))
+
+
 def test_index_of_no_expert(make_moe):
     experts = load(make_moe("qwen3_moe"), PTQTPConfig(), dtype=torch.float32).model.layers[0].mlp.experts
     states, weights = torch.randn(3, 192), torch.rand(3, 2)

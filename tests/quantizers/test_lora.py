@@ -155,6 +155,7 @@ def test_gradients_are_those_of_the_plain_model(base):
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model.dequantize()
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected.keys()
     model(INPUT, labels=INPUT).loss.backward()
     for name, parameter in model.named_parameters():
         if name in expected:

@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_rb.quantizers.ptqtp.config import PTQTPConfig
+    from hf_rb.quantizers.ptqtp.experts import PTQTPExperts
     from hf_rb.quantizers.ptqtp.linear import PTQTPLinear
     from hf_rb.quantizers.ptqtp.packing import TritPlanes
     from hf_rb.quantizers.ptqtp.quantizer import PTQTPQuantizer
     from hf_rb.quantizers.ptqtp.solver import solve
 
-__all__ = ["PTQTPConfig", "PTQTPLinear", "PTQTPQuantizer", "TritPlanes", "solve"]
+__all__ = ["PTQTPConfig", "PTQTPExperts", "PTQTPLinear", "PTQTPQuantizer", "TritPlanes", "solve"]
 
 _MODULES = {
     "PTQTPConfig": "config",
+    "PTQTPExperts": "experts",
     "PTQTPLinear": "linear",
     "PTQTPQuantizer": "quantizer",
     "TritPlanes": "packing",

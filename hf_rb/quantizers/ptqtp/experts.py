@@ -120,7 +120,7 @@ class PTQTPExperts(PackedModule):
             output = output + added.to(output.dtype)
         return output
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Returns a module of the model's own class with ordinary weights."""
         experts = self.experts_class.__new__(self.experts_class)
         nn.Module.__init__(experts)

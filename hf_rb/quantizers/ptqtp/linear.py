@@ -50,7 +50,7 @@ class PackedModule(nn.Module):
             parameter = getattr(self, f"{name}_scale")
             if parameter.dtype != scale.dtype:
                 parameter.data = scale.to(parameter.device)
-        kernels.forget(self)
+        kernels.forget()
         return self
 
 
@@ -100,6 +100,13 @@ class PTQTPLinear(PackedModule, nn.Linear):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the weight `(out_features, in_features)`."""
         return self.unpacked("weight", dtype)
+
+    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """Returns an ordinary layer."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dequantize(dtype))
+        linear.bias = self.bias
+        return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         self.restore_scales()

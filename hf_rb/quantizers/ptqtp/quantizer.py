@@ -17,7 +17,6 @@ from hf_rb.quantizers.baseline import rtn
 from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
 from hf_rb.quantizers.ptqtp.conversion import Conversions
-from hf_rb.quantizers.ptqtp.experts import PTQTPExperts
 from hf_rb.quantizers.ptqtp.linear import PackedModule
 from hf_rb.quantizers.ptqtp.packing import check_scales, packed_width, repack
 from hf_rb.quantizers.ptqtp.selection import packable
@@ -57,6 +56,10 @@ class PTQTPQuantizer(HfQuantizer):
     # What is quantized.
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "PTQTP layers cannot be split over devices: leave out `distributed_config` and `tp_plan`."
+            )
         for name, module in list(packable(model, self)):
             self.layouts |= {f"{name}.{parameter}": layout for parameter, layout in module.layouts.items()}
             if not self.quantization_config.dequantize:
@@ -156,7 +159,7 @@ class PTQTPQuantizer(HfQuantizer):
         if self.pre_quantized:
             columns = packed_width(columns, layout.group_size, layout.num_scales, packing)
         expected = (*shape[:-1], columns)
-        if tensor.shape != expected and tensor.ndim == 3 and not self.pre_quantized:
+        if tensor.ndim == 3 and not self.pre_quantized and (module.is_transposed or tensor.shape != expected):
             tensor = tensor.mT
         if tensor.shape != expected:
             raise ValueError(f"The checkpoint's weight has shape {tuple(tensor.shape)}, expected {expected}.")
@@ -185,7 +188,8 @@ class PTQTPQuantizer(HfQuantizer):
         """Remembers why a parameter could not be made, and returns something of its shape."""
         # Raised in a conversion it would end up in a table of the log. It is raised when the last tensor has been seen.
         self.failures.append(f"{name}: {error}")
-        names = [name, *([] if self.pre_quantized else [f"{name}_scale"])]
+        both = not self.pre_quantized and self.packs(model, name)
+        names = [name, f"{name}_scale"] if both else [name]
         self.missing -= {name, f"{name}_scale"}
         return {name: torch.zeros_like(model.get_parameter_or_buffer(name), device="cpu") for name in names}
 
@@ -232,13 +236,10 @@ class PTQTPQuantizer(HfQuantizer):
                     "`quantization_config=PTQTPConfig(dequantize=True)` instead."
                 )
         for name, module in packed:
-            if isinstance(module, PTQTPExperts):
-                model.set_submodule(name, module.dequantize(dtype))
-                continue
-            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            linear.weight = nn.Parameter(module.dequantize(dtype))
-            linear.bias = module.bias
-            model.set_submodule(name, linear)
+            plain = module.plain(dtype)
+            # Below an adapter what was frozen stays frozen.
+            plain.requires_grad_(not name.endswith(".base_layer"))
+            model.set_submodule(name, plain)
         model._weight_conversions = self.plain_conversions
         return model
 
