@@ -32,7 +32,6 @@ import trl
 from hf_rb import GRPOConfig, GRPOTrainer
 from hf_rb._fields import described
 from hf_rb._shapers import LOCAL
-from hf_rb.judges import check_rubrics
 from hf_rb.rewards import build_reward, reward_problem
 from hf_rb.scripts import _common
 
@@ -82,8 +81,6 @@ def prepare(argv: Sequence[str] | None = None) -> tuple:
         # An environment asks a row's question itself.
         if "prompt" not in columns and not (args.environment and "question" in columns):
             raise ValueError(f"The dataset has the columns {', '.join(sorted(columns))}. GRPO needs `prompt`.")
-        if "srar" in args.advantage_shapers and "rubric" in columns:
-            check_rubrics(split)
         for name, function in zip(script_args.reward_funcs or [], functions, strict=True):
             if missing := _missing(function, columns):
                 raise ValueError(

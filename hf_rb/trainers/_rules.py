@@ -314,6 +314,13 @@ def grpo_rules(config: Any) -> Iterator[str]:
             f"`hidden_align_coef: {config.hidden_align_coef}` aligns correct completions. Set `correct_reward` to the name of the "
             "reward function that says which are."
         )
+    if "calibadv" in names and config.calibadv_pos_neg_ratio is not None:
+        if config.multi_objective_aggregation == "normalize_then_sum":
+            yield (
+                "`multi_objective_aggregation: normalize_then_sum` centres advantages over the batch, and CalibAdv balances positive "
+                "with negative ones in each group, which may have one kind only. Set `multi_objective_aggregation: "
+                "sum_then_normalize`, or `calibadv_pos_neg_ratio: null`."
+            )
     for name, default in (("hidden_align_marker", None), ("hidden_align_all_correct", False)):
         if config.hidden_align_coef == 0 and getattr(config, name) != default:
             yield f"`{name}: {getattr(config, name)}` has no effect with `hidden_align_coef: 0.0`. Set the weight, or remove it."

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_rb._shapers import pipeline_line
-from hf_rb.advantages import build_shapers, check_shapers, run_pipeline
+from hf_rb.advantages import SrarShaper, build_shapers, check_shapers, run_pipeline
 from hf_rb.advantages.pipeline import Shaper
 from hf_rb.hub import METHODS
 from hf_rb.ops.backbone import recorded_hidden
@@ -94,9 +94,11 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         self.shaping_columns: dict[str, None] = {}
         # All that can be wrong with them before a model is loaded. Of an environment the reward is not known yet.
         evaluation = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        columns = [columns_of(data) for data in (train_dataset, *evaluation) if data is not None]
+        datasets = [data for data in (train_dataset, *evaluation) if data is not None]
+        columns = [columns_of(data) for data in datasets]
         if kwargs.get("environment_factory") is None:
             self._check_shaping(args, columns, names_of_rewards(reward_funcs), kwargs.get("rollout_func"))
+        _check_rubrics(self.shapers, datasets)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *other_args, **kwargs)
         self._check_shaping(args, columns, self.reward_func_names, self.rollout_func)
         if args.hidden_align_coef:
@@ -204,6 +206,16 @@ def _judge(args: GRPOConfig) -> Callable | None:
     from hf_rb.judges import judge_from_config
 
     return judge_from_config(args)
+
+
+def _check_rubrics(shapers: Sequence[Shaper], datasets: list) -> None:
+    for shaper in shapers:
+        if isinstance(shaper, SrarShaper):
+            from hf_rb.judges import check_rubrics
+
+            for data in datasets:
+                if shaper.rubric_column in columns_of(data):
+                    check_rubrics(data, shaper.rubric_column)
 
 
 def _with_environment(args: GRPOConfig, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -370,6 +370,13 @@ def test_a_column_missing_in_evaluation_only(make, data):
     make({}, dataset=rich, eval_dataset={"some": rich}, shapers=[NeedsRubric()])
 
 
+def test_a_rubric_that_cannot_be_read(make, data):
+    flags = {"advantage_shapers": ["srar"], "correct_reward": "exact_answer_reward", "srar_judge": "tiny"}
+    bad = data.add_column("rubric", ["<SUGGEST> adds"] * 3 + ["adds"])
+    with pytest.raises(ValueError, match="Row 3 of the column `rubric`"):
+        make(flags, dataset=bad, model="there/is/no/model")
+
+
 def test_math_equivalence_without_math_verify(make, monkeypatch):
     monkeypatch.setattr(rewards, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="`edas_equivalence: math` needs math-verify"):
@@ -394,6 +401,10 @@ def test_math_equivalence_without_math_verify(make, monkeypatch):
         ({**EDAS, "edas_kappa": 1.0}, r"`edas_kappa` must be in \(1, inf\); got 1.0"),
         ({**EDAS, "edas_alpha": -0.1}, r"`edas_alpha` must be in \[0, inf\)"),
         ({**EDAS, "edas_no_answer": "drop"}, "`edas_no_answer` cannot be 'drop'"),
+        (
+            {"advantage_shapers": ["calibadv"], "multi_objective_aggregation": "normalize_then_sum"},
+            "or `calibadv_pos_neg_ratio: null`",
+        ),
         ({"hidden_align_coef": 0.1}, "aligns correct completions. Set `correct_reward`"),
         ({"hidden_align_marker": "=>"}, "no effect with `hidden_align_coef: 0.0`"),
     ],
