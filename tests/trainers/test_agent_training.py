@@ -6,7 +6,9 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
+from datasets import Dataset
 
+import hf_rb
 from hf_rb import GRPOConfig, GRPOTrainer, tiny
 from hf_rb.advantages.calibadv import model_runs
 from hf_rb.agents.rewards import is_tool_error, is_well_formed, search_f1
@@ -135,6 +137,72 @@ def test_the_table_of_completions_shows_it(searched):
     table = pandas.read_parquet(path)
     assert (table["shaped_advantage"] - table["advantage"]).abs().max() > 1e-3
     assert table["step_quality"].str.contains("1.00").any()
+
+
+DATA = Path(hf_rb.__file__).parents[2] / "shared/data"
+
+# What four rollouts of one question write, turn by turn: two good searches and the answer; a good and a useless one; none; the
+# same one twice.
+SONG, ALBUM = (
+    "Nobody Loves You song John Lennon 1974 album",
+    "Walls and Bridges Apple Records separation from Yoko Ono",
+)
+SCRIPT = [
+    [SONG, ALBUM, "#### Walls and Bridges"],
+    [SONG, "highway in Missouri between Route 13", "#### Imagine"],
+    ["#### Imagine"],
+    [SONG, SONG, "#### Imagine"],
+]
+
+
+class Scripted(Recorder):
+    """Writes what `SCRIPT` says in place of what the model would. The tools, their results and the loss are real."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if len(prompt_ids) == len(SCRIPT):
+            self.turns = [iter(turns) for turns in SCRIPT]
+            self.active = list(range(len(SCRIPT)))
+        texts = [next(self.turns[i]) for i in self.active]
+        self.active = [i for i, text in zip(self.active, texts, strict=True) if not text.startswith("####")]
+        calls = [
+            text
+            if text.startswith("####")
+            else f'<tool_call>\n{{"name": "search", "arguments": {json.dumps({"query": text})}}}\n</tool_call>'
+            for text in texts
+        ]
+        return [self.processing_class(f"{call}<|im_end|>")["input_ids"] for call in calls], None
+
+
+def test_an_agent_over_passages_of_wikipedia(tmp_path):
+    pytest.importorskip("bm25s")
+    if not DATA.exists():
+        pytest.skip("needs the multi-hop corpus")
+    questions = Dataset.from_json(str(DATA / "multihop_questions.jsonl"), cache_dir=str(tmp_path)).select(range(1))
+    args = arguments(
+        tmp_path,
+        advantage_shapers=["calibadv"],
+        environment="search",
+        environment_kwargs={"corpus": str(DATA / "multihop_passages.jsonl"), "top_k": 2},
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=4000,
+        model_init_kwargs={"max_position_embeddings": 8192},
+    )
+    trainer = Scripted(str(tiny.path("student")), search_f1, args=args, train_dataset=questions)
+    logged = trained(trainer)
+
+    ctx, advantages, base = trainer.context, trainer.output["advantages"], trainer.base.tolist()
+    assert "Nobody Loves You was written by John Lennon" in ctx.prompts[0][0]["content"]  # asked by the environment
+    assert ctx.rewards_per_func[:, 0].tolist() == [1, 0, 0, 0]
+    found = {identifier for ids in ctx.environments[0].retrieved.values() for identifier in ids}
+    assert {"p0002", "p0004"} <= found  # the gold passages
+    values = [[advantages[row, start].item() for start, _ in spans] for row, spans in enumerate(model_runs(ctx.mask))]
+    good, bad = base[0], base[1]
+    assert values[0][:2] == [pytest.approx(good)] * 2
+    assert values[1] == [0, pytest.approx(bad), pytest.approx(bad)]
+    assert values[2] == [pytest.approx(bad)]
+    assert values[3] == [0, pytest.approx(bad), pytest.approx(bad)]
+    assert logged["shaping/calibadv/steps_relieved"] == pytest.approx(2 / 6)
 
 
 def test_scores_of_a_rollout_func(tmp_path):
