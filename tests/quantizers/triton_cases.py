@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels import triton as gpu
 from hf_rb.quantizers.kernels.layout import Layout, Part, pack
 from hf_rb.quantizers.kernels.triton import gemm
@@ -184,6 +185,30 @@ def test_result_does_not_depend_on_other_rows():
     assert torch.equal(gpu.matmul(poisoned, weight, scale, layout)[:5], gpu.matmul(x, weight, scale, layout))
 
 
+def test_they_are_what_the_dispatch_takes_on_a_gpu(monkeypatch):
+    layout = Layout(96, 32, (NIBBLE,))
+    weight, scale, matrix = packed_matrix(layout, 40)
+    monkeypatch.setattr(gpu, "available", lambda device: True)
+    monkeypatch.setattr(kernels.cpu, "kernel", lambda: None)
+    monkeypatch.setattr(kernels, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(kernels.reference, "dequantize", None)  # would fail
+    x = activations(3, 96).requires_grad_()
+    found = kernels.matmul(x, weight, scale, layout)
+    check(found.detach(), x.detach(), matrix)
+    found.sum().backward()
+    torch.testing.assert_close(x.grad, matrix.sum(0).float().expand(3, -1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(kernels.dequantize(weight, scale, layout), matrix.float())
+
+    dense = gaussian(6, 70)
+    expected = solver.quantize_matrix(dense, group_size=32)
+    monkeypatch.setattr(solver, "_compiled", gpu.compiled_solver)
+    monkeypatch.setattr(solver, "_fit", None)
+    for found, value in zip(solver.quantize_matrix(dense, group_size=32), expected, strict=True):
+        assert (
+            torch.equal(found, value) if isinstance(value, torch.Tensor) else found == pytest.approx(value, rel=1e-5)
+        )
+
+
 # The solver, against the torch code.
 
 
@@ -249,6 +274,7 @@ def test_tied_and_relative():
 def test_ridge_grows_when_ill_conditioned():
     check_solver(gaussian(3, 64), 32, rule(2, kappa_threshold=1e6))
     check_solver(gaussian(3, 64), 32, rule(3, kappa_threshold=3.0))
+    check_solver(gaussian(3, 64), 32, rule(3, ridge_init=0.5))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
