@@ -335,7 +335,7 @@ def test_without_a_kernel_the_matrix_is_kept(dispatch, monkeypatch):
         assert layer(inputs(1, 576))[0, 0] == layer.bias[0] and len(calls) == 2
         kept = len(reference._kept)
         del layer
-        kernels.forget(None)
+        kernels.forget()
         assert len(reference._kept) == kept - 1
 
 

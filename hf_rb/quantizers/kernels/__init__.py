@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_rb.quantizers.kernels import cpu, reference, triton
 from hf_rb.quantizers.kernels.layout import Layout
+from hf_rb.quantizers.kernels.reference import forget
 
 
 __all__ = ["dequantize", "forget", "linear", "matmul"]
@@ -78,11 +79,6 @@ def dequantize(weight: Tensor, weight_scale: Tensor, layout: Layout, dtype: torc
     else:
         matrix = reference.dequantize(weight, scale, layout, dtype)
     return matrix.unflatten(0, shape)
-
-
-def forget(layer: nn.Module) -> None:
-    """Frees what was kept for weights that a layer no longer has."""
-    reference.forget()
 
 
 @torch.library.custom_op("hf_rb::lut_linear", mutates_args=())
