@@ -104,19 +104,17 @@ def test_an_expert_is_solved_on_its_own(make_moe):
 
 
 @pytest.mark.parametrize(
-    ("options", "planes"),
+    ("architecture", "options", "planes"),
     [
-        (dict(packing="nibble"), dict(gate_up_proj=2, down_proj=2)),
-        (dict(planes=1), dict(gate_up_proj=1, down_proj=1)),
-        (dict(scale_mode="tied", group_size=64), dict(gate_up_proj=2, down_proj=2)),
-        (dict(planes_per_layer={"down_proj": 3}, packing="nibble"), dict(gate_up_proj=2, down_proj=3)),
-        (dict(planes_per_layer={"mlp.experts": 1}), dict(gate_up_proj=1, down_proj=1)),
-        (dict(modules_to_not_convert=["down_proj"]), dict(gate_up_proj=2)),
-        (dict(modules_to_not_convert=["experts.gate_up_proj"]), dict(down_proj=2)),
-        (dict(modules_to_not_convert=["experts"]), None),
+        ("qwen3_moe", dict(planes=1), dict(gate_up_proj=1, down_proj=1)),
+        ("qwen3_moe", dict(planes_per_layer={"down_proj": 3}, packing="nibble"), dict(gate_up_proj=2, down_proj=3)),
+        ("gpt_oss", dict(planes_per_layer={"mlp.experts": 3}), dict(gate_up_proj=3, down_proj=3)),
+        ("gpt_oss", dict(scale_mode="tied", group_size=64), dict(gate_up_proj=2, down_proj=2)),
+        ("qwen3_moe", dict(modules_to_not_convert=["down_proj"]), dict(gate_up_proj=2)),
+        ("gpt_oss", dict(modules_to_not_convert=["experts.gate_up_proj"]), dict(down_proj=2)),
+        ("qwen3_moe", dict(modules_to_not_convert=["experts"]), None),
     ],
 )
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
 def test_options(make_moe, tmp_path, architecture, options, planes):
     model = load(make_moe(architecture, num_hidden_layers=1), PTQTPConfig(**options), dtype=torch.float32)
     expected = logits(model)

@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_rb import PTQTPConfig
 from hf_rb.quantizers.ptqtp import PTQTPLinear, solve
@@ -180,6 +188,44 @@ def test_offload(make_model, tmp_path, memory):
             model.dequantize()
     plain = load(tmp_path / "expected", PTQTPConfig(dequantize=True), **options)
     assert torch.equal(logits(plain), logits(expected.dequantize()))
+
+
+def test_other_heads(make_model, tmp_path):
+    model = load(make_model("llama"), PTQTPConfig())
+    model.save_pretrained(tmp_path / "whole")
+    headless = AutoModel.from_pretrained(tmp_path / "whole")
+    with torch.no_grad():
+        assert torch.equal(headless(INPUT).last_hidden_state, model.model(INPUT).last_hidden_state)
+    headless.save_pretrained(tmp_path / "headless")
+    assert torch.equal(logits(load(tmp_path / "headless")), logits(model))  # the head is tied
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole", pad_token_id=0)
+    assert type(classifier.score) is nn.Linear and logits(classifier).shape == (2, 2)
+
+
+def test_layers_that_transformers_keeps_in_float32(tmp_path):
+    sizes = dict(
+        d_model=64, d_ff=96, d_kv=16, num_layers=1, num_heads=4, vocab_size=64, feed_forward_proj="gated-gelu"
+    )
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path / "source")
+    load_t5 = AutoModelForSeq2SeqLM.from_pretrained
+    model = load_t5(tmp_path / "source", quantization_config=PTQTPConfig(), dtype=torch.bfloat16)
+    # Their input is cast to the type of their weight.
+    assert [name.rpartition(".")[2] for name in model.hf_quantizer.report.skipped] == ["wo", "wo", "lm_head"]
+    model.save_pretrained(tmp_path / "saved")
+    inputs = dict(input_ids=INPUT, decoder_input_ids=INPUT)
+    with torch.no_grad():
+        assert torch.equal(load_t5(tmp_path / "saved")(**inputs).logits, model(**inputs).logits)
+
+
+def test_no_split_over_devices(make_model):
+    from hf_rb.quantizers.ptqtp import PTQTPQuantizer
+
+    config = AutoConfig.from_pretrained(make_model())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.config.distributed_config = object()
+    with pytest.raises(ValueError, match="leave out `distributed_config` and `tp_plan`"):
+        PTQTPQuantizer(PTQTPConfig(), pre_quantized=False).preprocess_model(model)
 
 
 def test_shards(make_model, tmp_path):
