@@ -47,7 +47,7 @@ PROGRAMS = 4
 # Up to this many rows of bfloat16 activations the weights are not rounded to bfloat16: memory, not arithmetic, takes the time.
 EXACT_ROWS = 64
 
-# Triton's interpreter has no bfloat16: it multiplies the bits and rounds wrongly. Under it everything is float32.
+# Triton's interpreter multiplies the bits of bfloat16 and rounds to it wrongly. Under it everything is float32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -82,15 +82,18 @@ def _in_digits(basis: tuple[tuple[int, ...], ...], radix: int) -> Recipe:
 
 
 class _Constants(NamedTuple):
-    """What the kernels are compiled for. The tuples are flat because compiled code indexes only such."""
+    """
+    What the kernels are compiled for. The tuples are flat because compiled code indexes only such.
+
+    `PARTS` has for every part: bits, radix, shift, its first scale, the end of its scales, its offset in a group and in the last
+    group. `DIGITS` has alpha, beta and gamma for every scale of a group. `TAIL` is the length of a short last group.
+    """
 
     GROUP: int
-    TAIL: int  # length of the short last group
+    TAIL: int
     GROUP_BYTES: int
-    PARTS: tuple[
-        int, ...
-    ]  # bits, radix, shift, first scale, end of its scales, offset in a group and in the last, for every part
-    DIGITS: tuple[int, ...]  # alpha, beta and gamma for every scale of a group
+    PARTS: tuple[int, ...]
+    DIGITS: tuple[int, ...]
 
 
 @lru_cache
@@ -125,7 +128,7 @@ def _coefficients(scale_ptrs, FIRST: tl.constexpr, END: tl.constexpr, DIGITS: tl
 def _weights(code, a, b, c, RADIX: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr):
     """The weights, float32, of the bits of 2^23 + `UNIT` * code."""
     code = code.to(tl.float32, bitcast=True) - (8388608.0 + SHIFT * UNIT)
-    weight = (a / UNIT) * code + c
+    weight = a * (1.0 / UNIT) * code + c
     if RADIX > 0:
         # Adding 1.5 * 2^23 rounds. `SHIFT` and the factor below 1 turn the rounding into a floor.
         weight += b * ((code * (0.984375 / (RADIX * UNIT)) + 12582912.0) - 12582912.0)
@@ -141,16 +144,19 @@ def _load(ptrs, mask, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _dot(x, weight, acc, TWICE: tl.constexpr):
-    """Adds `x @ weight.T`. `TWICE` multiplies the two halves of the float32 weight apart, each of which is exact in bfloat16."""
-    if TWICE:
-        high = (weight.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        acc = _dot(x, high, acc, False)
-        weight -= high
+def _dot(x, weight, acc):
+    """Adds `x @ weight.T`, with the weight rounded to the type of `x`."""
     if INTERPRETED:
         return tl.dot(x.to(tl.float32), tl.trans(weight), acc)
     else:
         return tl.dot(x, tl.trans(weight.to(x.dtype)), acc, input_precision="ieee")
+
+
+@triton.jit
+def _dot_twice(x, weight, acc):
+    """Adds `x @ weight.T` for bfloat16 `x` in two halves: the 8 leading bits of the weight, and the rest rounded to 8 bits."""
+    high = (weight.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return _dot(x, weight - high, _dot(x, high, acc))
 
 
 @triton.jit
@@ -205,7 +211,10 @@ def _section(
             else:
                 x_ptrs = x_rows[:, None] + (g * GROUP + place)[None, :]
                 x = _load(x_ptrs, there[None, :], WHOLE)
-                acc = _dot(x, weight, acc, TWICE)
+                if TWICE:
+                    acc = _dot_twice(x, weight, acc)
+                else:
+                    acc = _dot(x, weight, acc)
     if VECTOR:
         acc = total + tl.sum(acc, axis=1)
     return acc
