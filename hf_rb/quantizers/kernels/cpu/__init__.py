@@ -1,6 +1,8 @@
 """The kernels for processors: `gemv.c`, and panels of the matrix through torch's own multiplication."""
 
 import ctypes
+import threading
+from collections.abc import Iterator
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # expanding it (`benchmarks/ptqtp_kernels.py`).
 INT8_ROWS, GEMV_ROWS = 3, 8
 PANEL = 1 << 20  # weights that are expanded at a time
+_workspace = threading.local()  # memory for a panel, by type
 WEIGHTS_PER_THREAD = 1 << 17  # below that, waking a thread costs more than it gains
 
 
@@ -100,9 +103,12 @@ class Kernel:
         )
         return output
 
-    def expand(self, weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """Returns the matrix `(out_features, in_features)`."""
-        output = torch.empty(len(weight), layout.in_features, dtype=dtype)
+    def expand(
+        self, weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype, output: Tensor | None = None
+    ) -> Tensor:
+        """Returns the matrix `(out_features, in_features)`, in the memory of `output` if that is given."""
+        if output is None:
+            output = torch.empty(len(weight), layout.in_features, dtype=dtype)
         self._run(
             self._expand,
             *self._matrix(weight, scale, layout),
@@ -115,16 +121,31 @@ class Kernel:
     def matmul(self, input: Tensor, weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
         """Returns `input @ weight.T` `(..., out_features)`, for many rows of activations."""
         output = input.new_empty(*input.shape[:-1], len(weight))
-        for rows in _panels(len(weight), layout.in_features):
-            output[..., rows] = F.linear(input, self.expand(weight[rows], scale[rows], layout, input.dtype))
+        for rows, panel in self._panels(weight, scale, layout, input.dtype):
+            output[..., rows] = F.linear(input, panel)
         return output
 
     def matmul_transposed(self, grad: Tensor, weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
         """Returns `grad @ weight` `(..., in_features)`."""
         output = grad.new_zeros(*grad.shape[:-1], layout.in_features, dtype=torch.float32)
-        for rows in _panels(len(weight), layout.in_features):
-            output += grad[..., rows] @ self.expand(weight[rows], scale[rows], layout, grad.dtype)
+        for rows, panel in self._panels(weight, scale, layout, grad.dtype):
+            output += grad[..., rows] @ panel
         return output.to(grad.dtype)
+
+    def _panels(
+        self, weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Expands the matrix piece by piece, each in the memory of the last one: to be given new memory takes longer."""
+        step = max(1, PANEL // layout.in_features)
+        size = min(step, len(weight)) * layout.in_features
+        memory = _workspace.__dict__.get(dtype)
+        if memory is None or memory.numel() < size:
+            with torch.inference_mode(False):
+                memory = _workspace.__dict__[dtype] = torch.empty(size, dtype=dtype)
+        for first in range(0, len(weight), step):
+            rows = slice(first, min(first + step, len(weight)))
+            output = memory[: (rows.stop - first) * layout.in_features].view(-1, layout.in_features)
+            yield rows, self.expand(weight[rows], scale[rows], layout, dtype, output)
 
     def _matrix(self, weight: Tensor, scale: Tensor, layout: Layout) -> tuple:
         rows, width = weight.shape
@@ -161,11 +182,6 @@ def _structure(layout: Layout) -> _Layout:
         )
     sizes = layout.in_features, layout.group_size, layout.groups, layout.row_bytes, layout.num_scales, len(parts)
     return _Layout(*sizes, (_Part * MAX_PARTS)(*parts))
-
-
-def _panels(rows: int, in_features: int):
-    step = max(1, PANEL // in_features)
-    return [slice(first, first + step) for first in range(0, rows, step)]
 
 
 def _threads(weights: int) -> int:

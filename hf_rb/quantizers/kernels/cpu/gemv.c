@@ -133,6 +133,19 @@ INLINE Floats neighbours(Table table, const uint8_t *code, int shift, int bits) 
 }
 INLINE void store(float *x, Floats value) { _mm512_storeu_ps(x, value); }
 
+/* Codes to bfloat16, through a table of bfloat16: 2 * LANES at a time. */
+#define EXPANDS_TO_BFLOAT 1
+INLINE void expand_bfloat(Table table, const uint8_t *code, int shift, int64_t count, uint16_t *out) {
+    __m512i bits = _mm512_castps_si512(table), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __m512i entries = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    for (int64_t j = 0; j < count; j += 32) {
+        __mmask32 some = count - j < 32 ? (1u << (count - j)) - 1 : ~0u;
+        __m512i index = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(some, code + j));
+        _mm512_mask_storeu_epi16(out + j, some, _mm512_permutexvar_epi16(_mm512_srli_epi16(index, shift), entries));
+    }
+}
+
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #include <immintrin.h>
@@ -279,6 +292,13 @@ INLINE void store(float *x, Floats value) { memcpy(x, value.lane, sizeof value);
 
 #endif
 /* ====================================================================================================================== */
+
+#ifndef EXPANDS_TO_BFLOAT
+#define EXPANDS_TO_BFLOAT 0
+INLINE void expand_bfloat(Table table, const uint8_t *code, int shift, int64_t count, uint16_t *out) {
+    (void)table, (void)code, (void)shift, (void)count, (void)out;
+}
+#endif
 
 #define BLOCK (8 * LANES) /* codes */
 #define AHEAD 8192        /* bytes: several rows are read at a time, which the processor's own prefetching does not follow */
@@ -620,35 +640,45 @@ INLINE void expand_part(const Part *part, const int bits, const uint8_t *code, i
     }
 }
 
+/* A group in bfloat16, of a layout with one part. */
+INLINE void expand_group(const Part *part, const uint8_t *code, int64_t length, const float *scale, uint16_t *out) {
+    int64_t bytes = part_bytes(length, part->bits);
+    Table table = weighted(part->basis, scale, part->rows);
+    for (int shift = 0; shift < 8 && length > 0; shift += part->bits, out += bytes, length -= bytes)
+        expand_bfloat(table, code, shift, length < bytes ? length : bytes, out);
+}
+
 /* The matrix `(rows, in_features)` in float32 or bfloat16. Returns 0, or 1 without memory. */
 int hf_rb_expand(const Layout *layout, const uint8_t *weight, const uint16_t *scales, int64_t rows, int bfloat, int threads,
                  void *output) {
-    int failed = 0;
+    int direct = bfloat && layout->num_parts == 1 && EXPANDS_TO_BFLOAT, failed = 0;
+    int64_t of_row = layout->groups * layout->num_scales;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
-        float *buffer = malloc(layout->group_size * sizeof *buffer);
+        float *buffer = malloc((layout->group_size + of_row + LANES) * sizeof *buffer);
         failed |= !buffer;
 #pragma omp for
         for (int64_t row = 0; row < rows; row++) {
             if (failed) continue;
             const uint8_t *code = weight + row * layout->row_bytes;
-            const uint16_t *half = scales + row * layout->groups * layout->num_scales;
+            float *scale = buffer + layout->group_size;
+            load_scales(scales + row * of_row, of_row, scale);
             for (int64_t g = 0; g < layout->groups; g++) {
                 int64_t start = g * layout->group_size, left = layout->in_features - start;
                 int64_t length = left < layout->group_size ? left : layout->group_size;
                 int64_t place = row * layout->in_features + start;
+                uint16_t *rounded = (uint16_t *)output + place;
                 float *out = bfloat ? buffer : (float *)output + place;
                 for (int p = 0; p < layout->num_parts; p++) {
                     const Part *part = layout->part + p;
-                    float scale[MAX_BASIS] = {0};
-                    for (int k = 0; k < part->rows; k++) scale[k] = from_half(*half++);
-                    if (part->bits == 4) expand_part(part, 4, code, length, scale, p == 0, out);
+                    if (direct) expand_group(part, code, length, scale, rounded);
+                    else if (part->bits == 4) expand_part(part, 4, code, length, scale, p == 0, out);
                     else if (part->bits == 2) expand_part(part, 2, code, length, scale, p == 0, out);
                     else expand_part(part, 1, code, length, scale, p == 0, out);
-                    code += part_bytes(length, part->bits);
+                    code += part_bytes(length, part->bits), scale += part->rows;
                 }
-                if (bfloat)
-                    for (int64_t j = 0; j < length; j++) ((uint16_t *)output)[place + j] = to_bfloat(out[j]);
+                if (bfloat && !direct)
+                    for (int64_t j = 0; j < length; j++) rounded[j] = to_bfloat(out[j]);
             }
         }
         free(buffer);
