@@ -266,6 +266,22 @@ def test_evaluation(make, data, generations, batch):
         assert None not in table["shaped_advantage"].tolist()
 
 
+def test_a_column_that_comes_late(make, data):
+    """In an evaluation of several generations, of which the first lacks it."""
+
+    class Late(Same):
+        seen = 0
+
+        def shape(self, ctx, advantages):
+            self.seen += 1
+            return Shaped(advantages, columns={"late": [self.seen] * len(advantages)} if self.seen == 2 else {})
+
+    flags = {"log_completions": True, "per_device_eval_batch_size": 6, "eval_strategy": "steps", "eval_steps": 9}
+    trainer = make(flags, eval_dataset=data.select(range(2)), shapers=[Late()])
+    trainer.evaluate()
+    assert tables(trainer)[-1]["late"].tolist() == [None] * 6 + [2] * 6
+
+
 def test_the_pipeline_is_printed(make, capsys):
     make({**EDAS, "hidden_align_coef": 0.1}).train()
     assert (
@@ -440,7 +456,8 @@ def test_rollout_func(make, student):
 
     def rollout(prompts, trainer):
         tokenizer = trainer.processing_class
-        texts = [["call 3", " says 4", f" #### {7 if row % 3 else 8}"] for row in range(len(prompts))]
+        said = ["", " so it is", " and so it is then"]
+        texts = [["call 3", " says 4", f"{said[row % 3]} #### {7 if row % 3 else 8}"] for row in range(len(prompts))]
         parts = [[tokenizer(part)["input_ids"] for part in text] for text in texts]
         return {
             "prompt_ids": [tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"] for p in prompts],
@@ -495,7 +512,7 @@ class Calling(GRPOTrainer):
             if "<tool_response>" not in self.processing_class.decode(prompt):
                 texts.append(call)
             else:
-                texts.append(["It is #### 7", "It is #### 8", "It is #### 9"][row % 3])
+                texts.append(["It is then so #### 7", "It is #### 8", "#### 9"][row % 3])
         return [self.processing_class(text + "<|im_end|>")["input_ids"] for text in texts], None
 
 
