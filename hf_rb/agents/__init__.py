@@ -14,7 +14,7 @@ def environment_factory(args: Any) -> Callable | None:
 
     Args:
         args (`GRPOConfig`):
-            With `environment` and `environment_kwargs`.
+            With `environment`, `environment_kwargs` and `answer_extractor`.
 
     Raises:
         ImportError, OSError, ValueError: `bm25s` is not installed; the corpus is not there; it is not one.
@@ -23,7 +23,7 @@ def environment_factory(args: Any) -> Callable | None:
         return None
     from hf_rb.agents.search import search_environment
 
-    return search_environment(**(args.environment_kwargs or {}))
+    return search_environment(**(args.environment_kwargs or {}), answer_extractor=args.answer_extractor)
 
 
 def step_scorer(args: Any) -> Callable:

@@ -19,9 +19,12 @@ __all__ = ["FactSearch", "Index", "Passage", "PassageSearch", "read_passages", "
 
 FACTS = "tiny:facts"
 
-_INSTRUCTION = (
-    "\nSearch as often as you need, for one fact at a time. Then answer in as few words as possible, on a line that begins with ####."
-)
+_INSTRUCTION = "Search as often as you need, for one fact at a time. Then answer in as few words as possible, {}."
+_FORMS = {
+    "hashes": "on a line that begins with ####",
+    "boxed": r"in \boxed{}",
+    "tag": "between <answer> and </answer>",
+}
 
 
 @dataclass(frozen=True)
@@ -81,18 +84,24 @@ class PassageSearch:
     """
     The environment of one rollout. Its public methods but `reset` are the model's tools.
 
+    Args:
+        index ([`Index`]):
+            What is searched.
+        answer_extractor (`str`, *optional*, defaults to `"hashes"`):
+            The form of answer to ask for where a row has a question and no prompt: a key of `hf_rb.rewards.EXTRACTORS`.
+
     Attributes:
         retrieved (`dict[str, list[str]]`): By the text of a tool message, the ids of the passages in it.
     """
 
-    def __init__(self, index: Index):
-        self._index = index
+    def __init__(self, index: Index, answer_extractor: str = "hashes"):
+        self._index, self._instruction = index, _INSTRUCTION.format(_FORMS[answer_extractor])
         self.retrieved: dict[str, list[str]] = {}
 
     def reset(self, prompt: Any = None, question: str | None = None, **row: Any) -> str | None:
         """Forgets the last rollout. Asks the row's `question` if it has no `prompt`."""
         self.retrieved = {}
-        return question + _INSTRUCTION if prompt is None and question is not None else None
+        return f"{question}\n{self._instruction}" if prompt is None and question is not None else None
 
     def search(self, query: str) -> str:
         """
@@ -160,7 +169,9 @@ def read_passages(path: str | Path) -> list[Passage]:
     return passages
 
 
-def search_environment(corpus: str = FACTS, top_k: int | None = None) -> Callable[[], PassageSearch]:
+def search_environment(
+    corpus: str = FACTS, top_k: int | None = None, answer_extractor: str = "hashes"
+) -> Callable[[], PassageSearch]:
     """
     Returns what TRL's `environment_factory` takes.
 
@@ -169,10 +180,12 @@ def search_environment(corpus: str = FACTS, top_k: int | None = None) -> Callabl
             The fact base of the tiny family, or a JSONL file as [`read_passages`] reads it.
         top_k (`int`, *optional*):
             Passages a search returns at most. Defaults to 2 for the fact base, to 3 for a file.
+        answer_extractor (`str`, *optional*, defaults to `"hashes"`):
+            As in [`PassageSearch`].
     """
     if corpus == FACTS:
         from hf_rb.tiny.facts import fact_base
 
         passages = [Passage(fact.text, fact.text, fact.relation) for fact in fact_base()]
-        return partial(FactSearch, Index(passages, top_k or 2))
-    return partial(PassageSearch, Index(read_passages(corpus), top_k or 3))
+        return partial(FactSearch, Index(passages, top_k or 2), answer_extractor)
+    return partial(PassageSearch, Index(read_passages(corpus), top_k or 3), answer_extractor)

@@ -60,8 +60,8 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
         srar_coef (`float`, *optional*, defaults to `1.0`):
             Weight of the step scores, which are added to the advantages; 0 or more.
         srar_gk (`str`, *optional*, defaults to `"code"`):
-            Which completions the score of a step is compared with: those in which a criterion points to it (`"code"`), or
-            those that have the step (`"paper"`).
+            Which completions the score of a step is compared with: those with a criterion that is met in it (`"code"`, the
+            authors'), or with a criterion that the judge places in it, met or not (`"paper"`).
         srar_ddof (`int`, *optional*, defaults to `1`):
             1 divides by the unbiased standard deviation, 0 by that of the population.
         srar_only_mixed (`bool`, *optional*, defaults to `True`):
@@ -89,6 +89,8 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
     Raises:
         ValueError: A value out of its range, or fields that exclude one another.
     """
+
+    _VALID_DICT_FIELDS = trl.GRPOConfig._VALID_DICT_FIELDS + ["environment_kwargs", "srar_judge_kwargs"]
 
     advantage_shapers: list[str] = field(
         default_factory=list,
@@ -187,8 +189,8 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
     srar_gk: str = field(
         default="code",
         metadata=described(
-            "Which completions the score of a step is compared with: those in which a criterion points to it (`code`), or those "
-            "that have the step (`paper`).",
+            "Which completions the score of a step is compared with: those with a criterion that is met in it (`code`, the "
+            "authors'), or with a criterion that the judge places in it, met or not (`paper`).",
             choices=["code", "paper"],
         ),
     )

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,21 @@ def test_passages_of_a_file(tmp_path):
     assert read_passages(path) == [Passage("p1", "Apple: A red fruit."), Passage("3", "A plum.")]
     environment = search_environment(str(path))()
     assert environment.search("red fruit") == "Apple: A red fruit."
-    assert environment.reset(question="Which fruit?").startswith("Which fruit?\n")
     assert environment.reset(prompt=[], question="Which fruit?") is None
+
+
+@pytest.mark.parametrize(
+    "form, asked", [("hashes", "begins with ####."), ("boxed", r"in \boxed{}."), ("tag", "</answer>.")]
+)
+def test_a_question_without_a_prompt_is_asked_for_an_answer_that_can_be_read(form, asked):
+    text = search_environment(answer_extractor=form)().reset(question="Which fruit?", answer="plum")
+    assert text.startswith("Which fruit?\n") and text.endswith(asked)
+
+
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(ImportError, match=r"pip install 'hf_rb\[rl\]'"):
+        search_environment()
 
 
 @pytest.mark.parametrize("line", ['{"title": "Apple"}', "[1]", "no json", '{"text": 3}'])
