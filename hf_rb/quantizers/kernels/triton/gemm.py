@@ -185,7 +185,7 @@ def _section(
     """
     BITS: tl.constexpr = PARTS[PART]
     BYTES: tl.constexpr = (LENGTH * BITS + 7) // 8
-    Q: tl.constexpr = triton.next_power_of_2(max(BYTES, 16))
+    Q: tl.constexpr = triton.next_power_of_2(BYTES) if BYTES > 16 else 16
     WHOLE: tl.constexpr = (BYTES == Q) & (BYTES * 8 == LENGTH * BITS)
     j = tl.arange(0, Q)
     if VECTOR:
