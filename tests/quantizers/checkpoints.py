@@ -69,10 +69,14 @@ def fused_experts(folder):
     model.save_pretrained(folder, save_original_format=False)
 
 
-def transposed_experts(folder):
-    sizes = SIZES | {"layer_types": ["full_attention"]}
+def transposed_experts(folder, **sizes):
+    sizes = SIZES | {"layer_types": ["full_attention"]} | sizes
     config = GptOssConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
     GptOssForCausalLM(config).bfloat16().save_pretrained(folder)
+
+
+def square_transposed_experts(folder):
+    transposed_experts(folder, intermediate_size=192)
 
 
 def edit_config(folder, **changes):

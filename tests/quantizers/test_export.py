@@ -11,8 +11,8 @@ from checkpoints import (
     experts,
     fused_experts,
     qwen3,
+    square_transposed_experts,
     tensors,
-    transposed_experts,
     untied_with_biases,
 )
 from safetensors.torch import load_file, save_file
@@ -42,7 +42,7 @@ def make_quantized(folder, make=qwen3, **config):
         (untied_with_biases, {"planes_per_layer": {"o_proj": 1}, "group_size": 64}, "float16"),
         (experts, {}, None),
         (fused_experts, {"packing": "nibble"}, None),
-        (transposed_experts, {}, "float32"),
+        (square_transposed_experts, {}, "float32"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

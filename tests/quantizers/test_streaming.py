@@ -15,6 +15,7 @@ from checkpoints import (
     fused_experts,
     qwen3,
     second_copy_of_tied_tensor,
+    square_transposed_experts,
     transposed_experts,
     untied_with_biases,
     without_head,
@@ -52,6 +53,7 @@ def small(tmp_path_factory):
         (experts, PTQTPConfig(), "auto"),
         (fused_experts, PTQTPConfig(packing="nibble"), "auto"),
         (transposed_experts, PTQTPConfig(), "auto"),
+        (square_transposed_experts, PTQTPConfig(), "auto"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
