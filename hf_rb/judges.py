@@ -94,18 +94,19 @@ class Judge:
         return replies
 
     async def _ask_one(self, request: JudgeRequest) -> list[dict]:
-        for attempt in range(self.retries + 1):
+        for attempt in range(self.retries):
             try:
-                async with asyncio.timeout(self.timeout):
-                    reply = await (self.ask(request) if self._is_async else _in_thread(self.ask, request))
-                return parse_verdicts(reply, len(request.rubric))
+                return await self._attempt(request)
             except Refused:
                 raise
             except Exception:
-                if attempt == self.retries:
-                    raise
                 await asyncio.sleep(self.pause * 2**attempt)
-        raise AssertionError("unreachable")
+        return await self._attempt(request)
+
+    async def _attempt(self, request: JudgeRequest) -> list[dict]:
+        async with asyncio.timeout(self.timeout):
+            reply = await (self.ask(request) if self._is_async else _in_thread(self.ask, request))
+        return parse_verdicts(reply, len(request.rubric))
 
 
 def _describe(error: Exception) -> str:

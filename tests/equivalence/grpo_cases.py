@@ -15,7 +15,7 @@ from random_models import save_qwen3
 from seeded_runs import ARGUMENTS, logs_and_weights, save_results
 
 from hf_rb import GRPOConfig, GRPOTrainer, tiny
-from hf_rb.advantages import Shaped, TokenShaper
+from hf_rb.advantages import CalibAdvShaper, Shaped, SrarShaper, TokenShaper
 from hf_rb.rewards import exact_answer_reward
 
 
@@ -36,10 +36,25 @@ class Ramp(TokenShaper):
         return Shaped(advantages * (1 + share * place), columns={"rows": [ctx.local.start] * len(advantages)})
 
 
+def judge(requests):
+    """Verdicts that differ between rollouts and between their steps."""
+    return [
+        [
+            {"id": 1, "satisfied": "7" in request.solution, "step": 1},
+            {"id": 2, "satisfied": "12" in request.solution, "step": len(request.steps)},
+        ]
+        for request in requests
+    ]
+
+
 CASES = {
     "edas": EDAS,
     "edas, grpo loss": {**EDAS, "loss_type": "grpo", "edas_no_answer": "singleton"},
     "tokens": {"correct_reward": "exact_answer_reward", "shapers": [Ramp()]},
+    "answers balanced, steps judged": {
+        "correct_reward": "exact_answer_reward",
+        "shapers": [CalibAdvShaper(soft=False), SrarShaper(judge, step_pattern="First|Then|Now|So")],
+    },
     "hidden-align": {"correct_reward": "exact_answer_reward", "hidden_align_coef": 5.0},
     "both": {**EDAS, "hidden_align_coef": 5.0},
 }
@@ -52,7 +67,7 @@ def save_models(folder):
 
 def prompts(count=12):
     rows = tiny.load_dataset("math", config="prompt_only", size=count).to_list()
-    return [{"prompt": row["prompt"], "answer": "7"} for row in rows]
+    return [{"prompt": row["prompt"], "answer": "7", "rubric": "<SUGGEST> 7\n<PITFALL> 12"} for row in rows]
 
 
 def completion_of(prompt, index, tokenizer):

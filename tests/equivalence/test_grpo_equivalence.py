@@ -87,11 +87,15 @@ def test_the_cases_act(whole):
     logs = whole["both"][0]
     assert all(entry["shaping/edas/delta_abs"] > 0 and entry["hidden_align/aligned"] > 0 for entry in logs[:2])
     assert 0 < logs[0]["shaping/answered"] < 1
+    logs = whole["answers balanced, steps judged"][0]
+    assert any(entry["shaping/srar/judged"] > 0 for entry in logs[:2])
+    for name in ("calibadv", "srar"):
+        assert any(entry[f"shaping/{name}/delta_abs"] > 0 for entry in logs[:2])
     for name in ("tokens", "hidden-align"):
         assert abs(whole[name][0][0]["grad_norm"] - whole["edas"][0][0]["grad_norm"]) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["edas", "tokens", "hidden-align"])
+@pytest.mark.parametrize("name", ["edas", "tokens", "answers balanced, steps judged", "hidden-align"])
 @pytest.mark.parametrize("size", [6, 3])
 def test_accumulation(models, whole, name, size):
     """Shuffled: the rollouts of a group are in different batches."""
