@@ -90,10 +90,17 @@ TABLE: dict[str, Entry] = {
     "create_model_from_path": Entry("trl.trainer.utils", "create_model_from_path", ("model_id",)),
     "maybe_gather_lm_head_ctx": Entry("trl.trainer.utils", "maybe_gather_lm_head_ctx"),
     "prepare_deepspeed": Entry("trl.models", "prepare_deepspeed", ("model", "accelerator")),
-    # Where an adapter is made and merged (hf_rb/_registration.py).
+    # Where an adapter is made and merged, and the one for parameters (hf_rb/_registration.py, hf_rb/quantizers/adapters.py).
     "BaseTuner._check_merge_allowed": Entry("peft.tuners.tuners_utils", "BaseTuner._check_merge_allowed"),
     "LoraModel._create_new_module": Entry(
         "peft.tuners.lora.model", "LoraModel._create_new_module", ("lora_config", "adapter_name", "target", "kwargs")
+    ),
+    "ParamWrapper": Entry("peft.tuners.lora.layer", "ParamWrapper", ("base_layer", "adapter_name", "config")),
+    "ParamWrapper._activate_lora": Entry(
+        "peft.tuners.lora.layer", "ParamWrapper._activate_lora", ("active_adapters",)
+    ),
+    "ParamWrapper._get_in_out_features": Entry(
+        "peft.tuners.lora.layer", "ParamWrapper._get_in_out_features", ("module",)
     ),
     # What a quantizer does to a tensor while it loads, and how it names modules (hf_rb/quantizers).
     "ConversionOps": Entry("transformers.core_model_loading", "ConversionOps"),

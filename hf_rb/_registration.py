@@ -60,27 +60,36 @@ def _register_quantizers(auto: ModuleType) -> None:
 
 
 def _register_lora(lora: ModuleType) -> None:
+    # Where LoRA makes a layer for any module.
     create = _compat.resolve("LoraModel._create_new_module")
     if create.__module__ == __name__:
         return
 
     def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs) -> Any:
-        ours = import_module("hf_rb.quantizers.adapters").dispatch(lora_config, adapter_name, target, **kwargs)
+        ours = None
+        if _is_packed(target.get_base_layer() if hasattr(target, "get_base_layer") else target):
+            ours = import_module("hf_rb.quantizers.adapters").dispatch(lora_config, adapter_name, target, **kwargs)
         return create(lora_config, adapter_name, target, **kwargs) if ours is None else ours
 
     lora.LoraModel._create_new_module = staticmethod(create_new_module)
 
 
 def _guard_merge(tuners: ModuleType) -> None:
+    # What adapters of every kind ask before they merge.
     check = _compat.resolve("BaseTuner._check_merge_allowed")
     if check.__module__ == __name__:
         return
 
     def check_merge_allowed(self: Any) -> None:
-        import_module("hf_rb.quantizers.adapters").check_merge(self.model)
+        if any(_is_packed(module) for module in self.model.modules()):
+            import_module("hf_rb.quantizers.adapters").check_merge(self.model)
         check(self)
 
     tuners.BaseTuner._check_merge_allowed = check_merge_allowed
+
+
+def _is_packed(module: Any) -> bool:
+    return type(module).__module__.startswith("hf_rb.quantizers.") and hasattr(module, "layouts")
 
 
 _HOOKS: dict[str, Callable[[ModuleType], None]] = {

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.lora import layer
 from torch import Tensor, nn
+
+from hf_rb import _compat
 
 
 __all__ = ["ParamWrapper", "check_merge", "dispatch"]
@@ -14,7 +15,7 @@ __all__ = ["ParamWrapper", "check_merge", "dispatch"]
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-class ParamWrapper(layer.ParamWrapper):  # the name by which PEFT knows what may be nested
+class ParamWrapper(_compat.ParamWrapper):  # the name by which PEFT knows what may be nested
     """
     LoRA on a projection of packed experts.
 
@@ -53,14 +54,14 @@ class ParamWrapper(layer.ParamWrapper):  # the name by which PEFT knows what may
 
 def dispatch(config: Any, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module | None:
     """
-    Makes a LoRA layer for a packed module where PEFT's own does not do.
+    Makes a LoRA layer for a packed module, or leaves it to PEFT where its own layer will do.
 
     Raises:
         ValueError: There is no such adapter for packed weights.
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-    layouts, parameter = getattr(base, "layouts", {}), kwargs.get("parameter_name")
-    if not layouts or (parameter is not None and parameter not in layouts):
+    parameter = kwargs.get("parameter_name")
+    if parameter is not None and parameter not in base.layouts:
         return None
     if config.use_dora:
         raise ValueError("DoRA needs the norms of the plain weights, and these are packed: write `use_dora=False`.")
@@ -81,7 +82,7 @@ def dispatch(config: Any, adapter_name: str, target: nn.Module, **kwargs) -> nn.
 
 def check_merge(model: nn.Module) -> None:
     """Raises a `ValueError` for a model that has packed layers, into which no adapter can be merged."""
-    packed = sum(1 for module in model.modules() if getattr(module, "layouts", None))
+    packed = sum(1 for module in model.modules() if hasattr(module, "layouts"))
     if packed:
         raise ValueError(
             f"An adapter cannot be merged into the {packed} packed layers of this model: dequantize first. Write "

@@ -89,6 +89,8 @@ def test_adapters_save_and_load(base, folder, tmp_path):
     native = load(folder)
     native.load_adapter(str(tmp_path))
     assert torch.equal(logits(native), expected)
+    native.save_pretrained(tmp_path / "native")
+    assert not (tmp_path / "native" / "model.safetensors").exists()  # only the adapter
     assert torch.equal(logits(again.unload()), logits(load(folder)))
 
 

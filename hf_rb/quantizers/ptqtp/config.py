@@ -57,7 +57,7 @@ class PTQTPConfig(QuantizationConfigMixin):
             `"int8"` rounds the input of a layer to 8 bits for each group of weights where a processor has a faster kernel
             for that, with a relative error of some 0.5 % in the output of a layer. May be given when loading.
         dequantize (`bool`, *optional*, defaults to `False`):
-            For loading a PTQTP checkpoint: turn it into ordinary `nn.Linear` layers. Not stored.
+            For loading a PTQTP checkpoint: turn it into ordinary layers and experts. Not stored.
 
     Raises:
         ValueError: A value is out of range, or the checkpoint was written in a newer format.
