@@ -193,6 +193,7 @@ def test_copies(make_moe):
     assert torch.equal(logits(model), expected) and experts_of(model) and not experts_of(other)
 
 
+@pytest.mark.slow
 def test_compiled(make_moe):
     model = load(make_moe("qwen3_moe", num_hidden_layers=1), PTQTPConfig(), dtype=torch.float32)
     compiled = torch.compile(model, backend="aot_eager")
