@@ -1,8 +1,8 @@
 """What advantage shapers cost: `python benchmarks/rl_overhead.py`.
 
 Processor seconds of the shapers (context, pipeline, columns) as a share of those of a training step, at 16 completions of 1,024 tokens
-for a prompt, with the embedded student. The completions are given, not sampled, so a real step is longer and the share smaller: the
-bar of 1 % is met in the worst case. A judge, a model elsewhere, costs nothing here. What `math-verify` adds to EDAS is reported for a
+for a prompt, with the embedded student; the bar is 1 %. The completions are given, not sampled: a real step is longer, and the share
+smaller. A judge, a model elsewhere, costs nothing here. What `math-verify` adds to EDAS is reported for a
 group whose answers have not been seen before.
 
 Writes `benchmarks/results/rl_overhead.json` and `.md`.

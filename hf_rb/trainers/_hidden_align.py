@@ -105,8 +105,14 @@ def _states(trainer: Any, output: dict[str, Any], positions: torch.Tensor) -> to
     for rows in torch.arange(len(ids), device=ids.device).split(size):
         with recorded_hidden(model) as states:
             trainer._get_per_token_logps_and_entropies(trainer.model, ids[rows], mask[rows], logits_to_keep=1)
-        chosen.append(states[0][torch.arange(len(rows)), positions[rows]].float())
+        chosen.append(_at(states[0], positions[rows]).to(ids.device))
     return torch.cat(chosen)
+
+
+def _at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One position of each row, (B, H) in float32. With the model split by `device_map`, the two may be on different devices."""
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return hidden[rows, positions.to(hidden.device)].float()
 
 
 def auxiliary_loss(trainer: Any, inputs: dict[str, Any], hidden: torch.Tensor) -> torch.Tensor:
@@ -122,7 +128,7 @@ def auxiliary_loss(trainer: Any, inputs: dict[str, Any], hidden: torch.Tensor) -
         hidden (`torch.Tensor` of shape `(B, L, H)`):
             Last hidden states of its forward pass.
     """
-    states = hidden[torch.arange(len(hidden)), inputs["align_position"]]
+    states = _at(hidden, inputs["align_position"]).to(inputs["align_target"].device)
     scale = trainer.args.hidden_align_coef * trainer.accelerator.num_processes
     if trainer.model.training:
         scale *= trainer.args.steps_per_generation / trainer.current_gradient_accumulation_steps

@@ -4,9 +4,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import trl
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
 
 from hf_rb._shapers import pipeline_line
 from hf_rb.advantages import SrarShaper, build_shapers, check_shapers, run_pipeline
@@ -47,8 +48,11 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
     those of the shapers, beside `advantage`, TRL's own. Evaluation shapes too, unless it writes one completion a prompt.
 
     Args:
-        model, reward_funcs, args, train_dataset, eval_dataset, **kwargs:
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
+        rollout_func, **kwargs:
             As for [`~trl.GRPOTrainer`].
+        environment_factory (`Callable` or `dict`, *optional*):
+            As for [`~trl.GRPOTrainer`], in place of `args.environment`.
         shapers (`Sequence[Shaper]`, *optional*):
             Shapers, in place of those that `args.advantage_shapers` names.
         answer_extractor (`Callable[[str], str | None]`, *optional*):
@@ -72,7 +76,13 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         args: GRPOConfig | TrainingArguments | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        *other_args: Any,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        *,
+        rollout_func: Callable | None = None,
+        environment_factory: Callable | dict[str, Callable] | None = None,
         shapers: Sequence[Shaper] | None = None,
         answer_extractor: Callable[[str], str | None] | None = None,
         step_scorer: Callable | None = None,
@@ -80,7 +90,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         **kwargs: Any,
     ):
         args = own_config(GRPOConfig, args, model, "GRPO", generation_batch_size=None)
-        kwargs = _with_environment(args, kwargs)
+        environment_factory = environment_factory or _environment(args)
         self.answer_extractor = answer_extractor or EXTRACTORS[args.answer_extractor]
         if answer_extractor is not None and args.hidden_align_coef and args.hidden_align_marker is None:
             raise ValueError(
@@ -96,11 +106,24 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         evaluation = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         datasets = [data for data in (train_dataset, *evaluation) if data is not None]
         columns = [columns_of(data) for data in datasets]
-        if kwargs.get("environment_factory") is None:
-            self._check_shaping(args, columns, names_of_rewards(reward_funcs), kwargs.get("rollout_func"))
+        if environment_factory is None:
+            self._check_shaping(args, columns, names_of_rewards(reward_funcs), rollout_func)
         _check_rubrics(self.shapers, datasets)
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *other_args, **kwargs)
-        self._check_shaping(args, columns, self.reward_func_names, self.rollout_func)
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            reward_processing_classes,
+            callbacks,
+            optimizers,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+            **kwargs,
+        )
+        self._check_shaping(args, columns, self.reward_func_names, rollout_func)
         if args.hidden_align_coef:
             self._check_sequences("`hidden_align_coef`")
         if self.accelerator.is_main_process:
@@ -182,7 +205,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             return super()._compute_loss(model, inputs)
         with recorded_hidden(self.accelerator.unwrap_model(model)) as states:
             loss = super()._compute_loss(model, inputs)
-        return loss + _hidden_align.auxiliary_loss(self, inputs, states[0])
+        return loss + _hidden_align.auxiliary_loss(self, inputs, states[0]).to(loss.device)
 
 
 def _equivalence(args: GRPOConfig) -> Callable[[str, str], bool] | None:
@@ -218,9 +241,9 @@ def _check_rubrics(shapers: Sequence[Shaper], datasets: list) -> None:
                     check_rubrics(data, shaper.rubric_column)
 
 
-def _with_environment(args: GRPOConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if args.environment is None or kwargs.get("environment_factory") is not None:
-        return kwargs
+def _environment(args: GRPOConfig) -> Callable | None:
+    if args.environment is None:
+        return None
     from hf_rb.agents import environment_factory
 
-    return kwargs | {"environment_factory": environment_factory(args)}
+    return environment_factory(args)

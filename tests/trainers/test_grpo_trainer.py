@@ -579,7 +579,7 @@ def test_the_checkpoint_has_a_card(make):
     trainer = make({**EDAS, "save_strategy": "steps", "save_steps": 2})
     trainer.train()
     card = Path(trainer.args.output_dir, "README.md").read_text(encoding="utf-8")
-    assert "advantage_shapers" in card
+    assert "advantage_shapers" in card and "2605.17333" in card
     assert (
         json.loads(Path(trainer.args.output_dir, "checkpoint-2", "trainer_state.json").read_text())["global_step"] == 2
     )
