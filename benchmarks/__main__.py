@@ -1,7 +1,7 @@
 """`make bench`: runs the benchmarks that need no input, or one by name with its arguments.
 
 python -m benchmarks
-python -m benchmarks ptqtp_foundation MODEL_FOLDER TEXT_FILE
+python -m benchmarks ptqtp_quality MODEL_FOLDER TEXT_FILE
 """
 
 import subprocess

@@ -214,7 +214,7 @@ def render(result: dict) -> str:
         "- PTQTP: group 128, dense packing, quantized and read back from its file. Two planes are the paper's method; tied scales, "
         "several starts, one and three planes are ours. A tied layer takes 4.13 bits in the GPTQ format.",
         "- RTN (round to nearest: float16 scale, integer zero point) and HQQ (half-quadratic: float16 scale and zero point) are "
-        "applied to the same layers; their bytes are those of codes without a gap. None of the methods sees any data.",
+        "applied to the same layers; their bytes are those of codes without a gap. HQQ's groups run over the ends of rows. None of the methods sees any data.",
         "- SmolLM2's 16-bit weights were restored from a 4-bit file with groups of 32 (Q4_1). They are what `16-bit` means here, "
         "and 4-bit grids may look better on them than on weights that never were on one.",
         f"- `seconds` is quantizing alone on {environment['threads']} thread(s); load average at the start "
