@@ -232,8 +232,10 @@ def build_reward(name: str, answer_extractor: str = "boxed") -> Callable:
             A key of `EXTRACTORS`, for our own functions.
 
     Raises:
-        ImportError, AttributeError: It is not there.
+        ImportError, AttributeError: It is not there, or needs a package that is not.
     """
+    if name == "math_accuracy_reward":
+        require_math_verify(name)
     module, _, attribute = REWARDS.get(name, name).partition(":")
     function = getattr(import_module(module), attribute)
     return partial(function, answer_extractor=EXTRACTORS[answer_extractor]) if name in _OURS else function

@@ -141,6 +141,8 @@ def test_without_math_verify(monkeypatch):
     monkeypatch.setattr(rewards, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs math-verify. Run `pip install 'hf_rb\[math\]'`"):
         math_accuracy_reward(["1"], ["1"])
+    with pytest.raises(ImportError, match="`math_accuracy_reward` needs math-verify"):  # before a model is loaded
+        build_reward("math_accuracy_reward")
 
 
 @pytest.mark.parametrize("name", REWARDS)

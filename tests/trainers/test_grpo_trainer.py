@@ -15,6 +15,7 @@ from hf_rb.advantages import EdasShaper, Requires, SequenceShaper, Shaped, Token
 from hf_rb.objectives.hidden_align import hidden_align
 from hf_rb.rewards import EXTRACTORS, exact_answer_reward
 from hf_rb.trainers._hidden_align import anchor_of
+from hf_rb.trainers._shaping import names_of_rewards
 
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -342,6 +343,26 @@ def test_answers_by_math_verify(make):
     torch.testing.assert_close(by_text[2:6], base[2:6])  # four errors, all equally rare, and "7.0" another
     same = [True, *[False] * 5] * 2
     torch.testing.assert_close(by_math, edas(base, 6, same, ["7", "7.0", "h", "h", "h", "3"] * 2))
+
+
+def test_names_of_rewards():
+    """As TRL will give them."""
+
+    class Scorer:
+        def __call__(self, completions, **kwargs):
+            return [0.0] * len(completions)
+
+    assert names_of_rewards([EXACT, Scorer(), "org/reward-model"]) == ["exact_answer_reward", "Scorer", "reward-model"]
+    assert names_of_rewards(EXACT) == ["exact_answer_reward"]
+    assert names_of_rewards(None) == []
+
+
+def test_a_streamed_dataset(make, data):
+    trainer = make(dataset=data.to_iterable_dataset())
+    trainer.train()
+    assert logged(trainer)["shaping/edas/changed"] > 0
+    with pytest.raises(ValueError, match="needs the dataset column 'rubric'"):
+        make({}, dataset=data.to_iterable_dataset(), shapers=[NeedsRubric()])
 
 
 # What cannot run is refused before a model is loaded
