@@ -105,9 +105,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         # All that can be wrong with them before a model is loaded. Of an environment the reward is not known yet.
         evaluation = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         datasets = [data for data in (train_dataset, *evaluation) if data is not None]
-        columns = [columns_of(data) for data in datasets] or [
-            ["prompt"]
-        ]  # what TRL makes up where an environment has the data
+        # Without a dataset an environment asks, and TRL makes up empty prompts.
+        columns = [columns_of(data) for data in datasets] or [["prompt"]]
         if environment_factory is None:
             self._check_shaping(args, columns, names_of_rewards(reward_funcs), rollout_func)
         _check_rubrics(self.shapers, datasets)
