@@ -7,13 +7,14 @@ processor has. What is in the cache is keyed by the source, the compiler and the
 Without a compiler, or without a place to write, there is one warning, and every caller has a path in torch.
 
 Environment variables: `HF_RB_CACHE` is the folder of the cache (default: `hf_rb` in the user's cache folder); `HF_RB_NATIVE` forces
-an instruction set of [`VARIANTS`], or `off`.
+an instruction set of [`VARIANTS`], or `off`; `CC` is the compiler, with arguments if there are any (`ccache gcc`).
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -91,19 +92,40 @@ def _load(source: Path, variant: str, folder: Path) -> ctypes.CDLL | None:
 
 
 def _build(source: Path, variant: str, folder: Path) -> ctypes.CDLL:
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
-    if compiler is None:
-        raise RuntimeError("there is no C compiler (cc, gcc, clang; or set CC).")
-    flags = FLAGS + VARIANTS[variant][1].split()
-    found = os.stat(compiler)
-    identity = [os.path.realpath(compiler), found.st_size, found.st_mtime_ns, platform.machine(), *flags]
+    compiler, flags = _compiler(), FLAGS + VARIANTS[variant][1].split()
+    identity = [*map(_identity, compiler), platform.machine(), *flags]
     key = hashlib.sha256(source.read_bytes() + repr(identity).encode()).hexdigest()[:20]
     library = folder / f"{source.stem}-{variant}-{key}.{SUFFIX}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(
+            f"{folder} cannot be a folder ({error.strerror}); set HF_RB_CACHE to one that can."
+        ) from error
     with FileLock(f"{library}.lock", timeout=300):
         if not _is_whole(library):
-            _compile([compiler, *flags], source, library)
+            _compile([*compiler, *flags], source, library)
         return ctypes.CDLL(str(library))
+
+
+def _compiler() -> list[str]:
+    chosen = os.environ.get("CC", "").strip()
+    try:
+        commands = [shlex.split(chosen)] if chosen else [["cc"], ["gcc"], ["clang"]]
+    except ValueError as error:
+        raise RuntimeError(f"CC is {chosen!r}, which is no command: {error}.") from error
+    for program, *arguments in commands:
+        if found := shutil.which(program):
+            return [found, *arguments]
+    raise RuntimeError(f"CC is {chosen!r}, which is not found." if chosen else "there is no C compiler (set CC).")
+
+
+def _identity(word: str) -> tuple:
+    """What changes when a word of the compiler's command means another program (`gcc` in `ccache gcc`)."""
+    if (program := shutil.which(word)) is None:
+        return (word,)
+    found = os.stat(program)
+    return os.path.realpath(program), found.st_size, found.st_mtime_ns
 
 
 def _compile(command: list[str], source: Path, library: Path) -> None:

@@ -59,6 +59,25 @@ def test_another_compiler_is_another_library(source, compiled, tmp_path, monkeyp
     assert again(source).answer() == 42 and len(compiled) == 2
 
 
+def test_compiler_with_a_launcher(source, compiled, tmp_path, monkeypatch):
+    for name, line in [("launch", 'exec "$@"'), ("mycc", 'exec cc "$@"')]:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("CC", f"{tmp_path}/launch {tmp_path}/mycc -DSPEED=1")
+    assert _native.load(source, "portable").answer() == 42
+    assert again(source).answer() == 42 and len(compiled) == 1
+    (tmp_path / "mycc").write_text('#!/bin/sh\nexec gcc -O1 "$@"\n')  # another compiler behind the same launcher
+    assert again(source).answer() == 42 and len(compiled) == 2
+
+
+@pytest.mark.parametrize(
+    "compiler, match", [("nothing gcc", "CC is 'nothing gcc', which is not found"), ("'gcc", "No closing quotation")]
+)
+def test_compiler_that_is_not_there(source, monkeypatch, compiler, match):
+    monkeypatch.setenv("CC", compiler)
+    fails(source, match)
+
+
 def test_many_threads_build_once(source, compiled):
     results = []
     threads = [threading.Thread(target=lambda: results.append(_native.load(source, "portable"))) for _ in range(4)]
@@ -118,8 +137,9 @@ def test_compiler_that_fails(source, monkeypatch):
 
 def test_cache_that_cannot_be_written(source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HF_RB_CACHE", str(tmp_path / "file" / "cache"))
-    fails(source, "could not be compiled.*Not a directory")
+    for folder, reason in [("file/cache", "Not a directory"), ("file", "File exists")]:
+        monkeypatch.setenv("HF_RB_CACHE", str(tmp_path / folder))
+        fails(source, f"could not be compiled.*{reason}.*set HF_RB_CACHE")
 
 
 def test_library_that_cannot_be_loaded(source, monkeypatch):
