@@ -323,6 +323,14 @@ def reference(function, *arguments, **options):
 # The compiled solver is the reference.
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_compiled_group_that_is_longer_than_a_row(variant, planes):
+    weight = gaussian(4, 40, dtype=torch.float32)
+    found = quantize_matrix(weight, group_size=1 << 45, planes=planes)
+    expected = quantize_matrix(weight, group_size=40, planes=planes)
+    assert torch.equal(found.packed, expected.packed) and torch.equal(found.scales, expected.scales)
+
+
 def test_compiled_worked_example(variant):
     expected = [(0.23875, 0.23875), (0.351064, 0.320851), (0.45, 0.37), (0.52, 0.408333), (0.555217, 0.39913)]
     for iterations in (1, 2, 3, 4, 5, 50):

@@ -401,11 +401,11 @@ static void pack_part(const uint8_t *code, int64_t length, int bits, uint8_t pad
    in `trits` `(planes, rows, columns)`, whichever is not null. `error` and `norm` `(rows)`: squared, in double precision. */
 int hf_rb_encode(const float *weight, int64_t rows, int64_t columns, int64_t group_size, int planes, const float *scales,
                  int threads, int64_t row_bytes, uint8_t *packed, int8_t *trits, double *error, double *norm) {
-    int64_t groups = (columns + group_size - 1) / group_size;
+    int64_t groups = (columns + group_size - 1) / group_size, longest = group_size < columns ? group_size : columns;
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        uint8_t *code = malloc(3 * group_size), *nibble = code + group_size, *crumb = nibble + group_size;
+        uint8_t *code = malloc(3 * longest), *nibble = code + longest, *crumb = nibble + longest;
         if (!code) failed |= 2;
 #pragma omp for
         for (int64_t row = 0; row < rows; row++) {
