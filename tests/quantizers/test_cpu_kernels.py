@@ -1,5 +1,6 @@
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -218,6 +219,30 @@ def test_activations_that_are_not_numbers_stay_visible(kernel, value, int8):
     assert found[0].isfinite().all() and not found[1].isfinite().any()
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_group_that_is_longer_than_a_row(kernel, int8):
+    layout = Layout(300, 300, (NIBBLE, CRUMB))
+    longer = Layout(300, 1 << 45, layout.parts)
+    weight, scale, *_ = make(layout, 9)
+    x = inputs(2, 300)
+    assert torch.equal(kernel.gemv(x, weight, scale, longer, int8), kernel.gemv(x, weight, scale, layout, int8))
+    assert torch.equal(
+        kernel.expand(weight, scale, longer, x.dtype), reference.dequantize(weight, scale, layout, x.dtype)
+    )
+
+
+def test_the_faster_way(kernel, monkeypatch):
+    layout = Layout(256, 128, (NIBBLE,))
+    weight, scale, *_ = make(layout, 8)
+    ways = []
+    for way in ("gemv", "matmul"):
+        monkeypatch.setattr(kernel, way, lambda *arguments, way=way: ways.append(way))
+    for rows in (8, 9, 16, 17):
+        kernel.linear(inputs(rows, 256), weight, scale, layout)
+    limit = {"avx512vnni": 16, "avx2": 8, "portable": 0}[kernel.variant]
+    assert ways == ["gemv" if rows <= limit else "matmul" for rows in (8, 9, 16, 17)]
+
+
 def test_shapes_that_do_not_fit(kernel):
     layout = Layout(256, 128, (NIBBLE,))
     weight, scale, *_ = make(layout, 8)
@@ -337,6 +362,77 @@ def test_without_a_kernel_the_matrix_is_kept(dispatch, monkeypatch):
         del layer
         kernels.forget()
         assert len(reference._kept) == kept - 1
+
+
+def test_kept_matrices_are_announced_once(dispatch):
+    reference._warn.cache_clear()
+    kernel = cpu.kernel()
+    kept = kernel is None or not kernel.decodes
+    for dtype, expected in [
+        (torch.float16, kept),
+        (torch.float32, False),
+        (torch.bfloat16, kept),
+        (torch.float64, True),
+    ]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                Layer(bias=False)(inputs(1, 576, dtype=dtype))
+        named = torch.float32 if dtype is torch.float16 else dtype
+        assert [f"no kernel for {named} activations" in str(warning.message) for warning in caught] == [
+            True
+        ] * expected
+
+
+def test_float16_keeps_nothing(monkeypatch):
+    """Neither its gradient nor the dequantized matrix goes through the reference where there is a kernel."""
+    kernel = cpu.kernel()
+    if kernel is None or not kernel.decodes:
+        pytest.skip("there is no vector kernel")
+    layer = Layer(parts=(NIBBLE, CRUMB))
+    arguments = layer.weight, layer.weight_scale, layer.layout, torch.float16
+    expected = reference.dequantize(*arguments)
+    monkeypatch.setattr(reference, "dequantize", None)
+    layer(inputs(3, 576, dtype=torch.float16).requires_grad_()).sum().backward()
+    assert torch.equal(kernels.dequantize(*arguments), expected)
+
+
+def test_forgetting_while_another_thread_forgets(monkeypatch):
+    class Gone:
+        calls = 0
+
+        def expired(self):
+            Gone.calls += 1
+            if Gone.calls == 1:
+                kernels.forget()  # as another thread would, in between
+            return True
+
+    monkeypatch.setattr(reference, "_kept", {place: reference._Kept(Gone(), (), None) for place in range(3)})
+    kernels.forget()
+    assert not reference._kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+def test_autocast(dispatch, dtype, given):
+    layer, other = Layer(), nn.Linear(576, 40, dtype=given)
+    x = inputs(3, 576, dtype=given).requires_grad_()
+    if given is torch.float64:
+        layer.bias.data = layer.bias.data.double()
+    with torch.autocast("cpu", dtype):
+        found, expected = layer(x), other(x)
+        with torch.autocast("cpu", enabled=False):
+            assert layer(x).dtype == given
+    assert found.dtype == expected.dtype == (given if given is torch.float64 else dtype)
+    exact = F.linear(x.double(), *layer.dense())
+    assert (found - exact).norm() <= TOLERANCE[found.dtype] * exact.norm()
+    found.sum().backward()
+    assert x.grad.dtype == given
+
+
+def test_wrong_activations():
+    with pytest.raises(ValueError, match="must be 'exact' or 'int8'; got 'int9'"):
+        Layer(activations="int9")(inputs(2, 576))
 
 
 def test_wrong_input():

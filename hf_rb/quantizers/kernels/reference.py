@@ -1,9 +1,11 @@
 """The path that needs no kernel: dequantize a matrix once, then multiply as usual.
 
 The dequantized matrix is kept, because unpacking costs far more than a multiplication. A model that has run this way takes the
-memory of its packed weights **and** of its weights in the type of the activations.
+memory of its packed weights **and** of its weights in the type of the activations; a warning says so once.
 """
 
+import warnings
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -41,10 +43,9 @@ def matrix(weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype) ->
     kept = _kept.get(place)
     if kept is None or kept.state != state:
         forget()
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # a tensor born in inference mode could not be trained through
+        _warn(dtype, weight.device.type)
+        # A tensor born in inference mode could not be trained through.
+        with torch.inference_mode(False), torch.no_grad():
             kept = _Kept(StorageWeakRef(storage), state, dequantize(weight, scale, layout, dtype))
         _kept[place] = kept
     return kept.matrix
@@ -52,8 +53,9 @@ def matrix(weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype) ->
 
 def forget() -> None:
     """Frees the matrices whose packed weights are gone."""
-    for place in [place for place, kept in _kept.items() if kept.storage.expired()]:
-        del _kept[place]
+    for place, kept in list(_kept.items()):
+        if kept.storage.expired():
+            _kept.pop(place, None)  # another thread may have been first
 
 
 def dequantize(weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
@@ -87,6 +89,17 @@ def _dequantize(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
         columns.append(block.flatten(1))
         group += groups
     return torch.cat(columns, dim=-1)
+
+
+@cache
+def _warn(dtype: torch.dtype, device: str) -> None:
+    if device != "meta":
+        warnings.warn(
+            f"There is no kernel for {dtype} activations on this device ({device}): besides the packed weights, memory will hold "
+            f"the dequantized ones, in {dtype}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -22,8 +22,10 @@ MAX_PARTS, MAX_BASIS = 3, 4
 DTYPES = (torch.float32, torch.bfloat16)
 
 # Up to so many rows of activations, rounding them to 8 bits pays; up to so many, going through the packed matrix costs less than
-# expanding it (`benchmarks/ptqtp_kernels.py`).
-INT8_ROWS, GEMV_ROWS = 3, 8
+# expanding it (`benchmarks/ptqtp_kernels.py`). The size of the matrix hardly moves the second limit: in bfloat16 it lies between
+# 14 rows (576 x 576) and 20 (4096 x 4096) with AVX-512, between 8 and 9 with AVX2.
+INT8_ROWS = 3
+GEMV_ROWS = {"avx512vnni": 16, "avx2": 8}
 PANEL = 1 << 20  # weights that are expanded at a time
 _workspace = threading.local()  # memory for a panel, by type
 WEIGHTS_PER_THREAD = 1 << 17  # below that, waking a thread costs more than it gains
@@ -57,12 +59,13 @@ class Kernel:
     The functions of `gemv.c` on tensors.
 
     Attributes:
-        decodes (`bool`): Whether `gemv` is faster than a multiplication with the dequantized matrix.
+        decodes (`bool`): Whether `gemv` is faster than a multiplication with the dequantized matrix. Without vector
+            instructions it is four to six times slower (4096 x 4096).
     """
 
     def __init__(self, library: ctypes.CDLL, variant: str):
         self.variant = variant
-        self.decodes = variant != "portable"
+        self.decodes = variant in GEMV_ROWS
         matrix = [POINTER(_Layout), c_void_p, c_void_p, c_int64]
         self._gemv, self._expand = library.hf_rb_gemv, library.hf_rb_expand
         self._gemv.argtypes = [*matrix, c_void_p, c_int64, c_int, c_int, c_int, c_void_p]
@@ -83,7 +86,7 @@ class Kernel:
     def linear(self, input: Tensor, weight: Tensor, scale: Tensor, layout: Layout, int8: bool = False) -> Tensor:
         """Returns `input @ weight.T` `(..., out_features)` in the faster way."""
         rows = input.numel() // layout.in_features
-        if rows > GEMV_ROWS:
+        if rows > GEMV_ROWS.get(self.variant, 0):
             return self.matmul(input, weight, scale, layout)
         return self.gemv(input, weight, scale, layout, int8 and rows <= INT8_ROWS)
 
@@ -116,6 +119,15 @@ class Kernel:
             _threads(output.numel()),
             output.data_ptr(),
         )
+        return output
+
+    def dequantize(self, weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """Returns the matrix `(out_features, in_features)` in any type."""
+        if dtype in DTYPES:
+            return self.expand(weight, scale, layout, dtype)
+        output = torch.empty(len(weight), layout.in_features, dtype=dtype)
+        for rows, panel in self._panels(weight, scale, layout, torch.float32):
+            output[rows] = panel
         return output
 
     def matmul(self, input: Tensor, weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
@@ -180,7 +192,8 @@ def _structure(layout: Layout) -> _Layout:
                 (c_uint8 * 16 * MAX_BASIS)(*((c_uint8 * 16)(*row) for row in above)),
             )
         )
-    sizes = layout.in_features, layout.group_size, layout.groups, layout.row_bytes, layout.num_scales, len(parts)
+    group_size = min(layout.group_size, layout.in_features)  # a group takes memory of its length
+    sizes = layout.in_features, group_size, layout.groups, layout.row_bytes, layout.num_scales, len(parts)
     return _Layout(*sizes, (_Part * MAX_PARTS)(*parts))
 
 
