@@ -61,7 +61,7 @@ class Solver:
         rule = _structure(rule)
         for rows, block in _blocks(weight):
             arguments = *_matrix(block, group_size), rule, torch.get_num_threads(), _pointer(scales[rows])
-            _raise(self._fit(*arguments))
+            _check(self._fit(*arguments))
         return scales
 
     def trits(self, weight: Tensor, scales: Tensor, group_size: int) -> Tensor:
@@ -85,7 +85,7 @@ class Solver:
     ) -> Tensor:
         scales = scales.float().contiguous()
         sums = torch.empty(2, len(block), dtype=torch.float64)
-        _raise(
+        _check(
             self._encode(
                 *_matrix(block, group_size),
                 scales.shape[-1],
@@ -141,7 +141,7 @@ def _pointer(tensor: Tensor):
     return ctypes.cast(tensor.data_ptr(), POINTER(_TYPES[tensor.dtype]))
 
 
-def _raise(code: int) -> None:
+def _check(code: int) -> None:
     if code == OUT_OF_MEMORY:
         raise MemoryError("The solver has no memory for a group of weights.")
     if code:

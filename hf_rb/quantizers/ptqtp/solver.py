@@ -21,6 +21,15 @@ faster, wherever a weight of at most 32 bits lies in main memory and there is a 
 the two half-steps are one kernel (`hf_rb/quantizers/kernels/triton`). Every group is solved on its own, so neither threads nor
 blocks change a result.
 
+**Where this is not Algorithm 1 of the paper:**
+
+- a group stops on its own; the paper stops when the largest change over all groups is below the tolerance;
+- after that the scales are brought to the canonical order `a_1 >= a_2 >= 0` and rounded to float16, and the trits are searched
+  once more for the rounded scales;
+- `tol_mode="absolute"`, the default, solves a matrix of small weights a second time with the relative rule; only
+  `"absolute_strict"` is the paper's rule throughout;
+- one and three planes, tied scales and multistart are ours, and off by default.
+
 Shapes: R rows (groups of equal length), G their length, K planes, C = 3^K combinations.
 """
 
