@@ -11,7 +11,8 @@ function of the configuration (or of anything with its attributes) that yields o
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 
 __all__ = ["Rule", "described", "validate", "value_problem"]
@@ -22,7 +23,7 @@ Rule = Callable[[Any], Iterable[str]]
 class _Metadata(dict):
     # HfArgumentParser hands a copy of the metadata to argparse, which refuses the keyword `range`.
     def copy(self) -> dict[str, Any]:
-        return {key: value for key, value in self.items() if key != "range"}
+        return _Metadata({key: value for key, value in self.items() if key != "range"})
 
 
 def described(help: str, *, choices: Sequence | None = None, range: str | None = None) -> dict[str, Any]:
@@ -51,8 +52,17 @@ def _inside(value: float, interval: str) -> bool:
     return above and below
 
 
+def _type_problem(field: dataclasses.Field, value: Any) -> str | None:
+    # Only integers and truth values: others have choices or ranges, or are what argparse makes of them.
+    types = get_args(field.type) or (field.type,)
+    for kind, name in ((bool, "True or False"), (int, "an integer")):
+        if set(types) <= {kind, NoneType} and kind in types and type(value) not in types:
+            return f"`{field.name}` must be {name}; got {value!r}."
+    return None
+
+
 def validate(config: Any, *rules: Rule) -> None:
-    """Checks a dataclass against the choices and ranges of its fields, then against the rules.
+    """Checks a dataclass against the types, choices and ranges of its described fields, then against the rules.
 
     Raises:
         ValueError: With the first thing that is wrong.
@@ -63,8 +73,10 @@ def validate(config: Any, *rules: Rule) -> None:
 
 def _problems(config: Any, rules: Iterable[Rule]) -> Iterator[str]:
     for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
         limits = {key: field.metadata[key] for key in ("choices", "range") if key in field.metadata}
-        problem = value_problem(field.name, getattr(config, field.name), **limits)
+        described_here = isinstance(field.metadata.copy(), _Metadata)  # others are checked by the library they are of
+        problem = described_here and _type_problem(field, value) or value_problem(field.name, value, **limits)
         if problem:
             yield problem
     for rule in rules:

@@ -55,6 +55,37 @@ def test_a_config_refuses(values, message):
         Config(**values)
 
 
+@dataclass
+class Typed:
+    count: int = field(default=1, metadata=described("How many.", range="[1, inf)"))
+    limit: int | None = field(default=None, metadata=described("A limit."))
+    fast: bool = field(default=False, metadata=described("Whether."))
+    foreign: int = 1
+
+    def __post_init__(self):
+        validate(self)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 2.0}, "`count` must be an integer; got 2.0"),
+        ({"count": True}, "`count` must be an integer; got True"),
+        ({"count": None}, "`count` must be an integer; got None"),
+        ({"limit": "3"}, "`limit` must be an integer; got '3'"),
+        ({"fast": "no"}, "`fast` must be True or False; got 'no'"),
+        ({"fast": 1}, "`fast` must be True or False; got 1"),
+    ],
+)
+def test_types(values, message):
+    with pytest.raises(ValueError, match=message):
+        Typed(**values)
+
+
+def test_types_of_other_libraries_are_theirs():
+    Typed(limit=3, fast=True, foreign="1")
+
+
 def test_a_good_config_passes():
     Config(rate=1.0, mode="slow")
 
