@@ -236,13 +236,22 @@ def missing(tensors, name):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (code, r"mlp.experts.down_proj: (expert 2: )?A packed weight holds the code 250"),
+        (
+            code,
+            r"mlp.experts.down_proj: (expert 2|mlp.experts.2.down_proj.weight): A packed weight holds the code 250",
+        ),
         (
             width,
             r"mlp.experts.down_proj: mlp.experts.2.down_proj.weight has shape \(192, 15\), its neighbours have \(192, 16\)",
         ),
-        (scale, r"mlp.experts.down_proj(_scale)?: A scale is negative, infinite or NaN"),
-        (missing, r"mlp.experts.down_proj: (The checkpoint's weight has shape \(3,|3 packed tensors come with 4)"),
+        (
+            scale,
+            r"mlp.experts.down_proj(_scale|: mlp.experts.2.down_proj.weight): A scale is negative, infinite or NaN",
+        ),
+        (
+            missing,
+            r"mlp.experts.down_proj: (The checkpoint's weight has shape \(3,|The checkpoint has 3 tensors mlp.experts.*down_proj.weight and 4 tensors)",
+        ),
     ],
 )
 def test_damaged_experts(make_moe, tmp_path, damage, message, dequantize):
@@ -254,12 +263,44 @@ def test_damaged_experts(make_moe, tmp_path, damage, message, dequantize):
         load(tmp_path / "bad", PTQTPConfig(dequantize=dequantize))
 
 
+@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.parametrize(
+    ("tensor", "damage", "message"),
+    [
+        ("up_proj.weight", None, r"has 3 tensors \S*up_proj.weight and 4 tensors \S*gate_proj.weight"),
+        (
+            "gate_proj.weight_scale",
+            None,
+            r"has 3 tensors \S*gate_proj.weight_scale and 4 tensors \S*(up|gate)_proj.weight",
+        ),
+        ("up_proj.weight", 250, r"(expert 1: up_proj|experts.1.up_proj.weight): A packed weight holds the code 250"),
+    ],
+)
+def test_damaged_half_of_an_expert(make_moe, tmp_path, tensor, damage, message, dequantize):
+    load(make_moe("qwen3_moe", num_hidden_layers=1), PTQTPConfig()).save_pretrained(tmp_path / "good")
+    tensors = load_file(tmp_path / "good" / "model.safetensors")
+    name = f"model.layers.0.mlp.experts.1.{tensor}"
+    if damage is None:
+        del tensors[name]
+    else:
+        tensors[name][3, 4] = damage
+    write(tmp_path / "good", tmp_path / "bad", tensors)
+    with pytest.raises(ValueError, match=rf"mlp.experts.gate_up_proj(_scale)?: .*{message}"):
+        load(tmp_path / "bad", PTQTPConfig(dequantize=dequantize))
+
+
+def test_one_half_of_a_fused_weight_cannot_be_chosen(make_moe):
+    for options in (dict(planes_per_layer={"up_proj": 3}), dict(modules_to_not_convert=["up_proj"])):
+        with pytest.raises(ValueError, match="'up_proj' matches no module of .*; did you mean 'gate_up_proj'"):
+            load(make_moe("qwen3_moe"), PTQTPConfig(**options))
+
+
 def test_bad_weights_of_an_expert(make_moe, tmp_path):
     source = make_moe("qwen3_moe", num_hidden_layers=1)
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.0.mlp.experts.3.up_proj.weight"][0, 0] = float("inf")
     write(source, tmp_path / "bad", tensors)
-    with pytest.raises(ValueError, match="mlp.experts.gate_up_proj: expert 3: .*NaN or an infinite value"):
+    with pytest.raises(ValueError, match="mlp.experts.gate_up_proj: expert 3: up_proj: .*NaN or an infinite value"):
         load(tmp_path / "bad", PTQTPConfig())
 
 

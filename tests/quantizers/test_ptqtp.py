@@ -257,9 +257,18 @@ def test_rounded_activations(make_model, tmp_path):
     model = load(source, PTQTPConfig(activations="int8"))
     model.save_pretrained(tmp_path)
     assert load(tmp_path).model.layers[0].mlp.up_proj.activations == "int8"
-    exact = load(tmp_path, PTQTPConfig())  # may be chosen anew
-    assert exact.model.layers[0].mlp.up_proj.activations == "exact"
-    assert torch.equal(logits(exact), logits(load(source, PTQTPConfig())))
+    # A default says nothing about what is stored.
+    assert load(tmp_path, PTQTPConfig()).model.layers[0].mlp.up_proj.activations == "int8"
+    exact = load(source, PTQTPConfig())
+    exact.save_pretrained(tmp_path / "exact")
+    again = load(tmp_path / "exact", PTQTPConfig(activations="int8"))  # may be chosen anew
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(ValueError, match="`activations` cannot be 'int9'; did you mean 'int8'"):
+        again.model.layers[0].mlp.up_proj.activations = "int9"
+    for module in again.modules():
+        if isinstance(module, PTQTPLinear):
+            module.activations = "exact"
+    assert torch.equal(logits(again), logits(exact))
     torch.testing.assert_close(logits(exact), logits(model), atol=0.2, rtol=0.05)
 
 
@@ -395,6 +404,7 @@ def remove(*names):
         (dict(), change(WEIGHT, lambda tensor: tensor[:, 1:]), r"{weight}: .*\(160, 77\)"),
         (dict(), change(WEIGHT, lambda tensor: tensor.float()), "{weight}: Expected uint8 rows of 78 bytes .* got torch.float32"),
         (dict(), change(f"{WEIGHT}_scale", lambda tensor: tensor[:, 1:]), r"{scale}: Expected float16 scales of shape \(160, 2, 2\)"),
+        (dict(), change(f"{WEIGHT}_scale", lambda tensor: tensor.float()), "{scale}: Expected float16 scales .*float32"),
         (dict(), remove(WEIGHT), "{weight}: (not in the checkpoint|There are scales and no packed tensor)"),
         (dict(), remove(f"{WEIGHT}_scale"), "{scale}: (not in the checkpoint|1 packed tensors come with 0)"),
         (dict(), remove(WEIGHT, f"{WEIGHT}_scale"), "{weight}: not in the checkpoint"),
@@ -427,8 +437,18 @@ def test_damaged_files(make_model, tmp_path, options, damage, message, dequantiz
         (dict(planes=1, scale_mode="tied"), "use it with `planes=2`"),
         (dict(modules_to_not_convert="lm_head"), r"must be a list; got 'lm_head', so write \['lm_head'\]"),
         (dict(format_version=2), "Update hf_rb"),
+        (dict(group_size=64.0), "`group_size` must be an integer; got 64.0"),
+        (dict(planes=True), "`planes` must be an integer; got True"),
+        (dict(multistart="yes"), "`multistart` must be True or False; got 'yes'"),
+        (dict(dequantize="no"), "`dequantize` must be True or False; got 'no'"),
+        (dict(planes_per_layer={"down_proj": True}), "must be 1, 2 or 3; got True"),
+        (dict(planes_per_layer=["x"]), r"`planes_per_layer` must be a dict such as .*; got \['x'\]"),
+        (dict(planes_per_layer={"(": 3}), r"`planes_per_layer` has '\(', which is no regular expression \("),
+        (dict(modules_to_not_convert=["*.down_proj"]), r"has '\*.down_proj', which .*; write 'down_proj' for whatever ends so"),
+        (dict(modules_to_not_convert=[3]), "`modules_to_not_convert` has 3; expected the name"),
+        (dict(modules_to_not_convert=3), "`modules_to_not_convert` must be a list of names; got 3"),
     ],
-)
+)  # fmt: skip
 def test_bad_values(options, message):
     with pytest.raises(ValueError, match=message):
         PTQTPConfig(**options)
@@ -439,15 +459,33 @@ def test_misspelt_key(make_model):
         load(make_model(), {"quant_method": "ptqtp", "group_sise": 64})
 
 
+def test_newer_format_with_other_keys():
+    with pytest.raises(ValueError, match="format version 2, this hf_rb reads 1. Update hf_rb"):
+        PTQTPConfig.from_dict({"quant_method": "ptqtp", "format_version": 2, "rotation": "hadamard"})
+
+
+def test_no_memory_names_the_layer(make_model, monkeypatch):
+    def quantize_matrix(*args, **kwargs):
+        raise MemoryError("The solver has no memory for a group of weights.")
+
+    monkeypatch.setattr("hf_rb.quantizers.ptqtp.quantizer.quantize_matrix", quantize_matrix)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.down_proj.weight: The solver has no memory"):
+        load(make_model(), PTQTPConfig())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(modules_to_not_convert=["dwon_proj"]), "'dwon_proj' matches no module of Qwen3ForCausalLM"),
-        (dict(planes_per_layer={"experts": 1}), "'experts' matches no module"),
+        (dict(modules_to_not_convert=["dwon_proj"]), "'dwon_proj' matches no module of Qwen3ForCausalLM; did you mean 'down_proj'"),
+        (dict(modules_to_not_convert=["_proj"]), "'_proj' matches no module of Qwen3ForCausalLM; did you mean 'down_proj'"),
+        (dict(planes_per_layer={"experts": 1}), "'experts' matches no module of .*; its weights are down_proj, gate_proj, k_proj"),
+        (dict(planes_per_layer={"lm_head": 3}), "'lm_head', which matches nothing of Qwen3ForCausalLM that is quantized"),
+        (dict(planes_per_layer={"norm": 3}), "'norm', which matches nothing"),
+        (dict(planes_per_layer={"q_proj": 3}, quantize_qk=False), "'q_proj', which matches nothing"),
         (dict(dequantize=True), "`dequantize=True` is for loading a PTQTP checkpoint"),
         (dict(modules_to_not_convert=["model"]), "no `nn.Linear` to quantize"),
     ],
-)
+)  # fmt: skip
 def test_options_that_cannot_act(make_model, options, message):
     with pytest.raises(ValueError, match=message):
         load(make_model(), PTQTPConfig(**options))

@@ -129,7 +129,7 @@ class _Load(_Operation):
         try:
             _check_alike(input_dict)
             tensors = self.run(input_dict, full_layer_name, **kwargs)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             return quantizer.fail(model, full_layer_name, error)
         result = {}
         for key, value in tensors.items():
@@ -137,7 +137,7 @@ class _Load(_Operation):
             name = full_layer_name if len(tensors) == 1 else full_layer_name.replace(target_patterns[0], key)
             try:
                 result |= quantizer.load(model, name, tensor)
-            except ValueError as error:
+            except (ValueError, MemoryError) as error:
                 result |= quantizer.fail(model, name, error)
         return result
 
@@ -162,8 +162,12 @@ class _Dequantize(_Operation):
                 scales = input_dict.get(f"{name}_scale", [])
                 if len(scales) != len(found):
                     raise ValueError(f"{len(found)} packed tensors come with {len(scales)} tensors of scales.")
-                pairs = zip(found, scales, strict=True)
-                weights[name] = [quantizer.unpack(full_layer_name, *pair, target.dtype) for pair in pairs]
+                weights[name] = []
+                for i, (packed, scale) in enumerate(zip(found, scales, strict=True)):
+                    try:
+                        weights[name].append(quantizer.unpack(full_layer_name, packed, scale, target.dtype))
+                    except ValueError as error:
+                        raise ValueError(f"{name.replace('*', str(i))}: {error}" if "*" in name else error) from error
             if not weights:
                 raise ValueError("There are scales and no packed tensor.")
             ((_, weight),) = self.run(weights, full_layer_name, **kwargs).items()
@@ -173,13 +177,19 @@ class _Dequantize(_Operation):
             if weight.shape != target.shape:
                 shapes = tuple(weight.shape), tuple(target.shape)
                 raise ValueError(f"The checkpoint's weight has shape {shapes[0]}, expected {shapes[1]}.")
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             return quantizer.fail(model, full_layer_name, error)
         quantizer.missing -= {full_layer_name, f"{full_layer_name}_scale"}
         return {full_layer_name: weight}
 
 
 def _check_alike(input_dict: dict) -> None:
+    longest = max(input_dict, key=lambda pattern: len(input_dict[pattern]))
+    for pattern, tensors in input_dict.items():
+        if len(tensors) < len(input_dict[longest]):
+            raise ValueError(
+                f"The checkpoint has {len(tensors)} tensors {pattern} and {len(input_dict[longest])} tensors {longest}."
+            )
     for pattern, tensors in input_dict.items():
         shapes = Counter(tuple(tensor.shape) for tensor in tensors)
         usual = shapes.most_common(1)[0][0]

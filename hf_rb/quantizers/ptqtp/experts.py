@@ -138,7 +138,7 @@ class PTQTPExperts(PackedModule):
 
 def _take_over(module: nn.Module, other: nn.Module) -> None:
     """Gives a module the attributes, parameters, buffers and children of another."""
-    ours = {"experts_class", "layouts", "activations", "adapters"}
+    ours = {"experts_class", "layouts", "adapters"}
     for name, value in vars(other).items():
         if name == "_is_expert_parallel" or not (name.startswith("_") or name in ours):
             setattr(module, name, value)

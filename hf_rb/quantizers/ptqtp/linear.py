@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from hf_rb._fields import value_problem
 from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
@@ -22,7 +23,16 @@ class PackedModule(nn.Module):
     """
 
     layouts: dict[str, Layout]
-    activations: str
+
+    @property
+    def activations(self) -> str:
+        return self._activations
+
+    @activations.setter
+    def activations(self, value: str) -> None:
+        if problem := value_problem("activations", value, choices=("exact", "int8")):
+            raise ValueError(problem)
+        self._activations = value
 
     def add_packed(self, name: str, rows: tuple[int, ...], layout: Layout, device: torch.device | None = None) -> None:
         """Adds the frozen parameters `<name>` `(*rows, row_bytes)` and `<name>_scale` `(*rows, groups, planes)`."""

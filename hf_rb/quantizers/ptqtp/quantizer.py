@@ -6,6 +6,7 @@ model's own checkpoints: `experts.3.gate_proj.weight`, with its scales as `exper
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +103,11 @@ class PTQTPQuantizer(HfQuantizer):
 
     def _solve(self, parameter: str, module: PackedModule, matrix: Tensor) -> tuple[Tensor, Tensor]:
         config, weight = self.quantization_config, parameter.rpartition(".")[2]
-        layout, rows = module.layouts[weight], getattr(module, weight).shape[-2]
+        layout = module.layouts[weight]
         if matrix.shape[-1] != layout.in_features:
             raise ValueError(f"The weight has {matrix.shape[-1]} columns, expected {layout.in_features}.")
-        # Most checkpoints have gate and up apart. What comes out does not depend on that.
-        halves = weight == "gate_up_proj" and module.is_concatenated and len(matrix) == rows
-        results = []
-        for block in matrix.chunk(2) if halves else (matrix,):
+
+        def solve(block: Tensor) -> tuple[Tensor, Tensor]:
             start = time.perf_counter()
             packed, scale, error, resolved = quantize_matrix(
                 block,
@@ -123,8 +122,9 @@ class PTQTPQuantizer(HfQuantizer):
             seconds = time.perf_counter() - start
             name = parameter.removesuffix(".weight")
             self.report.add(LayerReport(name, block.numel(), error, resolved, *rtn(block)), seconds)
-            results.append((packed, scale))
-        return tuple(torch.cat(parts) if halves else parts[0] for parts in zip(*results, strict=True))
+            return packed, scale
+
+        return _by_block(module, weight, matrix, solve)
 
     # How tensors of a file become parameters, and back.
 
@@ -132,8 +132,10 @@ class PTQTPQuantizer(HfQuantizer):
         return _compat.IdentityOp()  # the conversion has done it
 
     def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
-        # No cast into bytes: a packed tensor of another type is refused.
-        return super().get_new_dtype(converter, param, dtype) if dtype is None or dtype.is_floating_point else None
+        # No cast into bytes nor into scales: a tensor of another type is refused, as it is with `dequantize=True`.
+        scales = all(pattern.endswith("_scale") for pattern in converter.target_patterns)
+        packed = dtype is not None and (not dtype.is_floating_point or scales)
+        return None if packed else super().get_new_dtype(converter, param, dtype)
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
         self.conversions = Conversions(self, weight_conversions)
@@ -167,10 +169,12 @@ class PTQTPQuantizer(HfQuantizer):
         for i, matrix in enumerate(tensor if tensor.ndim == 3 else [tensor]):
             try:
                 if self.pre_quantized:
-                    matrices.append((repack(matrix, layout, packing, "nibble"),))
+                    matrices.append(
+                        _by_block(module, weight, matrix, lambda block: (repack(block, layout, packing, "nibble"),))
+                    )
                 else:
                     matrices.append(self._solve(name, module, matrix))
-            except ValueError as error:
+            except (ValueError, MemoryError) as error:
                 raise ValueError(f"expert {i}: {error}" if tensor.ndim == 3 else str(error)) from error
         made = [torch.stack(parts) if tensor.ndim == 3 else parts[0] for parts in zip(*matrices, strict=True)]
         result = dict(zip((name, f"{name}_scale"), made, strict=False))
@@ -254,6 +258,18 @@ class PTQTPQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _by_block(module: PackedModule, name: str, matrix: Tensor, function: Callable) -> tuple[Tensor, ...]:
+    # Most checkpoints have gate and up apart: what comes out does not depend on that, and messages name the one.
+    joined = name == "gate_up_proj" and module.is_concatenated and len(matrix) == getattr(module, name).shape[-2]
+    results = []
+    for block, half in zip(matrix.chunk(2) if joined else [matrix], ("gate_proj", "up_proj"), strict=False):
+        try:
+            results.append(function(block))
+        except (ValueError, MemoryError) as error:
+            raise ValueError(f"{half}: {error}" if joined else str(error)) from error
+    return tuple(torch.cat(parts) if joined else parts[0] for parts in zip(*results, strict=True))
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -1,6 +1,8 @@
 """Which parts of a model are packed."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -29,8 +31,12 @@ def packable(model: nn.Module, quantizer: "PTQTPQuantizer") -> Iterator[tuple[st
     modules = dict(model.named_modules())
     experts = {name: weights for name, module in modules.items() if (weights := fused_experts(name, module))}
     blocks = {name.rpartition(".")[0] for name in experts}
-    stays = _stays(model, quantizer, [*modules, *(f"{name}.{weight}" for name in experts for weight in experts[name])])
-    unknown = {}
+    weights = [f"{name}.{weight}" for name in experts for weight in experts[name]]
+    if not quantizer.pre_quantized:
+        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        _check_patterns(config, [*modules, *weights], [*linear, *weights], type(model).__name__)
+    stays = _stays(model, quantizer)
+    unknown, packed = {}, []
     for name, module in modules.items():
         if name in experts:
             known = projections(module)
@@ -43,16 +49,26 @@ def packable(model: nn.Module, quantizer: "PTQTPQuantizer") -> Iterator[tuple[st
             }
             skipped += [f"{name}.{weight}" for weight in experts[name] if weight not in planes]
             if planes:
+                packed += [name, *(f"{name}.{weight}" for weight in planes)]
                 yield name, PTQTPExperts(module, config, planes)
         elif isinstance(module, nn.Linear):
             router = name.rpartition(".")[0] in blocks or "router" in name
             if router or stays(name) or type(module) is not nn.Linear:  # a subclass computes something else
                 skipped.append(name)
                 continue
+            packed.append(name)
             size = module.in_features, module.out_features, module.bias is not None
             weight = module.weight
             yield name, PTQTPLinear(*size, config, _planes(config, name), weight.device, weight.dtype)
-    if unknown and not quantizer.pre_quantized:
+    if quantizer.pre_quantized:
+        return
+    for pattern in config.planes_per_layer or {}:
+        if packed and not any(_means(pattern, name) for name in packed):
+            raise ValueError(
+                f"`planes_per_layer` has {pattern!r}, which matches nothing of {type(model).__name__} that is quantized: "
+                "leave it out, or let what it names be quantized."
+            )
+    if unknown:
         weights = sum(modules[name].get_parameter(weight).numel() for name in unknown for weight in experts[name])
         kinds = ", ".join(sorted({type(module).__name__ for module in unknown.values()}))
         logger.warning(
@@ -61,16 +77,21 @@ def packable(model: nn.Module, quantizer: "PTQTPQuantizer") -> Iterator[tuple[st
         )
 
 
-def _stays(model: nn.Module, quantizer: "PTQTPQuantizer", names: list[str]) -> Callable[[str], bool]:
-    """Returns whether what has a name is to stay as it is; `names` are those that patterns may mean."""
-    config = quantizer.quantization_config
-    patterns = [*(config.modules_to_not_convert or []), *([] if config.quantize_qk else QK)]
-    if not quantizer.pre_quantized:
-        _check_patterns(config, patterns, names, type(model).__name__)
+def _stays(model: nn.Module, quantizer: "PTQTPQuantizer") -> Callable[[str], bool]:
+    """Returns whether what has a name is to stay as it is."""
+    patterns = _skips(quantizer.quantization_config)
     in_fp32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    skip = quantizer.get_modules_to_not_convert(model, patterns, in_fp32, add_default_skips=True)
+    skip = quantizer.get_modules_to_not_convert(model, None, in_fp32, add_default_skips=True)
     inside = _language_model(model)
-    return lambda name: not name.startswith(inside) or not _compat.should_convert_module(name, skip)
+    return lambda name: (
+        not name.startswith(inside)
+        or not _compat.should_convert_module(name, skip)
+        or any(_means(pattern, name) for pattern in patterns)
+    )
+
+
+def _skips(config: PTQTPConfig) -> list[str]:
+    return [*(config.modules_to_not_convert or []), *([] if config.quantize_qk else QK)]
 
 
 def _language_model(model: nn.Module) -> tuple[str, ...]:
@@ -84,22 +105,26 @@ def _language_model(model: nn.Module) -> tuple[str, ...]:
 
 def _planes(config: PTQTPConfig, *names: str) -> int:
     for pattern, planes in (config.planes_per_layer or {}).items():
-        if any(_matches(pattern, name) for name in names):
+        if any(_means(pattern, name) for name in names):
             return planes
     return config.planes
 
 
-def _matches(pattern: str, name: str) -> bool:
-    return not _compat.should_convert_module(name, [pattern])
+def _means(pattern: str, name: str) -> bool:
+    # As in transformers, but an ending has whole components: `up_proj` is not one half of `gate_up_proj`.
+    return bool(re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name)) or f".{name}".endswith(f".{pattern}")
 
 
-def _check_patterns(config: PTQTPConfig, patterns: list[str], names: list[str], model: str) -> None:
-    for pattern in [*patterns, *(config.planes_per_layer or {})]:
-        if any(_matches(pattern, name) for name in names):
+def _check_patterns(config: PTQTPConfig, names: list[str], weights: Iterable[str], model: str) -> None:
+    for pattern in [*_skips(config), *(config.planes_per_layer or {})]:
+        if any(_means(pattern, name) for name in names):
             continue
         if pattern in QK:
             raise ValueError(
                 f"quantize_qk=False: {model} has no {pattern}. Name the projections to keep in `modules_to_not_convert`."
             )
-        endings = sorted({name.rpartition(".")[2] for name in names} - {""})
-        raise ValueError(f"{pattern!r} matches no module of {model}; names end in {', '.join(endings)}.")
+        endings = sorted({end for name in weights if not (end := name.rpartition(".")[2]).isdigit()})
+        last = pattern.rpartition(".")[2]
+        close = [end for end in endings if end.endswith(last)] or get_close_matches(last, endings, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"its weights are {', '.join(endings)}."
+        raise ValueError(f"{pattern!r} matches no module of {model}; {hint}")
