@@ -62,10 +62,15 @@ class QuantizeArguments:
     )
 
     def __post_init__(self):
-        validate(self)
+        validate(self, _rules)
         if self.eval_data is None and self.model_name_or_path.startswith("tiny:"):
             self.eval_data = "tiny:math"
         self.quantization_config = {"quant_method": "ptqtp"} | self.quantization_config
+
+
+def _rules(arguments):
+    if not arguments.resume and not arguments.stream:
+        yield "`resume=False` (`--no-resume`) is for streaming: add `stream=True` (`--stream`), or leave it out."
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -76,9 +81,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, help="weights of a row that share their scales (default 128)")
     parser.add_argument("--planes", type=int, choices=[1, 2, 3], help="ternary planes (default 2)")
     parser.add_argument(
+        "--planes-per-layer",
+        type=_planes,
+        nargs="+",
+        metavar="PATTERN=N",
+        help="other planes, by name or ending of modules",
+    )
+    parser.add_argument(
+        "--tol-mode", choices=["absolute", "relative", "absolute_strict"], help="stopping rule (default absolute)"
+    )
+    parser.add_argument(
+        "--multistart",
+        action="store_true",
+        help="also solve from other starting points, keep the best (not the paper's)",
+    )
+    parser.add_argument(
         "--scale-mode", choices=["free", "tied"], help="tied: 4-bit codes that `hf-rb export` can write"
     )
     parser.add_argument("--packing", choices=["dense", "nibble"], help="bytes in the file (default dense)")
+    parser.add_argument(
+        "--activations", choices=["exact", "int8"], help="int8: round inputs of layers where that is faster"
+    )
     parser.add_argument("--skip", nargs="+", metavar="PATTERN", help="modules to leave as they are, by name or ending")
     parser.add_argument("--no-qk", action="store_true", help="leave q_proj and k_proj as they are")
     parser.add_argument("--dtype", choices=DTYPES, help="type of what is not quantized (default: as saved)")
@@ -91,6 +114,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--eval-data", metavar="TEXT", help="text file or dataset (NAME:CONFIG) for the perplexity before and after"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _planes(text: str) -> tuple[str, int]:
+    pattern, _, planes = text.rpartition("=")
+    if not pattern or not planes.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected PATTERN=N, for instance down_proj=3; got {text!r}")
+    return pattern, int(planes)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,6 +170,10 @@ def read_arguments(args: argparse.Namespace) -> QuantizeArguments:
         "packing": args.packing,
         "modules_to_not_convert": args.skip,
         "quantize_qk": False if args.no_qk else None,
+        "planes_per_layer": dict(args.planes_per_layer) if args.planes_per_layer else None,
+        "tol_mode": args.tol_mode,
+        "multistart": args.multistart or None,
+        "activations": args.activations,
     }
     values |= _given(given)
     if isinstance(values.setdefault("quantization_config", {}), dict):  # anything else is refused below

@@ -13,8 +13,10 @@ and the weight (k, n) is  scales[g_idx[k], n] * (code - zero point).
 """
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from hf_rb.evaluation import Size, find_model, model_size
 from hf_rb.hub import ModelCardData, write_model_card
 from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels.layout import Layout, unpack
-from hf_rb.quantizers.offline import copy_companions, quantization_method
+from hf_rb.quantizers.offline import check_apart, copy_companions, quantization_method
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
 from hf_rb.quantizers.ptqtp.packing import check_scales, repack, row_blocks
 from hf_rb.quantizers.streaming import ParameterNames
@@ -75,9 +77,9 @@ def dequantize_checkpoint(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model.
-        ValueError: The model is not quantized with PTQTP, or a packed tensor is damaged.
+        ValueError: The model is not quantized with PTQTP, the destination holds it, or a packed tensor is damaged or missing.
     """
-    packed = _PackedModel(source)
+    packed = _PackedModel(source, destination)
     cast = getattr(torch, dtype) if dtype else None
 
     def convert(name: str) -> dict[str, Output]:
@@ -90,7 +92,7 @@ def dequantize_checkpoint(
 
         return {name: Output(target, weight.shape, chunks)}
 
-    return packed.rewrite(Path(destination), convert, None, cast, overwrite, progress)
+    return packed.rewrite(convert, None, cast, overwrite, progress)
 
 
 def export_gptq(
@@ -102,12 +104,8 @@ def export_gptq(
     Args:
         source (`str` or `Path`):
             PTQTP model folder or Hub id, quantized with `scale_mode="tied"`.
-        destination (`str` or `Path`):
-            Folder to write.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace a folder that is not empty.
-        progress (`bool`, *optional*, defaults to `True`):
-            Whether to show a progress bar, on a terminal.
+        destination, overwrite, progress:
+            As in [`dequantize_checkpoint`].
 
     Returns:
         [`~hf_rb.evaluation.Size`]: Size of the written model.
@@ -115,19 +113,20 @@ def export_gptq(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model.
-        ValueError: The model is not quantized with PTQTP, its scales are free, its experts are stored in one tensor, a layer has
-            sizes that the format cannot hold, or a packed tensor is damaged.
+        ValueError: The model is not quantized with PTQTP, its scales are free, it is a mixture of experts, a layer has sizes that
+            the format cannot hold, the destination holds it, or a packed tensor is damaged or missing.
     """
-    packed = _PackedModel(source)
+    packed = _PackedModel(source, destination)
     if packed.config.scale_mode != "tied":
         raise ValueError(
             f'{source} has two free scales a group, nine levels that no 4-bit grid holds. Quantize with `scale_mode="tied"` '
             "(`--scale-mode tied`) to export it, or write an ordinary model with `hf-rb dequantize`."
         )
     for name, weight in packed.weights.items():
-        if len(weight.shape) == 3:
+        if len(packed.shapes[weight.parameter]) == 3:
             raise ValueError(
-                f"{name} holds all experts of a layer; GPTQ's format has a tensor for each. Not exported."
+                f"{name} belongs to a mixture of experts; transformers loads no experts from GPTQ's format. Write an ordinary "
+                "model with `hf-rb dequantize`."
             )
         if any(size % CODES_PER_WORD for size in weight.shape):
             raise ValueError(
@@ -140,23 +139,25 @@ def export_gptq(
             f"The rows of {len(short)} layers ({short[0]}, …) end in a group shorter than {packed.config.group_size}. Few loaders "
             'of the format take that; transformers does with `GPTQConfig(bits=4, backend="gptq_torch")`.'
         )
-    return packed.rewrite(Path(destination), packed.to_gptq, packed.gptq_config(), None, overwrite, progress)
+    return packed.rewrite(packed.to_gptq, packed.gptq_config(), None, overwrite, progress)
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """A packed tensor of the files; `shape` is that of the weight it stands for."""
+    """A packed tensor of the files, all or a part of `parameter`; `shape` is that of the weight it stands for."""
 
+    parameter: str
     layout: Layout
     shape: tuple[int, ...]
     transposed: bool
 
 
 class _PackedModel:
-    """A PTQTP checkpoint as tensors."""
+    """A PTQTP checkpoint as tensors, which is to be written in another form."""
 
-    def __init__(self, source: str | Path):
-        self.source, self.folder = source, find_model(str(source))
+    def __init__(self, source: str | Path, destination: str | Path):
+        self.source, self.folder, self.destination = source, find_model(str(source)), Path(destination)
+        check_apart(self.folder, self.destination)
         method = quantization_method(self.folder)
         if method != "ptqtp":
             found = f"quantized with {method}" if method else "not quantized"
@@ -169,26 +170,41 @@ class _PackedModel:
             model = AutoModelForCausalLM.from_config(self.model_config)
         self.dtype = model.dtype
         self.linear = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         find = ParameterNames(model)
         quantizer = AutoHfQuantizer.from_config(self.config, pre_quantized=True)
         quantizer.preprocess_model(model=model, dtype=self.dtype, device_map=None)
         self.weights: dict[str, _Packed] = {}
         for name, entry in self.checkpoint.entries.items():
-            parameter = (find(name)[0] or [None])[0]
+            parameter = next(iter(find(name)[0]), None)
             if parameter in quantizer.layouts:
                 transposed = len(entry.shape) == 3 and model.get_submodule(parameter.rpartition(".")[0]).is_transposed
                 layout = quantizer.layouts[parameter]
-                shape = shapes[parameter] if len(entry.shape) == 3 else (entry.shape[0], layout.in_features)
-                self.weights[name] = _Packed(layout, shape, transposed)
+                shape = self.shapes[parameter] if len(entry.shape) == 3 else (entry.shape[0], layout.in_features)
+                self.weights[name] = _Packed(parameter, layout, shape, transposed)
+        self._check(quantizer.layouts)
+
+    def _check(self, parameters: Iterable[str]) -> None:
+        names, found = self.checkpoint.entries, Counter()
+        for name, weight in self.weights.items():
+            if f"{name}_scale" not in names:
+                raise ValueError(f"{self.source} has {name}, but no {name}_scale. Copy or download it again.")
+            found[weight.parameter] += math.prod(weight.shape)
+        for parameter in parameters:
+            if found[parameter] != (expected := math.prod(self.shapes[parameter])):
+                scales = (name.removesuffix("_scale") for name in names if name.endswith("_scale"))
+                lost = [name for name in scales if name not in names and name.startswith(parameter.rpartition(".")[0])]
+                raise ValueError(
+                    f"{self.source} holds {found[parameter]:,} of the {expected:,} weights of {parameter}"
+                    + (f"; {lost[0]} is missing, its scales are there" if lost else "")
+                    + ". Copy or download it again."
+                )
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns the packed weight in the kernels' layout and its scales, both checked."""
         entries, layout = self.checkpoint.entries, self.weights[name].layout
         try:
             packed = repack(entries[name].read(), layout, self.config.packing, "nibble")
-            if f"{name}_scale" not in entries:
-                raise ValueError(f"{name}_scale is missing.")
             scales = entries[f"{name}_scale"].read()
             check_scales(scales, (*packed.shape[:-1], layout.groups, layout.num_scales))
         except ValueError as error:
@@ -197,7 +213,6 @@ class _PackedModel:
 
     def rewrite(
         self,
-        destination: Path,
         convert: Callable[[str], dict[str, Output]],
         quantization_config: dict | None,
         dtype: torch.dtype | None,
@@ -208,7 +223,7 @@ class _PackedModel:
         scales = {f"{name}_scale" for name in self.weights}
         total = sum(entry.nbytes for entry in self.checkpoint.entries.values())
         bar = tqdm(total=total, unit="B", unit_scale=True, desc="write", disable=None if progress else True)
-        with atomic_folder(destination, overwrite) as folder, bar, torch.inference_mode():
+        with atomic_folder(self.destination, overwrite) as folder, bar, torch.inference_mode():
             for file, shard in zip(self.checkpoint.files, self.checkpoint.shards, strict=True):
                 outputs: dict[str, Output] = {}
                 for name, entry in shard.items():
@@ -229,7 +244,7 @@ class _PackedModel:
             copy_companions(self.folder, folder)
             size = model_size(folder)
             write_model_card(
-                folder, ModelCardData(destination.name, base_model=str(self.source), size=size, tags=["ptqtp"])
+                folder, ModelCardData(self.destination.name, base_model=str(self.source), size=size, tags=["ptqtp"])
             )
         return size
 

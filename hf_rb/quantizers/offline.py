@@ -15,6 +15,7 @@ from hf_rb.quantizers.report import Report
 
 
 __all__ = [
+    "check_apart",
     "complete_folder",
     "copy_companions",
     "measure_perplexity",
@@ -149,13 +150,18 @@ def open_source(
     if isinstance(config, dict):
         config = AutoQuantizationConfig.from_dict(config)
     folder, destination = find_model(str(source)), Path(destination)
-    if folder.resolve().is_relative_to(destination.resolve()):
-        raise ValueError(
-            f"{destination} holds the model that is to be quantized. Choose another folder for the result."
-        )
+    check_apart(folder, destination)
     if method := quantization_method(folder):
         raise ValueError(f"{folder} is quantized with {method} already. Quantize the model it was made from.")
     return folder, destination, config
+
+
+def check_apart(source: Path, destination: Path) -> None:
+    """Refuses a destination that would replace the model it is made from."""
+    if source.resolve().is_relative_to(destination.resolve()):
+        raise ValueError(
+            f"{destination} holds the model that the result is made from. Choose another folder for the result."
+        )
 
 
 def quantization_method(folder: Path) -> str | None:

@@ -42,6 +42,7 @@ from hf_rb._files import check_replaceable, fsync_file, publish_folder
 from hf_rb._safetensors import SINGLE, Checkpoint, Entry, Output, read_header, write_index, write_tensors
 from hf_rb.evaluation import model_size
 from hf_rb.quantizers.offline import complete_folder, open_source, weight_bytes
+from hf_rb.quantizers.ptqtp.conversion import moves_rows
 from hf_rb.quantizers.report import LayerReport, Report
 
 
@@ -76,10 +77,8 @@ def quantize_checkpoint(
             Folder to write.
         config ([`PTQTPConfig`] or `dict`):
             Quantization config; as a dict it has the key `quant_method`.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace a folder that is not empty.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type in which the weights are read and those that stay as they are get saved; `"auto"` is that of the model.
+        overwrite, dtype:
+            As in [`quantize`].
         resume (`bool`, *optional*, defaults to `True`):
             Whether to go on with unfinished work of an earlier call; `False` throws it away.
         progress (`bool`, *optional*, defaults to `True`):
@@ -207,27 +206,27 @@ class _Plan:
         kept_dtypes = model._get_dtype_plan(self.dtype)
         jobs, unexpected, found = [], [], Counter()
         for name, entry in checkpoint.entries.items():
-            parameters, operations, result = find(name)
+            parameters, converter, result = find(name)
             if not parameters:
                 unexpected.append(name)
                 continue
             found.update(dict.fromkeys(parameters, math.prod(entry.shape)))
             parameter = parameters[0]
             quantized = any(self.quantizer.param_needs_quantization(model, one) for one in parameters)
-            if quantized and not all(_is_per_expert(operation) for operation in operations):
-                names = ", ".join(type(operation).__name__ for operation in operations)
+            if quantized and converter and not moves_rows(converter):
+                names = ", ".join(type(operation).__name__ for operation in converter.operations)
                 raise ValueError(
                     f"{name} is turned into {', '.join(parameters)} by {names} while it loads, which streaming cannot do. "
                     "Quantize this model in memory, without `--stream`."
                 )
-            if not operations and entry.shape != self.shapes[parameter]:
+            if not converter and entry.shape != self.shapes[parameter]:
                 raise ValueError(f"{name} has shape {entry.shape}, {type(model).__name__} {self.shapes[parameter]}.")
             dtype = self.dtype if quantized else model.get_parameter_or_buffer(parameter).dtype
             kept = (kept for pattern, kept in kept_dtypes.items() if re.search(pattern.replace("*", ".*"), parameter))
             dtype = next(kept, dtype)
             jobs.append(_Job(result, entry, parameter, dtype, quantized))
         self._check(jobs, found, needed)
-        if unexpected := [name for name in unexpected if not _matches(model._keys_to_ignore_on_load_unexpected, name)]:
+        if unexpected := [name for name in unexpected if not _ignored(model._keys_to_ignore_on_load_unexpected, name)]:
             logger.warning(f"{type(model).__name__} has no place for {_some(unexpected)}: left out.")
         return [job for job in jobs if job.parameter not in (model._keys_to_ignore_on_save or ())]
 
@@ -235,7 +234,7 @@ class _Plan:
         model, tied = self.model, self.model.all_tied_weights_keys
         present = {tied.get(name, name) for name in found}
         missing = sorted(name for name in needed if tied.get(name, name) not in present)
-        if missing := [name for name in missing if not _matches(model._keys_to_ignore_on_load_missing, name)]:
+        if missing := [name for name in missing if not _ignored(model._keys_to_ignore_on_load_missing, name)]:
             raise ValueError(f"The files have no {_some(missing)}, which {type(model).__name__} needs.")
         for job in jobs:
             weights, expected = found[job.parameter], math.prod(self.shapes[job.parameter])
@@ -332,15 +331,15 @@ class ParameterNames:
         self.by_pattern = {pattern: rule for rule in self.converters for pattern in rule.source_patterns}
         self.prefix, self.known = model.base_model_prefix, model.state_dict()
 
-    def __call__(self, name: str) -> tuple[list[str], list[Any], str]:
-        """Returns the parameters, none if the model has no place for it; the operations on the way; its name when saved."""
+    def __call__(self, name: str) -> tuple[list[str], Any, str]:
+        """Returns the parameters, none if the model has no place for it; the conversion, if any; its name when saved."""
         rules = self.renamings, self.converters
         parameter, pattern = _compat.rename_source_key(name, *rules, self.prefix, self.known)
         if parameter not in self.known and name in self.known:
             rules = [], []
             parameter, pattern = _compat.rename_source_key(name, *rules, self.prefix, self.known)
         if parameter not in self.known:
-            return [], [], name
+            return [], None, name
         # Saving brings back the names of the files, but for the prefix that tells a model with a head from one without.
         bare, _ = _compat.rename_source_key(name, *rules)
         if parameter == f"{self.prefix}.{bare}":
@@ -348,17 +347,10 @@ class ParameterNames:
         elif bare == f"{self.prefix}.{parameter}":
             name = name.removeprefix(f"{self.prefix}.")
         if pattern is None:
-            return [parameter], [], name
+            return [parameter], None, name
         converter = self.by_pattern[pattern]
         first = converter.target_patterns[0]
-        return [parameter.replace(first, target) for target in converter.target_patterns], converter.operations, name
-
-
-def _is_per_expert(operation: Any) -> bool:
-    """Whether an operation only puts matrices one beside the other that are quantized row by row."""
-    if isinstance(operation, _compat.MergeModulelist):
-        return operation.dim == 0
-    return isinstance(operation, _compat.Concatenate) and operation.dim == 1  # of (experts, rows, columns)
+        return [parameter.replace(first, target) for target in converter.target_patterns], converter, name
 
 
 def _without_tied_copies(jobs: list[_Job], tied: dict[str, str]) -> list[_Job]:
@@ -407,7 +399,7 @@ def _write_json(path: Path, value: Any) -> None:
     fsync_file(path.parent)
 
 
-def _matches(patterns: Iterable[str] | None, name: str) -> bool:
+def _ignored(patterns: Iterable[str] | None, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns or ())
 
 

@@ -122,15 +122,6 @@ def test_gptq_names_the_layers_that_are_not_quantized(tmp_path):
             assert kept == name.endswith(("q_proj", "k_proj")) and kept != name.endswith(tuple(inside))
 
 
-def test_gptq_of_experts(tmp_path):
-    folder = make_quantized(tmp_path, experts, scale_mode="tied")
-    export_gptq(folder, tmp_path / "gptq")
-    stored = tensors(tmp_path / "gptq")
-    dequantize_checkpoint(folder, tmp_path / "plain", dtype="float32")
-    name = "model.layers.0.mlp.experts.2.up_proj"
-    assert torch.equal(gptq_weight(stored, name, 128), tensors(tmp_path / "plain")[f"{name}.weight"])
-
-
 def test_free_scales_are_refused(tmp_path, capsys):
     folder = make_quantized(tmp_path)
     assert main(["export", str(folder), str(tmp_path / "gptq")]) == 2
@@ -139,10 +130,12 @@ def test_free_scales_are_refused(tmp_path, capsys):
     assert not (tmp_path / "gptq").exists()
 
 
-def test_fused_experts_are_refused(tmp_path):
-    folder = make_quantized(tmp_path, fused_experts, scale_mode="tied")
-    with pytest.raises(ValueError, match="holds all experts of a layer"):
+@pytest.mark.parametrize("make", [experts, fused_experts])
+def test_experts_are_refused(tmp_path, make):
+    folder = make_quantized(tmp_path, make, scale_mode="tied")
+    with pytest.raises(ValueError, match="belongs to a mixture of experts.*`hf-rb dequantize`"):
         export_gptq(folder, tmp_path / "gptq")
+    assert not (tmp_path / "gptq").exists()
 
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path):
@@ -159,11 +152,47 @@ def test_verbs(tmp_path, capsys):
     assert main(["dequantize", str(folder), str(tmp_path / "plain"), "--dtype", "float16"]) == 0
     assert "16." in capsys.readouterr().out
     assert main(["export", str(folder), str(tmp_path / "gptq"), "--format", "gptq"]) == 0
-    assert "bits per weight" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bits per weight" in said and "Tried on a CPU alone" in said and "vLLM" not in said
     assert main(["dequantize", str(folder), str(tmp_path / "plain")]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["dequantize", str(tmp_path / "source"), str(tmp_path / "other")]) == 2
     assert "is not quantized" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("write", [dequantize_checkpoint, export_gptq])
+def test_refuses_to_replace_its_source(tmp_path, write):
+    folder = make_quantized(tmp_path, scale_mode="tied")
+    before = tensors(folder)
+    for destination in (folder, folder.parent):
+        with pytest.raises(ValueError, match="holds the model that the result is made from"):
+            write(folder, destination, overwrite=True)
+    assert tensors(folder).keys() == before.keys()
+
+
+@pytest.mark.parametrize("write", [dequantize_checkpoint, export_gptq])
+@pytest.mark.parametrize(
+    ("make", "lost", "message"),
+    [
+        (
+            qwen3,
+            ["mlp.up_proj.weight"],
+            "holds 0 of the 30,720 weights of model.layers.0.mlp.up_proj.weight; .*scales",
+        ),
+        (qwen3, ["mlp.up_proj.weight", "mlp.up_proj.weight_scale"], "holds 0 of the 30,720 weights"),
+        (qwen3, ["mlp.up_proj.weight_scale"], "has model.layers.0.mlp.up_proj.weight, but no model.*weight_scale"),
+        (experts, ["mlp.experts.1.up_proj.weight"], r"experts.gate_up_proj; .*experts.1.up_proj.weight is missing"),
+    ],
+)
+def test_missing_tensors_are_named(tmp_path, write, make, lost, message):
+    folder = make_quantized(tmp_path, make, scale_mode="tied")
+    names = {f"model.layers.0.{name}" for name in lost}
+    for file in folder.glob("*.safetensors"):
+        kept = {name: tensor for name, tensor in load_file(file).items() if name not in names}
+        save_file(kept, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        write(folder, tmp_path / "written")
+    assert not (tmp_path / "written").exists()
 
 
 @pytest.mark.parametrize(

@@ -174,9 +174,9 @@ def test_refuses_a_folder_that_is_not_empty(source, tmp_path, capsys):
 
 
 def test_refuses_to_replace_its_source(source):
-    with pytest.raises(ValueError, match="holds the model that is to be quantized"):
+    with pytest.raises(ValueError, match="holds the model that the result is made from"):
         quantize(source, source, PTQTPConfig(), overwrite=True)
-    with pytest.raises(ValueError, match="holds the model that is to be quantized"):
+    with pytest.raises(ValueError, match="holds the model that the result is made from"):
         quantize(source, source.parent, PTQTPConfig(), overwrite=True)
 
 
@@ -231,6 +231,7 @@ def test_bad_recipes(tmp_path, capsys, recipe, message):
         (["{source}", "{out}", "--skip", "nothing_like_it"], "matches no module"),
         (["{source}", "{out}", "--group-size", "0"], "`quantization_config.group_size` must be in [1, inf)"),
         ([], "`model_name_or_path` is missing"),
+        (["{source}", "{out}", "--no-resume"], "is for streaming: add `stream=True` (`--stream`)"),
     ],
 )
 def test_bad_arguments(source, tmp_path, capsys, arguments, message):
@@ -238,6 +239,20 @@ def test_bad_arguments(source, tmp_path, capsys, arguments, message):
     assert main(["quantize", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_verb_reaches_every_option_of_the_solver():
+    parser = argparse.ArgumentParser()
+    verb.configure(parser)
+    options = "--planes-per-layer o_proj=1 down_proj=3 --tol-mode relative --multistart --activations int8".split()
+    config = verb.read_arguments(parser.parse_args(["model", "out", *options])).quantization_config
+    expected = {"planes_per_layer": {"o_proj": 1, "down_proj": 3}, "tol_mode": "relative", "multistart": True}
+    assert config == {"quant_method": "ptqtp"} | expected | {"activations": "int8"}
+
+
+def test_planes_that_are_no_number(capsys):
+    assert main(["quantize", "model", "out", "--planes-per-layer", "down_proj"]) == 2
+    assert "expected PATTERN=N, for instance down_proj=3; got 'down_proj'" in capsys.readouterr().err
 
 
 def test_verb_is_cheap_to_describe():
