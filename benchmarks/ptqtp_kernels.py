@@ -228,8 +228,8 @@ def render(result: dict) -> str:
     names = ["bf16", "fp32", "exact", "int8", "tied int8", "torch int4"]
     lines += [
         "",
-        "More activations at a time (microseconds). `int8` acts on up to three; from nine on, panels of the matrix are expanded for torch's "
-        "own multiplication.",
+        "More activations at a time (microseconds). `int8` acts on up to three; beyond 16 with AVX-512, and 8 with AVX2, panels of the matrix "
+        "are expanded for torch's own multiplication.",
         "",
         "| shape (out x in) | activations | " + " | ".join(names) + " |",
         "|---|" + "---:|" * (len(names) + 1),
