@@ -1,16 +1,16 @@
 """Fused experts: five architectures through `from_pretrained` and `save_pretrained`."""
 
 import copy
-import filecmp
 import pickle
 import shutil
 
 import pytest
 import torch
 from mixtures import MOE, MOE_SIZES
+from round_trips import INPUT, load, logits, same_files
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from hf_rb import PTQTPConfig, tiny
@@ -18,26 +18,7 @@ from hf_rb.quantizers.ptqtp import PTQTPLinear, solve
 from hf_rb.quantizers.ptqtp.experts import PTQTPExperts, projections
 
 
-INPUT = torch.arange(24).view(2, 12)
-
 ARCHITECTURES = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss"]
-
-
-def load(folder, config=None, **kwargs):
-    if config is not None:
-        kwargs["quantization_config"] = config
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-
-
-@torch.no_grad()
-def logits(model):
-    return model(INPUT).logits
-
-
-def same_files(one, other):
-    names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in other.iterdir())
-    return filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
 
 
 def experts_of(model):

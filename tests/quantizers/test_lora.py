@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from round_trips import INPUT, logits
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -10,9 +11,6 @@ from transformers import AutoModelForCausalLM
 from hf_rb import PTQTPConfig
 from hf_rb.quantizers.adapters import ParamWrapper
 from hf_rb.quantizers.ptqtp import PTQTPLinear
-
-
-INPUT = torch.arange(24).view(2, 12)
 
 
 def load(folder, **options):
@@ -42,11 +40,6 @@ def adapted(base, **options):
 
 def packed(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
-
-
-@torch.no_grad()
-def logits(model):
-    return model(INPUT).logits
 
 
 def train(model, steps=4):

@@ -1,7 +1,6 @@
 """PTQTP through `from_pretrained` and `save_pretrained`."""
 
 import copy
-import filecmp
 import json
 import os
 import pickle
@@ -10,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from round_trips import INPUT, load, logits, same_files
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -24,26 +24,6 @@ from transformers import (
 
 from hf_rb import PTQTPConfig
 from hf_rb.quantizers.ptqtp import PTQTPLinear, solve
-
-
-INPUT = torch.arange(12).view(2, 6)
-
-
-def load(folder, config=None, **kwargs):
-    if config is not None:  # an explicit `None` would hide the one in the checkpoint
-        kwargs["quantization_config"] = config
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-
-
-@torch.no_grad()
-def logits(model):
-    return model(INPUT).logits
-
-
-def same_files(one, other):
-    names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in other.iterdir())
-    return filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
 
 
 @pytest.mark.parametrize(
