@@ -544,10 +544,14 @@ TILE(int8_rows_one, int8, ROWS, 1)
 static Tile *const exact_tiles[2][2] = {{exact_one_one, exact_one_four}, {exact_rows_one, exact_rows_four}};
 static Tile *const int8_tiles[2] = {int8_one, int8_rows_one};
 
-/* Two scales of which one is always three times the other are one, of the code 3 c_0 + c_1: half the work for the integer kernel. */
-static int all_tied(const float *scale, int64_t pairs) {
+/* Two scales of which one is always three times the other are one, of the code 3 c_0 + c_1: half the work for the integer kernel.
+   Returns whether all pairs are such, and the second ones. */
+INLINE int untie(const float *restrict scale, int64_t pairs, float *restrict second) {
     int different = 0;
-    for (int64_t i = 0; i < pairs; i++) different |= scale[2 * i] != 3 * scale[2 * i + 1];
+    for (int64_t i = 0; i < pairs; i++) {
+        second[i] = scale[2 * i + 1];
+        different |= scale[2 * i] != 3 * second[i];
+    }
     return !different;
 }
 
@@ -584,20 +588,20 @@ int hf_rb_gemv(const Layout *layout, const uint8_t *weight, const uint16_t *scal
     }
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
-        /* float32 scales of a tile; the integer kernel reads whole vectors */
-        int64_t of_row = layout->groups * layout->num_scales;
-        float *buffer = failed ? 0 : calloc(ROWS * of_row + 2 * LANES, sizeof *buffer), result[4 * ROWS];
+        /* float32 scales of a tile, and the second ones of its pairs; the integer kernel reads whole vectors */
+        int64_t of_row = layout->groups * layout->num_scales, of_tile = ROWS * of_row + 2 * LANES;
+        float *buffer = failed ? 0 : calloc(2 * of_tile, sizeof *buffer), result[4 * ROWS];
         failed |= !buffer;
 #pragma omp for
         for (int64_t tile = 0; tile < ceil_div(rows, ROWS); tile++) {
             int64_t row = tile * ROWS, count = rows - row < ROWS ? rows - row : ROWS;
             const float *scale[ROWS];
             if (failed) continue;
+            for (int64_t i = 0; i < count * of_row; i += 32) __builtin_prefetch(scales + (row + 2 * ROWS) * of_row + i);
             load_scales(scales + row * of_row, count * of_row, buffer);
-            int tied = pairs && all_tied(buffer, count * layout->groups);
-            if (tied)
-                for (int64_t i = 0; i < count * layout->groups; i++) buffer[i] = buffer[2 * i + 1];
-            for (int64_t r = 0; r < count; r++) scale[r] = buffer + (tied ? r * layout->groups : r * of_row);
+            float *second = buffer + of_tile;
+            int tied = pairs && untie(buffer, count * layout->groups, second);
+            for (int64_t r = 0; r < count; r++) scale[r] = tied ? second + r * layout->groups : buffer + r * of_row;
             for (int64_t i = 0; i < m;) {
                 int64_t some = m - i >= 4 && !int8 ? 4 : 1, whole = count == ROWS;
                 Tile *kernel = int8 ? int8_tiles[whole] : exact_tiles[whole][some == 4];
