@@ -11,6 +11,7 @@ from hf_rb import _registration
 
 
 if TYPE_CHECKING:
+    from hf_rb.quantizers.d2quant.config import D2QuantConfig
     from hf_rb.quantizers.ptqtp.config import PTQTPConfig
     from hf_rb.trainers.distillation_config import DistillationConfig
     from hf_rb.trainers.distillation_trainer import DistillationTrainer
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _MODULES = {
+    "D2QuantConfig": "hf_rb.quantizers.d2quant.config",
     "DistillationConfig": "hf_rb.trainers.distillation_config",
     "DistillationTrainer": "hf_rb.trainers.distillation_trainer",
     "GKDConfig": "hf_rb.trainers.gkd_config",
@@ -36,6 +38,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "D2QuantConfig",
     "DistillationConfig",
     "DistillationTrainer",
     "GKDConfig",

@@ -49,11 +49,21 @@ class _OurQuantizationConfig(metaclass=_OurConfigs):
     """Stands for our quantization configs in an `isinstance` test without importing them."""
 
 
+_CONFIGS = {
+    "d2quant": "hf_rb.quantizers.d2quant.config:D2QuantConfig",
+    "ptqtp": "hf_rb.quantizers.ptqtp.config:PTQTPConfig",
+}
+_QUANTIZERS = {
+    "d2quant": "hf_rb.quantizers.d2quant.quantizer:D2QuantQuantizer",
+    "ptqtp": "hf_rb.quantizers.ptqtp.quantizer:PTQTPQuantizer",
+}
+
+
 def _register_quantizers(auto: ModuleType) -> None:
     # `resolve`, not attributes: those are kept, and other plug-ins may have registered since.
     configs, quantizers = map(_compat.resolve, ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"))
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING = LazyMapping(configs, ptqtp="hf_rb.quantizers.ptqtp.config:PTQTPConfig")
-    auto.AUTO_QUANTIZER_MAPPING = LazyMapping(quantizers, ptqtp="hf_rb.quantizers.ptqtp.quantizer:PTQTPQuantizer")
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING = LazyMapping(configs, **_CONFIGS)
+    auto.AUTO_QUANTIZER_MAPPING = LazyMapping(quantizers, **_QUANTIZERS)
     # The config types whose `get_loading_attributes` may override what a checkpoint stores, as `dequantize=True` does.
     types = _compat.resolve("LOADING_ATTRIBUTES_CONFIG_TYPES")
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, _OurQuantizationConfig)

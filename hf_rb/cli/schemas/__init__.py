@@ -22,6 +22,7 @@ RECIPES = {
 }
 # The quantization configs by their `quant_method`.
 QUANTIZATION = {
+    "d2quant": "hf_rb:D2QuantConfig",
     "ptqtp": "hf_rb:PTQTPConfig",
 }
 

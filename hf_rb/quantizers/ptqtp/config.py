@@ -1,24 +1,17 @@
 """The configuration of PTQTP, importable without its solver and without torch."""
 
-import re
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from types import NoneType
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
-from hf_rb import _registration
 from hf_rb._fields import described, validate
+from hf_rb.quantizers.config import FORMAT_VERSION, PackedConfig
 
 
 __all__ = ["PTQTPConfig"]
 
-FORMAT_VERSION = 1
-
 
 @dataclass
-class PTQTPConfig(QuantizationConfigMixin):
+class PTQTPConfig(PackedConfig):
     """
     Configuration of PTQTP, post-training quantization to trit-planes (https://huggingface.co/papers/2509.16989).
 
@@ -69,6 +62,9 @@ class PTQTPConfig(QuantizationConfigMixin):
             a newer format.
     """
 
+    method: ClassVar[str] = "PTQTP"
+    loading: ClassVar[tuple[str, ...]] = ("dequantize", "activations")
+
     group_size: int = field(
         default=128, metadata=described("Weights of a row that share their scales.", range="[1, inf)")
     )
@@ -107,63 +103,16 @@ class PTQTPConfig(QuantizationConfigMixin):
     format_version: int = field(default=FORMAT_VERSION, metadata=described("Version of the file format."))
 
     def __post_init__(self):
-        _registration.require("transformers")
+        super().__post_init__()
         validate(self, _rules)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
-        _check_version(config_dict.get("format_version", FORMAT_VERSION))  # a newer format may have other keys
-        names = [field.name for field in fields(cls)]
-        for key in config_dict:
-            if key not in names:
-                close = get_close_matches(key, names, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(names)}."
-                raise ValueError(f"PTQTPConfig has no key {key!r}; {hint}")
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What may differ between the stored configuration and the one given to `from_pretrained`."""
-        given = {"dequantize": self.dequantize, "activations": self.activations}
-        defaults = {field.name: field.default for field in fields(self)}
-        return {name: value for name, value in given.items() if value != defaults[name]}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns what is stored in `config.json`."""
-        stored = super().to_dict()
-        del stored["dequantize"]
-        return stored
-
-
-def _check_version(version):
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"This checkpoint has PTQTP format version {version}, this hf_rb reads {FORMAT_VERSION}. Update hf_rb."
-        )
 
 
 def _rules(config):
-    _check_version(config.format_version)
-    skipped, planes_of = config.modules_to_not_convert, config.planes_per_layer
-    if isinstance(skipped, str):
-        yield f"`modules_to_not_convert` must be a list; got {skipped!r}, so write [{skipped!r}]."
-    if not isinstance(skipped, (list, tuple, NoneType)):
-        yield f"`modules_to_not_convert` must be a list of names; got {skipped!r}."
-    if not isinstance(planes_of, (dict, NoneType)):
-        yield f'`planes_per_layer` must be a dict such as {{"down_proj": 3}}; got {planes_of!r}.'
-    for name, patterns in (("modules_to_not_convert", skipped), ("planes_per_layer", planes_of)):
-        yield from (problem for pattern in patterns or () if (problem := _pattern_problem(name, pattern)))
-    for pattern, planes in (planes_of or {}).items():
+    config.check_version(config.format_version)
+    yield from config.pattern_rules("planes_per_layer", '{"down_proj": 3}')
+    planes_of = config.planes_per_layer or {}
+    for pattern, planes in planes_of.items():
         if type(planes) is not int or planes not in (1, 2, 3):
             yield f"`planes_per_layer[{pattern!r}]` must be 1, 2 or 3; got {planes!r}."
-    if config.scale_mode == "tied" and {config.planes, *(planes_of or {}).values()} != {2}:
+    if config.scale_mode == "tied" and {config.planes, *planes_of.values()} != {2}:
         yield "`scale_mode='tied'` ties two scales: use it with `planes=2` and without other `planes_per_layer`."
-
-
-def _pattern_problem(name, pattern):
-    if not isinstance(pattern, str):
-        return f"`{name}` has {pattern!r}; expected the name of a module, an ending or a regular expression."
-    try:
-        re.compile(f"(?:{pattern})")
-    except re.error as error:
-        hint = f"write {pattern.strip('*.')!r} for whatever ends so" if pattern.startswith("*") else "`.*` is any text"
-        return f"`{name}` has {pattern!r}, which is no regular expression ({error.msg}); {hint}."
