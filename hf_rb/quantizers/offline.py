@@ -1,6 +1,5 @@
 """Quantizes a model folder into another one."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,39 +8,22 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb._files import atomic_folder
-from hf_rb.evaluation import Size, find_model, load_model, load_task, model_size, perplexity, solutions
+from hf_rb._model_folder import check_apart, copy_companions, find_model, weight_bytes
+from hf_rb.evaluation import Size, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
 from hf_rb.quantizers.report import Report
 
 
 __all__ = [
-    "check_apart",
     "complete_folder",
-    "copy_companions",
     "measure_perplexity",
     "open_source",
     "quantization_method",
     "quantize",
     "read_text",
-    "weight_bytes",
 ]
 
 EVAL_TOKENS, EVAL_PROBLEMS = 16_384, 200
-
-# What a model folder holds besides its configuration and weights.
-COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*processor_config.json",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def quantize(
@@ -156,14 +138,6 @@ def open_source(
     return folder, destination, config
 
 
-def check_apart(source: Path, destination: Path) -> None:
-    """Refuses a destination that would replace the model it is made from."""
-    if source.resolve().is_relative_to(destination.resolve()):
-        raise ValueError(
-            f"{destination} holds the model that the result is made from. Choose another folder for the result."
-        )
-
-
 def quantization_method(folder: Path) -> str | None:
     """Returns the method with which a saved model is quantized."""
     stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
@@ -185,16 +159,3 @@ def complete_folder(
     )
     write_model_card(folder, card)
     return size
-
-
-def weight_bytes(folder: Path) -> int:
-    """Returns the bytes of a folder's weight files."""
-    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copies tokenizer, chat template, generation config and licence, where the folder has none of its own."""
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)

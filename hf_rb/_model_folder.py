@@ -1,0 +1,96 @@
+"""Model folders as folders: finding one by what a user writes, and what it holds besides weights and configuration.
+
+Only the standard library is imported at the top, so that a tool which streams weights does not pay for transformers.
+"""
+
+import shutil
+from pathlib import Path
+
+from hf_rb import tiny
+
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "COMPANIONS",
+    "check_apart",
+    "companions",
+    "copy_companions",
+    "find_model",
+    "weight_bytes",
+]
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+# What a model folder holds besides its configuration and weights.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*processor_config.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def find_model(name: str, adapter: bool = False) -> Path:
+    """Returns the folder of a model, downloading a Hub model that is not cached.
+
+    Args:
+        name (`str`):
+            `"tiny:student"` and the like, a folder that `save_pretrained` wrote, or a Hub id.
+        adapter (`bool`, *optional*, defaults to `False`):
+            Whether a folder with an adapter will do too.
+
+    Raises:
+        FileNotFoundError: None of the three.
+    """
+    folder = Path(tiny.resolve(name))
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / ADAPTER_CONFIG).is_file():
+        if adapter:
+            return folder
+        raise FileNotFoundError(f"{name} holds an adapter, not a model: merge it into its base model and save that.")
+    if folder.is_dir():
+        raise FileNotFoundError(f"{name} is not a model folder: it has no config.json.")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"There is no folder {name}, and the Hub has no such model or cannot be reached: write tiny:student, the path "
+            "of a model folder or a Hub id."
+        ) from error
+
+
+def check_apart(source: Path, destination: Path) -> None:
+    """Refuses a destination that would replace the model it is made from."""
+    if source.resolve().is_relative_to(destination.resolve()):
+        raise ValueError(
+            f"{destination} holds the model that the result is made from. Choose another folder for the result."
+        )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Returns the bytes of a folder's weight files."""
+    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+
+
+def companions(folder: Path) -> list[Path]:
+    """Returns tokenizer, chat template, generation config and licence of a model folder, in the order of their names."""
+    return sorted({file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()})
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies tokenizer, chat template, generation config and licence, where the folder has none of its own."""
+    for file in companions(source):
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
