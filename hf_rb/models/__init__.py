@@ -1,0 +1,1 @@
+"""Model classes, and methods that change a model's own modules."""
