@@ -16,8 +16,8 @@ class Method:
             Short name: the recipe folder, the card's file name, the Hub tag.
         name (`str`):
             Name as the paper writes it.
-        kind (`"trainer"` or `"quantizer"`):
-            What implements it. A checkpoint of a quantizer loads only after `import hf_rb`.
+        kind (`"trainer"`, `"quantizer"` or `"model"`):
+            What implements it. A checkpoint of a quantizer or of a model class loads only after `import hf_rb`.
         paper_id (`str`):
             arXiv identifier.
         title (`str`):
@@ -30,7 +30,7 @@ class Method:
 
     key: str
     name: str
-    kind: Literal["trainer", "quantizer"]
+    kind: Literal["trainer", "quantizer", "model"]
     paper_id: str
     title: str
     authors: tuple[str, ...]
@@ -189,6 +189,16 @@ METHODS = {
             authors=("Runming Yang", "Taiqiang Wu", "Yujiu Yang"),
             summary="Distillation from a teacher that is calibrated wherever it prefers another token to the label, so that the "
             "label wins by a small margin.",
+        ),
+        Method(
+            key="mpi",
+            name="MPI",
+            kind="model",
+            paper_id="2606.12397",
+            title="Redesign Mixture-of-Experts Routers with Manifold Power Iteration",
+            authors=("Songhao Wu", "Ang Lv", "Ruobing Xie", "Yankai Lin"),
+            summary="Routers of a mixture of experts whose rows take one step of power iteration with the gate matrix of their expert, and "
+            "a fixed length, in every forward pass.",
         ),
         Method(
             key="profit",
