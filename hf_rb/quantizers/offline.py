@@ -12,6 +12,7 @@ from hf_rb._model_folder import check_apart, copy_companions, find_model, weight
 from hf_rb.evaluation import Size, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
 from hf_rb.quantizers.report import Report
+from hf_rb.quantizers.texts import read_texts
 
 
 __all__ = [
@@ -104,25 +105,7 @@ def measure_perplexity(report: Report, source: str | Path, destination: str | Pa
 
 def read_text(data: str) -> str:
     """Returns the text of a file or a dataset (see [`measure_perplexity`])."""
-    path = Path(data)
-    if path.is_file() and path.suffix not in (".jsonl", ".json"):
-        text = path.read_text(encoding="utf-8")
-    else:
-        from datasets import load_dataset
-
-        if path.is_file():
-            rows = load_dataset("json", data_files=str(path), split="train")
-        elif path.suffix in (".txt", ".jsonl", ".json"):
-            raise FileNotFoundError(f"There is no file {data}.")
-        else:
-            name, _, config = data.partition(":")
-            rows = load_dataset(name, config or None, split="test")
-        if "text" not in rows.column_names:
-            raise ValueError(f"{data} has the columns {', '.join(rows.column_names)}; one called `text` is needed.")
-        text = "\n\n".join(rows["text"])
-    if not text.strip():
-        raise ValueError(f"{data} holds no text.")
-    return text
+    return "\n\n".join(read_texts(data, split="test"))
 
 
 def open_source(

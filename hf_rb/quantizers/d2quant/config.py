@@ -63,7 +63,7 @@ class D2QuantConfig(PackedConfig):
         asym_alpha (`float`, *optional*, defaults to `0.25`):
             Strength of GPTAQ's term; 0 is GPTQ.
         act_order (`str`, *optional*, defaults to `"gar"`):
-            `"gar"` quantizes columns with large Hessians first without leaving their groups; `None` goes from left to right.
+            `"gar"` takes columns with large Hessians first without leaving their groups; `"none"` goes from left to right.
         dataset (`str` or `list[str]`, *optional*):
             Calibration text: a text file, a JSON-lines file with the column `text`, a dataset of the Hub (`NAME` or
             `NAME:CONFIG`, split `train`), `"tiny:math"`, or a list of texts. Required unless `backend="rtn"`. Of a list only
@@ -83,6 +83,9 @@ class D2QuantConfig(PackedConfig):
         modules_to_not_convert (`list[str]`, *optional*):
             Names, endings or regular expressions of modules to leave as they are, besides those that are never quantized,
             as in [`PTQTPConfig`].
+        resume_dir (`str`, *optional*):
+            Folder that keeps every finished layer until the model is saved: a run that was killed goes on behind the last
+            one, and a run with another model, text or configuration is refused. Not stored.
         dequantize (`bool`, *optional*, defaults to `False`):
             For loading a D²Quant checkpoint: turn it into ordinary layers. Not stored.
         bias_modules (`list[str]`, *optional*):
@@ -121,7 +124,7 @@ class D2QuantConfig(PackedConfig):
     clip_search: bool = field(default=True, metadata=described("Search the range of each group's grid."))
     percdamp: float = field(default=0.01, metadata=described("Damping of Hessians.", range="(0, inf)"))
     asym_alpha: float = field(default=0.25, metadata=described("Strength of GPTAQ's term.", range="[0, 1]"))
-    act_order: str | None = field(default="gar", metadata=described("Order of columns.", choices=("gar",)))
+    act_order: str = field(default="gar", metadata=described("Order of columns.", choices=("gar", "none")))
     dataset: str | list[str] | None = field(default=None, metadata=described("Calibration text."))
     tokenizer: str | None = field(default=None, metadata=described("Tokenizer, if not that of the model."))
     num_samples: int = field(default=128, metadata=described("Sequences of calibration text.", range="[1, inf)"))
@@ -134,6 +137,7 @@ class D2QuantConfig(PackedConfig):
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata=described("Modules to leave as they are, besides the output embeddings.")
     )
+    resume_dir: str | None = field(default=None, metadata=described("Folder for the finished layers of a run."))
     dequantize: bool = field(default=False, metadata=described("Load a D²Quant checkpoint as ordinary linear layers."))
     bias_modules: list[str] | None = field(default=None, metadata=described("Written by quantizing."))
     column_modules: list[str] | None = field(default=None, metadata=described("Written by quantizing."))
@@ -153,7 +157,7 @@ class D2QuantConfig(PackedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Returns what is stored in `config.json`: no text, and no folder's name."""
         stored = super().to_dict()
-        del stored["tokenizer"]
+        del stored["tokenizer"], stored["resume_dir"]
         if isinstance(self.dataset, (list, tuple)):
             stored["dataset"] = text_fingerprint(self.dataset)
         elif self.dataset is not None and Path(self.dataset).is_file():

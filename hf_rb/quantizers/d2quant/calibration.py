@@ -1,0 +1,100 @@
+"""Calibration text as sequences of tokens."""
+
+import hashlib
+import random
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_rb import tiny
+from hf_rb._model_folder import find_model
+from hf_rb.quantizers.d2quant.config import D2QuantConfig
+from hf_rb.quantizers.texts import read_texts
+
+
+__all__ = ["calibration_tokens", "load_texts", "load_tokenizer", "token_fingerprint"]
+
+TEXTS_AT_A_TIME, TINY_ROWS = 64, 2000
+
+
+def calibration_tokens(config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """
+    Chooses sequences of calibration text.
+
+    The texts are shuffled and joined, as many as are needed, and cut into sequences without a gap, of which some are drawn. A
+    dataset with one long text is thus sampled as well as one with many short ones.
+
+    Args:
+        config ([`D2QuantConfig`]):
+            Says the `dataset`, `num_samples`, `seqlen` and `seed`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+
+    Returns:
+        `torch.Tensor`: Token ids `(num_samples, seqlen)`, int64.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: There is no text, or too little.
+    """
+    texts = [text for text in load_texts(config, tokenizer) if text.strip()]
+    if not texts:
+        raise ValueError("The calibration text is empty: give `dataset` texts with something in them.")
+    draws = random.Random(config.seed)
+    draws.shuffle(texts)
+    needed, ids = config.num_samples * config.seqlen, []
+    for start in range(0, len(texts), TEXTS_AT_A_TIME):
+        encoded = tokenizer(texts[start : start + TEXTS_AT_A_TIME], verbose=False)["input_ids"]
+        ids += chain.from_iterable(encoded)
+        if len(ids) >= needed:
+            break
+    sequences = len(ids) // config.seqlen
+    if sequences < config.num_samples:
+        fits = f"`num_samples={sequences}`" if sequences else f"`seqlen={max(2, len(ids) // config.num_samples)}`"
+        raise ValueError(
+            f"The calibration text has {len(ids):,} tokens; {config.num_samples} sequences of {config.seqlen} need {needed:,}. "
+            f"Give more text, or write {fits}."
+        )
+    chosen = draws.sample(range(sequences), config.num_samples)
+    return torch.tensor(ids[: sequences * config.seqlen]).view(sequences, config.seqlen)[chosen]
+
+
+def load_texts(config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns the texts that `config.dataset` names or is; those of `"tiny:math"` as the chat template has them."""
+    data = config.dataset
+    if not isinstance(data, str):
+        return list(data)
+    if data.startswith("tiny:"):
+        rows = tiny.load_dataset(data.removeprefix("tiny:"), config="messages", split="train", size=TINY_ROWS)
+        return [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    if ", sha256 " in data and not Path(data).exists():
+        raise ValueError(f"`dataset={data!r}` is the fingerprint of a list. Give the texts themselves.")
+    return read_texts(data, split="train")
+
+
+def load_tokenizer(config: D2QuantConfig, model: Any) -> PreTrainedTokenizerBase:
+    """
+    Returns the tokenizer that a config gives or names, or else that of the model.
+
+    Raises:
+        ValueError: The model's folder has none.
+    """
+    given = config.tokenizer or model.name_or_path
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    try:
+        return AutoTokenizer.from_pretrained(find_model(given))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"There is no tokenizer in {given or 'a model without a name'}, and calibration text needs one: give "
+            "`tokenizer=...`, an object or a folder."
+        ) from error
+
+
+def token_fingerprint(tokens: Tensor) -> str:
+    """Returns a SHA-256 of the shape and the ids."""
+    return hashlib.sha256(f"{tuple(tokens.shape)}".encode() + tokens.numpy().tobytes()).hexdigest()
