@@ -48,12 +48,13 @@ HQQ = [("HQQ", 3, 128, True), ("HQQ", 3, 64, False), ("HQQ", 4, 128, True)]
 
 @dataclass
 class Row:
-    """One line of the table. `seconds` is the time of quantizing alone."""
+    """One line of the table. `largest_error` is that of the largest thousandth of the weights; `seconds` are of quantizing alone."""
 
     method: str
     quantized: str
     perplexity: float
     relative_error: float | None
+    largest_error: float | None
     file_bytes: int
     bits_per_weight: float
     layer_bits_per_weight: float
@@ -106,7 +107,9 @@ class Bench:
         }
 
     def rows(self, hqq: Path | None) -> Iterator[Row]:
-        yield Row("16-bit", "-", self.measure(), None, self.size.file_bytes, self.size.bits_per_weight, 16.0, None)
+        yield Row(
+            "16-bit", "-", self.measure(), None, None, self.size.file_bytes, self.size.bits_per_weight, 16.0, None
+        )
         for name, options, without_qk in PTQTP:
             for quantize_qk in (True, False)[: 1 + without_qk]:
                 yield self.ptqtp(name, PTQTPConfig(quantize_qk=quantize_qk, **options))
@@ -124,9 +127,10 @@ class Bench:
             size = model_size(quantized)
             dequantize_checkpoint(quantized, plain, dtype="float32")
             stored = Checkpoint(plain).entries
-            value = self.evaluate({layer.name: stored[f"{layer.name}.weight"].read() for layer in report.layers})
+            weights = {layer.name: stored[f"{layer.name}.weight"].read() for layer in report.layers}
         sizes = size.file_bytes, size.bits_per_weight, size.quantized_bits_per_weight
-        return Row(name, layers(config.quantize_qk), value, report.error(), *sizes, report.seconds)
+        errors = report.error(), self.largest_error(weights)
+        return Row(name, layers(config.quantize_qk), self.evaluate(weights), *errors, *sizes, report.seconds)
 
     def peer(self, name: str, bits: int, group: int, quantize_qk: bool, function: Callable) -> Row:
         weights = {name: weight for name, weight in self.weights.items() if quantize_qk or not name.endswith(QK)}
@@ -146,7 +150,18 @@ class Bench:
         sizes = file_bytes, 8 * file_bytes / self.size.weights, 8 * packed / total
         error = (sum(errors).item() / total) ** 0.5
         label = f"{name}, {bits} bits, group {group}"
-        return Row(label, layers(quantize_qk), self.evaluate(rounded), error, *sizes, seconds)
+        errors = error, self.largest_error(rounded)
+        return Row(label, layers(quantize_qk), self.evaluate(rounded), *errors, *sizes, seconds)
+
+    def largest_error(self, weights: dict[str, torch.Tensor]) -> float:
+        """Relative error of the thousandth of every layer's weights that is largest in magnitude."""
+        error = energy = 0.0
+        for name, found in weights.items():
+            weight = self.weights[name].flatten()
+            largest = weight.abs().topk(weight.numel() // 1000).indices
+            error += (found.flatten()[largest] - weight[largest]).square().sum().item()
+            energy += weight[largest].square().sum().item()
+        return (error / energy) ** 0.5
 
     def evaluate(self, weights: dict[str, torch.Tensor]) -> float:
         for name, weight in self.weights.items():
@@ -182,6 +197,7 @@ def render(result: dict) -> str:
         "bits/weight",
         "in the layers",
         "relative error",
+        "of the largest",
         "perplexity",
         "seconds",
     ]
@@ -192,7 +208,7 @@ def render(result: dict) -> str:
         "overlap, computed in float32 and sorted by the bytes of the whole file.",
         "",
         "| " + " | ".join(header) + " |",
-        "|---|---|" + "---:|" * 6,
+        "|---|---|" + "---:|" * 7,
     ]
     for row in map(lambda row: Row(**row), result["rows"]):
         cells = [
@@ -202,6 +218,7 @@ def render(result: dict) -> str:
             f"{row.bits_per_weight:.2f}",
             f"{row.layer_bits_per_weight:.2f}",
             "-" if row.relative_error is None else f"{row.relative_error:.4f}",
+            "-" if row.largest_error is None else f"{row.largest_error:.4f}",
             f"{row.perplexity:.2f}" if row.perplexity < 1e4 else f"{row.perplexity:.1e}",
             "-" if row.seconds is None else f"{row.seconds:.1f}",
         ]
@@ -210,7 +227,8 @@ def render(result: dict) -> str:
     lines += [
         "",
         "- `bits/weight` is eight times the bytes of the whole file over all weights, 16-bit embeddings included; `in the layers` "
-        "counts the quantized layers with their scales.",
+        "counts the quantized layers with their scales. `of the largest` is the relative error of the thousandth of a layer's weights "
+        "that is largest in magnitude.",
         "- PTQTP: group 128, dense packing, quantized and read back from its file. Two planes are the paper's method; tied scales, "
         "several starts, one and three planes are ours. A tied layer takes 4.13 bits in the GPTQ format.",
         "- RTN (round to nearest: float16 scale, integer zero point) and HQQ (half-quadratic: float16 scale and zero point) are "
