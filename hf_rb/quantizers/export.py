@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,10 @@ from hf_rb._files import atomic_folder
 from hf_rb._safetensors import Checkpoint, Output, write_index, write_tensors
 from hf_rb.evaluation import Size, find_model, model_size
 from hf_rb.hub import ModelCardData, write_model_card
-from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels.layout import Layout, unpack
 from hf_rb.quantizers.offline import check_apart, copy_companions, quantization_method
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
-from hf_rb.quantizers.ptqtp.packing import check_scales, repack, row_blocks
+from hf_rb.quantizers.ptqtp.packing import row_blocks
 from hf_rb.quantizers.streaming import ParameterNames
 
 
@@ -87,7 +87,7 @@ def dequantize_checkpoint(
         target = cast or packed.dtype
 
         def chunks() -> Iterator[Tensor]:
-            values = kernels.dequantize(*packed.read(name), weight.layout, target)
+            values = packed.read(name, lambda parameter, tensors: packed.quantizer.unpack(parameter, tensors, target))
             yield (values.mT if weight.transposed else values).contiguous().view(-1)
 
         return {name: Output(target, weight.shape, chunks)}
@@ -172,7 +172,7 @@ class _PackedModel:
         self.linear = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         find = ParameterNames(model)
-        quantizer = AutoHfQuantizer.from_config(self.config, pre_quantized=True)
+        quantizer = self.quantizer = AutoHfQuantizer.from_config(self.config, pre_quantized=True)
         quantizer.preprocess_model(model=model, dtype=self.dtype, device_map=None)
         self.weights: dict[str, _Packed] = {}
         for name, entry in self.checkpoint.entries.items():
@@ -200,16 +200,14 @@ class _PackedModel:
                     + ". Copy or download it again."
                 )
 
-    def read(self, name: str) -> tuple[Tensor, Tensor]:
-        """Returns the packed weight in the kernels' layout and its scales, both checked."""
-        entries, layout = self.checkpoint.entries, self.weights[name].layout
+    def read(self, name: str, function: Callable[[str, dict[str, Tensor]], Any]) -> Any:
+        """Returns what `function` makes of the parameter's name and of the stored tensors of a packed one, which it checks."""
+        entries, suffixes = self.checkpoint.entries, ("", *self.quantizer.suffixes)
+        tensors = {suffix: entries[name + suffix].read() for suffix in suffixes if name + suffix in entries}
         try:
-            packed = repack(entries[name].read(), layout, self.config.packing, "nibble")
-            scales = entries[f"{name}_scale"].read()
-            check_scales(scales, (*packed.shape[:-1], layout.groups, layout.num_scales))
+            return function(self.weights[name].parameter, tensors)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        return packed, scales
+            raise ValueError(f"{name}{getattr(error, 'suffix', '')}: {error}") from error
 
     def rewrite(
         self,
@@ -220,7 +218,7 @@ class _PackedModel:
         progress: bool,
     ) -> Size:
         """Writes the checkpoint again with `convert(name)` in the place of packed tensors and `dtype` for the others."""
-        scales = {f"{name}_scale" for name in self.weights}
+        beside = {name + suffix for name in self.weights for suffix in self.quantizer.suffixes}
         total = sum(entry.nbytes for entry in self.checkpoint.entries.values())
         bar = tqdm(total=total, unit="B", unit_scale=True, desc="write", disable=None if progress else True)
         with atomic_folder(self.destination, overwrite) as folder, bar, torch.inference_mode():
@@ -229,7 +227,7 @@ class _PackedModel:
                 for name, entry in shard.items():
                     if name in self.weights:
                         outputs |= convert(name)
-                    elif name not in scales:
+                    elif name not in beside:
                         outputs[name] = Output.copy(entry, dtype if entry.dtype.is_floating_point else None)
                 write_tensors(folder / file.name, outputs)
                 bar.update(sum(entry.nbytes for entry in shard.values()))
@@ -254,7 +252,7 @@ class _PackedModel:
         module = name.removesuffix(".weight")
 
         def qweight() -> Iterator[Tensor]:
-            packed, _ = self.read(name)
+            packed = self.read(name, self.quantizer.restore)[""]
             words = torch.empty(columns // CODES_PER_WORD, rows, dtype=torch.int32)
             for block in row_blocks(rows, columns):
                 (codes,) = unpack(packed[block], weight.layout)  # 3 (t_1 + 1) + (t_2 + 1) = c + 4
@@ -262,7 +260,7 @@ class _PackedModel:
             yield words.view(-1)
 
         def scales() -> Iterator[Tensor]:
-            yield self.read(name)[1][..., 1].T.contiguous().view(-1)
+            yield self.read(name, self.quantizer.restore)["_scale"][..., 1].T.contiguous().view(-1)
 
         zeros = _pack_words(torch.full((CODES_PER_WORD, 1), ZERO_POINT - 1, dtype=torch.int32))
         group = torch.arange(columns, dtype=torch.int32) // self.config.group_size

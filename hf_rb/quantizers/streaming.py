@@ -41,8 +41,8 @@ from hf_rb import __version__, _compat
 from hf_rb._files import check_replaceable, fsync_file, publish_folder
 from hf_rb._safetensors import SINGLE, Checkpoint, Entry, Output, read_header, write_index, write_tensors
 from hf_rb.evaluation import model_size
+from hf_rb.quantizers.conversion import moves_rows
 from hf_rb.quantizers.offline import complete_folder, open_source, weight_bytes
-from hf_rb.quantizers.ptqtp.conversion import moves_rows
 from hf_rb.quantizers.report import LayerReport, Report
 
 

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from hf_rb import PTQTPConfig, tiny
+from hf_rb.quantizers.experts import projections
 from hf_rb.quantizers.ptqtp import PTQTPLinear, solve
-from hf_rb.quantizers.ptqtp.experts import PTQTPExperts, projections
+from hf_rb.quantizers.ptqtp.experts import PTQTPExperts
 
 
 ARCHITECTURES = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss"]

@@ -1,40 +1,43 @@
 """Which parts of a model are packed."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_rb import _compat
-from hf_rb.quantizers.ptqtp.config import PTQTPConfig
-from hf_rb.quantizers.ptqtp.experts import PTQTPExperts, fused_experts, projections
-from hf_rb.quantizers.ptqtp.linear import PackedModule, PTQTPLinear
+from hf_rb.quantizers.config import PackedConfig
+from hf_rb.quantizers.experts import fused_experts, projections
 
 
 if TYPE_CHECKING:
-    from hf_rb.quantizers.ptqtp.quantizer import PTQTPQuantizer
+    from hf_rb.quantizers.backend import PackingQuantizer
 
-__all__ = ["packable"]
+__all__ = ["packable", "setting"]
 
 logger = logging.get_logger(__name__)
 
 QK = ["q_proj", "k_proj"]
 
+Value = TypeVar("Value")
 
-def packable(model: nn.Module, quantizer: "PTQTPQuantizer") -> Iterator[tuple[str, PackedModule]]:
-    """Yields the packed stand-ins of what is to be quantized; the report gets the rest."""
+
+def packable(model: nn.Module, quantizer: "PackingQuantizer") -> Iterator[tuple[str, nn.Module, list[str]]]:
+    """Yields what is to be packed: a linear layer or fused experts, and which of its weights; the report gets the rest."""
     config, skipped = quantizer.quantization_config, quantizer.report.skipped
     modules = dict(model.named_modules())
     experts = {name: weights for name, module in modules.items() if (weights := fused_experts(name, module))}
     blocks = {name.rpartition(".")[0] for name in experts}
     weights = [f"{name}.{weight}" for name in experts for weight in experts[name]]
+    settings = getattr(config, quantizer.per_layer) or {}
     if not quantizer.pre_quantized:
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        _check_patterns(config, [*modules, *weights], [*linear, *weights], type(model).__name__)
+        patterns = [*_skips(config), *settings]
+        _check_patterns(patterns, [*modules, *weights], [*linear, *weights], type(model).__name__)
     stays = _stays(model, quantizer)
     unknown, packed = {}, []
     for name, module in modules.items():
@@ -42,42 +45,44 @@ def packable(model: nn.Module, quantizer: "PTQTPQuantizer") -> Iterator[tuple[st
             known = projections(module)
             if known is None and not stays(name):
                 unknown[name] = module
-            planes = {
-                weight: _planes(config, f"{name}.{weight}", name)
-                for weight in known or ()
-                if not stays(name) and not stays(f"{name}.{weight}")
-            }
-            skipped += [f"{name}.{weight}" for weight in experts[name] if weight not in planes]
-            if planes:
-                packed += [name, *(f"{name}.{weight}" for weight in planes)]
-                yield name, PTQTPExperts(module, config, planes)
+            chosen = [weight for weight in known or () if not stays(name) and not stays(f"{name}.{weight}")]
+            skipped += [f"{name}.{weight}" for weight in experts[name] if weight not in chosen]
+            if chosen:
+                packed += [name, *(f"{name}.{weight}" for weight in chosen)]
+                yield name, module, chosen
         elif isinstance(module, nn.Linear):
             router = name.rpartition(".")[0] in blocks or "router" in name
             if router or stays(name) or type(module) is not nn.Linear:  # a subclass computes something else
                 skipped.append(name)
                 continue
             packed.append(name)
-            size = module.in_features, module.out_features, module.bias is not None
-            weight = module.weight
-            yield name, PTQTPLinear(*size, config, _planes(config, name), weight.device, weight.dtype)
+            yield name, module, ["weight"]
     if quantizer.pre_quantized:
         return
-    for pattern in config.planes_per_layer or {}:
+    for pattern in settings:
         if packed and not any(_means(pattern, name) for name in packed):
             raise ValueError(
-                f"`planes_per_layer` has {pattern!r}, which matches nothing of {type(model).__name__} that is quantized: "
+                f"`{quantizer.per_layer}` has {pattern!r}, which matches nothing of {type(model).__name__} that is quantized: "
                 "leave it out, or let what it names be quantized."
             )
     if unknown:
         weights = sum(modules[name].get_parameter(weight).numel() for name in unknown for weight in experts[name])
         kinds = ", ".join(sorted({type(module).__name__ for module in unknown.values()}))
         logger.warning(
-            f"PTQTP leaves {weights / 1e6:.1f}M weights of {type(model).__name__} as they are: it does not know how the fused "
-            f"experts of {kinds} are laid out."
+            f"{config.method} leaves {weights / 1e6:.1f}M weights of {type(model).__name__} as they are: it does not know how "
+            f"the fused experts of {kinds} are laid out."
         )
 
 
-def _stays(model: nn.Module, quantizer: "PTQTPQuantizer") -> Callable[[str], bool]:
+def setting(by_pattern: Mapping[str, Value] | None, default: Value, *names: str) -> Value:
+    """Returns what the first pattern that means one of the names says, or the default."""
+    for pattern, value in (by_pattern or {}).items():
+        if any(_means(pattern, name) for name in names):
+            return value
+    return default
+
+
+def _stays(model: nn.Module, quantizer: "PackingQuantizer") -> Callable[[str], bool]:
     """Returns whether what has a name is to stay as it is."""
     patterns = _skips(quantizer.quantization_config)
     in_fp32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
@@ -90,8 +95,8 @@ def _stays(model: nn.Module, quantizer: "PTQTPQuantizer") -> Callable[[str], boo
     )
 
 
-def _skips(config: PTQTPConfig) -> list[str]:
-    return [*(config.modules_to_not_convert or []), *([] if config.quantize_qk else QK)]
+def _skips(config: PackedConfig) -> list[str]:
+    return [*(config.modules_to_not_convert or []), *([] if getattr(config, "quantize_qk", True) else QK)]
 
 
 def _language_model(model: nn.Module) -> tuple[str, ...]:
@@ -103,20 +108,13 @@ def _language_model(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name, module in models if module.config is text) or ("",)
 
 
-def _planes(config: PTQTPConfig, *names: str) -> int:
-    for pattern, planes in (config.planes_per_layer or {}).items():
-        if any(_means(pattern, name) for name in names):
-            return planes
-    return config.planes
-
-
 def _means(pattern: str, name: str) -> bool:
     # As in transformers, but an ending has whole components: `up_proj` is not one half of `gate_up_proj`.
     return bool(re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name)) or f".{name}".endswith(f".{pattern}")
 
 
-def _check_patterns(config: PTQTPConfig, names: list[str], weights: Iterable[str], model: str) -> None:
-    for pattern in [*_skips(config), *(config.planes_per_layer or {})]:
+def _check_patterns(patterns: list[str], names: list[str], weights: Iterable[str], model: str) -> None:
+    for pattern in patterns:
         if any(_means(pattern, name) for name in names):
             continue
         if pattern in QK:

@@ -1,13 +1,14 @@
 """How the tensors of a checkpoint become packed parameters, in terms of transformers' loader.
 
 A conversion says which tensors of a file make which parameter, and by which operations: experts 0 to 127 are stacked, gate and
-up are joined. Where the result is packed, the same operations bring packed rows together, because they move whole rows; the
-scales, a tensor of their own named `<name>_scale`, go the same way. What any other operation would do to packed rows is not
-defined: there the file of a quantized model has the names that the parameters have in the model.
+up are joined. Where the result is packed, the same operations bring packed rows together, because they move whole rows; what
+stands beside the bytes, tensors of their own named `<name>_scale` and the like, goes the same way. What any other operation
+would do to packed rows is not defined: there the file of a quantized model has the names that the parameters have in the model.
 """
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from hf_rb import _compat
 
 
 if TYPE_CHECKING:
-    from hf_rb.quantizers.ptqtp.quantizer import PTQTPQuantizer
+    from hf_rb.quantizers.backend import PackingQuantizer
 
 __all__ = ["Conversions", "moves_rows"]
 
@@ -26,8 +27,8 @@ class Conversions:
     The conversions of a model, with ours in the place of those that end in a packed parameter.
 
     Args:
-        quantizer ([`PTQTPQuantizer`]):
-            Knows the packed parameters, and makes one out of a tensor.
+        quantizer ([`PackingQuantizer`]):
+            Knows the packed parameters, and makes one out of tensors.
         originals (`list`):
             The model's conversions.
 
@@ -35,8 +36,9 @@ class Conversions:
         loading (`list`): What the loader is to use.
     """
 
-    def __init__(self, quantizer: "PTQTPQuantizer", originals: list):
+    def __init__(self, quantizer: "PackingQuantizer", originals: list):
         self.loading: list = []
+        self._suffixes = quantizer.suffixes
         self._origin: list[tuple[Any, Any]] = []  # one of ours, and what of the model's it stands for
         for conversion in originals:
             if not isinstance(conversion, _compat.WeightConverter) or not _ends_in(conversion, quantizer.layouts):
@@ -50,18 +52,16 @@ class Conversions:
         for name in sorted({"weight" if end[1] == "weight" else rf"\.{end[0]}\.{end[1]}" for end in ends}):
             self._add(quantizer, _compat.WeightConverter(name, name, [_compat.IdentityOp()]), [], origin=None)
 
-    def _add(self, quantizer: "PTQTPQuantizer", conversion: Any, operations: list, origin: Any) -> None:
+    def _add(self, quantizer: "PackingQuantizer", conversion: Any, operations: list, origin: Any) -> None:
         sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
-        if quantizer.quantization_config.dequantize:
-            operation = _Dequantize(quantizer, operations)
-            ours = [conversion.copy([*sources, *_scales(sources)], targets, operations=[operation])]
+        if quantizer.pre_quantized:
+            kind = _Dequantize if quantizer.quantization_config.dequantize else _Read
+            sources = [*sources, *(pattern + suffix for suffix in self._suffixes for pattern in sources)]
         else:
-            ours = [conversion.copy(sources, targets, operations=[_Load(quantizer, operations)])]
-            if quantizer.pre_quantized:
-                operation = _Load(quantizer, operations)
-                ours.append(conversion.copy(_scales(sources), _scales(targets), operations=[operation]))
-        self.loading += ours
-        self._origin += zip(ours, [origin, None], strict=False)
+            kind = _Quantize
+        ours = conversion.copy(sources, targets, operations=[kind(quantizer, operations)])
+        self.loading.append(ours)
+        self._origin.append((ours, origin))
 
     def plain(self, used: list) -> list:
         """Returns the conversions whose reverse saves an ordinary model; `used` are those of `loading` that matched."""
@@ -78,9 +78,10 @@ class Conversions:
             if not any(conversion is origin for origin in replaced):
                 kept.append(conversion)
             elif moves_rows(conversion):
-                sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
-                operations = list(conversion.operations)
-                kept += [conversion, conversion.copy(_scales(sources), _scales(targets), operations=operations)]
+                patterns = conversion._original_source_patterns, conversion._original_target_patterns
+                for suffix in ("", *self._suffixes):
+                    sources, targets = ([pattern + suffix for pattern in side] for side in patterns)
+                    kept.append(conversion.copy(sources, targets, operations=list(conversion.operations)))
         return kept
 
 
@@ -96,12 +97,8 @@ def _ends_in(conversion: Any, names: dict) -> bool:
     return any(re.search(f"(?:{target})$", name) for target in targets for name in names)
 
 
-def _scales(patterns: list[str]) -> list[str]:
-    return [f"{pattern}_scale" for pattern in patterns]
-
-
 class _Operation(_compat.ConversionOps):
-    def __init__(self, quantizer: "PTQTPQuantizer", operations: list = ()):
+    def __init__(self, quantizer: "PackingQuantizer", operations: list = ()):
         self.quantizer, self.operations = quantizer, operations
 
     def __deepcopy__(self, memo: dict) -> "_Operation":
@@ -117,8 +114,8 @@ class _Operation(_compat.ConversionOps):
         return _compat.IdentityOp()
 
 
-class _Load(_Operation):
-    """Tensors of a checkpoint -> a packed parameter, or its scales, or both; what is not packed passes."""
+class _Quantize(_Operation):
+    """Weights of a checkpoint -> a packed parameter and what stands beside it; what is not packed passes."""
 
     def convert(
         self, input_dict: dict, *, full_layer_name: str, target_patterns: list, model: nn.Module, **kwargs
@@ -133,20 +130,64 @@ class _Load(_Operation):
             return quantizer.fail(model, full_layer_name, error)
         result = {}
         for key, value in tensors.items():
-            tensor = value if isinstance(value, Tensor) else value[0]
             name = full_layer_name if len(tensors) == 1 else full_layer_name.replace(target_patterns[0], key)
             try:
-                result |= quantizer.load(model, name, tensor)
+                result |= quantizer.quantize_parameter(model, name, _single(value))
             except (ValueError, MemoryError) as error:
                 result |= quantizer.fail(model, name, error)
         return result
 
 
-class _Dequantize(_Operation):
-    """Packed tensors of a checkpoint with their scales -> an ordinary parameter; what is not packed passes."""
+class _FromPacked(_Operation):
+    """The packed tensors of a checkpoint, each with its companions, -> a parameter."""
+
+    def parts(self, input_dict: dict, name: str, make: Callable) -> dict[str, dict[str, list[Tensor]]]:
+        """Returns what `make` makes of every packed tensor, by suffix, then by pattern, in the order of the file."""
+        _check_alike(input_dict)
+        suffixes = self.quantizer.suffixes
+        packed = {pattern: found for pattern, found in input_dict.items() if not pattern.endswith(suffixes)}
+        if not packed:
+            raise ValueError("There are scales and no packed tensor.")
+        result: dict[str, dict[str, list[Tensor]]] = {}
+        for pattern, found in packed.items():
+            beside = {suffix: input_dict[pattern + suffix] for suffix in suffixes if pattern + suffix in input_dict}
+            for i, tensor in enumerate(found):
+                try:
+                    made = make(name, {"": tensor} | {suffix: found[i] for suffix, found in beside.items()})
+                except ValueError as error:
+                    if "*" not in pattern:
+                        raise
+                    raise ValueError(f"{pattern.replace('*', str(i))}: {error}") from error
+                for suffix, value in made.items():
+                    result.setdefault(suffix, {}).setdefault(pattern, []).append(value)
+        return result
+
+
+class _Read(_FromPacked):
+    """Packed tensors of a checkpoint -> a packed parameter and what stands beside it; what is not packed passes."""
+
+    def convert(self, input_dict: dict, *, full_layer_name: str, model: nn.Module, **kwargs) -> dict:
+        quantizer, kwargs = self.quantizer, dict(kwargs, model=model)
+        if not quantizer.packs(model, full_layer_name):
+            return self.run(input_dict, full_layer_name, **kwargs)
+        result = {}
+        try:
+            parts = self.parts(input_dict, full_layer_name, quantizer.restore)
+            for suffix, tensors in parts.items():
+                ((_, value),) = self.run(tensors, full_layer_name, **kwargs).items()
+                _check_shape(_single(value), model.get_parameter(full_layer_name + suffix).shape)
+                result[full_layer_name + suffix] = _single(value)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            return quantizer.fail(model, full_layer_name, error)
+        quantizer.found(full_layer_name)
+        return result
+
+
+class _Dequantize(_FromPacked):
+    """Packed tensors of a checkpoint -> an ordinary parameter; what is not packed passes."""
 
     @property
-    def hf_quantizer(self) -> "PTQTPQuantizer":
+    def hf_quantizer(self) -> "PackingQuantizer":
         return self.quantizer  # the name by which the loader knows not to cast what comes in
 
     def convert(self, input_dict: dict, *, full_layer_name: str, model: nn.Module, **kwargs) -> dict:
@@ -155,32 +196,30 @@ class _Dequantize(_Operation):
         if full_layer_name not in quantizer.layouts:
             tensors = {name: [tensor.to(target.dtype) for tensor in found] for name, found in input_dict.items()}
             return self.run(tensors, full_layer_name, **kwargs)
+
+        def weight(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"": quantizer.unpack(name, tensors, target.dtype)}
+
         try:
-            _check_alike(input_dict)
-            weights = {name: found for name, found in input_dict.items() if not name.endswith("_scale")}
-            for name, found in weights.items():
-                scales = input_dict.get(f"{name}_scale", [])
-                if len(scales) != len(found):
-                    raise ValueError(f"{len(found)} packed tensors come with {len(scales)} tensors of scales.")
-                weights[name] = []
-                for i, (packed, scale) in enumerate(zip(found, scales, strict=True)):
-                    try:
-                        weights[name].append(quantizer.unpack(full_layer_name, packed, scale, target.dtype))
-                    except ValueError as error:
-                        raise ValueError(f"{name.replace('*', str(i))}: {error}" if "*" in name else error) from error
-            if not weights:
-                raise ValueError("There are scales and no packed tensor.")
-            ((_, weight),) = self.run(weights, full_layer_name, **kwargs).items()
-            weight = weight if isinstance(weight, Tensor) else weight[0]
+            tensors = self.parts(input_dict, full_layer_name, weight)[""]
+            ((_, value),) = self.run(tensors, full_layer_name, **kwargs).items()
+            value = _single(value)
             if getattr(model.get_submodule(full_layer_name.rpartition(".")[0]), "is_transposed", False):
-                weight = weight.mT.contiguous()
-            if weight.shape != target.shape:
-                shapes = tuple(weight.shape), tuple(target.shape)
-                raise ValueError(f"The checkpoint's weight has shape {shapes[0]}, expected {shapes[1]}.")
+                value = value.mT.contiguous()
+            _check_shape(value, target.shape)
         except (ValueError, RuntimeError, MemoryError) as error:
             return quantizer.fail(model, full_layer_name, error)
-        quantizer.missing -= {full_layer_name, f"{full_layer_name}_scale"}
-        return {full_layer_name: weight}
+        quantizer.found(full_layer_name)
+        return {full_layer_name: value}
+
+
+def _single(value: Tensor | list[Tensor]) -> Tensor:
+    return value if isinstance(value, Tensor) else value[0]
+
+
+def _check_shape(tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"The checkpoint's weight has shape {tuple(tensor.shape)}, expected {tuple(expected)}.")
 
 
 def _check_alike(input_dict: dict) -> None:
