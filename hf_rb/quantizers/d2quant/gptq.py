@@ -31,7 +31,7 @@ from hf_rb.quantizers.d2quant.grids import AffineCodes, check_weight, fit_grid
 
 __all__ = ["ACT_ORDERS", "InputStatistics", "Stats", "group_aware_order", "inverse_factor", "quantize"]
 
-ACT_ORDERS = ("gar", "none")
+ACT_ORDERS = ("gar", None)
 # A matrix that has no Cholesky factor is damped ten times as much, until the damping is as large as what it damps.
 MORE_DAMPING, MOST_DAMPING, SOME_DAMPING = 10.0, 1.0, 1e-3
 
@@ -105,7 +105,7 @@ def quantize(
     *,
     bits: int,
     group_size: int = 128,
-    act_order: str = "gar",
+    act_order: str | None = "gar",
     percdamp: float = 0.01,
     asym_alpha: float = 0.25,
     dual: bool = False,
@@ -126,8 +126,8 @@ def quantize(
             Bits of a code: 2, 3 or 4; planes if `dual`: 2 or 3.
         group_size (`int`, *optional*, defaults to `128`):
             Neighbours in a row that share scales. A short last group is solved on its true length.
-        act_order (`str`, *optional*, defaults to `"gar"`):
-            `"gar"` takes groups, and columns within them, by falling H[j, j]; `"none"` takes them as they come.
+        act_order (`str` or `None`, *optional*, defaults to `"gar"`):
+            `"gar"` takes groups, and columns within them, by falling H[j, j]; `None` takes them as they come.
         percdamp (`float`, *optional*, defaults to `0.01`):
             Share of the mean of H's diagonal that is added to it.
         asym_alpha (`float`, *optional*, defaults to `0.25`):
@@ -172,7 +172,7 @@ def quantize(
 
 
 def group_aware_order(
-    diagonal: Tensor, group_size: int, act_order: str = "gar"
+    diagonal: Tensor, group_size: int, act_order: str | None = "gar"
 ) -> tuple[list[tuple[int, int]], Tensor]:
     """
     Returns the order in which columns are quantized.
@@ -182,14 +182,14 @@ def group_aware_order(
             Of the Hessian, `(in_features,)`.
         group_size (`int`):
             Columns of a group; the last may have fewer.
-        act_order (`str`, *optional*, defaults to `"gar"`):
-            `"gar"` or `"none"`.
+        act_order (`str` or `None`, *optional*, defaults to `"gar"`):
+            As for [`quantize`].
 
     Returns:
         `tuple[list[tuple[int, int]], torch.Tensor]`: Index and length of every group, and the columns `(in_features,)`, both
         in the order in which they are taken. Equal ones stay as they are.
     """
-    if act_order == "none":
+    if act_order is None:
         parts = torch.arange(len(diagonal), device=diagonal.device).split(group_size)
         return list(enumerate(map(len, parts))), torch.cat(parts)
     parts = diagonal.split(group_size)
@@ -267,7 +267,9 @@ class _AffineMatrix:
         return nearest
 
     def finish(self, order: Tensor) -> AffineCodes:
-        return AffineCodes(_restore(self.codes, order).T.contiguous(), self.scale, self.zero, self.bits, self.group_size)
+        return AffineCodes(
+            _restore(self.codes, order).T.contiguous(), self.scale, self.zero, self.bits, self.group_size
+        )
 
 
 class _DualMatrix:
@@ -309,7 +311,7 @@ def _stats(original: Tensor, quantized: Tensor, hessian: Tensor, percdamp: float
     return Stats(percdamp, dead, weight_error, (max(lost_output, 0) / output) ** 0.5 if output > 0 else 0.0)
 
 
-def _check(weight: Tensor, hessian: Tensor, cross: Tensor | None, act_order: str) -> None:
+def _check(weight: Tensor, hessian: Tensor, cross: Tensor | None, act_order: str | None) -> None:
     expected = (weight.shape[1], weight.shape[1])
     for name, matrix in (("hessian", hessian), ("cross", cross)):
         if matrix is None:
@@ -321,4 +323,4 @@ def _check(weight: Tensor, hessian: Tensor, cross: Tensor | None, act_order: str
         if not matrix.isfinite().all():
             raise ValueError(f"`{name}` has a NaN or an infinite value: so had the inputs that it was gathered from.")
     if act_order not in ACT_ORDERS:
-        raise ValueError(f"`act_order` must be one of {', '.join(ACT_ORDERS)}; got {act_order!r}.")
+        raise ValueError(f"`act_order` must be 'gar' or None; got {act_order!r}.")
