@@ -1,0 +1,50 @@
+"""The linear layer of D²Quant."""
+
+from torch import Tensor, nn
+
+from hf_rb.quantizers.d2quant.dsq import DualCodes
+from hf_rb.quantizers.d2quant.grids import AffineCodes
+from hf_rb.quantizers.d2quant.packing import code_bits, for_kernels, is_dual, layout_of
+from hf_rb.quantizers.packed import PackedLinear
+
+
+__all__ = ["D2QuantLinear"]
+
+
+class D2QuantLinear(PackedLinear):
+    """
+    A linear layer whose weight has codes of 2, 3 or 4 bits, on integer grids or as sign planes.
+
+    `weight` is a frozen uint8 parameter `(out_features, layout.row_bytes)` in the kernels' layout, `weight_scale` a frozen
+    float16 parameter `(out_features, ceil(in_features / group_size), scales)` (`hf_rb/quantizers/d2quant/packing.py`). Sign planes
+    whose column scales are not in another layer have them as `weight_column`, float32 `(in_features,)`.
+    """
+
+    @classmethod
+    def from_codes(cls, codes: AffineCodes | DualCodes, bias: Tensor | None = None) -> "D2QuantLinear":
+        """
+        Makes a layer of a quantized matrix. Sign planes keep their column scales; absorbing is for later.
+
+        Args:
+            codes (`AffineCodes` or `DualCodes`):
+                The matrix.
+            bias (`torch.Tensor`, *optional*):
+                `(out_features,)`.
+        """
+        rows, columns = codes.shape
+        layout = layout_of(columns, codes.group_size, codes.bits, isinstance(codes, DualCodes))
+        layer = cls(columns, rows, False, layout, column=is_dual(layout), device="meta")
+        for suffix, tensor in for_kernels(codes).items():
+            setattr(layer, f"weight{suffix}", nn.Parameter(tensor, requires_grad=False))
+        layer.bias = None if bias is None else nn.Parameter(bias.detach())
+        return layer
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {described(self, 'weight')}, group_size={self.layout.group_size}"
+
+
+def described(module: nn.Module, name: str) -> str:
+    """Says how a packed parameter is stored."""
+    layout = module.layouts[name]
+    column = ", column scales" if "_column" in module.companions(name) else ""
+    return f"bits={code_bits(layout)}{', sign planes' if is_dual(layout) else ''}{column}"
