@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
-__all__ = ["LayerReport", "Report"]
+__all__ = ["BlockReport", "LayerReport", "Report"]
 
 
 @dataclass
@@ -36,6 +36,28 @@ class LayerReport:
 
 
 @dataclass
+class BlockReport:
+    """
+    A decoder layer that was quantized on calibration text.
+
+    Attributes:
+        name (`str`): Module name in the model.
+        hidden_error (`float`): Root mean square of what its output lost, in this and all earlier layers, over that of the
+            original output.
+        shift_before (`float`, *optional*): Mean square of what the input of its MLP lost by the quantized attention.
+        shift_after (`float`, *optional*): The same with the mean shift corrected, measured.
+        shift_expected (`float`, *optional*): The same as it has to be: less by exactly the square of the mean, where the
+            correction is not clamped.
+    """
+
+    name: str
+    hidden_error: float = 0.0
+    shift_before: float | None = None
+    shift_after: float | None = None
+    shift_expected: float | None = None
+
+
+@dataclass
 class Report:
     """
     What quantizing a model did. `dataclasses.asdict` makes it JSON-able.
@@ -46,6 +68,7 @@ class Report:
         skipped (`list[str]`): Linear layers, and parameters of other shapes with a weight matrix for each expert, left as
             they were.
         resolved (`int`): Layers that were solved a second time.
+        blocks (`list[BlockReport]`): The decoder layers, if there was calibration text.
         seconds (`float`): Time in the solver.
         weights_per_second (`float`): Weights quantized a second of that time.
         file_bytes (`int`, *optional*): Bytes of the weight files with everything in them, once saved.
@@ -63,6 +86,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     resolved: int = 0
+    blocks: list[BlockReport] = field(default_factory=list)
     seconds: float = 0.0
     weights_per_second: float = 0.0
     file_bytes: int | None = None
