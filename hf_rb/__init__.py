@@ -11,6 +11,13 @@ from hf_rb import _registration
 
 
 if TYPE_CHECKING:
+    from hf_rb.models.mpi.conversion import apply_mpi, fold_mpi
+    from hf_rb.models.mpi_mixtral.configuration_mpi_mixtral import MPIMixtralConfig
+    from hf_rb.models.mpi_mixtral.modeling_mpi_mixtral import MPIMixtralForCausalLM
+    from hf_rb.models.mpi_olmoe.configuration_mpi_olmoe import MPIOlmoeConfig
+    from hf_rb.models.mpi_olmoe.modeling_mpi_olmoe import MPIOlmoeForCausalLM
+    from hf_rb.models.mpi_qwen3_moe.configuration_mpi_qwen3_moe import MPIQwen3MoeConfig
+    from hf_rb.models.mpi_qwen3_moe.modeling_mpi_qwen3_moe import MPIQwen3MoeForCausalLM
     from hf_rb.quantizers.d2quant.config import D2QuantConfig
     from hf_rb.quantizers.ptqtp.config import PTQTPConfig
     from hf_rb.trainers.distillation_config import DistillationConfig
@@ -32,9 +39,17 @@ _MODULES = {
     "GKDTrainer": "hf_rb.trainers.gkd_trainer",
     "GRPOConfig": "hf_rb.trainers.grpo_config",
     "GRPOTrainer": "hf_rb.trainers.grpo_trainer",
+    "MPIMixtralConfig": "hf_rb.models.mpi_mixtral.configuration_mpi_mixtral",
+    "MPIMixtralForCausalLM": "hf_rb.models.mpi_mixtral.modeling_mpi_mixtral",
+    "MPIOlmoeConfig": "hf_rb.models.mpi_olmoe.configuration_mpi_olmoe",
+    "MPIOlmoeForCausalLM": "hf_rb.models.mpi_olmoe.modeling_mpi_olmoe",
+    "MPIQwen3MoeConfig": "hf_rb.models.mpi_qwen3_moe.configuration_mpi_qwen3_moe",
+    "MPIQwen3MoeForCausalLM": "hf_rb.models.mpi_qwen3_moe.modeling_mpi_qwen3_moe",
     "PTQTPConfig": "hf_rb.quantizers.ptqtp.config",
     "SFTConfig": "hf_rb.trainers.sft_config",
     "SFTTrainer": "hf_rb.trainers.sft_trainer",
+    "apply_mpi": "hf_rb.models.mpi.conversion",
+    "fold_mpi": "hf_rb.models.mpi.conversion",
 }
 
 __all__ = [
@@ -45,9 +60,17 @@ __all__ = [
     "GKDTrainer",
     "GRPOConfig",
     "GRPOTrainer",
+    "MPIMixtralConfig",
+    "MPIMixtralForCausalLM",
+    "MPIOlmoeConfig",
+    "MPIOlmoeForCausalLM",
+    "MPIQwen3MoeConfig",
+    "MPIQwen3MoeForCausalLM",
     "PTQTPConfig",
     "SFTConfig",
     "SFTTrainer",
+    "apply_mpi",
+    "fold_mpi",
 ]
 
 

@@ -34,6 +34,10 @@ TABLE: dict[str, Entry] = {
     "AUTO_QUANTIZATION_CONFIG_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING"),
     "AUTO_QUANTIZER_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZER_MAPPING"),
     "LOADING_ATTRIBUTES_CONFIG_TYPES": Entry("transformers.quantizers.auto", "LOADING_ATTRIBUTES_CONFIG_TYPES"),
+    # Where transformers looks up what a model of a class may return besides its output (hf_rb/models/mpi/conversion.py).
+    "CAN_RECORD_REGISTRY": Entry("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"),
+    # Where a model type is registered (hf_rb/_registration.py).
+    "CONFIG_MAPPING": Entry("transformers.models.auto.configuration_auto", "CONFIG_MAPPING"),
     # What the trainers override or call (hf_rb/trainers).
     "FusedCausalLMOutput": Entry("trl.trainer.utils", "FusedCausalLMOutput", ("log_probs", "label_mask")),
     "GKDConfig": Entry("trl.experimental.gkd", "GKDConfig"),

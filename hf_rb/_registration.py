@@ -58,6 +58,18 @@ _QUANTIZERS = {
     "ptqtp": "hf_rb.quantizers.ptqtp.quantizer:PTQTPQuantizer",
 }
 
+_MODEL_TYPES = {
+    "mpi_mixtral": "hf_rb.models.mpi_mixtral.configuration_mpi_mixtral:MPIMixtralConfig",
+    "mpi_olmoe": "hf_rb.models.mpi_olmoe.configuration_mpi_olmoe:MPIOlmoeConfig",
+    "mpi_qwen3_moe": "hf_rb.models.mpi_qwen3_moe.configuration_mpi_qwen3_moe:MPIQwen3MoeConfig",
+}
+
+
+def _register_models(auto: ModuleType) -> None:
+    # Configurations only: each registers its models when it is made, which every Auto class does first.
+    mapping = _compat.resolve("CONFIG_MAPPING")
+    mapping._extra_content = LazyMapping(mapping._extra_content, **_MODEL_TYPES)
+
 
 def _register_quantizers(auto: ModuleType) -> None:
     # `resolve`, not attributes: those are kept, and other plug-ins may have registered since.
@@ -103,6 +115,7 @@ def _is_packed(module: Any) -> bool:
 
 
 _HOOKS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.models.auto.configuration_auto": _register_models,
     "transformers.quantizers.auto": _register_quantizers,
     "peft.tuners.lora.model": _register_lora,
     "peft.tuners.tuners_utils": _guard_merge,

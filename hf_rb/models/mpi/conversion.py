@@ -6,12 +6,15 @@ row an expert. Nothing else is asked of its code: on any model the effective rou
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 
+from hf_rb import _compat
 from hf_rb.models.mpi.functional import expert_matrix
 from hf_rb.models.mpi.router import EffectiveRouter, check_rows
 
@@ -199,7 +202,31 @@ def fold_mpi(model: nn.Module) -> nn.Module:
     for layer, weight in zip(layers, folded, strict=True):
         if _is_parametrized(layer.router):
             parametrize.remove_parametrizations(layer.router, "weight", leave_parametrized=False)
+            layer.router.weight.copy_(weight)
         else:
             del layer.router.mpi
-        layer.router.weight.copy_(weight)
+            # The native class has its routers in the dtype of the rest.
+            layer.router.weight.data = weight.to(expert_matrix(layer.experts).dtype)
+    for module in model.modules():
+        _make_native(module)
     return model
+
+
+def _make_native(module: nn.Module) -> None:
+    """Gives a module of ours the class that it is built on, and the same to its configuration."""
+    native = getattr(type(module), "native_class", None)
+    if native is None:
+        return
+    module.__class__ = native
+    if not isinstance(module, PreTrainedModel):
+        return
+    module._keep_in_fp32_modules_strict = set(native._keep_in_fp32_modules_strict or ())
+    # What a model may return is looked up by its class, and put there by the constructor.
+    _compat.CAN_RECORD_REGISTRY[module] = native._can_record_outputs
+    config = module.config
+    if hasattr(type(config), "native_class"):
+        ours = {field.name for field in fields(config)} - {field.name for field in fields(config.native_class)}
+        config.__class__ = config.native_class
+        for name in ours | {"auto_map"} & vars(config).keys():
+            delattr(config, name)
+        config.architectures = None  # saving writes it

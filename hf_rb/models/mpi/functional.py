@@ -97,7 +97,7 @@ def row_length(experts: int, scale: float, norm: float | None = None) -> float:
         raise ValueError(f"norm={norm} must be positive: it is C, the length of a router's row.")
     if norm is None and not scale > 0:
         raise ValueError(
-            f"scale={scale} must be positive: it is C', rows have length C' / sqrt({experts}). Write 2.0."
+            f"scale={scale} must be positive: it is C', and rows have length C' / sqrt(N). The default is 2.0."
         )
     return float(norm if norm is not None else scale / experts**0.5)
 

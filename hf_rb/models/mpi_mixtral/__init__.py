@@ -1,0 +1,1 @@
+"""Mixtral with routers of manifold power iteration."""

@@ -1,0 +1,1 @@
+"""OLMoE with routers of manifold power iteration."""

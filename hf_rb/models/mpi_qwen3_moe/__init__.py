@@ -1,0 +1,1 @@
+"""Qwen3-MoE with routers of manifold power iteration."""
