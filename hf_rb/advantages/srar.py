@@ -19,6 +19,7 @@ from 1 and 0 is the whole completion.
 """
 
 import functools
+import inspect
 import json
 import logging
 import math
@@ -95,8 +96,12 @@ def parse_rubric(text: str) -> list[RubricItem]:
     Reads a rubric: one item a line, `<TYPE> text`, with a type of SUGGEST, PITFALL, BONUS or ANSWER. Blank lines do not count.
 
     Raises:
-        ValueError: A line that is not of this form.
+        ValueError: A line that is not of this form, or no text.
     """
+    if not isinstance(text, str):
+        raise ValueError(
+            f"A rubric is text, one item a line; got {type(text).__name__}. Join the items with line ends."
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     items = []
     for number, line in enumerate(lines, start=1):
@@ -327,7 +332,14 @@ class SrarShaper(TokenShaper):
         step_pattern: str | None = None,
     ):
         if judge is None:
-            raise ValueError("SRaR needs a `judge`: a callable, or the endpoint of a model that judges.")
+            raise ValueError(
+                "SRaR needs a `judge`. Set `srar_judge` to the URL of an endpoint, or pass a callable, `judge=Judge(ask)`."
+            )
+        if any(map(inspect.iscoroutinefunction, (judge, type(judge).__call__))):
+            raise TypeError(
+                "The `judge` of SRaR takes a list of requests and returns a list of replies, and is no coroutine function. Make "
+                "one of `async def ask(request)`, which replies to one request: `judge=hf_rb.judges.Judge(ask)`."
+            )
         srar_step_scores([], [], 0, gk)  # refuse bad parameters before the first step
         srar_offsets([], 1, ddof)
         self.judge, self.coef, self.gk, self.ddof = judge, coef, gk, ddof

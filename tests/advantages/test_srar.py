@@ -189,6 +189,11 @@ def test_total_is_bounded_and_no_step_is_nothing(rubric_marks, num_steps, gk):
 # Rubrics and verdicts.
 
 
+def test_a_rubric_is_text():
+    with pytest.raises(ValueError, match="A rubric is text, one item a line; got list"):
+        parse_rubric(["<SUGGEST> adds"])
+
+
 def test_rubric_grammar():
     text = "<SUGGEST> Draws the figure\n\n  <ANSWER> 42 \n<PITFALL> Divides by <zero>\n"
     assert parse_rubric(text) == [
