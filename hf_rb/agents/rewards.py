@@ -14,6 +14,7 @@ __all__ = ["answer_f1", "is_well_formed", "search_f1"]
 
 _MARKUP = re.compile(r"</?tool_(call|response)>")
 _SKIPPED = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def search_f1(
@@ -84,16 +85,16 @@ def text_of(message: dict) -> str:
 
 def answer_f1(answer: str | None, gold: str | Sequence[str]) -> float:
     """
-    Returns the harmonic mean of precision and recall over words, without case, punctuation and articles; the best one if there
-    are several right answers.
+    Returns the harmonic mean of precision and recall over words, without case, punctuation and articles, as SQuAD's evaluation
+    defines it; the best one if there are several right answers.
     """
     golds = [gold] if isinstance(gold, str) else gold
     return max((_f1(_words(answer or ""), _words(text)) for text in golds), default=0.0)
 
 
 def _words(text: str) -> list[str]:
-    text = "".join(" " if character in string.punctuation else character for character in text.lower())
-    return _SKIPPED.sub(" ", text).split()
+    # As in SQuAD's evaluation: punctuation goes without leaving a blank, so that "U.S." is "US".
+    return _SKIPPED.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def _f1(given: list[str], right: list[str]) -> float:

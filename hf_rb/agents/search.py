@@ -150,7 +150,8 @@ def read_passages(path: str | Path) -> list[Passage]:
         ValueError: A line is not such an object, or an id occurs twice. The message names the line.
     """
     passages, ids = [], set()
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    # Not `splitlines`: inside a passage there may be characters that Unicode counts as line ends.
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -187,5 +188,5 @@ def search_environment(
         from hf_rb.tiny.facts import fact_base
 
         passages = [Passage(fact.text, fact.text, fact.relation) for fact in fact_base()]
-        return partial(FactSearch, Index(passages, top_k or 2), answer_extractor)
-    return partial(PassageSearch, Index(read_passages(corpus), top_k or 3), answer_extractor)
+        return partial(FactSearch, Index(passages, 2 if top_k is None else top_k), answer_extractor)
+    return partial(PassageSearch, Index(read_passages(corpus), 3 if top_k is None else top_k), answer_extractor)

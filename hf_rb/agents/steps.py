@@ -52,7 +52,7 @@ class SilverDocuments:
         formed = [self.well_formed(completion) for completion in ctx.completions]
         everywhere = ctx.gather(list(zip(documents, formed, strict=True)))
 
-        rewards = [reward if ok else 0.0 for reward, (_, ok) in zip(self._rewards(ctx), everywhere, strict=True)]
+        rewards = [reward if ok else math.nan for reward, (_, ok) in zip(self._rewards(ctx), everywhere, strict=True)]
         silver = silver_documents(rewards, [found for found, _ in everywhere], ctx.group_size, self.qualify)
         first = ctx.local.start or 0
         return [
@@ -120,14 +120,16 @@ def search_steps(completion: str | list[dict], environment: object = None) -> li
             With `retrieved`, document ids by the text of a tool message. Without, each line is a document.
 
     Returns:
-        `list[tuple[str, list[str]]]`: the text before the call, and the documents that all calls of the turn found; none for
-        a failed call.
+        `list[tuple[str, list[str]]]`: what the model thought or said before the call, and the documents that all calls of the
+        turn found; none for a failed call.
     """
     retrieved = getattr(environment, "retrieved", None)
     steps: list[tuple[str, list[str]]] = []
     for message in [] if isinstance(completion, str) else completion:
         if message["role"] == "assistant" and message.get("tool_calls"):
-            steps.append((text_of(message), []))
+            # Where a template marks thoughts, TRL parses them into a field of their own.
+            thought = message.get("reasoning_content") or message.get("thinking") or ""
+            steps.append((f"{thought} {text_of(message)}".strip(), []))
         elif message["role"] == "tool" and steps and not is_tool_error(message):
             text = text_of(message)
             found = [line for line in map(str.strip, text.splitlines()) if line]

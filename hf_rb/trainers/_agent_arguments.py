@@ -120,6 +120,9 @@ def agent_rules(config: Any) -> Iterator[str]:
         yield "`environment_kwargs` needs an environment: set `environment: search`."
     elif unknown:
         yield f"`environment_kwargs` has {', '.join(sorted(unknown))}. `environment: search` knows `corpus` and `top_k`."
+    top_k = (config.environment_kwargs or {}).get("top_k")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        yield f"`environment_kwargs: {{top_k: {top_k}}}`: write a whole number of 1 or more."
     yield from _pattern_rules(config)
     yield from _judge_rules(config)
     acting = {"calibadv_step_field": "calibadv", "srar_judge": "srar", "srar_step_pattern": "srar"}

@@ -62,6 +62,11 @@ def test_an_index_needs_something_to_find(passages, top_k):
         Index(passages, top_k)
 
 
+def test_no_passage_is_not_the_default_number_of_passages():
+    with pytest.raises(ValueError, match="top_k of at least 1"):
+        search_environment(top_k=0)
+
+
 def test_passages_of_a_file(tmp_path):
     path = tmp_path / "passages.jsonl"
     path.write_text('{"id": "p1", "title": "Apple", "text": "A  red\\nfruit."}\n\n{"text": "A plum."}\n')
@@ -83,6 +88,12 @@ def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(ImportError, match=r"pip install 'hf_rb\[rl\]'"):
         search_environment()
+
+
+def test_what_unicode_counts_as_a_line_end_is_part_of_a_passage(tmp_path):
+    path = tmp_path / "passages.jsonl"
+    path.write_bytes('{"text": "A\u2028red\u0085fruit."}\r\n{"text": "A plum."}'.encode())
+    assert [passage.text for passage in read_passages(path)] == ["A red fruit.", "A plum."]
 
 
 @pytest.mark.parametrize("line", ['{"title": "Apple"}', "[1]", "no json", '{"text": 3}'])

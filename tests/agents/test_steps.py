@@ -67,6 +67,7 @@ def test_well_formed():
         ("the", "rome", 0.0),
         ("paris", ["rome", "Paris, France"], 2 / 3),
         ("paris", [], 0.0),
+        ("the U.S.", "US", 1.0),
     ],
 )
 def test_f1(answer, gold, f1):
@@ -89,6 +90,20 @@ def test_steps_of_messages():
     environment = SimpleNamespace(retrieved={"a\nb": ["p1"], "c": ["p2", "p3"]})
     assert [found for _, found in search_steps(completion, environment)] == [["p1"], ["p2", "p3"], [], []]
     assert search_steps("a string") == []
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking"])
+def test_thoughts_that_a_template_marks(field):
+    """TRL parses them into a field of their own; a repeated one is redundant wherever it stands."""
+    first, second = ({**call(), field: f"we need the {what} of the film"} for what in ("director", "writer"))
+    completion = [first, tool(*"abx"), {**second, "content": "So."}, tool(*"cdy"), say("#### y")]
+    steps = search_steps(completion)
+    assert [thought for thought, _ in steps] == [
+        "we need the director of the film",
+        "we need the writer of the film So.",
+    ]
+    scores = SilverDocuments()(context([rollout("abc", "de"), completion], [1.0, 0.0]))
+    assert scores[1] == [pytest.approx(2 / 3), 0.0]
 
 
 def context(completions, rewards, group_size=2, local=None, gather=list, **fields):
@@ -139,6 +154,12 @@ def test_a_rollout_of_invalid_form_neither_gives_nor_gets():
     assert SilverDocuments()(ctx) == [[0.0] * len(row) for row in QUALITY]
     ctx = context([GROUP[0], [*GROUP[1][:-1], say("no answer")]], [1.0, 0.0])
     assert SilverDocuments()(ctx) == [[1.0, 1.0], [0.0, 0.0, 0.0]]
+
+
+def test_an_invalid_form_never_qualifies():
+    malformed = [*rollout("abc")[:-1], call("cut off")]
+    scores = SilverDocuments(qualify=0.0)(context([malformed, rollout("abx")], [0.0, 0.0]))
+    assert scores == [[0.0, 0.0], [1.0]]
 
 
 def test_a_reward_that_is_none_qualifies_nobody():

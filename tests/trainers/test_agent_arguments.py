@@ -17,6 +17,8 @@ def config(tmp_path, **fields):
         ({"environment": "serach"}, "`environment` cannot be 'serach'; did you mean 'search'"),
         ({"environment_kwargs": {"top_k": 3}}, "needs an environment: set `environment: search`"),
         ({"environment": "search", "environment_kwargs": {"topk": 3}}, "`environment_kwargs` has topk"),
+        ({"environment": "search", "environment_kwargs": {"top_k": 0}}, "write a whole number of 1 or more"),
+        ({"environment": "search", "environment_kwargs": {"top_k": "two"}}, "write a whole number of 1 or more"),
         ({"calibadv_step_field": "q"}, "acts only with `calibadv` in `advantage_shapers`"),
         ({"srar_judge": "tiny"}, "acts only with `srar` in `advantage_shapers`"),
         ({"srar_step_pattern": "x"}, "acts only with `srar` in `advantage_shapers`"),
