@@ -87,8 +87,8 @@ class PackingQuantizer(HfQuantizer):
         """Returns what a file holds of a weight in memory."""
 
     @abstractmethod
-    def from_file(self, layout: Layout, tensors: Tensors) -> Tensors:
-        """Inverse of [`~PackingQuantizer.to_file`], with every tensor checked; raises a [`DamagedTensor`]."""
+    def from_file(self, layout: Layout, tensors: Tensors, name: str) -> Tensors:
+        """Inverse of [`~PackingQuantizer.to_file`] for the parameter `name`, which checks every tensor: [`DamagedTensor`]."""
 
     # What is quantized.
 
@@ -201,7 +201,7 @@ class PackingQuantizer(HfQuantizer):
         """Returns in the form of memory what a checkpoint holds of the parameter `name`, or of a part of it."""
         if "_scale" not in tensors:
             raise DamagedTensor("not in the checkpoint.", "_scale")
-        return self.from_file(self.layouts[name], tensors)
+        return self.from_file(self.layouts[name], tensors, name)
 
     def unpack(self, name: str, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """Returns as weights what a checkpoint holds of the parameter `name`, or of a part of it."""

@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_rb.quantizers.d2quant.config import D2QuantConfig
     from hf_rb.quantizers.d2quant.dsq import DualScale, fit_dsq
+    from hf_rb.quantizers.d2quant.experts import D2QuantExperts
+    from hf_rb.quantizers.d2quant.linear import D2QuantLinear
+    from hf_rb.quantizers.d2quant.quantizer import D2QuantQuantizer
 
-__all__ = ["D2QuantConfig", "DualScale", "fit_dsq"]
+__all__ = ["D2QuantConfig", "D2QuantExperts", "D2QuantLinear", "D2QuantQuantizer", "DualScale", "fit_dsq"]
 
 _MODULES = {
     "D2QuantConfig": "config",
+    "D2QuantExperts": "experts",
+    "D2QuantLinear": "linear",
+    "D2QuantQuantizer": "quantizer",
     "DualScale": "dsq",
     "fit_dsq": "dsq",
 }

@@ -51,7 +51,7 @@ class PTQTPQuantizer(PackingQuantizer):
     def to_file(self, layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors | {"": repack(tensors[""], layout, "nibble", self.quantization_config.packing)}
 
-    def from_file(self, layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def from_file(self, layout: Layout, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         packed, scale = tensors[""], tensors["_scale"]
         try:
             check_scales(scale, (*packed.shape[:-1], layout.groups, layout.num_scales))
