@@ -6,6 +6,7 @@ Files are read with plain reads. A memory map would be simpler, but what it has 
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "Entry",
     "Output",
+    "TensorFile",
     "read_header",
     "weight_files",
     "write_index",
@@ -70,11 +72,12 @@ class Entry:
             _read_into(stream, start, data)
         return data.view(self.dtype).view(shape)
 
-    def chunks(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-        """Yields the tensor, cast to `dtype`, as flat pieces of about 4 MB."""
+    def chunks(self, dtype: torch.dtype | None = None, elements: int | None = None) -> Iterator[Tensor]:
+        """Yields the tensor, cast to `dtype`, as flat pieces of about 4 MB, or of that many elements."""
+        step = elements * self.dtype.itemsize if elements else CHUNK
         with self.file.open("rb", buffering=0) as stream:
-            for start in range(0, self.nbytes, CHUNK):
-                data = torch.empty(min(CHUNK, self.nbytes - start), dtype=torch.uint8)
+            for start in range(0, self.nbytes, step):
+                data = torch.empty(min(step, self.nbytes - start), dtype=torch.uint8)
                 _read_into(stream, self.start + start, data)
                 yield data.view(self.dtype).to(dtype or self.dtype)
 
@@ -173,26 +176,82 @@ class Output:
         return cls(dtype or entry.dtype, entry.shape, lambda: entry.chunks(dtype))
 
 
+class TensorFile:
+    """
+    A safetensors file that is written from its beginning to its end, tensor after tensor.
+
+    Args:
+        path (`Path`):
+            The file.
+        tensors (`dict[str, tuple[torch.dtype, tuple[int, ...]]]`):
+            Type and shape of every tensor.
+        metadata (`dict[str, str]`, *optional*):
+            What else the header says.
+
+    Attributes:
+        names (`list[str]`): The tensors in the order in which they lie in the file.
+        offsets (`list[int]`): Where each of them begins, and at last the size of the file, in bytes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: dict[str, str] | None = None,
+    ):
+        # The format's own order: the widest types first, so that every tensor begins at a multiple of its item size.
+        self.path, self.names = path, sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
+        stops = [0]
+        for name in self.names:
+            dtype, shape = tensors[name]
+            stops.append(stops[-1] + torch.Size(shape).numel() * dtype.itemsize)
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": stops[-2:]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = len(text).to_bytes(8, "little") + text
+        self.offsets = [len(self.header) + stop for stop in stops]
+
+    @contextmanager
+    def writing(self, done: int = 0) -> Iterator["TensorFile"]:
+        """Opens the file, behind its first `done` tensors if there are any from an earlier time.
+
+        Raises:
+            ValueError: They are not there.
+        """
+        with self.path.open("r+b" if done else "wb", buffering=0) as self._stream:
+            if not done:
+                _write_all(self._stream, memoryview(self.header))
+            elif self._stream.seek(0, os.SEEK_END) < self.offsets[done]:
+                raise ValueError(f"{self.path} is shorter than what was written into it.")
+            self._stream.truncate(self.offsets[done])
+            self._stream.seek(self.offsets[done])
+            yield self
+
+    def write(self, chunk: Tensor) -> None:
+        """Writes the next flat piece of a tensor."""
+        _write_all(self._stream, memoryview(chunk.view(torch.uint8).numpy()))
+
+    def check(self, done: int) -> None:
+        """Raises `RuntimeError` unless exactly the first `done` tensors have been written."""
+        if self._stream.tell() != self.offsets[done]:
+            raise RuntimeError(f"{self.path}: the tensors do not have the size of their shapes.")
+
+    def sync(self) -> None:
+        """Waits until what has been written is on disk."""
+        os.fsync(self._stream.fileno())
+
+
 def write_tensors(path: Path, outputs: dict[str, Output], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file that is there only when it is complete, even after a power cut."""
-    # The format's own order: the widest types first, so that every tensor begins at a multiple of its item size.
-    ordered = sorted(outputs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
-    stop = 0
-    for name, output in ordered:
-        start, stop = stop, stop + torch.Size(output.shape).numel() * output.dtype.itemsize
-        header[name] = {"dtype": NAMES[output.dtype], "shape": list(output.shape), "data_offsets": [start, stop]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb", buffering=0) as stream:
-        _write_all(stream, memoryview(len(text).to_bytes(8, "little") + text))
-        for _, output in ordered:
-            for chunk in output.chunks():
-                _write_all(stream, memoryview(chunk.view(torch.uint8).numpy()))
-        if stream.tell() != 8 + len(text) + stop:
-            raise RuntimeError(f"{path}: the tensors do not have the size of their shapes.")
-    fsync_file(temporary)
+    tensors = {name: (output.dtype, output.shape) for name, output in outputs.items()}
+    with TensorFile(temporary, tensors, metadata).writing() as file:
+        for name in file.names:
+            for chunk in outputs[name].chunks():
+                file.write(chunk)
+        file.check(len(file.names))
+        file.sync()
     os.replace(temporary, path)
     fsync_file(path.parent)
 

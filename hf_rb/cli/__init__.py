@@ -30,6 +30,9 @@ VERBS = {
     "quantize": ("hf_rb.cli.quantize", "Quantize a model and save it."),
     "dequantize": ("hf_rb.cli.dequantize", "Write a quantized model as an ordinary one."),
     "export": ("hf_rb.cli.export", "Write a quantized model in the format of GPTQ."),
+    "upcycle": ("hf_rb.cli.upcycle", "Make a mixture of experts from a dense model."),
+    "router-report": ("hf_rb.cli.router_report", "Look at the routers of a mixture of experts."),
+    "merge": ("hf_rb.cli.merge", "Make models from models: interpolate, graft (Shadow-FT), refine (Timber)."),
     "eval": ("hf_rb.cli.eval", "Measure perplexity, accuracy, size and speed of a model."),
 }
 

@@ -135,7 +135,7 @@ def render_card(data: ModelCardData) -> str:
         data=data,
         metadata=data.metadata().to_yaml(),
         methods=methods,
-        needs_import=any(method.kind != "trainer" for method in methods),
+        needs_import=any(method.kind in ("quantizer", "model") for method in methods),
         compared=any(result.before is not None for result in data.results),
         location=data.repo_id or f"path/to/{data.model_name}",
         versions=_versions(data),

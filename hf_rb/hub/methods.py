@@ -16,7 +16,7 @@ class Method:
             Short name: the recipe folder, the card's file name, the Hub tag.
         name (`str`):
             Name as the paper writes it.
-        kind (`"trainer"`, `"quantizer"` or `"model"`):
+        kind (`"trainer"`, `"quantizer"`, `"model"` or `"weights"`):
             What implements it. A checkpoint of a quantizer or of a model class loads only after `import hf_rb`.
         paper_id (`str`):
             arXiv identifier.
@@ -30,7 +30,7 @@ class Method:
 
     key: str
     name: str
-    kind: Literal["trainer", "quantizer", "model"]
+    kind: Literal["trainer", "quantizer", "model", "weights"]
     paper_id: str
     title: str
     authors: tuple[str, ...]
@@ -163,6 +163,16 @@ METHODS = {
             "where the student overrates it.",
         ),
         Method(
+            key="interpolation",
+            name="Model interpolation",
+            kind="weights",
+            paper_id="2510.10977",
+            title="Revisiting Model Interpolation for Efficient Reasoning",
+            authors=("Taiqiang Wu", "Runming Yang", "Tao Liu", "Jiahao Wang", "Ngai Wong"),
+            summary="Every weight on the straight line between two models, such as an Instruct and a Thinking model, whose place on it sets "
+            "how long the result thinks.",
+        ),
+        Method(
             key="llm_neo",
             name="LLM-Neo",
             kind="trainer",
@@ -231,6 +241,23 @@ METHODS = {
             "ternary planes, each with its own scale.",
         ),
         Method(
+            key="shadow_ft",
+            name="Shadow-FT",
+            kind="weights",
+            paper_id="2505.12716",
+            title="Shadow-FT: Tuning Instruct Model via Training on Paired Base Model",
+            authors=(
+                "Taiqiang Wu",
+                "Runming Yang",
+                "Jiayi Li",
+                "Pengfei Hu",
+                "Yik-Chung Wu",
+                "Ngai Wong",
+                "Yujiu Yang",
+            ),
+            summary="Fine-tunes the Base model and adds what its weights have learned to those of the Instruct model.",
+        ),
+        Method(
             key="srar",
             name="SRaR",
             kind="trainer",
@@ -258,6 +285,16 @@ METHODS = {
             ),
             summary="GRPO with a judge that finds the items of a rubric in the steps of a solution; steps better than the same step of "
             "the other completions gain, worse ones lose.",
+        ),
+        Method(
+            key="timber",
+            name="Timber",
+            kind="weights",
+            paper_id="2509.23595",
+            title="Timber: Training-free Instruct Model Refining with Base via Effective Rank",
+            authors=("Taiqiang Wu", "Runming Yang", "Tao Liu", "Jiahao Wang", "Zenan Xu", "Ngai Wong"),
+            summary="Weakens, in every weight matrix of an Instruct model, the part of its difference from Base that lies behind the "
+            "difference's effective rank; without training.",
         ),
     )
 }
