@@ -1,10 +1,7 @@
 """What the configurations of the quantization backends share, importable without torch."""
 
-import re
-from collections.abc import Iterator
 from dataclasses import fields
 from difflib import get_close_matches
-from types import NoneType
 from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -22,9 +19,11 @@ class PackedConfig(QuantizationConfigMixin):
 
     method: ClassVar[str]
     loading: ClassVar[tuple[str, ...]] = ("dequantize",)  # what may be given when a checkpoint is loaded
+    calibrated: ClassVar[bool] = False  # a property where the method may run the model on text
 
     def __post_init__(self):
         _registration.require("transformers")
+        self.check_version(self.format_version)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
@@ -55,25 +54,3 @@ class PackedConfig(QuantizationConfigMixin):
                 f"This checkpoint has {cls.method} format version {version}, this hf_rb reads {FORMAT_VERSION}. "
                 "Update hf_rb."
             )
-
-    def pattern_rules(self, per_layer: str, example: str) -> Iterator[str]:
-        """What is wrong with `modules_to_not_convert` and with the dict `per_layer`, both of which name modules."""
-        skipped, values = self.modules_to_not_convert, getattr(self, per_layer)
-        if isinstance(skipped, str):
-            yield f"`modules_to_not_convert` must be a list; got {skipped!r}, so write [{skipped!r}]."
-        if not isinstance(skipped, (list, tuple, NoneType)):
-            yield f"`modules_to_not_convert` must be a list of names; got {skipped!r}."
-        if not isinstance(values, (dict, NoneType)):
-            yield f"`{per_layer}` must be a dict such as {example}; got {values!r}."
-        for name, patterns in (("modules_to_not_convert", skipped), (per_layer, values)):
-            yield from (problem for pattern in patterns or () if (problem := _pattern_problem(name, pattern)))
-
-
-def _pattern_problem(name: str, pattern: Any) -> str | None:
-    if not isinstance(pattern, str):
-        return f"`{name}` has {pattern!r}; expected the name of a module, an ending or a regular expression."
-    try:
-        re.compile(f"(?:{pattern})")
-    except re.error as error:
-        hint = f"write {pattern.strip('*.')!r} for whatever ends so" if pattern.startswith("*") else "`.*` is any text"
-        return f"`{name}` has {pattern!r}, which is no regular expression ({error.msg}); {hint}."

@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
 from typing import Any, ClassVar
 
 from transformers.utils import logging
 
 from hf_rb._fields import described, validate
+from hf_rb.quantizers._rules import d2quant_rules
 from hf_rb.quantizers.config import FORMAT_VERSION, PackedConfig
 
 
@@ -62,8 +62,8 @@ class D2QuantConfig(PackedConfig):
             What is added to the diagonal of a Hessian, as a part of its mean. Raised, with a warning, where it does not do.
         asym_alpha (`float`, *optional*, defaults to `0.25`):
             Strength of GPTAQ's term; 0 is GPTQ.
-        act_order (`str`, *optional*, defaults to `"gar"`):
-            `"gar"` takes columns with large Hessians first without leaving their groups; `"none"` goes from left to right.
+        act_order (`str` or `None`, *optional*, defaults to `"gar"`):
+            `"gar"` takes columns with large Hessians first without leaving their groups; `None` goes from left to right.
         dataset (`str` or `list[str]`, *optional*):
             Calibration text: a text file, a JSON-lines file with the column `text`, a dataset of the Hub (`NAME` or
             `NAME:CONFIG`, split `train`), `"tiny:math"`, or a list of texts. Required unless `backend="rtn"`. Of a list only
@@ -124,7 +124,7 @@ class D2QuantConfig(PackedConfig):
     clip_search: bool = field(default=True, metadata=described("Search the range of each group's grid."))
     percdamp: float = field(default=0.01, metadata=described("Damping of Hessians.", range="(0, inf)"))
     asym_alpha: float = field(default=0.25, metadata=described("Strength of GPTAQ's term.", range="[0, 1]"))
-    act_order: str = field(default="gar", metadata=described("Order of columns.", choices=("gar", "none")))
+    act_order: str | None = field(default="gar", metadata=described("Order of columns.", choices=("gar",)))
     dataset: str | list[str] | None = field(default=None, metadata=described("Calibration text."))
     tokenizer: str | None = field(default=None, metadata=described("Tokenizer, if not that of the model."))
     num_samples: int = field(default=128, metadata=described("Sequences of calibration text.", range="[1, inf)"))
@@ -146,13 +146,18 @@ class D2QuantConfig(PackedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        validate(self, _rules)
+        validate(self, d2quant_rules)
         switched_off = [name for name in ("dac", "rotate") if self.backend == "rtn" and getattr(self, name)]
         for name in switched_off:
             setattr(self, name, False)
         if switched_off:
             names = " and ".join(f"`{name}`" for name in switched_off)
             logger.warning(f"D²Quant with `backend='rtn'` sees no data and no whole model: {names} switched off.")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model is run on text to quantize it."""
+        return self.backend != "rtn"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what is stored in `config.json`: no text, and no folder's name."""
@@ -171,43 +176,3 @@ def text_fingerprint(texts: Sequence[str]) -> str:
     for text in texts:
         digest.update(f"{len(text)}:{text}".encode())
     return f"{len(texts)} texts, sha256 {digest.hexdigest()}"
-
-
-# Fields that act only where another one has a certain value.
-_ACTS_ONLY = {
-    "asym_alpha": ("backend", ("gptaq",)),
-    "percdamp": ("backend", ("gptaq", "gptq")),
-    "act_order": ("backend", ("gptaq", "gptq")),
-    "dsq_iters": ("dsq", (True,)),
-    "dac_mode": ("dac", (True,)),
-    "dac_clip": ("dac", (True,)),
-    "dac_final": ("dac", (True,)),
-    "rotation_block": ("rotate", ("block_hadamard",)),
-    "rotation_seed": ("rotate", ("block_hadamard",)),
-}
-
-
-def _rules(config):
-    config.check_version(config.format_version)
-    yield from config.pattern_rules("bits_per_layer", '{"down_proj": 3}')
-    for pattern, bits in (config.bits_per_layer or {}).items():
-        if type(bits) is not int or bits not in (2, 3, 4):
-            yield f"`bits_per_layer[{pattern!r}]` must be 2, 3 or 4; got {bits!r}."
-    block = config.rotation_block
-    if block != "auto" and not (type(block) is int and block > 0 and block & (block - 1) == 0):
-        yield f"`rotation_block` must be 'auto' or a power of two such as 64; got {block!r}."
-    for name, (other, values) in _ACTS_ONLY.items():
-        if getattr(config, name) != getattr(type(config), name) and getattr(config, other) not in values:
-            needed = " or ".join(f"`{other}={value!r}`" for value in values)
-            yield f"`{name}={getattr(config, name)!r}` cannot act: it needs {needed}."
-    data = config.dataset
-    if isinstance(data, Sequence) and not isinstance(data, str):
-        if not data or not all(isinstance(text, str) for text in data):
-            yield "`dataset` as a list must hold texts, at least one; an item that is no `str`, or none at all, was found."
-    elif not isinstance(data, (str, NoneType)):
-        yield f"`dataset` must be a name, a file or a list of texts; got {type(data).__name__}."
-    if data is None and config.backend != "rtn" and not config.dequantize:
-        yield (
-            f"D²Quant with `backend={config.backend!r}` needs calibration text: write `dataset='texts.jsonl'`, a dataset of the "
-            "Hub or a list of texts; or `backend='rtn'`, which needs none."
-        )

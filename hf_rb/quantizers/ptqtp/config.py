@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hf_rb._fields import described, validate
+from hf_rb.quantizers._rules import ptqtp_rules
 from hf_rb.quantizers.config import FORMAT_VERSION, PackedConfig
 
 
@@ -104,15 +105,4 @@ class PTQTPConfig(PackedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        validate(self, _rules)
-
-
-def _rules(config):
-    config.check_version(config.format_version)
-    yield from config.pattern_rules("planes_per_layer", '{"down_proj": 3}')
-    planes_of = config.planes_per_layer or {}
-    for pattern, planes in planes_of.items():
-        if type(planes) is not int or planes not in (1, 2, 3):
-            yield f"`planes_per_layer[{pattern!r}]` must be 1, 2 or 3; got {planes!r}."
-    if config.scale_mode == "tied" and {config.planes, *planes_of.values()} != {2}:
-        yield "`scale_mode='tied'` ties two scales: use it with `planes=2` and without other `planes_per_layer`."
+        validate(self, ptqtp_rules)
