@@ -29,8 +29,8 @@ class EffectiveRouter(nn.Module):
     """
     Computes the effective router of one MoE layer from its learned router and from the experts beside it.
 
-    In evaluation without gradients the result is kept until the router, the experts or an adapter on them change; `train()` and
-    `eval()` drop it. PyTorch does not count changes made through `.data`: after such a change call `model.eval()` again.
+    Without gradients, as in generation, the result is kept until the router, the experts or an adapter on them change. A pass with
+    gradients, `train()` and `eval()` drop it. PyTorch does not count changes made through `.data`: call `model.eval()` after one.
 
     Args:
         block (`nn.Module`):
@@ -85,7 +85,8 @@ class EffectiveRouter(nn.Module):
         self._looked_at = False
         if ramp_steps:
             self.register_buffer("start", start.detach().clone())
-            self.register_buffer("steps", torch.zeros((), device=start.device))
+            # An integer, which a change of the model's dtype leaves as it is.
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long, device=start.device))
 
     def forward(self, router_ND: Tensor) -> Tensor:
         """Returns the router `(N, D)` that the layer routes with, in the dtype of the learned one."""
@@ -94,10 +95,11 @@ class EffectiveRouter(nn.Module):
         if not self._looked_at and not router_ND.is_meta:
             check_rows(router_ND)
             self._looked_at = True
-        if self.training or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            self._kept = None
             return self._compute(router_ND)
         sources, scalings = self._sources(router_ND)
-        if any(source.is_inference() for source in sources):  # their changes are not counted
+        if not _changes_are_counted(sources, self.training):
             return self._compute(router_ND)
         if self._kept is None or not self._kept.holds(sources, scalings):
             self._kept = _Kept(self._compute(router_ND), sources, scalings)
@@ -119,8 +121,9 @@ class EffectiveRouter(nn.Module):
         )
         if not self.ramp_steps:
             return effective_ND
-        share = (self.steps / self.ramp_steps).clamp(max=1)
-        return torch.lerp(widened(self.start), widened(effective_ND), share).to(router_ND.dtype)
+        start_ND = widened(self.start)
+        share = (self.steps / self.ramp_steps).clamp(max=1).to(start_ND.dtype)
+        return torch.lerp(start_ND, widened(effective_ND), share).to(router_ND.dtype)
 
     def expert_matrix(self) -> Tensor:
         """Returns the matrix of every expert `(N, d, D)` as the experts use it, with the LoRA adapters that are active."""
@@ -198,6 +201,12 @@ class _Kept:
                 for source, (reference, version, address) in zip(sources, self.sources, strict=True)
             )
         )
+
+
+def _changes_are_counted(sources: list[Tensor], training: bool) -> bool:
+    # FSDP gathers what an optimizer has changed into the same memory, and hides that from the counter.
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not (training and distributed) and not any(source.is_inference() for source in sources)
 
 
 def _unwrapped(experts: nn.Module, matrix: str) -> tuple[nn.Module, list[tuple[Any, str]]]:
