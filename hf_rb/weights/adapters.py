@@ -168,19 +168,19 @@ class Adapter:
         Raises:
             ValueError: The model lacks one, or it has another shape.
         """
-        weights = {f"{module}.weight": module for module in self.modules}
-        if missing := [name for name in weights if name not in source.entries]:
+        names = {module: source.name_of(f"{module}.weight") for module in self.modules}
+        if missing := [f"{module}.weight" for module, name in names.items() if name is None]:
             raise ValueError(
                 f"The adapter {self.name} adapts {some(missing)}, which {source.role} ({source.name}) does not have in its files."
             )
-        for name, module in weights.items():
+        for module, name in names.items():
             a, b = (self.entries[f"{PREFIX}{module}.lora_{factor}.weight"].shape for factor in "AB")
             shape = (a[1], b[0]) if self.config.get("fan_in_fan_out") else (b[0], a[1])
             if source.entries[name].shape != shape:
                 raise ValueError(
                     f"{name} has the shape {source.entries[name].shape} in {source.role} ({source.name}) and {shape} in the adapter."
                 )
-        return weights
+        return {name: module for module, name in names.items()}
 
 
 def factor_svd(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

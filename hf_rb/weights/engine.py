@@ -90,14 +90,22 @@ class Source:
         if lost := sorted(listed.keys() - self.entries.keys()):
             raise ValueError(f"{role} ({name}): the index lists {some(lost)}, which no file holds. Download it again.")
 
+    def name_of(self, name: str) -> str | None:
+        """
+        Returns what these files call a tensor of another checkpoint: the same; with or without the prefix of a model with a head; or,
+        where embedding and head are tied and the files hold one of them, the other.
+        """
+        tied = []
+        if self.config.get("tie_word_embeddings"):
+            for ours, theirs in (TIED, TIED[::-1]):
+                if name.endswith(ours):
+                    tied = [other for other in self.entries if other.endswith(theirs)]
+        names = name, name.removeprefix("model."), f"model.{name}", *tied
+        return next((name for name in names if name in self.entries), None)
+
     def find(self, name: str) -> Entry | None:
-        """Returns a tensor; where embedding and head are tied and the files hold one of them, that for the other."""
-        if name in self.entries or not self.config.get("tie_word_embeddings"):
-            return self.entries.get(name)
-        for ours, theirs in (TIED, TIED[::-1]):
-            if name.endswith(ours):
-                return next((entry for other, entry in self.entries.items() if other.endswith(theirs)), None)
-        return None
+        """Returns the tensor that another checkpoint calls `name`."""
+        return self.entries.get(self.name_of(name))
 
     def vocabulary(self) -> dict[int, str] | None:
         """The tokens by their ids, if there is a `tokenizer.json`."""
@@ -346,7 +354,7 @@ class _Plan:
         extra = []
         for other in self.others:
             known = filter(matcher(self.options.include), other.entries)
-            names = [name for name in known if self.receiver.find(name) is None]
+            names = [name for name in known if self.receiver.name_of(name) is None]
             if names:
                 self._refuse(
                     f"{self.receiver.role} has no {some(names)}, which {other.role} has",
