@@ -34,7 +34,7 @@ from hf_rb.trainers._rules import (
 )
 
 
-__all__ = ["Report", "check", "read_overrides", "read_recipe"]
+__all__ = ["Report", "check", "read_overrides", "read_recipe", "upcycle_rules"]
 
 EXAMPLE = "hf-rb check profit/tiny-cpu"
 
@@ -338,6 +338,14 @@ def _reward_rules(args: Any) -> Iterator[str]:
         yield f"`correct_reward: {args.correct_reward}` is none of the reward functions, {', '.join(filter(None, known))}."
 
 
+def upcycle_rules(args: Any) -> Iterator[str]:
+    """The numbers of experts fit together."""
+    if args.top_k > args.num_experts:
+        yield f"`top_k: {args.top_k}` is more than `num_experts: {args.num_experts}`. A token uses a part of the experts."
+    if args.num_experts % args.splits:
+        yield f"`splits: {args.splits}` must divide `num_experts: {args.num_experts}`: every split becomes as many experts."
+
+
 def _texts(value: Any) -> Iterator[str]:
     """The strings in a string, a list or a dict."""
     if isinstance(value, str):
@@ -353,4 +361,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "distillation": (distillation_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),
     "grpo": (grpo_rules, agent_rules, _precision_rules, _source_rules, _reward_rules, _name_rules),
     "quantize": (_name_rules,),
+    "upcycle": (upcycle_rules, _name_rules),
 }

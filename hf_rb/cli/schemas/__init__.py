@@ -19,6 +19,7 @@ RECIPES = {
     "distillation": "hf_rb.scripts.distillation:make_parser",
     "grpo": "hf_rb.scripts.grpo:make_parser",
     "quantize": "hf_rb.cli.quantize:QuantizeArguments",
+    "upcycle": "hf_rb.cli.upcycle:UpcycleArguments",
 }
 # The quantization configs by their `quant_method`.
 QUANTIZATION = {

@@ -1,0 +1,128 @@
+"""`hf-rb upcycle`: makes a mixture of experts from a dense model, saves it with its tokenizer, and says what came of it."""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_rb._fields import described, validate
+from hf_rb._resources import find_recipe
+from hf_rb.cli.check import check, read_recipe, upcycle_rules
+
+
+if TYPE_CHECKING:
+    from hf_rb.models.upcycle import UpcycleReport
+
+__all__ = ["UpcycleArguments"]
+
+EXAMPLE = "hf-rb upcycle tiny:student outputs/student-moe --experts 8 --top-k 2 --splits 2"
+
+
+@dataclass
+class UpcycleArguments:
+    """
+    The keys of a recipe for `hf-rb upcycle`.
+
+    Args:
+        model_name_or_path (`str`):
+            Dense model: a folder, a Hub id or an embedded one (`tiny:student`).
+        output_dir (`str`):
+            Folder for the mixture.
+        num_experts (`int`, *optional*, defaults to `8`):
+            Experts of a layer, a multiple of `splits`.
+        top_k (`int`, *optional*, defaults to `2`):
+            Experts that a token uses.
+        splits (`int`, *optional*, defaults to `1`):
+            Parts into which the neurons of an MLP are cut: 1 copies, `num_experts` splits.
+        mpi (`bool`, *optional*, defaults to `False`):
+            Whether the routers are MPI's.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the routers.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace a folder that is not empty.
+    """
+
+    model_name_or_path: str = field(metadata=described("Dense model: a folder, a Hub id or an embedded one."))
+    output_dir: str = field(metadata=described("Folder for the mixture."))
+    num_experts: int = field(default=8, metadata=described("Experts of a layer.", range="[2, inf)"))
+    top_k: int = field(default=2, metadata=described("Experts that a token uses.", range="[1, inf)"))
+    splits: int = field(
+        default=1, metadata=described("Parts into which the neurons of an MLP are cut.", range="[1, inf)")
+    )
+    mpi: bool = field(default=False, metadata=described("Whether the routers are MPI's."))
+    seed: int = field(default=0, metadata=described("Seed of the routers."))
+    overwrite: bool = field(default=False, metadata=described("Whether to replace a folder that is not empty."))
+
+    def __post_init__(self):
+        validate(self, upcycle_rules)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="tiny:student, a model folder or a Hub id")
+    parser.add_argument("destination", metavar="DEST", nargs="?", help="folder for the mixture")
+    parser.add_argument("--config", metavar="RECIPE", help="a YAML file or a recipe of hf_rb; arguments override it")
+    parser.add_argument("--experts", type=int, metavar="N", help="experts of a layer (default 8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="experts that a token uses (default 2)")
+    parser.add_argument("--splits", type=int, metavar="S", help="parts of an MLP: 1 copies (default), N splits")
+    parser.add_argument("--mpi", action="store_true", help="write a model with MPI routers")
+    parser.add_argument("--seed", type=int, help="seed of the routers (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    arguments = _read_arguments(args)
+
+    from hf_rb.models.upcycle import upcycle
+
+    report = upcycle(
+        arguments.model_name_or_path,
+        arguments.output_dir,
+        arguments.num_experts,
+        arguments.top_k,
+        splits=arguments.splits,
+        mpi=arguments.mpi,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+    )
+    print(json.dumps(report.to_dict(), indent=2) if args.json else _summary(report, arguments.output_dir))
+    return 0
+
+
+def _read_arguments(args: argparse.Namespace) -> UpcycleArguments:
+    values = read_recipe(find_recipe(args.config)) if args.config else {}
+    given = {
+        "model_name_or_path": args.model,
+        "output_dir": args.destination,
+        "num_experts": args.experts,
+        "top_k": args.top_k,
+        "splits": args.splits,
+        "mpi": args.mpi or None,
+        "seed": args.seed,
+        "overwrite": args.overwrite or None,
+    }
+    values |= {key: value for key, value in given.items() if value is not None}
+    errors = check(Path(args.config or "the command line"), values, "upcycle").errors
+    if any(message.endswith("is missing.") for message in errors):
+        errors.append("Write `hf-rb upcycle MODEL DEST`, or give a recipe that names both with `--config`.")
+    if errors:
+        raise ValueError("\n".join(errors))
+    return UpcycleArguments(**values)
+
+
+def _summary(report: "UpcycleReport", folder: str) -> str:
+    from hf_rb.evaluation import format_table
+
+    rows = [
+        ["experts, used by a token", f"{report.num_experts}, {report.top_k}"],
+        ["splits of an MLP", str(report.splits)],
+        ["parameters", f"{report.parameters:,}; before {report.dense_parameters:,}"],
+        ["  used by a token", f"{report.active_parameters:,}"],
+        ["starts as the dense model", "yes, up to rounding" if report.exact else "no"],
+        ["|cos| of learned rows", f"{report.row_cosine:.3f}"],
+        ["  as MPI would use them", f"{report.effective_row_cosine:.3f}"],
+    ]
+    table = format_table(["upcycled", "MPI" if report.mpi else "ordinary routers"], rows)
+    loading = " Load it after `import hf_rb`." if report.mpi else ""
+    return f"{table}\n\nSaved in {folder}.{loading}"

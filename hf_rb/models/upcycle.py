@@ -1,0 +1,315 @@
+"""
+Upcycling: a dense checkpoint becomes a mixture of experts, tensor by tensor, without building either model.
+
+The d neurons of a dense MLP are cut into s splits, and every split becomes E / s experts. Because a split is 1 / s of the sum over
+neurons and the weights of the chosen experts add up to 1, its down projection is multiplied by s:
+
+    s = 1          E copies of the MLP. Any router gives the dense model, since the copies agree.
+    s = E          neuron split: E thin experts, which together have the dense model's size.
+    1 < s < E      replicated splits.
+
+For s > 1 and a multiple of s experts per token, the learned router starts in groups: experts that together hold every split once share
+a row (the virtual groups of https://huggingface.co/papers/2410.07524), so that whole groups are chosen with equal weights, and the result
+is the dense model again. An MPI router multiplies the shared row by each expert's own weights: it starts near the dense model only for
+s = 1, where on the other hand its rows turn to one and the same direction, the principal one of the copies.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging
+
+from hf_rb._files import atomic_folder
+from hf_rb._safetensors import SINGLE, Checkpoint, Entry, Output, write_index, write_tensors
+from hf_rb.evaluation import find_model
+from hf_rb.hub import ModelCardData, write_model_card
+from hf_rb.models.doctor import row_cosine
+from hf_rb.models.mpi.functional import effective_router
+from hf_rb.quantizers.offline import check_apart, copy_companions
+
+
+__all__ = ["UpcycleReport", "upcycle"]
+
+logger = logging.get_logger(__name__)
+
+MLP = re.compile(r"(?P<layer>.*\.layers\.(?P<index>\d+)\.)mlp\.(?P<matrix>gate|up|down)_proj\.weight")
+# Mean |cos| of MPI rows on a 128 x 256 gate with singular values j^-0.6, from copies to splits: 0.44 to 0.32; of unrelated rows 0.05.
+SIMILAR = 0.375
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The mixture that a dense architecture becomes, and how its checkpoints name experts."""
+
+    target: str
+    width: str
+    block: str
+    matrices: dict[str, str]
+
+
+_PROJECTIONS = {matrix: f"{matrix}_proj" for matrix in ("gate", "up", "down")}
+_MIXTRAL = _Family("mixtral", "intermediate_size", "block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"})
+FAMILIES = {
+    "qwen3": _Family("qwen3_moe", "moe_intermediate_size", "mlp", _PROJECTIONS),
+    "llama": _MIXTRAL,
+    "mistral": _MIXTRAL,
+}
+
+
+@dataclass
+class UpcycleReport:
+    """What upcycling did.
+
+    Attributes:
+        num_experts, top_k, splits (`int`): E, K and s.
+        mpi (`bool`): Whether the routers are MPI's.
+        exact (`bool`): Whether the mixture computes what the dense model does, up to rounding.
+        dense_parameters, parameters, active_parameters (`int`): Of the dense model, of the mixture, and of those what one token uses.
+        row_cosine (`float`): Mean |cos| between two rows of a learned router, over pairs and layers.
+        effective_row_cosine (`float`): The same of the rows that MPI makes of them.
+        warnings (`list[str]`): What to think about before training.
+    """
+
+    num_experts: int
+    top_k: int
+    splits: int
+    mpi: bool
+    exact: bool
+    dense_parameters: int = 0
+    parameters: int = 0
+    active_parameters: int = 0
+    row_cosine: float = 0.0
+    effective_row_cosine: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the attributes, for JSON."""
+        return asdict(self)
+
+
+def upcycle(
+    source: str | Path,
+    destination: str | Path,
+    num_experts: int = 8,
+    top_k: int = 2,
+    *,
+    splits: int = 1,
+    mpi: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> UpcycleReport:
+    """
+    Writes a mixture of experts made from a dense Qwen3, Llama or Mistral checkpoint, with the memory of a few tensors.
+
+    Qwen3 becomes Qwen3-MoE, Llama and Mistral become Mixtral. The folder appears at `destination` in one step when it is complete.
+
+    Args:
+        source (`str` or `Path`):
+            Model folder, Hub id or embedded model (`"tiny:student"`), dense and not quantized.
+        destination (`str` or `Path`):
+            Folder to write.
+        num_experts (`int`, *optional*, defaults to `8`):
+            Experts E of a layer, a multiple of `splits`.
+        top_k (`int`, *optional*, defaults to `2`):
+            Experts K that a token uses.
+        splits (`int`, *optional*, defaults to `1`):
+            Parts s into which the neurons of an MLP are cut, a divisor of its width. 1 copies, `num_experts` splits, a number
+            between does both. With `top_k=splits` a token costs what it cost before.
+        mpi (`bool`, *optional*, defaults to `False`):
+            Whether to write the MPI class of the family, whose effective routers follow their experts
+            (https://huggingface.co/papers/2606.12397).
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the routers, the only part that is drawn.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace a folder that is not empty.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar, on a terminal.
+
+    Returns:
+        [`UpcycleReport`]
+
+    Raises:
+        FileExistsError: The destination is not empty and `overwrite` is `False`.
+        FileNotFoundError: There is no such model, or it has no safetensors files.
+        ValueError: Numbers that do not fit, or a model that has no mixture of the same layout.
+    """
+    folder, destination = find_model(str(source)), Path(destination)
+    check_apart(folder, destination)
+    dense = AutoConfig.from_pretrained(folder)
+    _check(dense, num_experts, top_k, splits)
+    config = _mixture_config(dense, num_experts, top_k, splits, mpi)
+    grouped = top_k % splits == 0 and not mpi
+    report = UpcycleReport(num_experts, top_k, splits, mpi, exact=splits == 1 or grouped)
+    work = _Work(FAMILIES[dense.model_type], num_experts, splits, dense.initializer_range, seed, grouped)
+    checkpoint = Checkpoint(folder)
+    with atomic_folder(destination, overwrite) as result:
+        names = [
+            f"model-{i:05}-of-{len(checkpoint.files):05}.safetensors" for i in range(1, len(checkpoint.files) + 1)
+        ]
+        names = names if len(names) > 1 else [SINGLE]
+        layers = sum(bool(MLP.fullmatch(name)) for name in checkpoint.entries)
+        with tqdm(total=layers, desc="upcycle", delay=2, disable=None if progress else True) as bar:
+            for name, shard in zip(names, checkpoint.shards, strict=True):
+                write_tensors(result / name, work.outputs(shard, bar))
+        if len(names) > 1:
+            write_index(result, names)
+        _complete(result, folder, config, str(source), destination.name, report)
+    for rows, effective in work.cosines:
+        report.row_cosine += rows / len(work.cosines)
+        report.effective_row_cosine += effective / len(work.cosines)
+    _count(report, dense, config)
+    _warn(report)
+    return report
+
+
+def _check(dense: PreTrainedConfig, num_experts: int, top_k: int, splits: int) -> None:
+    if dense.model_type not in FAMILIES:
+        raise ValueError(
+            f"A model of type {dense.model_type!r} cannot be upcycled: only {', '.join(FAMILIES)} have a mixture of experts with the "
+            "same attention and norms."
+        )
+    if getattr(dense, "quantization_config", None):
+        raise ValueError("The model is quantized. Upcycle the model it was made from, and quantize the result.")
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(dense, name, False) and name not in _names(CONFIG_MAPPING[FAMILIES[dense.model_type].target]):
+            raise ValueError(f"The model has {name}=True, for which {FAMILIES[dense.model_type].target} has no place.")
+    if "sliding_attention" in (getattr(dense, "layer_types", None) or ()):
+        raise ValueError(
+            "Layers with a sliding window between others cannot be upcycled: the mixtures have one kind of layer."
+        )
+    if not 1 <= top_k <= num_experts or num_experts < 2:
+        raise ValueError(
+            f"num_experts={num_experts} and top_k={top_k} do not fit: write 2 or more experts, and 1 <= top_k <= that."
+        )
+    if splits < 1 or num_experts % splits or dense.intermediate_size % splits:
+        raise ValueError(
+            f"splits={splits} must divide num_experts={num_experts} and the {dense.intermediate_size} neurons of the MLPs: 1 copies them, "
+            f"{num_experts} gives every expert its own."
+        )
+
+
+def _names(config_class: type) -> set[str]:
+    return {one.name for one in fields(config_class)}
+
+
+def _mixture_config(dense: PreTrainedConfig, num_experts: int, top_k: int, splits: int, mpi: bool) -> PreTrainedConfig:
+    family = FAMILIES[dense.model_type]
+    config_class = CONFIG_MAPPING[f"mpi_{family.target}" if mpi else family.target]
+    values = {name: value for name, value in dense.to_dict().items() if name in _names(config_class) | {"head_dim"}}
+    for name in ("architectures", "model_type", "transformers_version"):
+        values.pop(name, None)
+    values |= {
+        "num_experts_per_tok": top_k,
+        "num_experts": num_experts,
+        family.width: dense.intermediate_size // splits,
+    }
+    if "norm_topk_prob" in _names(config_class):
+        values["norm_topk_prob"] = True  # the weights of the chosen experts add up to 1
+    return config_class(**values)
+
+
+class _Work:
+    """Makes the tensors of a mixture from those of a dense checkpoint."""
+
+    def __init__(self, family: _Family, num_experts: int, splits: int, std: float, seed: int, grouped: bool):
+        self.family, self.num_experts, self.splits, self.std, self.grouped = family, num_experts, splits, std, grouped
+        self.seed = seed
+        self.cosines: list[tuple[float, float]] = []
+
+    def outputs(self, shard: dict[str, Entry], bar: tqdm) -> dict[str, Output]:
+        outputs = {}
+        for name, entry in shard.items():
+            found = MLP.fullmatch(name)
+            if not found:
+                outputs[name] = Output.copy(entry)
+                continue
+            block = found["layer"] + self.family.block
+            for expert in range(self.num_experts):
+                key = f"{block}.experts.{expert}.{self.family.matrices[found['matrix']]}.weight"
+                outputs[key] = self._expert(entry, found["matrix"], expert % self.splits)
+            if found["matrix"] == "gate":
+                outputs[f"{block}.gate.weight"] = Output.of(self._router(entry, int(found["index"])))
+            bar.update()
+        return outputs
+
+    def _expert(self, entry: Entry, matrix: str, split: int) -> Output:
+        shape = list(entry.shape)
+        shape[matrix == "down"] //= self.splits
+
+        def chunks() -> Iterator[Tensor]:
+            yield self._part(entry.read(), matrix, split).reshape(-1)
+
+        return Output(entry.dtype, tuple(shape), chunks)
+
+    def _part(self, weight: Tensor, matrix: str, split: int) -> Tensor:
+        part = weight.chunk(self.splits, dim=int(matrix == "down"))[split]
+        return part * self.splits if matrix == "down" else part
+
+    def _router(self, entry: Entry, layer: int) -> Tensor:
+        """Draws the router of a layer, and notes how alike its rows are, as they are and as MPI would use them."""
+        copies, splits = self.num_experts // self.splits, self.splits
+        groups = copies if self.grouped else self.num_experts
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + layer)  # whatever file the layer lies in
+        rows = self.std * torch.randn(groups, entry.shape[1], generator=generator)
+        rows = rows.repeat_interleave(self.num_experts // groups, dim=0)
+        gate, effective = entry.read(), torch.empty_like(rows)
+        for split in range(splits):
+            part = self._part(gate, "gate", split).float().expand(copies, -1, -1)
+            effective[split::splits] = effective_router(rows[split::splits], part, scale=1.0)
+        self.cosines.append((row_cosine(rows), row_cosine(effective)))
+        return rows.to(entry.dtype)
+
+
+def _complete(
+    folder: Path, source_folder: Path, config: PreTrainedConfig, source: str, name: str, report: UpcycleReport
+) -> None:
+    """Writes what belongs to the weights."""
+    with torch.device("meta"):
+        config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
+    config.save_pretrained(folder)
+    copy_companions(source_folder, folder)
+    options = {name: getattr(report, name) for name in ("num_experts", "top_k", "splits")}
+    write_model_card(
+        folder, ModelCardData(name, ["mpi"] if report.mpi else [], base_model=source, hyperparameters=options)
+    )
+
+
+def _count(report: UpcycleReport, dense: PreTrainedConfig, config: PreTrainedConfig) -> None:
+    with torch.device("meta"):
+        before, after = (AutoModelForCausalLM.from_config(one).num_parameters() for one in (dense, config))
+    expert = 3 * dense.hidden_size * (dense.intermediate_size // report.splits) * dense.num_hidden_layers
+    report.dense_parameters, report.parameters = before, after
+    report.active_parameters = after - (report.num_experts - report.top_k) * expert
+
+
+def _warn(report: UpcycleReport) -> None:
+    if report.mpi and report.effective_row_cosine > SIMILAR:
+        remedy = (
+            f"Prefer `splits` of more than {report.splits}."
+            if report.splits < report.num_experts
+            else "Expect experts to specialize slowly, or train without MPI."
+        )
+        report.warnings.append(
+            f"The rows of the effective routers have a mean |cos| of {report.effective_row_cosine:.2f} ({report.row_cosine:.2f} in the "
+            "learned ones): experts made from the same neurons share the direction that MPI turns rows to, so tokens hardly tell them "
+            f"apart. {remedy}"
+        )
+    if not report.exact:
+        why = (
+            "with MPI the experts of a group get different rows"
+            if report.mpi
+            else f"top_k={report.top_k} is no multiple of splits={report.splits}"
+        )
+        report.warnings.append(
+            f"The mixture does not start as the dense model: {why}. Expect a jump in the loss before training."
+        )
+    for message in report.warnings:
+        logger.warning(message)
