@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from hf_rb.quantizers.d2quant import dsq, grids
-from hf_rb.quantizers.d2quant.gptq import InputStatistics, group_aware_order, inverse_factor, quantize
+from hf_rb.quantizers.d2quant.gptq import (
+    InputStatistics,
+    _invert_upper,
+    _residual_factor,
+    group_aware_order,
+    inverse_factor,
+    quantize,
+)
 
 
 def gaussian(*shape, seed=0, dtype=torch.float32):
@@ -203,3 +210,13 @@ def test_refusals(problem):
         quantize(weight, statistics.hessian, bits=2, act_order="desc")
     with pytest.raises(ValueError, match="NaN or an infinite"):
         quantize(torch.full_like(weight, torch.nan), statistics.hessian, bits=2)
+
+
+@pytest.mark.parametrize("size", [40, 300, 777])
+def test_triangular_products_in_blocks(size):
+    matrix = gaussian(size, size, dtype=torch.float64).triu()
+    matrix.diagonal().abs_().add_(size)
+    torch.testing.assert_close(_invert_upper(matrix), matrix.inverse())
+    cross = gaussian(size, size, seed=1, dtype=torch.float64)
+    expected = 0.25 * (cross @ matrix.T).triu(1) @ matrix
+    torch.testing.assert_close(_residual_factor(cross, matrix, 0.25), expected)

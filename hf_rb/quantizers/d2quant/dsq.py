@@ -16,6 +16,8 @@ After a greedy start, three exact half-steps alternate, none of which increases 
 A row whose planes are linearly dependent keeps its scales in step 1 (the released code divides by a clamped determinant
 there). Scaling c by a factor and r by its inverse changes nothing; stored columns have a geometric mean of 1 over each group.
 
+This file is the reference, in torch, for any device and type. `solver.c` has the fit for float32 in main memory.
+
 Shapes: N rows, G columns, K planes; `(..., N, G)` are blocks that do not depend on each other.
 """
 
@@ -26,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_rb.quantizers.d2quant import native
 from hf_rb.quantizers.d2quant.grids import check_weight
 from hf_rb.quantizers.kernels.layout import sections
 
@@ -151,7 +154,11 @@ def fit_dsq(block: Tensor, planes: int, iters: int = 15) -> DualScale:
 
     Returns:
         [`DualScale`]: Column scales as they come out; nothing is normalised or rounded.
+
+    Raises:
+        ValueError: Another number of planes.
     """
+    _check_planes(planes)
     block = block.to(torch.promote_types(block.dtype, torch.float32))
     columns, rows, signs = _start(block, planes)
     objective = [_error(block, columns, rows, signs)]
@@ -167,8 +174,17 @@ def fit_dsq(block: Tensor, planes: int, iters: int = 15) -> DualScale:
     return DualScale(rows, columns, signs.to(torch.int8), objective)
 
 
+def _check_planes(planes: int) -> None:
+    if planes not in (1, 2, 3):
+        raise ValueError(f"Dual scales have 1, 2 or 3 planes, one for each bit; got {planes}.")
+
+
+def _first_columns(block: Tensor) -> Tensor:
+    return block.abs().mean(-2).clamp_(min=SMALLEST_COLUMN)
+
+
 def _start(block: Tensor, planes: int) -> tuple[Tensor, Tensor, Tensor]:
-    columns = block.abs().mean(-2).clamp_(min=SMALLEST_COLUMN)
+    columns = _first_columns(block)
     norm, rest, rows, signs = columns.square().sum(-1, keepdim=True), block, [], []
     for _ in range(planes):
         sign = torch.where(rest >= 0, 1.0, -1.0).to(block.dtype)
@@ -222,9 +238,14 @@ def fit_levels(block: Tensor, planes: int, iters: int = 15) -> tuple[Tensor, Ten
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Row scales, float16 `(..., N, K)`; column scales, float32 `(..., G)`.
     """
-    fitted = fit_dsq(block, planes, iters)
-    factor = fitted.column_scale.log().mean(-1, keepdim=True).exp()
-    return (fitted.row_scales * factor.unsqueeze(-1)).half(), (fitted.column_scale / factor).float()
+    _check_planes(planes)
+    block = block.contiguous()  # sums are taken in one order, whatever the layout was
+    if block.ndim == 2 and (solver := native.solver(block)):
+        rows, columns = solver.fit_dual(block.T, _first_columns(block), planes, iters, DEPENDENT, SMALLEST_COLUMN)
+    else:
+        rows, columns, *_ = fit_dsq(block, planes, iters)
+    factor = columns.log().mean(-1, keepdim=True).exp()
+    return (rows * factor.unsqueeze(-1)).half(), (columns / factor).float()
 
 
 def round_to_nearest(weight: Tensor, planes: int, group_size: int = 128, iters: int = 15) -> DualCodes:
@@ -245,7 +266,8 @@ def round_to_nearest(weight: Tensor, planes: int, group_size: int = 128, iters: 
         [`DualCodes`]
 
     Raises:
-        ValueError: The weight is not a floating matrix, or has a value that is no number or too large for float16 scales.
+        ValueError: The weight is not a floating matrix, or has a value that is no number or too large for float16 scales; or
+            `planes` is not 1, 2 or 3.
     """
     weight = check_weight(weight)
     signs = torch.empty(planes, *weight.shape, dtype=torch.int8, device=weight.device)

@@ -17,7 +17,8 @@ The scales of a group are fitted when its turn comes, to the columns as they are
 groups is one matrix product. The result does not depend on that: where the released code takes the rounded column for the second
 term of that product, here it is w_j as in the formula.
 
-Inside, matrices are transposed, `(in_features, out_features)`: a column of the weight is a row of memory.
+Inside, matrices are transposed, `(in_features, out_features)`: a column of the weight is a row of memory. The loop over the
+columns of a group is here in torch, and in `solver.c` for what lies in main memory.
 """
 
 from typing import NamedTuple
@@ -25,8 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_rb.quantizers.d2quant import native
 from hf_rb.quantizers.d2quant.dsq import DualCodes, Levels, fit_levels, signs_of
-from hf_rb.quantizers.d2quant.grids import AffineCodes, check_weight, fit_grid
+from hf_rb.quantizers.d2quant.grids import AffineCodes, Rounder, check_weight, fit_grid
 
 
 __all__ = ["ACT_ORDERS", "InputStatistics", "Stats", "group_aware_order", "inverse_factor", "quantize"]
@@ -34,6 +36,7 @@ __all__ = ["ACT_ORDERS", "InputStatistics", "Stats", "group_aware_order", "inver
 ACT_ORDERS = ("gar", None)
 # A matrix that has no Cholesky factor is damped ten times as much, until the damping is as large as what it damps.
 MORE_DAMPING, MOST_DAMPING, SOME_DAMPING = 10.0, 1.0, 1e-3
+BLOCK = 256
 
 
 class InputStatistics:
@@ -155,19 +158,22 @@ def quantize(
     residual = None if cross is None else _residual_factor(cross[order][:, order].float(), factor, asym_alpha)
 
     rest = original.masked_fill(dead, 0).T[order]
-    result = (_DualMatrix if dual else _AffineMatrix)(rest, group_size, bits, dsq_iters if dual else clip_search)
+    matrix = (
+        _DualMatrix(rest, group_size, bits, dsq_iters) if dual else _AffineMatrix(rest, group_size, bits, clip_search)
+    )
     first = 0
     for group, length in groups:
-        place, later = slice(first, first + length), slice(first + length, None)
-        nearest, block = result.fit(group, place, rest[place]), rest[place]
+        here, later = slice(first, first + length), slice(first + length, None)
+        block, extra = rest[here], None if residual is None else residual[here]
+        columns = matrix.fit(group, here, block)
         errors = _round_columns(
-            block, nearest, factor[place, place], None if residual is None else residual[place, place]
+            columns, block, factor[here, here], None if extra is None else extra[:, here], matrix.codes[here]
         )
-        rest[later].addmm_(factor[place, later].T, errors, alpha=-1)
-        if residual is not None:
-            rest[later].addmm_(residual[place, later].T, block)
+        rest[later].addmm_(factor[here, later].T, errors, alpha=-1)
+        if extra is not None:
+            rest[later].addmm_(extra[:, later].T, block)
         first += length
-    quantized = result.finish(order)
+    quantized = matrix.finish(order)
     return quantized, _stats(original, quantized.dequantize(), hessian.float(), percdamp, int(dead.sum()))
 
 
@@ -215,7 +221,7 @@ def inverse_factor(hessian: Tensor, percdamp: float) -> tuple[Tensor, float]:
         # With the order reversed, H is A A' for an upper triangular A, and U its inverse: one factorization, no inverse of H.
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(lower)).to(lower), upper=True)
+            upper = _invert_upper(lower.flip(0, 1))
             if upper.isfinite().all():
                 return upper, percdamp
         if percdamp >= MOST_DAMPING:
@@ -223,20 +229,75 @@ def inverse_factor(hessian: Tensor, percdamp: float) -> tuple[Tensor, float]:
         percdamp = min(MOST_DAMPING, max(SOME_DAMPING, MORE_DAMPING * percdamp))
 
 
+def _invert_upper(matrix: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix, by halves: a third of the work of solving for the identity."""
+    size = len(matrix)
+    if size <= BLOCK:
+        return torch.linalg.solve_triangular(matrix, torch.eye(size).to(matrix), upper=True)
+    first, last = slice(0, size // 2), slice(size // 2, None)
+    inverse = torch.zeros_like(matrix)
+    inverse[first, first], inverse[last, last] = _invert_upper(matrix[first, first]), _invert_upper(matrix[last, last])
+    inverse[first, last] = -inverse[first, first] @ (matrix[first, last] @ inverse[last, last])
+    return inverse
+
+
 def _residual_factor(cross: Tensor, factor: Tensor, asym_alpha: float) -> Tensor:
-    return (cross @ factor.T).triu_(1) @ factor * asym_alpha
+    """Returns P, in blocks of columns and without what a triangle has of zeros: a quarter of the work."""
+    size, inner, result = len(cross), torch.zeros_like(cross), torch.zeros_like(cross)
+    for first in range(0, size, BLOCK):
+        last = min(first + BLOCK, size)
+        inner[:last, first:last] = cross[:last, first:] @ factor[first:last, first:].T
+    inner.triu_(1).mul_(asym_alpha)
+    for first in range(0, size, BLOCK):
+        last = min(first + BLOCK, size)
+        result[:last, first:last] = inner[:last, :last] @ factor[:last, first:last]
+    return result
 
 
-def _round_columns(block: Tensor, nearest, factor: Tensor, residual: Tensor | None) -> Tensor:
+class _AffineColumns(NamedTuple):
+    """Columns that are rounded to affine grids."""
+
+    rounder: Rounder
+
+    def nearest(self, column: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        codes = self.rounder.encode(weights)
+        return codes, self.rounder.decode(codes)
+
+    def rule(self) -> dict[str, Tensor | int]:
+        return {"levels": 0, **self.rounder._asdict()}
+
+
+class _DualColumns(NamedTuple):
+    """Columns that are rounded to the levels of dual scales."""
+
+    levels: Levels
+    scale: Tensor
+
+    def nearest(self, column: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        place = self.levels.nearest((weights / self.scale[column]).unsqueeze(-1))
+        codes, values = (table.gather(-1, place).squeeze(-1) for table in (self.levels.codes, self.levels.values))
+        return codes, values * self.scale[column]
+
+    def rule(self) -> dict[str, Tensor | int]:
+        tables = {"value": self.levels.values.T, "code": self.levels.codes.T.float(), "middle": self.levels.middles.T}
+        return {"levels": len(tables["value"]), "column": self.scale, **tables}
+
+
+def _round_columns(
+    columns: _AffineColumns | _DualColumns, block: Tensor, factor: Tensor, residual: Tensor | None, codes: Tensor
+) -> Tensor:
     """
-    Quantizes the columns of a group; `block` `(G, out)` holds every column as it was when its turn came.
+    Quantizes the columns of a group. Fills in `codes`; `block` `(G, out)` then holds every column as it was when its turn came.
 
     Returns:
         `torch.Tensor`: What the columns that follow have to make up for, `(G, out)`.
     """
+    if solver := native.solver(block):
+        return solver.round_columns(block, columns.rule(), factor, residual, codes)
     errors, steps = torch.empty_like(block), factor.diagonal().tolist()
     for column, (weights, error) in enumerate(zip(block, errors, strict=True)):
-        torch.sub(weights, nearest(column, weights), out=error).div_(steps[column])
+        codes[column], values = columns.nearest(column, weights)
+        torch.sub(weights, values, out=error).div_(steps[column])
         later = slice(column + 1, None)
         block[later].addr_(factor[column, later], error, alpha=-1)
         if residual is not None:
@@ -254,26 +315,18 @@ class _AffineMatrix:
         self.zero = torch.empty(rest.shape[1], groups, dtype=torch.uint8, device=rest.device)
         self.group_size, self.bits, self.clip_search = group_size, bits, clip_search
 
-    def fit(self, group: int, place: slice, block: Tensor):
-        grid = fit_grid(block.T.contiguous(), self.bits, self.clip_search)
+    def fit(self, group: int, place: slice, block: Tensor) -> _AffineColumns:
+        grid = fit_grid(block.T, self.bits, self.clip_search)
         self.scale[:, group], self.zero[:, group] = grid.scale, grid.zero
-        rounder, codes = grid.rounder(), self.codes[place]
-
-        def nearest(column: int, weights: Tensor) -> Tensor:
-            found = rounder.encode(weights)
-            codes[column] = found
-            return rounder.decode(found)
-
-        return nearest
+        return _AffineColumns(grid.rounder())
 
     def finish(self, order: Tensor) -> AffineCodes:
-        return AffineCodes(
-            _restore(self.codes, order).T.contiguous(), self.scale, self.zero, self.bits, self.group_size
-        )
+        codes = _restore(self.codes, order).T.contiguous()
+        return AffineCodes(codes, self.scale, self.zero, self.bits, self.group_size)
 
 
 class _DualMatrix:
-    """As [`_AffineMatrix`], for dual-scale quantization."""
+    """As [`_AffineMatrix`], for dual scales."""
 
     def __init__(self, rest: Tensor, group_size: int, planes: int, iters: int):
         self.codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
@@ -282,17 +335,10 @@ class _DualMatrix:
         self.column_scale = torch.empty(len(rest), dtype=torch.float32, device=rest.device)
         self.group_size, self.planes, self.iters = group_size, planes, iters
 
-    def fit(self, group: int, place: slice, block: Tensor):
-        self.row_scale[:, group], self.column_scale[place] = fit_levels(block.T.contiguous(), self.planes, self.iters)
-        levels, codes = Levels(self.row_scale[:, group].float()), self.codes[place]
-        columns = self.column_scale[place].tolist()
-
-        def nearest(column: int, weights: Tensor) -> Tensor:
-            found = levels.nearest((weights / columns[column]).unsqueeze(-1))
-            codes[column] = levels.codes.gather(-1, found).squeeze(-1)
-            return levels.values.gather(-1, found).squeeze(-1) * columns[column]
-
-        return nearest
+    def fit(self, group: int, place: slice, block: Tensor) -> _DualColumns:
+        rows, columns = fit_levels(block.T, self.planes, self.iters)
+        self.row_scale[:, group], self.column_scale[place] = rows, columns
+        return _DualColumns(Levels(rows.float()), columns)
 
     def finish(self, order: Tensor) -> DualCodes:
         signs = signs_of(_restore(self.codes, order).T.contiguous(), self.planes)

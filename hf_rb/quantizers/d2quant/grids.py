@@ -10,6 +10,8 @@ The range of a grid always holds zero. It ends at the smallest and the largest w
 both among 1, 0.99, ..., 0.21 that leaves the smallest sum of |w - level|^2.4. This is the base quantizer of
 https://huggingface.co/papers/2602.02546, as in its released code.
 
+This file is the reference, in torch, for any device and type. `solver.c` has the clip search for float32 in main memory.
+
 Shapes: a row is a group of G weights; `(..., G)` are any number of them.
 """
 
@@ -19,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_rb.quantizers.d2quant import native
 from hf_rb.quantizers.kernels.layout import sections
 
 
@@ -136,9 +139,12 @@ def fit_grid(groups: Tensor, bits: int, clip_search: bool = True) -> Grid:
     """
     if not clip_search:
         return Grid.between(*_range(groups), bits)
-    rows = groups.reshape(-1, groups.shape[-1])
+    rows, shape = groups.reshape(-1, groups.shape[-1]), groups.shape[:-1]
+    if solver := native.solver(rows):
+        step, zero = solver.fit_grids(rows.T, bits, CLIP_STEPS)
+        return Grid(step.half().view(shape), zero.to(torch.uint8).view(shape), bits)
     parts = [_search_clip(part, bits) for part in rows.split(max(1, CHUNK // rows.shape[-1]))]
-    scale, zero = (torch.cat(column).view(groups.shape[:-1]) for column in zip(*parts, strict=True))
+    scale, zero = (torch.cat(column).view(shape) for column in zip(*parts, strict=True))
     return Grid(scale, zero, bits)
 
 
