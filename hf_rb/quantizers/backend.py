@@ -11,6 +11,7 @@ scales, and so on, of memory or of a file.
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from hf_rb.quantizers.packed import PackedModule
 from hf_rb.quantizers.report import LayerReport, Report
 from hf_rb.quantizers.selection import packable
 
+
+if TYPE_CHECKING:
+    from hf_rb.quantizers.streaming import Place
 
 __all__ = ["DamagedTensor", "PackingQuantizer"]
 
@@ -119,7 +123,16 @@ class PackingQuantizer(HfQuantizer):
         module, name = _owner(model, param_name)
         return not self.pre_quantized and name in getattr(module, "layouts", ())
 
-    def quantize_tensor(self, parameter: str, module: PackedModule, matrix: Tensor) -> Tensors:
+    def prepare_streaming(self, model: nn.Module) -> None:
+        """Is called with the model on the meta device before tensor after tensor is given to `quantize_tensor`."""
+
+    def streams(self, model: nn.Module, name: str) -> bool:
+        """Whether a parameter is given to `quantize_tensor`, in pieces as a file has them."""
+        return self.param_needs_quantization(model, name)
+
+    def quantize_tensor(
+        self, parameter: str, module: PackedModule, matrix: Tensor, place: "Place | None" = None
+    ) -> Tensors:
         """
         Quantizes a weight matrix for a file and adds it to the report.
 
@@ -130,6 +143,8 @@ class PackingQuantizer(HfQuantizer):
                 Module that has the parameter.
             matrix (`torch.Tensor`):
                 Weights `(out, in)` of the layer or of one expert, or of one half of an expert's `gate_up_proj`.
+            place ([`~hf_rb.quantizers.streaming.Place`], *optional*):
+                Where in its parameter the matrix belongs, and a way to others.
 
         Returns:
             `dict[str, torch.Tensor]`: The stored tensors by what follows the name of the parameter: the packed bytes under

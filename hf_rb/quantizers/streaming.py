@@ -2,8 +2,8 @@
 
 The model exists on the meta device only. Its quantizer decides there what is quantized, and transformers' own renaming says
 which parameter a tensor of the files belongs to; the work on one matrix is `quantizer.quantize_tensor(parameter, module, matrix)`,
-which returns the stored tensors by the suffix of their name. Any quantizer that has it can stream; one that needs another tensor of
-the model too finds the files among the arguments of `preprocess_model`.
+which returns the stored tensors by the suffix of their name. A method whose tensors depend on one another may read those of another
+parameter for that ([`Place`]).
 
 Beside the destination lies the unfinished work, `.NAME.partial`:
 
@@ -17,19 +17,16 @@ Each of these files appears whole, by a rename, so a run killed at any moment go
 
 import json
 import math
-import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -38,19 +35,20 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb import __version__, _compat
-from hf_rb._files import check_replaceable, fsync_file, publish_folder
+from hf_rb._files import check_replaceable, publish_folder
+from hf_rb._model_folder import weight_bytes
 from hf_rb._safetensors import SINGLE, Checkpoint, Entry, Output, read_header, write_index, write_tensors
+from hf_rb._unfinished import STATE, file_stamps, finish, partial_folder, unfinished, write_json
 from hf_rb.evaluation import model_size
 from hf_rb.quantizers.conversion import moves_rows
-from hf_rb.quantizers.offline import complete_folder, open_source, weight_bytes
+from hf_rb.quantizers.offline import complete_folder, open_source
 from hf_rb.quantizers.report import LayerReport, Report
 
 
-__all__ = ["ParameterNames", "quantize_checkpoint"]
+__all__ = ["ParameterNames", "Place", "quantize_checkpoint"]
 
 logger = logging.get_logger(__name__)
 
-STATE = "state.json"
 PART = 1 << 26  # bytes of weights that are quantized between two points from which a run can go on
 
 
@@ -97,11 +95,15 @@ def quantize_checkpoint(
     destination = destination.resolve()
     checkpoint = Checkpoint(folder)
     plan = _Plan(folder, checkpoint, config, dtype)
-    work = destination.with_name(f".{destination.name}.partial")
+    work = partial_folder(destination)
     if not (work / STATE).is_file():
         shutil.rmtree(work, ignore_errors=True)  # a run that had ended was killed while it cleaned up
         check_replaceable(destination, overwrite)
-    with _unfinished(work, _fingerprint(checkpoint, folder, config, dtype), resume):
+    state = {
+        "files": file_stamps([folder / "config.json", *checkpoint.files]),
+        "options": {"dtype": dtype, "hf_rb": __version__} | config.to_dict(),
+    }
+    with unfinished(work, state, resume, logger):
         result = work / "model"
         if plan.is_done(work) and not result.exists():  # it was killed after the result had got its name
             size = model_size(destination)
@@ -111,59 +113,25 @@ def quantize_checkpoint(
             size = complete_folder(result, folder, source, destination.name, config)
             publish_folder(result, destination, overwrite)
         report = plan.report(work)
-        (work / STATE).unlink()  # first: what is left without it means nothing
-        shutil.rmtree(work, ignore_errors=True)
+        finish(work)
     report.set_size(size, weight_bytes(folder))
     return report
 
 
-@contextmanager
-def _unfinished(work: Path, state: dict[str, Any], resume: bool) -> Iterator[None]:
-    """Keeps other processes and other runs out of the folder of the unfinished work."""
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(work / "lock", timeout=0):
-            if resume and (work / STATE).is_file():
-                _compare(json.loads((work / STATE).read_text()), state, work)
-            else:
-                for name in ("model", "shards", "parts"):
-                    shutil.rmtree(work / name, ignore_errors=True)
-                _write_json(work / STATE, state)
-            try:
-                yield
-            except BaseException:
-                logger.warning(f"What is done is kept in {work}; the same call goes on from there.")
-                raise
-    except Timeout:
-        raise ValueError(
-            f"Another process is at work in {work}. Wait for it, or choose another destination."
-        ) from None
+@dataclass(frozen=True)
+class Place:
+    """
+    Where in its parameter a matrix belongs.
 
+    Attributes:
+        expert (`int`, *optional*): Number of the expert.
+        first (`int`): First of its rows.
+        read (`Callable[[str], torch.Tensor]`): Returns what belongs there of another parameter, `(out, in)`.
+    """
 
-def _fingerprint(
-    checkpoint: Checkpoint, folder: Path, config: QuantizationConfigMixin, dtype: str
-) -> dict[str, dict[str, Any]]:
-    """What must not change between two parts of a run, as JSON has it."""
-    files = {}
-    for file in (folder / "config.json", *checkpoint.files):
-        stat = file.stat()
-        files[file.name] = [stat.st_size, stat.st_mtime_ns]
-    options = {"dtype": dtype, "hf_rb": __version__} | config.to_dict()
-    return json.loads(json.dumps({"files": files, "options": options}))
-
-
-def _compare(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], work: Path) -> None:
-    files = [name for name in old["files"] | new["files"] if old["files"].get(name) != new["files"].get(name)]
-    changes = [f"{', '.join(files)} changed"] if files else []
-    for name in old["options"] | new["options"]:
-        before, now = old["options"].get(name), new["options"].get(name)
-        if before != now:
-            changes.append(f"{name} was {before!r} and is {now!r}")
-    if changes:
-        raise ValueError(
-            f"The unfinished work in {work} does not belong to this call: {'; '.join(changes)}. Repeat the call that began it, "
-            "or throw it away with `resume=False` (`--no-resume`)."
-        )
+    expert: int | None
+    first: int
+    read: Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -175,6 +143,13 @@ class _Job:
     parameter: str
     dtype: torch.dtype
     quantized: bool
+    part: int = 0  # of those that are joined row by row
+
+    @property
+    def expert(self) -> int | None:
+        """Number in the name that the parameter's name has not."""
+        numbers = re.findall(r"(?<=\.)\d+(?=\.)", self.name)
+        return int(numbers[-1]) if len(numbers) > len(re.findall(r"(?<=\.)\d+(?=\.)", self.parameter)) else None
 
 
 class _Plan:
@@ -193,9 +168,13 @@ class _Plan:
         self.quantizer.preprocess_model(
             model=self.model, dtype=self.dtype, device_map=None, checkpoint_files=checkpoint.files
         )
+        self.quantizer.prepare_streaming(self.model)
         self.skipped = self.quantizer.report.skipped
 
         jobs = _without_tied_copies(self._jobs(checkpoint, needed), self.model.all_tied_weights_keys)
+        self.by_parameter: dict[str, list[_Job]] = {}
+        for job in jobs:
+            self.by_parameter.setdefault(job.parameter, []).append(job)
         by_file = [[job for job in jobs if job.entry.file == file] for file in checkpoint.files]
         by_file = [jobs for jobs in by_file if jobs]
         names = [f"model-{i:05}-of-{len(by_file):05}.safetensors" for i in range(1, len(by_file) + 1)]
@@ -206,13 +185,13 @@ class _Plan:
         kept_dtypes = model._get_dtype_plan(self.dtype)
         jobs, unexpected, found = [], [], Counter()
         for name, entry in checkpoint.entries.items():
-            parameters, converter, result = find(name)
+            parameters, converter, result, part = find(name)
             if not parameters:
                 unexpected.append(name)
                 continue
             found.update(dict.fromkeys(parameters, math.prod(entry.shape)))
             parameter = parameters[0]
-            quantized = any(self.quantizer.param_needs_quantization(model, one) for one in parameters)
+            quantized = any(self.quantizer.streams(model, one) for one in parameters)
             if quantized and converter and not moves_rows(converter):
                 names = ", ".join(type(operation).__name__ for operation in converter.operations)
                 raise ValueError(
@@ -224,7 +203,7 @@ class _Plan:
             dtype = self.dtype if quantized else model.get_parameter_or_buffer(parameter).dtype
             kept = (kept for pattern, kept in kept_dtypes.items() if re.search(pattern.replace("*", ".*"), parameter))
             dtype = next(kept, dtype)
-            jobs.append(_Job(result, entry, parameter, dtype, quantized))
+            jobs.append(_Job(result, entry, parameter, dtype, quantized, part))
         self._check(jobs, found, needed)
         if unexpected := [name for name in unexpected if not _ignored(model._keys_to_ignore_on_load_unexpected, name)]:
             logger.warning(f"{type(model).__name__} has no place for {_some(unexpected)}: left out.")
@@ -278,7 +257,7 @@ class _Plan:
             outputs |= {name: Output.copy(entry) for name, entry in entries.items()}
             reports.append(json.loads(metadata["report"]))
         write_tensors(work / "model" / shard, outputs)
-        _write_json(_done(work, shard), reports)
+        write_json(_done(work, shard), reports)
         for part in parts:
             part.unlink()
 
@@ -300,15 +279,26 @@ class _Plan:
     def _quantize(self, job: _Job) -> dict[str, Tensor]:
         """Returns the stored tensors by the suffix that their names get."""
         module = self.model.get_submodule(job.parameter.rpartition(".")[0])
-        if len(job.entry.shape) == 2:
-            return self.quantizer.quantize_tensor(job.parameter, module, job.entry.read().to(job.dtype))
+        if len(job.entry.shape) < 3:
+            place = Place(job.expert, job.part * job.entry.shape[0], lambda other: self._read(other, job.expert))
+            return self.quantizer.quantize_tensor(job.parameter, module, job.entry.read().to(job.dtype), place)
         # The experts of a layer in one tensor, (experts, out, in) or (experts, in, out).
         experts = []
         for index in range(job.entry.shape[0]):
             matrix = job.entry.read(index).to(job.dtype)
             matrix = matrix.T if module.is_transposed else matrix
-            experts.append(self.quantizer.quantize_tensor(job.parameter, module, matrix))
+            place = Place(index, 0, lambda other, index=index: self._read(other, index))
+            experts.append(self.quantizer.quantize_tensor(job.parameter, module, matrix, place))
         return {suffix: torch.stack([expert[suffix] for expert in experts]) for suffix in experts[0]}
+
+    def _read(self, parameter: str, expert: int | None) -> Tensor:
+        """Returns the matrix of another parameter, or that of one of its experts."""
+        jobs = self.by_parameter[parameter]
+        job = next((job for job in jobs if job.expert == expert), jobs[0])
+        if len(job.entry.shape) < 3:
+            return job.entry.read().to(job.dtype)
+        matrix = job.entry.read(expert).to(job.dtype)
+        return matrix.T if self.model.get_submodule(parameter.rpartition(".")[0]).is_transposed else matrix
 
     def report(self, work: Path) -> Report:
         """What was done, in this process or before."""
@@ -331,15 +321,18 @@ class ParameterNames:
         self.by_pattern = {pattern: rule for rule in self.converters for pattern in rule.source_patterns}
         self.prefix, self.known = model.base_model_prefix, model.state_dict()
 
-    def __call__(self, name: str) -> tuple[list[str], Any, str]:
-        """Returns the parameters, none if the model has no place for it; the conversion, if any; its name when saved."""
+    def __call__(self, name: str) -> tuple[list[str], Any, str, int]:
+        """
+        Returns the parameters, none if the model has no place for it; the conversion, if any; its name when saved; and which of
+        the tensors that a conversion joins it is.
+        """
         rules = self.renamings, self.converters
         parameter, pattern = _compat.rename_source_key(name, *rules, self.prefix, self.known)
         if parameter not in self.known and name in self.known:
             rules = [], []
             parameter, pattern = _compat.rename_source_key(name, *rules, self.prefix, self.known)
         if parameter not in self.known:
-            return [], None, name
+            return [], None, name, 0
         # Saving brings back the names of the files, but for the prefix that tells a model with a head from one without.
         bare, _ = _compat.rename_source_key(name, *rules)
         if parameter == f"{self.prefix}.{bare}":
@@ -347,10 +340,11 @@ class ParameterNames:
         elif bare == f"{self.prefix}.{parameter}":
             name = name.removeprefix(f"{self.prefix}.")
         if pattern is None:
-            return [parameter], None, name
+            return [parameter], None, name, 0
         converter = self.by_pattern[pattern]
         first = converter.target_patterns[0]
-        return [parameter.replace(first, target) for target in converter.target_patterns], converter, name
+        parameters = [parameter.replace(first, target) for target in converter.target_patterns]
+        return parameters, converter, name, converter.source_patterns.index(pattern)
 
 
 def _without_tied_copies(jobs: list[_Job], tied: dict[str, str]) -> list[_Job]:
@@ -389,14 +383,6 @@ def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
 
 def _done(work: Path, shard: str) -> Path:
     return work / "shards" / f"{shard}.json"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value))
-    fsync_file(temporary)
-    os.replace(temporary, path)
-    fsync_file(path.parent)
 
 
 def _ignored(patterns: Iterable[str] | None, name: str) -> bool:

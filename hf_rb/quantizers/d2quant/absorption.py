@@ -27,7 +27,7 @@ from hf_rb.quantizers.experts import projections
 from hf_rb.quantizers.packed import PackedModule
 
 
-__all__ = ["Pair", "absorb", "down_projections", "pairs", "refusals"]
+__all__ = ["Pair", "absorb", "absorbable", "down_projections", "pairs", "refusals"]
 
 logger = logging.get_logger(__name__)
 
@@ -72,6 +72,19 @@ def refusals(model: nn.Module) -> dict[str, str]:
 def down_projections(model: nn.Module) -> list[str]:
     """Returns the down projections of all MLPs, fused experts among them, whether there is a pair or not."""
     return [found[0] for found in _search(model)]
+
+
+def absorbable(model: nn.Module) -> list[Pair]:
+    """Returns the pairs of which the down projection is packed as sign planes and its partner on grids."""
+    found = []
+    for pair in pairs(model):
+        layouts = [
+            getattr(module, "layouts", {}).get(name)
+            for module, name in (_owner(model, pair.down), _owner(model, pair.up))
+        ]
+        if None not in layouts and is_dual(layouts[0]) and not is_dual(layouts[1]):
+            found.append(pair)
+    return found
 
 
 def absorb(model: nn.Module) -> list[str]:

@@ -1,6 +1,7 @@
 """D²Quant as a quantization backend of `from_pretrained(..., quantization_config=D2QuantConfig(...))`."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -10,12 +11,15 @@ from hf_rb.quantizers.d2quant.biases import add_biases
 from hf_rb.quantizers.d2quant.config import D2QuantConfig
 from hf_rb.quantizers.d2quant.experts import D2QuantExperts
 from hf_rb.quantizers.d2quant.linear import D2QuantLinear
-from hf_rb.quantizers.d2quant.packing import code_bits, for_kernels, from_file, is_dual, layout_of, to_file
+from hf_rb.quantizers.d2quant.packing import code_bits, for_kernels, from_file, is_dual, layout_of, scale_rows, to_file
 from hf_rb.quantizers.experts import input_size
 from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.packed import PackedModule
 from hf_rb.quantizers.selection import packable, setting
 
+
+if TYPE_CHECKING:
+    from hf_rb.quantizers.streaming import Place
 
 __all__ = ["D2QuantQuantizer"]
 
@@ -111,6 +115,51 @@ class D2QuantQuantizer(PackingQuantizer):
 
     def from_file(self, layout: Layout, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         return from_file(layout, tensors, is_dual(layout) and self._keeps_column(name.removesuffix(".weight")))
+
+    # Tensor by tensor. The column scales of a down projection go into the scales of its partner without the model at hand: the
+    # one that comes first solves the down projection.
+
+    def prepare_streaming(self, model: nn.Module) -> None:
+        config = self.quantization_config
+        if self.calibrates:
+            raise ValueError(
+                f"`backend={config.backend!r}` runs the model on text, so it cannot be streamed: leave out `stream=True` "
+                "(`--stream`), or quantize with `backend='rtn'`, which needs no data."
+            )
+        self.columns: dict[tuple[str, int | None], Tensor] = {}
+        self.partners = {pair.up: pair for pair in absorption.absorbable(model)}
+        absorbed = {pair.down for pair in self.partners.values()}
+        dual = [name for name, (_, dual) in self.packable.items() if dual]
+        config.column_modules = [name for name in dual if name not in absorbed] or None
+
+    def streams(self, model: nn.Module, name: str) -> bool:
+        return super().streams(model, name) or name.removesuffix(".bias") in self.partners
+
+    def quantize_tensor(
+        self, parameter: str, module: PackedModule, matrix: Tensor, place: "Place | None" = None
+    ) -> dict[str, Tensor]:
+        name = parameter.removesuffix(".weight").removesuffix(".bias")
+        if matrix.ndim == 1:
+            return {"": (matrix * self._column(self.partners[name].down, place)).to(matrix.dtype)}
+        layout, tensors = module.layouts[parameter.rpartition(".")[2]], self._solve(parameter, module, matrix)
+        if "_column" in tensors and not self._keeps_column(name):
+            self.columns[name, place.expert] = tensors.pop("_column")
+        elif name in self.partners:
+            rows = range(place.first, place.first + len(matrix))
+            wanted = range(*self.partners[name].rows.indices(getattr(module, parameter.rpartition(".")[2]).shape[-2]))
+            here = [row - place.first for row in wanted if row in rows]
+            if here:
+                column = self._column(self.partners[name].down, place)
+                tensors["_scale"][here] = scale_rows(layout, tensors["_scale"][here], column)
+        return self.to_file(layout, tensors)
+
+    def _column(self, down: str, place: "Place") -> Tensor:
+        """Returns the column scales of a down projection, or of that of one expert."""
+        if (down, place.expert) not in self.columns:
+            parameter = down if down in self.layouts else f"{down}.weight"
+            tensors, _, _ = self.solve(self.layouts[parameter], place.read(parameter))
+            self.columns[down, place.expert] = tensors["_column"]
+        return self.columns[down, place.expert]
 
     # After loading.
 
