@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hf_rb.weights import MergeReport
 
 EXAMPLE = """hf-rb merge --method linear --start Qwen/Qwen3-4B-Instruct-2507 --end Qwen/Qwen3-4B-Thinking-2507 \\
-      --lambda 0.4 0.6 0.8 --files-from end outputs/interpolated
+      --lambda 0.4,0.6,0.8 --files-from end outputs/interpolated
   hf-rb merge --method graft --base Qwen/Qwen3-4B-Base --tuned outputs/tuned-base --onto Qwen/Qwen3-4B outputs/grafted
   hf-rb merge --method graft --tuned outputs/adapter-of-base --onto Qwen/Qwen3-4B outputs/grafted
   hf-rb merge --method timber --base Qwen/Qwen3-4B-Base --model Qwen/Qwen3-4B --lambda 0.2 outputs/refined"""
@@ -42,18 +42,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lambda",
         dest="lam",
-        type=float,
-        nargs="+",
-        metavar="X",
-        help="in [0, 1]; linear: place between start and end (default 0.5); timber: factor of the tail (default 0.2)",
+        type=_lambdas,
+        metavar="X[,X...]",
+        help="in [0, 1], several for a sweep; linear: place between start and end (default 0.5); timber: factor of the tail "
+        "(default 0.2)",
     )
     parser.add_argument(
         "--rule",
         dest="rules",
         type=_rule,
-        nargs="+",
+        action="append",
         metavar="PATTERN=X",
-        help="linear: another lambda for some tensors, as layers:0-11=0.8 or attn=0; the first that fits holds",
+        help="linear: another lambda for some tensors, as layers:0-11=0.8 or attn=0; may be repeated, the first that fits holds",
     )
     parser.add_argument("--rank", type=int, metavar="R", help="linear, adapters: rank of the result (default: exact)")
     parser.add_argument(
@@ -79,6 +79,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", **flag, help="go on with what an interrupted call has left (default: yes)")
     parser.add_argument("--progress", **flag, help="show a progress bar, on a terminal (default: yes)")
     parser.add_argument("--json", action="store_true", help="print the report, tensor by tensor, as JSON")
+
+
+def _lambdas(text: str) -> float | list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, or several as 0.2,0.5,0.8; got {text!r}") from None
+    return values if len(values) > 1 else values[0]
 
 
 def _rule(text: str) -> tuple[str, float]:
@@ -123,8 +131,6 @@ def read_arguments(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     if missing := [name for name in NEEDED[method] if name not in given]:
         raise ValueError(f"--method {method} needs {' and '.join(f'--{name} MODEL' for name in missing)}.")
     options = {name: getattr(args, name) for name in (*OPTIONS[method], *SHARED) if name in given}
-    if len(options.get("lam", ())) == 1:
-        (options["lam"],) = options["lam"]
     if "rules" in options:
         options["rules"] = dict(options["rules"])
     models = {name: getattr(args, name) for name in MODELS[method]}
