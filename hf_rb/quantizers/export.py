@@ -1,4 +1,4 @@
-"""Turns a PTQTP checkpoint into formats that need no hf_rb, tensor by tensor.
+"""Turns a quantized checkpoint into formats that need no hf_rb, tensor by tensor.
 
 `dequantize_checkpoint` writes an ordinary model. `export_gptq` writes the 4-bit layout of GPTQ, which a tied PTQTP layer fits
 exactly: with a_1 = 3 a_2 = 3 s, its weights are s * c with the integers c = 3 t_1 + t_2 from -4 to 4, so they are symmetric
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils import logging
 
 from hf_rb._files import atomic_folder
@@ -34,7 +34,6 @@ from hf_rb.evaluation import Size, find_model, model_size
 from hf_rb.hub import ModelCardData, write_model_card
 from hf_rb.quantizers.kernels.layout import Layout, unpack
 from hf_rb.quantizers.offline import check_apart, copy_companions, quantization_method
-from hf_rb.quantizers.ptqtp.config import PTQTPConfig
 from hf_rb.quantizers.ptqtp.packing import row_blocks
 from hf_rb.quantizers.streaming import ParameterNames
 
@@ -43,6 +42,7 @@ __all__ = ["dequantize_checkpoint", "export_gptq"]
 
 logger = logging.get_logger(__name__)
 
+METHODS = ("ptqtp", "d2quant")
 ZERO_POINT = 8
 CODES_PER_WORD = 8
 
@@ -56,11 +56,11 @@ def dequantize_checkpoint(
     progress: bool = True,
 ) -> Size:
     """
-    Writes a PTQTP checkpoint as an ordinary model, which loads without hf_rb, with the memory of about one tensor.
+    Writes a quantized checkpoint as an ordinary model, which loads without hf_rb, with the memory of about one tensor.
 
     Args:
         source (`str` or `Path`):
-            PTQTP model folder or Hub id.
+            Folder or Hub id of a model that was quantized with PTQTP or D²Quant.
         destination (`str` or `Path`):
             Folder to write.
         dtype (`str`, *optional*):
@@ -77,9 +77,16 @@ def dequantize_checkpoint(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model.
-        ValueError: The model is not quantized with PTQTP, the destination holds it, or a packed tensor is damaged or missing.
+        ValueError: The model is not quantized by hf_rb, has corrections for which an ordinary model has no place, the destination
+            holds it, or a packed tensor is damaged or missing.
     """
     packed = _PackedModel(source, destination)
+    if biased := getattr(packed.config, "bias_modules", None):
+        raise ValueError(
+            f"{source} keeps corrections as biases of {len(biased)} modules ({biased[0]}, …), for which an ordinary "
+            f"{packed.model_config.model_type} has no place. Load it with `quantization_config=D2QuantConfig(backend='rtn', "
+            "dequantize=True)`, which keeps them in memory, or quantize with `dac=False`."
+        )
     cast = getattr(torch, dtype) if dtype else None
 
     def convert(name: str) -> dict[str, Output]:
@@ -117,6 +124,11 @@ def export_gptq(
             the format cannot hold, the destination holds it, or a packed tensor is damaged or missing.
     """
     packed = _PackedModel(source, destination)
+    if packed.method != "ptqtp":
+        raise ValueError(
+            f"{source} is quantized with D²Quant, whose sign planes and corrections GPTQ's format does not have. Write an ordinary "
+            "model with `hf-rb dequantize`."
+        )
     if packed.config.scale_mode != "tied":
         raise ValueError(
             f'{source} has two free scales a group, nine levels that no 4-bit grid holds. Quantize with `scale_mode="tied"` '
@@ -153,17 +165,19 @@ class _Packed:
 
 
 class _PackedModel:
-    """A PTQTP checkpoint as tensors, which is to be written in another form."""
+    """A quantized checkpoint as tensors, which is to be written in another form."""
 
     def __init__(self, source: str | Path, destination: str | Path):
         self.source, self.folder, self.destination = source, find_model(str(source)), Path(destination)
         check_apart(self.folder, self.destination)
-        method = quantization_method(self.folder)
-        if method != "ptqtp":
-            found = f"quantized with {method}" if method else "not quantized"
-            raise ValueError(f"{source} is {found}. Give the folder of a model that was quantized with PTQTP.")
+        self.method = quantization_method(self.folder)
+        if self.method not in METHODS:
+            found = f"quantized with {self.method}" if self.method else "not quantized"
+            raise ValueError(
+                f"{source} is {found}. Give the folder of a model that was quantized with {' or '.join(METHODS)}."
+            )
         self.model_config = AutoConfig.from_pretrained(self.folder)
-        self.config = PTQTPConfig.from_dict(self.model_config.quantization_config)
+        self.config = AutoQuantizationConfig.from_dict(self.model_config.quantization_config)
         del self.model_config.quantization_config
         self.checkpoint = Checkpoint(self.folder)
         with torch.device("meta"):
@@ -242,7 +256,8 @@ class _PackedModel:
             copy_companions(self.folder, folder)
             size = model_size(folder)
             write_model_card(
-                folder, ModelCardData(self.destination.name, base_model=str(self.source), size=size, tags=["ptqtp"])
+                folder,
+                ModelCardData(self.destination.name, base_model=str(self.source), size=size, tags=[self.method]),
             )
         return size
 

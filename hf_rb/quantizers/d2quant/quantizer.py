@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_rb.quantizers.backend import PackingQuantizer
 from hf_rb.quantizers.d2quant import absorption, dsq, grids
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from hf_rb.quantizers.streaming import Place
 
 __all__ = ["D2QuantQuantizer"]
+
+logger = logging.get_logger(__name__)
 
 
 class D2QuantQuantizer(PackingQuantizer):
@@ -179,6 +183,14 @@ class D2QuantQuantizer(PackingQuantizer):
         if not self.pre_quantized:
             config.column_modules = absorption.absorb(model) or None
         return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        if biased := self.quantization_config.bias_modules:
+            logger.warning(
+                f"The corrections of this model stay in biases of {len(biased)} modules ({biased[0]}, …). What `save_pretrained` "
+                f"writes now has them, but an ordinary {type(model).__name__} leaves them out when it is loaded."
+            )
+        return super()._dequantize(model, dtype)
 
 
 def _among(name: str, names: Iterable[str] | None) -> bool:
