@@ -55,12 +55,15 @@ def pipeline_line(config: Any, names: Iterable[str] | None = None) -> str:
     """
     stages = [f"GRPO over groups of {config.num_generations}"]
     for name in config.advantage_shapers if names is None else names:
-        own = {
-            key.removeprefix(f"{name}_"): value for key, value in vars(config).items() if key.startswith(f"{name}_")
-        }
+        own = {key.removeprefix(f"{name}_"): value for key, value in vars(config).items() if _shapes(key, name)}
         shown = ", ".join(f"{key} {value}" for key, value in own.items() if value is not None)
         stages.append(f"{name} ({shown})" if shown else name)
     stages.append(f"{config.loss_type} loss")
     if config.hidden_align_coef:
         stages[-1] += f" + {config.hidden_align_coef} hidden-align"
     return f"advantages: {' -> '.join(stages)}"
+
+
+def _shapes(key: str, name: str) -> bool:
+    """Whether a field says what a shaper does; how a judge is reached does not."""
+    return key.startswith(f"{name}_") and (not key.startswith("srar_judge_") or key == "srar_judge_model")

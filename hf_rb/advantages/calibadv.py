@@ -10,7 +10,8 @@ tokens of its answer, in every group
 so that a useful search is not punished for a wrong answer, and over the answers of a group the positive tokens weigh ρ times
 the negative ones (ρ is `pos_neg_ratio`). If P or N is 0, the group's answers get 0: with advantages that sum to 0 in the group,
 only where one side has no answer. The first line breaks that sum on purpose. P and N count tokens: the balance is that of losses
-that average over tokens, as `dapo` does.
+that average over tokens, as `dapo` does. For a loss that averages over the tokens of each rollout first, as `grpo` does, a token
+weighs one over the number of its rollout's tokens, in P and in N.
 
 Without a judge, q_it comes from documents. The silver documents of a group are those that its best rollouts retrieved, if they
 are good enough; q_it is the fraction of step t's documents that are silver and new to the rollout, or 0 if the step repeats an
@@ -25,10 +26,11 @@ from typing import Any
 
 import torch
 
-from hf_rb.advantages.pipeline import Shaped, ShapingContext, TokenShaper
+from hf_rb.advantages.pipeline import Requires, Shaped, ShapingContext, TokenShaper
 
 
 __all__ = [
+    "SEQUENCE_MEAN_LOSSES",
     "CalibAdvShaper",
     "calibadv",
     "ends_with_tool_call",
@@ -38,6 +40,9 @@ __all__ = [
     "word_similarity",
 ]
 
+SEQUENCE_MEAN_LOSSES = ("grpo", "sapo")
+"""TRL's losses that average over the tokens of each completion first."""
+
 
 def calibadv(
     advantages: torch.Tensor | Sequence[float],
@@ -46,6 +51,7 @@ def calibadv(
     group_size: int,
     pos_neg_ratio: float | None = 1.0,
     max_gain: float | None = None,
+    weights: Sequence[float] | None = None,
 ) -> list[list[float]]:
     """
     Calibrates the advantages of every run of model tokens. Paper: https://huggingface.co/papers/2604.18235
@@ -64,6 +70,8 @@ def calibadv(
         max_gain (`float`, *optional*):
             Bound of ρ N / P, at least 1. One short right answer against long wrong ones gains without bound otherwise. Not in
             the paper.
+        weights (`Sequence[float]` of length N, *optional*):
+            What a token of each rollout weighs in P and N. Defaults to 1.
 
     Returns:
         `list[list[float]]`: Advantage of each run.
@@ -74,11 +82,11 @@ def calibadv(
     advantages = torch.as_tensor(advantages, dtype=torch.float64).tolist()
     _check_parameters(pos_neg_ratio, max_gain)
     _check_lengths(advantages, runs, quality, group_size)
-    answer_tokens = [run[-1] if run else 0 for run in runs]
+    masses = _answer_masses(runs, weights)
     calibrated = []
     for start in range(0, len(advantages), group_size):
         group = slice(start, start + group_size)
-        gain = _gain(advantages[group], answer_tokens[group], pos_neg_ratio, max_gain)
+        gain = _gain(advantages[group], masses[group], pos_neg_ratio, max_gain)
         for advantage, run, q in zip(advantages[group], runs[group], quality[group], strict=True):
             steps = [advantage * (1 - q_t) if advantage < 0 else advantage for q_t in q]
             answer = advantage * (gain if advantage > 0 or gain == 0 else 1)
@@ -86,15 +94,21 @@ def calibadv(
     return calibrated
 
 
+def _answer_masses(runs: Sequence[Sequence[int]], weights: Sequence[float] | None) -> list[float]:
+    """What the tokens of each rollout's answer weigh together."""
+    weights = [1] * len(runs) if weights is None else weights
+    return [weight * run[-1] if run else 0 for run, weight in zip(runs, weights, strict=True)]
+
+
 def _gain(
-    advantages: Sequence[float], tokens: Sequence[int], pos_neg_ratio: float | None, max_gain: float | None
+    advantages: Sequence[float], masses: Sequence[float], pos_neg_ratio: float | None, max_gain: float | None
 ) -> float:
     """Factor on the group's positive answers; 0 stands for all of its answers."""
     if pos_neg_ratio is None:
         return 1.0
-    pairs = list(zip(advantages, tokens, strict=True))
-    positive = sum(count * advantage for advantage, count in pairs if advantage > 0)
-    negative = sum(count * -advantage for advantage, count in pairs if advantage < 0)
+    pairs = list(zip(advantages, masses, strict=True))
+    positive = sum(mass * advantage for advantage, mass in pairs if advantage > 0)
+    negative = sum(mass * -advantage for advantage, mass in pairs if advantage < 0)
     if positive == 0 or negative == 0:
         return 0.0
     gain = pos_neg_ratio * negative / positive
@@ -241,11 +255,21 @@ def model_runs(mask: torch.Tensor) -> list[list[tuple[int, int]]]:
     return runs
 
 
-def ends_with_tool_call(completion: str | list[dict]) -> bool:
-    """Returns whether the last message calls a tool or is a tool's result: such a rollout never came to an answer."""
-    if isinstance(completion, str) or not completion:
+def ends_with_tool_call(completion: str | list[dict], runs: int) -> bool:
+    """
+    Returns whether the last message calls a tool or is a tool's result: such a rollout never came to an answer.
+
+    Args:
+        completion (`str` or `list[dict]`):
+            Messages.
+        runs (`int`):
+            Runs of model tokens. Where they are not as many as the assistant's messages, the last message is not the last run: TRL
+            parses all that a `rollout_func` returned as one message, with the calls of every turn. No such completion ends with
+            a call.
+    """
+    if isinstance(completion, str) or sum(message["role"] == "assistant" for message in completion) != runs:
         return False
-    return completion[-1]["role"] == "tool" or bool(completion[-1].get("tool_calls"))
+    return bool(completion) and (completion[-1]["role"] == "tool" or bool(completion[-1].get("tool_calls")))
 
 
 class CalibAdvShaper(TokenShaper):
@@ -255,7 +279,8 @@ class CalibAdvShaper(TokenShaper):
     Args:
         step_scorer (`Callable[[ShapingContext], list[list[float]]]`, *optional*):
             Quality of the search steps of this process's rollouts, in order, zeros for an invalid format. Missing entries are
-            0 and surplus ones are not read. Every process calls it. Needed with `soft`.
+            0 and surplus ones are not read. Every process calls it. Needed with `soft`. What it needs of a run, it says in an
+            attribute `requires`, as a shaper does.
         soft (`bool`, *optional*, defaults to `True`):
             Whether useful searches of wrong rollouts are punished less.
         pos_neg_ratio (`float`, *optional*, defaults to `1.0`), max_gain (`float`, *optional*):
@@ -263,6 +288,9 @@ class CalibAdvShaper(TokenShaper):
         answer_must_not_call_tool (`bool`, *optional*, defaults to `True`):
             Whether a last run that calls a tool is a search step. If false, the last run is the answer whatever it holds, as
             in the authors' code.
+        sequence_mean (`bool`, *optional*, defaults to `False`):
+            Whether answers are balanced for a loss that averages over the tokens of each rollout first, in place of over all
+            tokens, as in the authors' code.
     """
 
     name = "calibadv"
@@ -274,6 +302,7 @@ class CalibAdvShaper(TokenShaper):
         pos_neg_ratio: float | None = 1.0,
         max_gain: float | None = None,
         answer_must_not_call_tool: bool = True,
+        sequence_mean: bool = False,
     ):
         if soft and step_scorer is None:
             raise ValueError(
@@ -283,7 +312,8 @@ class CalibAdvShaper(TokenShaper):
         _check_parameters(pos_neg_ratio, max_gain)
         self.step_scorer, self.soft = step_scorer, soft
         self.pos_neg_ratio, self.max_gain = pos_neg_ratio, max_gain
-        self.answer_must_not_call_tool = answer_must_not_call_tool
+        self.answer_must_not_call_tool, self.sequence_mean = answer_must_not_call_tool, sequence_mean
+        self.requires = getattr(step_scorer, "requires", Requires()) if soft else Requires()
 
     @classmethod
     def from_config(cls, args: Any, trainer: Any) -> "CalibAdvShaper":
@@ -293,6 +323,7 @@ class CalibAdvShaper(TokenShaper):
             pos_neg_ratio=args.calibadv_pos_neg_ratio,
             max_gain=args.calibadv_max_gain,
             answer_must_not_call_tool=args.calibadv_answer_must_not_call_tool,
+            sequence_mean=args.calibadv_weighting == "loss" and args.loss_type in SEQUENCE_MEAN_LOSSES,
         )
 
     def shape(self, ctx: ShapingContext, advantages: torch.Tensor) -> Shaped:
@@ -300,14 +331,17 @@ class CalibAdvShaper(TokenShaper):
         tokens = [[stop - start for start, stop in row] for row in spans]
         if self.answer_must_not_call_tool:
             for row, completion in zip(tokens, ctx.completions, strict=True):
-                if row and ends_with_tool_call(completion):
+                if row and ends_with_tool_call(completion, len(row)):
                     row.append(0)
         scores = self.step_scorer(ctx) if self.soft else [[]] * len(tokens)
         quality = [([*q, *[0.0] * len(row)])[: max(len(row) - 1, 0)] for row, q in zip(tokens, scores, strict=True)]
         all_tokens, all_quality = zip(*ctx.gather(list(zip(tokens, quality, strict=True))), strict=True)
 
         scored = torch.where(ctx.valid, ctx.sequence_advantages, torch.nan)
-        calibrated = calibadv(scored, all_tokens, all_quality, ctx.group_size, self.pos_neg_ratio, self.max_gain)
+        weights = [1 / max(sum(row), 1) for row in all_tokens] if self.sequence_mean else None
+        calibrated = calibadv(
+            scored, all_tokens, all_quality, ctx.group_size, self.pos_neg_ratio, self.max_gain, weights
+        )
         # A factor, so that whatever another token shaper made of the advantages is kept.
         factors = torch.ones(ctx.mask.shape)
         for i, (base, values) in enumerate(zip(scored[ctx.local].tolist(), calibrated[ctx.local], strict=True)):
@@ -316,20 +350,21 @@ class CalibAdvShaper(TokenShaper):
                     factors[i, start:stop] = value / base
         return Shaped(
             advantages * factors.to(advantages),
-            self._metrics(scored.tolist(), all_tokens, all_quality, ctx.group_size),
+            self._metrics(scored.tolist(), _answer_masses(all_tokens, weights), all_quality, ctx.group_size),
             {"step_quality": [" ".join(f"{q_t:.2f}" for q_t in q) for q in quality]},
         )
 
     def _metrics(
         self,
         advantages: list[float],
-        tokens: Sequence[Sequence[int]],
+        masses: Sequence[float],
         quality: Sequence[Sequence[float]],
         group_size: int,
     ) -> dict[str, float]:
-        answer_tokens = [row[-1] if row else 0 for row in tokens]
         groups = [slice(start, start + group_size) for start in range(0, len(advantages), group_size)]
-        gains = [_gain(advantages[g], answer_tokens[g], self.pos_neg_ratio, self.max_gain) for g in groups]
+        groups = [g for g in groups if any(a > 0 for a in advantages[g])]  # the others have nothing to balance
+        gains = [_gain(advantages[g], masses[g], self.pos_neg_ratio, self.max_gain) for g in groups]
+        one_sided = gains.count(0)
         gains = [gain for gain in gains if gain] or [1.0]
         steps = [q_t for q in quality for q_t in q]
         relieved = [q_t > 0 and a < 0 for a, q in zip(advantages, quality, strict=True) for q_t in q]
@@ -339,4 +374,5 @@ class CalibAdvShaper(TokenShaper):
             "steps_relieved": sum(relieved) / max(len(steps), 1),
             "gain": sum(gains) / len(gains),
             "gain_max": max(gains),
+            "groups_one_sided": one_sided,
         }

@@ -1,7 +1,8 @@
 """EDAS: error-diversity advantage shaping (https://huggingface.co/papers/2605.17333).
 
 In a group of G rollouts let W be the wrong ones, N_w of them, split into K classes by their final answer; class k holds n_k,
-p_k = n_k / N_w. Rollouts outside W keep their advantage. For i in W, with natural logarithms,
+p_k = n_k / N_w. Rollouts outside W keep their advantage; where there is a format score, the authors' code leaves wrong rollouts with
+less than 0.5 of it outside too. For i in W, with natural logarithms,
 
     S   = 1/N_w Σ_{j ∈ W} |A_j|
     Δ_i = 0                                             N_w ≤ 1
@@ -117,7 +118,7 @@ def error_classes(
         rollouts: dict[str, list[int]] = {}
         for i in range(start, start + group_size):
             if wrong[i]:
-                rollouts.setdefault((answers[i] or "").strip().lower(), []).append(i)
+                rollouts.setdefault("" if answers[i] is None else str(answers[i]).strip().lower(), []).append(i)
         for name, members in _partition(rollouts, no_answer, equivalent):
             for i in members:
                 classes[i] = len(names)
@@ -192,10 +193,11 @@ class EdasShaper(SequenceShaper):
             As in [`edas`].
         warmup_start (`int`, *optional*, defaults to `0`), warmup_steps (`int`, *optional*, defaults to `0`):
             As in [`edas_warmup`].
+        format_reward (`str`, *optional*):
+            Name of a reward function. Wrong rollouts to which it gives less than 0.5 are left as they are.
     """
 
     name = "edas"
-    requires = Requires(correct=True, answers=True)
 
     def __init__(
         self,
@@ -206,11 +208,14 @@ class EdasShaper(SequenceShaper):
         equivalent: Equivalence | None = None,
         warmup_start: int = 0,
         warmup_steps: int = 0,
+        format_reward: str | None = None,
     ):
         edas(torch.zeros(0), 1, [], [], alpha, beta, kappa, no_answer)  # refuses bad parameters before the first step
         self.alpha, self.beta, self.kappa = alpha, beta, kappa
         self.no_answer, self.equivalent = no_answer, equivalent
         self.warmup_start, self.warmup_steps = warmup_start, warmup_steps
+        self.format_reward = format_reward
+        self.requires = Requires(correct=True, answers=True, rewards=(format_reward,) if format_reward else ())
 
     @classmethod
     def from_config(cls, args: Any, trainer: Any) -> "EdasShaper":
@@ -222,12 +227,13 @@ class EdasShaper(SequenceShaper):
             equivalent=trainer.answers_equivalent,
             warmup_start=args.edas_warmup_start,
             warmup_steps=args.edas_warmup_steps,
+            format_reward=args.edas_format_reward,
         )
 
     def shape(self, ctx: ShapingContext, advantages: torch.Tensor) -> Shaped:
         scored = torch.where(ctx.valid, advantages, torch.nan)
         group_size = ctx.group_size
-        classes, names = _wrong_classes(scored, group_size, ~ctx.wrong, ctx.answers, self.no_answer, self.equivalent)
+        classes, names = self._classes(ctx)
         factor = edas_warmup(ctx.step, self.warmup_start, self.warmup_steps)
         shaped, clipped = _shape(scored, classes, group_size, factor * self.alpha, factor * self.beta, self.kappa)
 
@@ -251,3 +257,27 @@ class EdasShaper(SequenceShaper):
             {key: float(value) for key, value in metrics.items()},
             {"error_class": error_class},
         )
+
+    def _classes(self, ctx: ShapingContext) -> tuple[torch.Tensor, list[str]]:
+        """[`error_classes`] of all rollouts."""
+        wrong = ctx.wrong & ctx.valid
+        if self.format_reward is not None:
+            wrong &= ~(ctx.reward(self.format_reward) < 0.5)  # a NaN is no score, and no reason to leave one out
+        wrong, group_size, starts, gather = wrong.tolist(), ctx.group_size, range(len(wrong)), list
+        if self.equivalent is not None:
+            # Mathematics takes time, and may run out of it on one process and not on another: each compares the answers of the
+            # groups that begin on it, and tells the others.
+            starts, gather = range(*ctx.local.indices(len(wrong))), ctx.gather
+        found = [
+            error_classes(
+                ctx.answers[i : i + group_size], wrong[i : i + group_size], group_size, self.no_answer, self.equivalent
+            )
+            if i % group_size == 0
+            else None
+            for i in starts
+        ]
+        classes, names = [], []
+        for of_group, representatives in filter(None, gather(found)):
+            classes += [k + len(names) if k >= 0 else -1 for k in of_group]
+            names += representatives
+        return torch.tensor(classes, dtype=torch.long), names

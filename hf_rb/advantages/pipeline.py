@@ -135,12 +135,16 @@ class Requires:
         rewards (`tuple[str, ...]`, *optional*): Names of reward functions.
         correct (`bool`, *optional*, defaults to `False`): Whether it reads `ShapingContext.correct` or `ShapingContext.wrong`.
         answers (`bool`, *optional*, defaults to `False`): Whether it reads `ShapingContext.answers`.
+        tools (`bool`, *optional*, defaults to `False`): Whether it reads the messages of tools.
+        one_reward (`bool`, *optional*, defaults to `False`): Whether it takes the only reward function there is for the reward.
     """
 
     columns: tuple[str, ...] = ()
     rewards: tuple[str, ...] = ()
     correct: bool = False
     answers: bool = False
+    tools: bool = False
+    one_reward: bool = False
 
 
 class Shaper(Protocol):
@@ -190,6 +194,7 @@ def build_shapers(names: Iterable[str], args: Any, trainer: Any) -> list[Shaper]
             The trainer they will shape for.
 
     Raises:
+        TypeError: A name that stands for something else.
         ValueError: An unknown name.
     """
     known = registered_shapers()
@@ -199,11 +204,22 @@ def build_shapers(names: Iterable[str], args: Any, trainer: Any) -> list[Shaper]
                 f"There is no advantage shaper {name!r}. Choose among {_listed(known)}, install the package that has it, or pass "
                 "an object through `shapers=[...]`."
             )
-    return [known[name].load().from_config(args, trainer) for name in names]
+    loaded = [(name, known[name].load()) for name in names]
+    for name, found in loaded:
+        if not hasattr(found, "from_config"):
+            raise TypeError(
+                f"{name!r} is {found!r}, no class of advantage shapers. Name one that derives from `SequenceShaper` or `TokenShaper` "
+                "of `hf_rb.advantages`."
+            )
+    return [found.from_config(args, trainer) for _, found in loaded]
 
 
 def check_shapers(
-    shapers: Sequence[Shaper], columns: Iterable[str], reward_names: Sequence[str], has_correct: bool
+    shapers: Sequence[Shaper],
+    columns: Iterable[str],
+    reward_names: Sequence[str],
+    has_correct: bool,
+    has_tools: bool = True,
 ) -> None:
     """
     Refuses a pipeline that cannot run as written.
@@ -217,6 +233,8 @@ def check_shapers(
             Names of the reward functions.
         has_correct (`bool`):
             Whether `correct_reward` names one of them.
+        has_tools (`bool`, *optional*, defaults to `True`):
+            Whether the messages of tools are among the completions.
 
     Raises:
         TypeError: Something that is not a shaper.
@@ -255,6 +273,17 @@ def check_shapers(
             raise ValueError(
                 f"The advantage shaper {shaper.name!r} needs to know which completions are correct. Set `correct_reward` to the "
                 f"reward function that says so, one of {_listed(reward_names)}."
+            )
+        if shaper.requires.one_reward and len(reward_names) > 1:
+            raise ValueError(
+                f"The advantage shaper {shaper.name!r} needs to know which reward is meant, and there are several. Set "
+                f"`correct_reward` to one of {_listed(reward_names)}."
+            )
+        if shaper.requires.tools and not has_tools:
+            raise ValueError(
+                f"The advantage shaper {shaper.name!r} reads what tools return, and there are none. Set `environment: search`, or "
+                "pass `tools` or `environment_factory`. What a `rollout_func` runs it cannot see: let that return a field of scores "
+                "and name it as `calibadv_step_field`."
             )
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 from hf_rb.advantages.calibadv import silver_documents, step_quality
-from hf_rb.advantages.pipeline import ShapingContext
+from hf_rb.advantages.pipeline import Requires, ShapingContext
 from hf_rb.agents.rewards import is_tool_error, is_well_formed, text_of
 
 
@@ -39,6 +39,7 @@ class SilverDocuments:
         well_formed: Callable[[str | list[dict]], bool] = is_well_formed,
     ):
         self.qualify, self.reward, self.well_formed = qualify, reward, well_formed
+        self.requires = Requires(rewards=(reward,) if reward else (), tools=True, one_reward=reward is None)
 
     def __call__(self, ctx: ShapingContext) -> list[list[float]]:
         """Returns the quality of each search step.
@@ -82,6 +83,7 @@ class FieldScores:
 
     def __init__(self, field: str):
         self.field = field
+        self.requires = Requires(columns=(field,))
 
     def __call__(self, ctx: ShapingContext) -> list[list[float]]:
         """Returns the quality of each search step.

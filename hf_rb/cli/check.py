@@ -334,8 +334,29 @@ def _reward_rules(args: Any) -> Iterator[str]:
     if not names and not args.reward_model_name_or_path:
         yield "no reward: write `reward_funcs: [...]`."
     known = [reward_name(name) for name in names] + (args.reward_model_name_or_path or "").split("/")[-1:]
-    if args.correct_reward is not None and args.correct_reward not in known:
-        yield f"`correct_reward: {args.correct_reward}` is none of the reward functions, {', '.join(filter(None, known))}."
+    for key in ("correct_reward", "edas_format_reward"):
+        if (name := getattr(args, key)) is not None and name not in known:
+            yield f"`{key}: {name}` is none of the reward functions, {', '.join(filter(None, known))}."
+
+
+def _shaper_rules(args: Any) -> Iterator[str]:
+    """What a trainer takes as an object too, and a recipe can only name."""
+    if "srar" in args.advantage_shapers and args.srar_judge is None:
+        yield "`advantage_shapers: [srar]` needs a judge of steps: write `srar_judge: ...`, the URL of an endpoint or `tiny`."
+    if "srar" in args.advantage_shapers and args.srar_only_mixed and args.correct_reward is None:
+        yield (
+            "`advantage_shapers: [srar]` judges groups with correct and wrong completions. Set `correct_reward`, or `srar_only_mixed: "
+            "false`."
+        )
+    if (
+        "calibadv" in args.advantage_shapers
+        and args.calibadv_soft
+        and not (args.environment or args.calibadv_step_field)
+    ):
+        yield (
+            "`advantage_shapers: [calibadv]` reads what tools return, and there are none: write `environment: search`, or "
+            "`calibadv_soft: false` to balance answers only."
+        )
 
 
 def upcycle_rules(args: Any) -> Iterator[str]:
@@ -359,7 +380,15 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "sft": (profit_rules, _precision_rules, _source_rules, _name_rules),
     "gkd": (gkd_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),
     "distillation": (distillation_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),
-    "grpo": (grpo_rules, agent_rules, _precision_rules, _source_rules, _reward_rules, _name_rules),
+    "grpo": (
+        grpo_rules,
+        agent_rules,
+        _precision_rules,
+        _source_rules,
+        _reward_rules,
+        _shaper_rules,
+        _name_rules,
+    ),
     "quantize": (_name_rules,),
     "upcycle": (upcycle_rules, _name_rules),
 }

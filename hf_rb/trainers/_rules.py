@@ -277,11 +277,13 @@ _FIELDS_OF_SHAPER = {
         "edas_equivalence": "string",
         "edas_warmup_start": 0,
         "edas_warmup_steps": 0,
+        "edas_format_reward": None,
     },
     "calibadv": {
         "calibadv_soft": True,
         "calibadv_pos_neg_ratio": 1.0,
         "calibadv_max_gain": None,
+        "calibadv_weighting": "token",
         "calibadv_qualify": 0.7,
         "calibadv_answer_must_not_call_tool": True,
     },
@@ -314,6 +316,12 @@ def grpo_rules(config: Any) -> Iterator[str]:
             f"`hidden_align_coef: {config.hidden_align_coef}` aligns correct completions. Set `correct_reward` to the name of the "
             "reward function that says which are."
         )
+    if config.correct_reward is None and config.correct_threshold != 0.5:
+        yield f"`correct_threshold: {config.correct_threshold}` has no effect without `correct_reward`. Set it, or remove the threshold."
+    if config.hidden_align_marker == "":
+        yield "`hidden_align_marker` is empty, and a hidden state is taken before it. Write the text with which answers begin."
+    if "calibadv" in names:
+        yield from _calibadv_rules(config)
     if "calibadv" in names and config.calibadv_pos_neg_ratio is not None:
         if config.multi_objective_aggregation == "normalize_then_sum":
             yield (
@@ -324,6 +332,26 @@ def grpo_rules(config: Any) -> Iterator[str]:
     for name, default in (("hidden_align_marker", None), ("hidden_align_all_correct", False)):
         if config.hidden_align_coef == 0 and getattr(config, name) != default:
             yield f"`{name}: {getattr(config, name)}` has no effect with `hidden_align_coef: 0.0`. Set the weight, or remove it."
+
+
+def _calibadv_rules(config: Any) -> Iterator[str]:
+    """Fields of CalibAdv that another of its fields has switched off."""
+    if not config.calibadv_soft and config.calibadv_pos_neg_ratio is None:
+        yield (
+            "`calibadv_soft: false` and `calibadv_pos_neg_ratio: null` leave CalibAdv nothing to do. Remove one of them, or `calibadv`."
+        )
+    without = {
+        "calibadv_pos_neg_ratio: null": (
+            config.calibadv_pos_neg_ratio is None,
+            {"calibadv_max_gain": None, "calibadv_weighting": "token"},
+        ),
+        "calibadv_soft: false": (not config.calibadv_soft, {"calibadv_qualify": 0.7, "calibadv_step_field": None}),
+        "calibadv_step_field": (config.calibadv_step_field is not None, {"calibadv_qualify": 0.7}),
+    }
+    for reason, (switched_off, fields) in without.items():
+        for name, default in fields.items():
+            if switched_off and getattr(config, name) != default:
+                yield f"`{name}: {getattr(config, name)}` has no effect with `{reason}`. Remove one of the two."
 
 
 def _shaper_name_rules(names: list[str]) -> Iterator[str]:
@@ -378,6 +406,16 @@ def grpo_warnings(config: Any, token_shapers: bool | None = None) -> Iterator[st
         yield (
             "`mask_truncated_completions` takes truncated completions out of the loss, and to EDAS they remain one error, that of "
             "no answer. `edas_no_answer: skip` leaves them out there too."
+        )
+    if (
+        "calibadv" in config.advantage_shapers
+        and config.calibadv_pos_neg_ratio is not None
+        and config.calibadv_weighting == "token"
+        and config.loss_type in ("grpo", "sapo")
+    ):
+        yield (
+            f"`loss_type: {config.loss_type}` averages over the tokens of each completion first, and CalibAdv balances answers token by "
+            "token, as in its paper's loss. `calibadv_weighting: loss` balances what this loss adds up."
         )
     once = config.steps_per_generation in (None, config.gradient_accumulation_steps)
     if config.hidden_align_coef > 0 and (config.num_iterations > 1 or not once):

@@ -46,12 +46,18 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
             finds them equal in either direction too (`"math"`; needs `pip install 'hf_rb[math]'`).
         edas_warmup_start (`int`, *optional*, defaults to `0`), edas_warmup_steps (`int`, *optional*, defaults to `0`):
             Optimizer step at which EDAS starts, and number of steps over which its strengths grow to their values.
+        edas_format_reward (`str`, *optional*):
+            Reward function that scores the format. Wrong completions to which it gives less than 0.5 are left alone, as in the
+            authors' code.
         calibadv_soft (`bool`, *optional*, defaults to `True`):
             Whether search steps that found good documents are penalised less for a wrong answer.
         calibadv_pos_neg_ratio (`float`, *optional*, defaults to `1.0`):
             Positive over negative advantage of the answers of a group, summed over tokens, after rebalancing; above 0.
         calibadv_max_gain (`float`, *optional*):
             Largest factor by which rebalancing multiplies an advantage. Not in the paper, where it is unbounded.
+        calibadv_weighting (`str`, *optional*, defaults to `"token"`):
+            What a token weighs in that sum: each the same (`"token"`, the authors' code), or as much as in the loss (`"loss"`),
+            which differs with `loss_type="grpo"` and `"sapo"`, means over the tokens of each completion first.
         calibadv_qualify (`float`, *optional*, defaults to `0.7`):
             Reward from which on the documents of a completion count as good.
         calibadv_answer_must_not_call_tool (`bool`, *optional*, defaults to `True`):
@@ -152,6 +158,13 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
         default=0,
         metadata=described("Steps over which the strengths of EDAS grow to their values.", range="[0, inf)"),
     )
+    edas_format_reward: str | None = field(
+        default=None,
+        metadata=described(
+            "Reward function that scores the format. EDAS leaves wrong completions alone to which it gives less than 0.5, as the "
+            "authors' code does."
+        ),
+    )
     calibadv_soft: bool = field(
         default=True,
         metadata=described("Whether search steps that found good documents are penalised less for a wrong answer."),
@@ -169,6 +182,14 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
         metadata=described(
             "Largest factor by which rebalancing multiplies an advantage. Not in the paper, where it is unbounded.",
             range="[1, inf)",
+        ),
+    )
+    calibadv_weighting: str = field(
+        default="token",
+        metadata=described(
+            "What a token weighs where the answers of a group are balanced: each the same (`token`, the authors' code), or as much "
+            "as in the loss (`loss`), which differs with `loss_type: grpo` and `sapo`.",
+            choices=["token", "loss"],
         ),
     )
     calibadv_qualify: float = field(

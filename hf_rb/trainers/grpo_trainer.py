@@ -92,6 +92,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         args = own_config(GRPOConfig, args, model, "GRPO", generation_batch_size=None)
         environment_factory = environment_factory or _environment(args)
         self.answer_extractor = answer_extractor or EXTRACTORS[args.answer_extractor]
+        self._extractor_name = repr(args.answer_extractor if answer_extractor is None else answer_extractor)
         if answer_extractor is not None and args.hidden_align_coef and args.hidden_align_marker is None:
             raise ValueError(
                 "`hidden_align_coef` takes hidden states before the answer, and with an `answer_extractor` of your own it does not "
@@ -107,8 +108,10 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         datasets = [data for data in (train_dataset, *evaluation) if data is not None]
         # Without a dataset an environment asks, and TRL makes up empty prompts.
         columns = [columns_of(data) for data in datasets] or [["prompt"]]
+        # TRL shows no messages of the tools that a `rollout_func` runs.
+        has_tools = rollout_func is None and bool(kwargs.get("tools") or environment_factory)
         if environment_factory is None:
-            self._check_shaping(args, columns, names_of_rewards(reward_funcs), rollout_func)
+            self._check_shaping(args, columns, names_of_rewards(reward_funcs), rollout_func, has_tools)
         _check_rubrics(self.shapers, datasets)
         super().__init__(
             model,
@@ -124,7 +127,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             environment_factory=environment_factory,
             **kwargs,
         )
-        self._check_shaping(args, columns, self.reward_func_names, rollout_func)
+        self._check_shaping(args, columns, self.reward_func_names, rollout_func, has_tools)
         if args.hidden_align_coef:
             self._check_sequences("`hidden_align_coef`")
         if self.accelerator.is_main_process:
@@ -133,16 +136,21 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         self._generation: ScoredGeneration | None = None
 
     def _check_shaping(
-        self, args: GRPOConfig, columns: list[list[str]], reward_names: list[str], rollout_func: Callable | None
+        self,
+        args: GRPOConfig,
+        columns: list[list[str]],
+        reward_names: list[str],
+        rollout_func: Callable | None,
+        has_tools: bool,
     ) -> None:
         if args.correct_reward is not None and args.correct_reward not in reward_names:
             raise ValueError(
-                f"`correct_reward: {args.correct_reward}` is none of the reward functions, {', '.join(reward_names)}."
+                f"`correct_reward: {args.correct_reward}` is none of the reward functions, {', '.join(reward_names) or 'of which there are none'}."
             )
         # A `rollout_func` adds fields to the rows, which the first generation shows.
         later = [name for shaper in self.shapers for name in shaper.requires.columns] if rollout_func else []
         for names in columns:
-            check_shapers(self.shapers, [*names, *later], reward_names, args.correct_reward is not None)
+            check_shapers(self.shapers, [*names, *later], reward_names, args.correct_reward is not None, has_tools)
 
     @property
     def _methods(self) -> list[str]:
@@ -194,8 +202,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         answered = sum(answer is not None for answer in answers) / len(answers)
         if answered == 0 and self.accelerator.is_main_process:
             logger.warning(
-                f"No completion of step {self.state.global_step} has an answer for `answer_extractor: "
-                f"{self.args.answer_extractor}`: to the shapers all are the same."
+                f"No completion of step {self.state.global_step} has an answer for the answer extractor {self._extractor_name}: "
+                "to the shapers all are the same."
             )
         return answered
 

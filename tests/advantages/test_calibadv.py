@@ -253,19 +253,26 @@ def test_runs_of_model_tokens():
     assert model_runs(mask) == [[(0, 2), (4, 7)], [(1, 4), (7, 8)], [], [(0, 8)]]
 
 
+CALL = {"role": "assistant", "tool_calls": [{}]}
+RESULT = {"role": "tool", "content": "d"}
+ANSWER = {"role": "assistant", "content": "Paris", "tool_calls": None}
+
+
 @pytest.mark.parametrize(
-    "completion, expected",
+    "completion, runs, expected",
     [
-        ("text", False),
-        ([], False),
-        ([{"role": "assistant", "content": "Paris"}], False),
-        ([{"role": "assistant", "tool_calls": [{}]}], True),
-        ([{"role": "assistant", "tool_calls": [{}]}, {"role": "tool", "content": "d"}], True),
-        ([{"role": "tool", "content": "d"}, {"role": "assistant", "content": "x", "tool_calls": None}], False),
+        ("text", 1, False),
+        ([], 0, False),
+        ([ANSWER], 1, False),
+        ([CALL], 1, True),
+        ([CALL, RESULT], 1, True),
+        ([CALL, RESULT, CALL], 2, True),
+        ([CALL, RESULT, ANSWER], 2, False),
+        ([CALL], 2, False),  # a `rollout_func`'s turns, which TRL parses as one message with the calls of all
     ],
 )
-def test_ends_with_tool_call(completion, expected):
-    assert ends_with_tool_call(completion) is expected
+def test_ends_with_tool_call(completion, runs, expected):
+    assert ends_with_tool_call(completion, runs) is expected
 
 
 def context(base, runs, group_size, completions=None, valid=None):
@@ -303,14 +310,47 @@ def test_shaper_spreads_the_runs_over_the_tokens():
 
 def test_a_rollout_that_ends_on_a_tool_call_has_no_answer():
     base = grpo([1.0, 0.0, 0.0], 3)
-    call = [{"role": "assistant", "tool_calls": [{}]}]
-    answer = [{"role": "assistant", "content": "Paris"}]
-    ctx = context(base, [[3], [2, 4], [5]], 3, [answer, call, answer])
+    ctx = context(base, [[3], [2, 4], [5]], 3, [[ANSWER], [CALL, RESULT, CALL], [ANSWER]])
     advantages = run_pipeline(ctx, [CalibAdvShaper(lambda ctx: [[], [0, 0.5], []])])[0]
     assert advantages[1, 4].item() == pytest.approx(base[1].item() / 2)  # a search step, half useful
     assert advantages[0, 0].item() == pytest.approx(5 * -base[2].item() / 3)  # balanced against the one wrong answer
     as_code = CalibAdvShaper(lambda ctx: [[], [0, 0.5], []], answer_must_not_call_tool=False)
     assert run_pipeline(ctx, [as_code])[0][1, 4].item() == pytest.approx(base[1].item())
+
+
+def test_the_turns_of_a_rollout_func_have_an_answer():
+    """TRL parses them as one message, which holds the calls of all turns."""
+    base = grpo([1.0, 0.0], 2)
+    ctx = context(base, [[2, 3], [2, 6]], 2, [[CALL], [CALL]])
+    advantages, metrics, _ = run_pipeline(ctx, [CalibAdvShaper(lambda ctx: [[0], [1]])])
+    assert advantages[1, 0] == 0 and advantages[1, 4] == base[1]
+    assert advantages[0, 4].item() == pytest.approx(2 * base[0].item())
+    assert metrics["shaping/calibadv/steps_per_rollout"] == 1
+
+
+def test_balance_of_a_loss_that_averages_over_each_rollout():
+    """There a token weighs 1 / L, and the answers of the two signs weigh the same in the loss, not in tokens."""
+    base = grpo(REWARDS, 4)
+    ctx = context(base, RUNS, 4)
+    advantages, metrics, _ = run_pipeline(ctx, [CalibAdvShaper(lambda ctx: QUALITY, sequence_mean=True)])
+    share = [sum(row[-1:]) / sum(row) for row in RUNS]
+    answers = [advantages[i, spans[-1][0]].item() for i, spans in enumerate(model_runs(ctx.mask))]
+    positive = sum(a * s for a, s in zip(answers, share, strict=True) if a > 0)
+    negative = -sum(a * s for a, s in zip(answers, share, strict=True) if a < 0)
+    assert positive == pytest.approx(negative) and answers[1:3] == pytest.approx(base[1:3].tolist())
+    by_hand = (share[1] * base[1] + share[2] * base[2]) / -(share[0] * base[0] + share[3] * base[3])
+    assert metrics["shaping/calibadv/gain"] == pytest.approx(by_hand.item())
+    equal = calibadv(base, RUNS, QUALITY, 4, weights=[0.25] * 4)
+    assert_close(flat(equal), flat(calibadv(base, RUNS, QUALITY, 4)))
+
+
+def test_groups_whose_answers_have_one_sign_are_counted():
+    base = torch.cat([grpo([1.0, 0.0], 2), grpo([1.0, 0.0], 2), torch.zeros(2)])
+    ctx = context(base, [[3], [4]] * 3, 2, [[ANSWER], [CALL], *[[ANSWER]] * 4])
+    advantages, metrics, _ = run_pipeline(ctx, [CalibAdvShaper(lambda ctx: [[]] * 6)])
+    assert metrics["shaping/calibadv/groups_one_sided"] == 1
+    assert metrics["shaping/calibadv/gain"] == pytest.approx(4 / 3)
+    assert advantages[0, 0] == 0 and advantages[1, 0] == base[1] and advantages[2, 0] > 0
 
 
 def test_unscored_and_masked_rollouts_count_nowhere():

@@ -320,6 +320,30 @@ def test_shaper_leaves_unscored_and_undecided_rollouts():
     assert not torch.equal(shaped.advantages[4:7], base[4:7])
 
 
+def test_wrong_rollouts_of_another_format_keep_their_advantage():
+    """As in the authors' code; where the format has no score, they are as wrong as any."""
+    base = grpo(RIGHT3, 8)
+    ctx = context(base, 8, RIGHT3, MIXED)
+    ctx.reward_names, form = ["accuracy", "format"], torch.ones(8)
+    form[3], form[4], form[0] = 0.4, torch.nan, 0.0
+    ctx.rewards_per_func = torch.stack([ctx.correct.float(), form], 1)
+    shaper = EdasShaper(format_reward="format")
+    assert shaper.requires.rewards == ("format",)
+    shaped = shaper.shape(ctx, base)
+    assert shaped.columns["error_class"] == [None] * 4 + ["7", "7", "12", ""]
+    assert torch.equal(shaped.advantages, edas(base, 8, [*RIGHT3[:3], True, *RIGHT3[4:]], MIXED))
+    form[3] = 0.5
+    ctx.rewards_per_func = torch.stack([ctx.correct.float(), form], 1)
+    assert torch.equal(shaper.shape(ctx, base).advantages, edas(base, 8, RIGHT3, MIXED))
+
+
+def test_answers_may_be_numbers():
+    base = grpo(RIGHT3, 8)
+    given = [None if text == "" else int(text) - 7 for text in MIXED]
+    assert 0 in given
+    assert torch.equal(edas(base, 8, RIGHT3, given), edas(base, 8, RIGHT3, MIXED))
+
+
 def test_shaper_warms_up():
     base = grpo(RIGHT3, 8)
     shaper = EdasShaper(warmup_start=2, warmup_steps=4)

@@ -162,6 +162,14 @@ class Needy(SequenceShaper):
         return Shaped(advantages)
 
 
+class Seeing(SequenceShaper):
+    name = "seeing"
+    requires = Requires(tools=True, one_reward=True)
+
+    def shape(self, ctx, advantages):
+        return Shaped(advantages)
+
+
 @pytest.mark.parametrize(
     "shapers, columns, rewards, has_correct, message",
     [
@@ -176,12 +184,26 @@ class Needy(SequenceShaper):
         ([Halve()], [], ["accuracy"], False, "'halve'.*Set `correct_reward`.*'accuracy'"),
         ([Halve(), Halve()], [], [], True, "'halve' is listed more than once"),
         ([Shift(), Double()], [], [], True, r"Write `advantage_shapers: \[double, shift\]`"),
+        (
+            [Seeing()],
+            [],
+            ["f1"],
+            True,
+            "'seeing' reads what tools return, and there are none. Set `environment: search`",
+        ),
+        (
+            [Seeing()],
+            [],
+            ["f1", "form"],
+            True,
+            "needs to know which reward is meant.*Set `correct_reward` to one of 'f1', 'form'",
+        ),
         ([Shift(), Halve()], [], [], True, r"Write `advantage_shapers: \[halve, shift\]`"),
     ],
 )
 def test_refusals(shapers, columns, rewards, has_correct, message):
     with pytest.raises(ValueError, match=message):
-        check_shapers(shapers, columns, rewards, has_correct)
+        check_shapers(shapers, columns, rewards, has_correct, has_tools=False)
 
 
 def test_orders_that_may_run():
@@ -201,10 +223,13 @@ ARGS = SimpleNamespace(
     edas_no_answer="skip",
     edas_warmup_start=4,
     edas_warmup_steps=5,
+    edas_format_reward="form",
     calibadv_soft=True,
     calibadv_pos_neg_ratio=0.5,
     calibadv_max_gain=10.0,
     calibadv_answer_must_not_call_tool=False,
+    calibadv_weighting="loss",
+    loss_type="grpo",
     srar_coef=0.3,
     srar_gk="paper",
     srar_ddof=0,
@@ -224,15 +249,26 @@ def test_built_in_shapers_read_their_fields():
         "equivalent": TRAINER.answers_equivalent,
         "warmup_start": 4,
         "warmup_steps": 5,
+        "format_reward": "form",
+        "requires": Requires(correct=True, answers=True, rewards=("form",)),
     }
     assert (calibadv.step_scorer, calibadv.soft, calibadv.pos_neg_ratio) == (TRAINER.step_scorer, True, 0.5)
-    assert (calibadv.max_gain, calibadv.answer_must_not_call_tool) == (10.0, False)
+    assert (calibadv.max_gain, calibadv.answer_must_not_call_tool, calibadv.sequence_mean) == (10.0, False, True)
+    ARGS.loss_type = "dapo"
+    assert not build_shapers(["calibadv"], ARGS, TRAINER)[0].sequence_mean
     assert (srar.judge, srar.coef, srar.gk, srar.ddof, srar.only_mixed) == (TRAINER.judge, 0.3, "paper", 0, False)
 
 
 def test_unknown_name():
     with pytest.raises(ValueError, match="no advantage shaper 'eads'.*'edas', 'calibadv', 'srar'"):
         build_shapers(["eads"], ARGS, TRAINER)
+
+
+@pytest.mark.parametrize("where", ["os:getcwd", "collections:Counter"])
+def test_a_name_of_something_else(monkeypatch, where):
+    monkeypatch.setattr(_shapers, "LOCAL", {where})
+    with pytest.raises(TypeError, match=f"'{where}' is .*, no class of advantage shapers"):
+        build_shapers([where], ARGS, TRAINER)
 
 
 def test_shapers_of_other_packages(monkeypatch):
@@ -299,7 +335,7 @@ def one_process(part, gather=list):
         valid=torch.tensor([True] * 5 + [False]),
         correct=correct,
         wrong=~correct,
-        answers=["1", "7", "7", "7", "1", "8"],
+        answers=["1", "7", "7.0", "7", "1", "8"],
         local=part,
         rows=[{"rubric": "<SUGGEST> a"}] * (part.stop - part.start),
         prompts=[str(i) for i in range(6)][part],
@@ -309,26 +345,35 @@ def one_process(part, gather=list):
         processing_class=Letters(),
         gather=gather,
     )
+    compared = []
+
+    def same_digit(first, second):
+        compared.append((first, second))
+        return first[0] == second[0]
+
     scorer = CalibAdvShaper(lambda ctx: STEP_QUALITY[ctx.local])
-    return run_pipeline(ctx, [EdasShaper(), scorer, SrarShaper(judge, gk="paper")])
+    results = run_pipeline(ctx, [EdasShaper(equivalent=same_digit), scorer, SrarShaper(judge, gk="paper")])
+    return *results, compared
 
 
 @settings(max_examples=5, deadline=None)
 @given(st.integers(1, 5))
 def test_two_processes_are_one(cut):
-    advantages, metrics, columns = one_process(slice(0, 6))
+    advantages, metrics, columns, compared = one_process(slice(0, 6))
     parts, processes = [slice(0, cut), slice(cut, 6)], Processes()
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda rank: one_process(parts[rank], processes.gather_of(rank)), (0, 1)))
     assert_close(torch.cat([result[0] for result in results]), advantages, atol=0, rtol=0)
-    for _, own, _ in results:
+    for _, own, _, _ in results:
         assert own == pytest.approx(metrics)
     for name, values in columns.items():
-        assert [value for _, _, own in results for value in own[name]] == values
+        assert [value for _, _, own, _ in results for value in own[name]] == values
+    # No pair of answers is compared on two processes.
+    assert sorted(pair for *_, own in results for pair in own) == sorted(compared) != []
 
 
 def test_the_three_papers_act_together():
-    advantages, metrics, columns = one_process(slice(0, 6))
+    advantages, metrics, columns, _ = one_process(slice(0, 6))
     for name in ("edas", "calibadv", "srar"):
         assert metrics[f"shaping/{name}/delta_abs"] > 0
     assert set(columns) == {"error_class", "step_quality", "step_offsets", "shaped_advantage"}

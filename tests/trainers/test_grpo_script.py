@@ -168,6 +168,41 @@ def test_bad_input_is_found_before_a_model_is_loaded(monkeypatch, keys, message,
         assert any((in_check or message).replace("\\", "") in error for error in errors)
 
 
+@pytest.mark.parametrize(
+    "keys, message, in_check",
+    [
+        ({"edas_format_reward": "form"}, "needs the reward function 'form'", "`edas_format_reward: form` is none of"),
+        (
+            {"advantage_shapers": ["calibadv"], "edas_beta": None},
+            "reads what tools return",
+            "write `environment: search`",
+        ),
+        (
+            {"advantage_shapers": ["srar"], "edas_beta": None, "dataset_config": "rubric"},
+            "Set `srar_judge`",
+            "write `srar_judge: ...`",
+        ),
+        (
+            {
+                "advantage_shapers": ["srar"],
+                "edas_beta": None,
+                "dataset_config": "rubric",
+                "srar_judge": "tiny",
+                "correct_reward": None,
+            },
+            "'srar' needs to know which completions are correct",
+            "Set `correct_reward`, or `srar_only_mixed: false`",
+        ),
+    ],
+)
+def test_what_the_shapers_lack(keys, message, in_check):
+    """The trainer says it too, before it loads a model."""
+    with pytest.raises(ValueError, match=message):
+        grpo.main(recipe(**keys, model_name_or_path="there/is/no/model"))
+    (error,) = check(Path("recipe.yaml"), read_recipe(Path("recipe.yaml")), "grpo").errors
+    assert in_check in error
+
+
 def test_a_correct_reward_that_is_not_there():
     recipe(correct_reward="accuracy_reward")
     (error,) = check(Path("recipe.yaml"), read_recipe(Path("recipe.yaml"))).errors

@@ -20,6 +20,7 @@ from hf_rb.trainers._shaping import names_of_rewards
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 EDAS = {"advantage_shapers": ["edas"], "correct_reward": "exact_answer_reward"}
+CALIBADV = {"advantage_shapers": ["calibadv"]}
 # Two right, four wrong with three errors; two of these without an answer.
 TEXTS = ["12 + 4 = 16. #### 7", "Now #### 7", "So 9 #### 8", "Then 12 #### 8", "First 4 #### 9", "Next 3 + 2"]
 EXACT = functools.partial(exact_answer_reward, answer_extractor=EXTRACTORS["hashes"])
@@ -388,6 +389,24 @@ class NeedsRubric(SequenceShaper):
         ({}, {"shapers": [NeedsRubric()]}, "'needs' needs the dataset column 'rubric', and the columns are"),
         (EDAS, {"shapers": [Same(), EdasShaper()]}, r"Write `advantage_shapers: \[edas, same\]`"),
         (EDAS, {"shapers": [EdasShaper(), EdasShaper()]}, "'edas' is listed more than once"),
+        ({**EDAS, "edas_format_reward": "form"}, {}, "'edas' needs the reward function 'form'"),
+        ({"advantage_shapers": ["calibadv"]}, {}, "'calibadv' reads what tools return, and there are none"),
+        (
+            {"advantage_shapers": ["calibadv"]},
+            {"rollout_func": lambda prompts, trainer: {}},
+            "name it as `calibadv_step_field`",
+        ),
+        (
+            {"advantage_shapers": ["calibadv"]},
+            {"reward_funcs": [EXACT, rewards.answer_format_reward], "tools": [max]},
+            "Set `correct_reward` to one of 'exact_answer_reward', 'answer_format_reward'",
+        ),
+        (
+            {"advantage_shapers": ["calibadv"], "calibadv_step_field": "scores"},
+            {},
+            "'calibadv' needs the dataset column 'scores'",
+        ),
+        ({"correct_reward": "x"}, {"reward_funcs": None}, "none of the reward functions, of which there are none"),
         (
             {"hidden_align_coef": 0.1, "correct_reward": "exact_answer_reward"},
             {"answer_extractor": str.strip},
@@ -444,6 +463,24 @@ def test_math_equivalence_without_math_verify(make, monkeypatch):
         ),
         ({"hidden_align_coef": 0.1}, "aligns correct completions. Set `correct_reward`"),
         ({"hidden_align_marker": "=>"}, "no effect with `hidden_align_coef: 0.0`"),
+        (
+            {"hidden_align_marker": "", "hidden_align_coef": 0.1, "correct_reward": "x"},
+            "`hidden_align_marker` is empty",
+        ),
+        ({"correct_threshold": 0.9}, "`correct_threshold: 0.9` has no effect without `correct_reward`"),
+        ({"edas_format_reward": "x"}, "no effect without the shaper 'edas'"),
+        ({**CALIBADV, "calibadv_soft": False, "calibadv_pos_neg_ratio": None}, "leave CalibAdv nothing to do"),
+        (
+            {**CALIBADV, "calibadv_pos_neg_ratio": None, "calibadv_max_gain": 5.0},
+            "`calibadv_max_gain: 5.0` has no effect",
+        ),
+        (
+            {**CALIBADV, "calibadv_pos_neg_ratio": None, "calibadv_weighting": "loss"},
+            "`calibadv_weighting: loss` has no",
+        ),
+        ({**CALIBADV, "calibadv_soft": False, "calibadv_qualify": 0.5}, "no effect with `calibadv_soft: false`"),
+        ({**CALIBADV, "calibadv_soft": False, "calibadv_step_field": "q"}, "no effect with `calibadv_soft: false`"),
+        ({**CALIBADV, "calibadv_step_field": "q", "calibadv_qualify": 0.5}, "no effect with `calibadv_step_field`"),
     ],
 )
 def test_config_rules(config, flags, message):
@@ -467,6 +504,41 @@ def test_warnings_about_tokens(make, caplog, flags, message):
     assert message not in caplog.text
     make(flags, shapers=[Same()])
     assert message in caplog.text
+
+
+@pytest.mark.parametrize("loss_type, warned", [("grpo", True), ("sapo", True), ("dapo", False)])
+def test_warning_about_a_balance_of_tokens(make, caplog, loss_type, warned):
+    flags = {**CALIBADV, "calibadv_soft": False, "loss_type": loss_type}
+    make(flags)
+    assert ("`calibadv_weighting: loss` balances what this loss adds up" in caplog.text) == warned
+    caplog.clear()
+    make({**flags, "calibadv_weighting": "loss"})
+    assert "calibadv_weighting" not in caplog.text
+
+
+@pytest.mark.parametrize("loss_type, weighting", [("dapo", "token"), ("grpo", "loss")])
+def test_answers_are_balanced_in_the_loss(make, loss_type, weighting):
+    """What the loss adds up of right and of wrong answers cancels. Of rollouts that are answers only, in a mean of each, it did."""
+    flags = {**CALIBADV, "calibadv_soft": False, "loss_type": loss_type, "calibadv_weighting": weighting}
+    trainer = make({**flags, "max_steps": 1})
+    trainer.train()
+    assert (logged(trainer)["shaping/calibadv/delta_abs"] > 0.01) == (loss_type == "dapo")
+    assert logged(trainer)["loss"] == pytest.approx(0, abs=1e-6)
+    crossed = make({**flags, "max_steps": 1, "calibadv_weighting": "token", "loss_type": "grpo"})
+    crossed.train()
+    assert abs(logged(crossed)["loss"]) > 1e-3
+
+
+def test_edas_leaves_out_what_has_no_format(make):
+    def form(completions, **kwargs):
+        return [0.0 if index % 6 == 3 else 1.0 for index in range(len(completions))]
+
+    flags = {**EDAS, "edas_format_reward": "form", "reward_weights": [1.0, 0.0]}
+    output = generate(make(flags, reward_funcs=[EXACT, form]))["advantages"]
+    base = generate(make({}))["advantages"]
+    answers = [EXTRACTORS["hashes"](text) for text in TEXTS]
+    left_out = [True, True, False, True, False, False]
+    torch.testing.assert_close(output[:6], edas(base[:6], 6, left_out, answers), rtol=1e-6, atol=1e-6)
 
 
 # Agents
