@@ -22,6 +22,9 @@ from hf_rb._fields import Rule, value_problem
 from hf_rb._resources import find_recipe
 from hf_rb._shapers import LOCAL, pipeline_line
 from hf_rb.cli import schemas
+from hf_rb.cli.data import column_rules
+from hf_rb.cli.plan import Plan, make_plan
+from hf_rb.quantizers._rules import d2quant_rules, ptqtp_rules
 from hf_rb.rewards import reward_name, reward_problem
 from hf_rb.trainers._agent_arguments import agent_rules
 from hf_rb.trainers._rules import (
@@ -49,6 +52,7 @@ class Report:
         errors (`list[str]`): Messages about what would stop the run.
         warnings (`list[str]`): Messages about what could not be decided, or may not be what one thinks.
         notes (`list[str]`): What the recipe does.
+        plan ([`~hf_rb.cli.plan.Plan`], *optional*): Device, steps, tokens and memory of a good recipe for training.
     """
 
     recipe: str
@@ -56,6 +60,10 @@ class Report:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    plan: Plan | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"plan": self.plan and self.plan.as_dict()}
 
     def show(self) -> None:
         """Prints the findings to stderr, or one line to stdout when there are none."""
@@ -64,7 +72,7 @@ class Report:
                 print(f"{self.recipe}: {kind}: {message}", file=sys.stderr)
         if not self.errors:
             print(f"{self.recipe}: a good recipe for `hf-rb {self.verb}`.")
-            for note in self.notes:
+            for note in [*self.notes, *(self.plan.lines() if self.plan else ())]:
                 print(f"{self.recipe}: {note}")
 
 
@@ -87,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     LOCAL.update(args.allow_local_code)
     reports = [check(path, read_recipe(path), args.target) for path in map(find_recipe, args.recipes)]
     if args.json:
-        print(json.dumps([asdict(report) for report in reports], indent=1))
+        print(json.dumps([report.as_dict() for report in reports], indent=1))
     else:
         for report in reports:
             report.show()
@@ -171,10 +179,23 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Report
     args = SimpleNamespace(**values)
     for rule in RULES[verb]:
         report.errors += rule(args)
+    if verb in TRAINED:
+        report.errors += column_rules(args, verb)
     if verb == "grpo" and not report.errors:
         report.warnings += grpo_warnings(args)
         report.notes.append(pipeline_line(args))
+    if verb in TRAINED and not report.errors:
+        _plan(report, args)
     return report
+
+
+def _plan(report: Report, args: Any) -> None:
+    try:
+        report.plan = make_plan(args, report.verb)
+    except ValueError as error:
+        report.warnings.append(f"memory cannot be estimated: {error}")
+    else:
+        report.warnings += report.plan.problems()
 
 
 class _Checker:
@@ -240,7 +261,11 @@ class _Checker:
     def _quantization(self, key: str, config: Any) -> None:
         """Checks a quantization config, if it is one of ours. It reaches its class as YAML gives it: no text is converted."""
         if isinstance(config, dict) and config.get("quant_method") in schemas.QUANTIZATION:
-            self.values(config, schemas.load(config["quant_method"])["keys"], f"{key}.", from_text=False)
+            before = len(self.report.errors)
+            values = self.values(config, schemas.load(config["quant_method"])["keys"], f"{key}.", from_text=False)
+            rules = QUANTIZATION_RULES[config["quant_method"]](SimpleNamespace(**values))
+            if len(self.report.errors) == before:  # otherwise the rules would speak of defaults that nobody wrote
+                self.report.errors += [f"`{key}`: {problem}" for problem in rules]
 
 
 _PYTHON = {
@@ -376,6 +401,8 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
+TRAINED = ("sft", "gkd", "distillation", "grpo")
+QUANTIZATION_RULES: dict[str, Rule] = {"d2quant": d2quant_rules, "ptqtp": ptqtp_rules}
 RULES: dict[str, tuple[Rule, ...]] = {
     "sft": (profit_rules, _precision_rules, _source_rules, _name_rules),
     "gkd": (gkd_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),

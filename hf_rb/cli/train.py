@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if report.errors:
         return 2
 
+    if report.plan and not args.accelerate_config:  # which may know of devices that this machine shows nowhere
+        args.overrides = [*args.overrides, *report.plan.cpu_arguments]
     launch = ["--config_file", str(_accelerate_config(args.accelerate_config))] if args.accelerate_config else []
     launch += ["--num_processes", args.num_processes] if args.num_processes else []
     launch += ["--module", f"hf_rb.scripts.{args.verb}", "--config", str(recipe), *args.overrides]

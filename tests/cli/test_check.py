@@ -41,7 +41,11 @@ def recipe(tmp_path):
 def test_a_good_recipe(recipe, capsys):
     path = recipe(env={"HF_HUB_OFFLINE": "1"})
     assert main(["check", path]) == 0
-    assert capsys.readouterr().out == f"{path}: a good recipe for `hf-rb sft`.\n"
+    first, device, plan, memory = capsys.readouterr().out.splitlines()
+    assert first == f"{path}: a good recipe for `hf-rb sft`."
+    assert device == f"{path}: device: cpu, float32"
+    assert plan.endswith("3,750 steps of 8 sequences of at most 1,024 tokens: at most 30,720,000 tokens (one process)")
+    assert "the largest part is logits" in memory
 
 
 def test_everything_wrong_is_said_in_one_pass(recipe, capsys):
@@ -97,8 +101,14 @@ def test_json(recipe, capsys):
             "errors": ["unknown key `learning_ratee`; did you mean `learning_rate`?"],
             "warnings": [],
             "notes": [],
+            "plan": None,
         }
     ]
+    assert main(["check", recipe(max_steps=10), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)[0]["plan"]
+    assert (plan["device"], plan["precision"], plan["steps"], plan["sequences"]) == ("cpu", "float32", 10, 8)
+    assert plan["largest"] == max(plan["memory"], key=plan["memory"].get)
+    assert plan["memory"]["weights"] < plan["peak"] < sum(plan["memory"].values())
 
 
 def test_several_recipes(recipe, tmp_path, capsys):

@@ -1,0 +1,242 @@
+"""What a recipe will do on this machine: device and precision, steps and tokens, memory. Standard library only."""
+
+import math
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_rb import tiny
+from hf_rb.cli import data
+from hf_rb.cli.memory import DTYPES, Architecture, Run, estimate, peak
+
+
+__all__ = ["Plan", "make_plan"]
+
+# Tokens of a prompt where a recipe bounds the completion alone.
+PROMPT_TOKENS = 256
+
+
+@dataclass
+class Plan:
+    """A run before it starts, for one process.
+
+    Attributes:
+        device (`str`): `"cpu"`, `"cuda"` or `"mps"`.
+        cpu_arguments (`list[str]`): What must be added to run on the CPU because no GPU was found.
+        precision (`str`): `"float32"`, or the type of mixed precision.
+        steps (`int`, *optional*): Optimizer steps; `None` where the data is not on this machine.
+        sequences (`int`): Sequences of a step.
+        length (`int`, *optional*): Tokens of a sequence at most; in on-policy training those of a completion.
+        tokens (`int`, *optional*): Tokens of the run at most.
+        memory (`dict[str, int]`, *optional*): Bytes by what they are for, where the model is on this machine.
+        peak (`int`, *optional*): Highest sum of what is there at one moment, in bytes.
+        missing (`list[str]`): Models without which memory cannot be estimated.
+    """
+
+    device: str
+    cpu_arguments: list[str]
+    precision: str
+    steps: int | None
+    sequences: int
+    length: int | None
+    tokens: int | None
+    memory: dict[str, int] | None
+    peak: int | None
+    missing: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"largest": self.largest}
+
+    @property
+    def largest(self) -> str | None:
+        return max(self.memory, key=self.memory.get) if self.memory else None
+
+    def lines(self) -> Iterator[str]:
+        """The plan for a reader."""
+        why = f" (no GPU was found: the run gets `{' '.join(self.cpu_arguments)}`)" if self.cpu_arguments else ""
+        yield f"device: {self.device}, {self.precision}{why}"
+        steps = "as many steps as the data gives" if self.steps is None else f"{self.steps:,} steps"
+        bound = "" if self.length is None else f" of at most {self.length:,} tokens"
+        whole = "" if self.tokens is None else f": at most {self.tokens:,} tokens"
+        yield f"plan: {steps} of {self.sequences:,} sequences{bound}{whole} (one process)"
+        if self.memory:
+            parts = sorted(self.memory, key=self.memory.get, reverse=True)
+            listed = ", ".join(f"{part} {_size(self.memory[part])}" for part in parts if self.memory[part])
+            yield f"memory: about {_size(self.peak)} a process, without sharding; the largest part is {self.largest} ({listed})"
+        elif self.missing:
+            yield f"memory: not estimated, as {' and '.join(self.missing)} is not on this machine"
+
+    def problems(self) -> Iterator[str]:
+        """What may stop the run on this machine."""
+        if self.device == "cpu" and not self.cpu_arguments and self.peak and self.peak > (memory := _machine_memory()):
+            yield (
+                f"the run needs about {_size(self.peak)} and this machine has {_size(memory)}. The largest part is {self.largest}: "
+                f"{_REMEDIES[self.largest]}."
+            )
+
+
+_REMEDIES = {
+    "weights": "write `dtype: bfloat16`, or take a smaller model",
+    "gradients": "train adapters with `use_peft: true`",
+    "optimizer": "train adapters with `use_peft: true`, or write `optim: adafactor`",
+    "activations": "lower `per_device_train_batch_size` or `max_length`, or write `gradient_checkpointing: true`",
+    "logits": "lower `per_device_train_batch_size`",
+    "teacher": "write `teacher_model_init_kwargs: {dtype: bfloat16}`, or train from `hf-rb cache-teacher`",
+    "cache": "lower `per_device_train_batch_size` or `max_completion_length`",
+    "runtime": "close other programs",
+}
+
+
+def make_plan(args: Any, verb: str) -> Plan:
+    """Plans a run.
+
+    Args:
+        args (`Any`): The recipe's values over their defaults, as attributes.
+        verb (`str`): `"sft"`, `"gkd"`, `"distillation"` or `"grpo"`.
+    """
+    device = "cpu" if args.use_cpu else _device()
+    cpu_arguments = [] if args.use_cpu or device != "cpu" else ["--use_cpu", "true"]
+    fp16, bf16 = args.fp16, not args.fp16 if args.bf16 is None else args.bf16  # bfloat16 is TRL's default
+    if cpu_arguments and (fp16 or args.bf16 is None):
+        cpu_arguments += ["--fp16", "false"] * fp16 + ["--bf16", "false"]
+        fp16 = bf16 = False
+    half = fp16 or bf16
+    precision = "float16 autocast" if fp16 else "bfloat16 autocast" if bf16 else "float32"
+
+    generates = verb in ("grpo", "distillation")
+    length = args.max_completion_length if generates else args.max_length
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    steps = _steps(args, verb, sequences)
+    tokens = None if steps is None or length is None else steps * sequences * length
+
+    frozen_names = _frozen(args, verb)
+    names = [args.model_name_or_path, *(name for name, _ in frozen_names)]
+    folders = [local_folder(name) for name in names]
+    plan = Plan(device, cpu_arguments, precision, steps, sequences, length, tokens, None, None, [])
+    plan.missing = [name for name, folder in zip(names, folders, strict=True) if folder is None]
+    if not plan.missing:
+        model, *frozen = map(Architecture.read, folders)
+        run = _run(args, verb, "cpu" if device == "cpu" else "cuda", half, model)
+        sizes = [DTYPES.get(_dtype(kwargs, one), 4) for one, (_, kwargs) in zip(frozen, frozen_names, strict=True)]
+        plan.memory = estimate(model, run, list(zip(frozen, sizes, strict=True)))
+        plan.peak = peak(plan.memory, run.accumulates)
+    return plan
+
+
+def _run(args: Any, verb: str, device: str, half: bool, model: Architecture) -> Run:
+    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    size = DTYPES.get(_dtype({"dtype": args.dtype} | kwargs, model), 4)
+    length = (
+        args.max_completion_length + PROMPT_TOKENS if verb in ("grpo", "distillation") else args.max_length or 1024
+    )
+    generated = 0
+    if verb in ("grpo", "distillation") and not args.use_vllm:
+        generated = args.per_device_train_batch_size * (
+            getattr(args, "steps_per_generation", None) or args.gradient_accumulation_steps
+        )
+    elif getattr(args, "lmbda", 0) > 0 or getattr(args, "seq_kd", False):
+        generated = args.per_device_train_batch_size
+    head = "trl" if verb in ("sft", "grpo") else "dense" if getattr(args, "loss_impl", None) == "dense" else "tiled"
+    return Run(
+        device=device,
+        tokens=args.per_device_train_batch_size * length,
+        length=length,
+        weight_bytes=size,
+        compute_bytes=2 if half else size,
+        checkpointing=bool(args.gradient_checkpointing),
+        accumulates=args.gradient_accumulation_steps > 1,
+        optimizer=str(args.optim),
+        targets=_targets(args, model) if args.use_peft else None,
+        rank=args.lora_r,
+        dropout=args.lora_dropout,
+        eager="eager" in (args.attn_implementation, kwargs.get("attn_implementation")),
+        head=head,
+        quantized_bits=_quantized_bits(args, kwargs.get("quantization_config")),
+        generated=generated,
+    )
+
+
+def _targets(args: Any, model: Architecture) -> list[str]:
+    every = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")] + [
+        "gate_proj"
+    ] * model.gated
+    names = args.lora_target_modules or ["q_proj", "v_proj"]
+    return every if "all-linear" in names else list(names)
+
+
+def _quantized_bits(args: Any, config: Any) -> float | None:
+    """Bits of a weight in memory, scales included."""
+    config = config if isinstance(config, dict) else {}
+    if args.load_in_4bit or config.get("load_in_4bit"):
+        return 4.5
+    if args.load_in_8bit or config.get("load_in_8bit"):
+        return 8.5
+    group, method = config.get("group_size", 128), config.get("quant_method")
+    if method == "ptqtp":
+        return config.get("planes", 2) * (2 + 16 / group)
+    return config.get("bits", 2) + 24 / group if method == "d2quant" else None
+
+
+def _frozen(args: Any, verb: str) -> list[tuple[str, dict]]:
+    """Names of teachers and references, with what they are loaded with."""
+    found = []
+    if verb in ("gkd", "distillation") and getattr(args, "teacher_cache", None) is None:
+        teacher = args.teacher_model_name_or_path
+        kwargs = args.teacher_model_init_kwargs if isinstance(args.teacher_model_init_kwargs, dict) else {}
+        found += [(name, kwargs) for name in (teacher.values() if isinstance(teacher, dict) else [teacher])]
+    if verb in ("gkd", "distillation") and args.objective == "gopd" and args.reward_scale != 1:
+        # Without a name it is the student at its start; adapters that are switched off are one for free.
+        if args.reference_model_name_or_path or not args.use_peft:
+            found.append((args.reference_model_name_or_path or args.model_name_or_path, {}))
+    if verb == "grpo" and args.beta and not args.use_peft:
+        found.append((args.model_name_or_path, {"dtype": args.dtype}))
+    return found
+
+
+def _dtype(kwargs: dict, model: Architecture) -> str:
+    name = str(kwargs.get("dtype") or "auto")
+    return model.dtype if name == "auto" else name
+
+
+def _steps(args: Any, verb: str, sequences: int) -> int | None:
+    if args.max_steps > 0:
+        return args.max_steps
+    count = data.rows(args)
+    if count is None or getattr(args, "packing", False):
+        return None
+    if verb == "grpo":
+        count *= (args.num_generations or 1) * args.num_iterations
+    return math.ceil(math.ceil(count / sequences) * args.num_train_epochs)
+
+
+def local_folder(name: str) -> Path | None:
+    """Returns a model's folder if it is on this machine, in the Hub's cache too."""
+    folder = Path(tiny.resolve(name)).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cached = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
+    try:
+        folder = cached / "snapshots" / (cached / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _device() -> str:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not hidden and any(Path(path).exists() for path in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")):
+        return "cuda"
+    return "mps" if (platform.system(), platform.machine()) == ("Darwin", "arm64") else "cpu"
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,162 @@
+"""The shipped recipes with one mistake each, and what `hf-rb check` says of it."""
+
+from pathlib import Path
+
+import pytest
+
+from hf_rb._resources import find_recipe
+from hf_rb.cli.check import check, read_recipe
+
+
+REMOVED = object()
+PTQTP = {"quant_method": "ptqtp"}
+D2QUANT = {"quant_method": "d2quant", "dataset": "texts.jsonl"}
+
+MALFORMED = [
+    # Keys
+    ("profit/tiny-cpu", {"profit_treshold": 0.1}, "unknown key `profit_treshold`; did you mean `profit_threshold`?"),
+    ("profit/qwen3-0.6b-base", {"lerning_rate": 1e-5}, "did you mean `learning_rate`?"),
+    ("profit/tiny-cpu", {"overwrite_output_dir": True}, "unknown key `overwrite_output_dir`"),
+    ("akl/tiny-cpu", {"akl_muu": 0.5}, "did you mean `akl_mu`?"),
+    ("hpd/tiny-cpu", {"hpd_samples": True}, "did you mean `hpd_sample`?"),
+    ("exopd/tiny-cpu", {"reward_scales": 1.25}, "did you mean `reward_scale`?"),
+    ("edas/tiny-cpu", {"edas_alhpa": 0.4}, "did you mean `edas_alpha`?"),
+    ("srar/tiny-cpu", {"srar_coeff": 1.0}, "did you mean `srar_coef`?"),
+    ("calibadv/tiny-cpu", {"calibadv_qualified": 0.7}, "did you mean `calibadv_qualify`?"),
+    ("ptqtp/tiny-cpu", {"quantisation_config": PTQTP}, "did you mean `quantization_config`?"),
+    ("profit/tiny-cpu", {"max_prompt_length": 64}, "unknown key `max_prompt_length`"),
+    ("profit/tiny-cpu", {"kd_alpha": 0.5}, "Use `GKDTrainer` (`hf-rb gkd`)"),
+    ("exopd/tiny-cpu", {"loss_impl": "dense"}, "`loss_impl` is a key of `hf-rb gkd`"),
+    # Types
+    ("profit/tiny-cpu", {"max_steps": "many"}, "`max_steps` must be int; got 'many' (str)"),
+    ("profit/tiny-cpu", {"learning_rate": "fast"}, "`learning_rate` must be float; got 'fast' (str)"),
+    ("profit/tiny-cpu", {"save_strategy": False}, "YAML reads no, off, yes and on as booleans"),
+    ("akl/tiny-cpu", {"max_length": 256.5}, "`max_length` must be int or null; got 256.5"),
+    ("llm_neo/tiny-cpu", {"lora_target_modules": "all-linear"}, "`lora_target_modules` must be list[str] or null"),
+    ("llm_neo/tiny-cpu", {"lora_r": True}, "`lora_r` must be int; got True (bool)"),
+    ("edas/tiny-cpu", {"advantage_shapers": [1]}, "`advantage_shapers` must be"),
+    ("edas/tiny-cpu", {"num_generations": 8.5}, "`num_generations` must be int or null; got 8.5"),
+    ("ptqtp/tiny-cpu", {"quantization_config": "ptqtp"}, "`quantization_config` must be dict; got 'ptqtp' (str)"),
+    ("ptqtp/tiny-cpu", {"output_dir": REMOVED}, "`output_dir` is missing"),
+    # Choices and ranges
+    ("profit/tiny-cpu", {"profit_threshold": 1.5}, "`profit_threshold` must be in [0, 1]; got 1.5"),
+    ("profit/tiny-cpu", {"profit_mode": "midle"}, "`profit_mode` cannot be 'midle'; did you mean 'middle'?"),
+    (
+        "profit/tiny-cpu",
+        {"lr_scheduler_type": "cosin"},
+        "`lr_scheduler_type` cannot be 'cosin'; did you mean 'cosine'?",
+    ),
+    ("akl/tiny-cpu", {"objective": "alk"}, "`objective` cannot be 'alk'; did you mean 'akl'?"),
+    ("akl/tiny-cpu", {"akl_mu": 0.0}, "`akl_mu` must be in (0, 1]; got 0.0"),
+    ("akl/gpt2", {"akl_head_rule": "papers"}, "`akl_head_rule` cannot be 'papers'; did you mean 'paper'?"),
+    ("llm_neo/tiny-cpu", {"kd_alpha": 1.2}, "`kd_alpha` must be in [0, 1]; got 1.2"),
+    ("exopd/tiny-cpu", {"reward_scale": -1.0}, "`reward_scale` must be in"),
+    (
+        "edas/tiny-cpu",
+        {"edas_no_answer": "clusters"},
+        "`edas_no_answer` cannot be 'clusters'; did you mean 'cluster'?",
+    ),
+    ("ptqtp/qwen3-0.6b", {"dtype": "bf16"}, "`dtype` cannot be 'bf16'"),
+    # Quantization configs inside a recipe
+    ("ptqtp/tiny-cpu", {"quantization_config": {"group_sise": 64}}, "did you mean `quantization_config.group_size`?"),
+    ("ptqtp/tiny-cpu", {"quantization_config": PTQTP | {"planes": 4}}, "`quantization_config.planes` cannot be 4"),
+    ("ptqtp/tiny-cpu", {"quantization_config": PTQTP | {"tol": "1e-4"}}, "Write a number without quotes"),
+    (
+        "ptqtp/qwen3-8b-gptq",
+        {"quantization_config": PTQTP | {"scale_mode": "tied", "planes": 1}},
+        "`quantization_config`: `scale_mode='tied'` ties two scales",
+    ),
+    (
+        "ptqtp/tiny-cpu",
+        {"quantization_config": PTQTP | {"modules_to_not_convert": ["*.q_proj"]}},
+        "`quantization_config`: `modules_to_not_convert` has '*.q_proj', which is no regular expression",
+    ),
+    (
+        "ptqtp/tiny-cpu",
+        {"quantization_config": {"quant_method": "d2quant"}},
+        "`quantization_config`: D²Quant with `backend='gptaq'` needs calibration text",
+    ),
+    (
+        "ptqtp/tiny-cpu",
+        {"quantization_config": D2QUANT | {"bits_per_layer": {"down_proj": 5}}},
+        "`quantization_config`: `bits_per_layer['down_proj']` must be 2, 3 or 4; got 5",
+    ),
+    (
+        "ptqtp/tiny-cpu",
+        {"quantization_config": D2QUANT | {"dsq": False, "dsq_iters": 3}},
+        "`quantization_config`: `dsq_iters=3` cannot act: it needs `dsq=True`",
+    ),
+    (
+        "profit/tiny-cpu",
+        {"model_init_kwargs": {"quantization_config": PTQTP | {"packing": "densest"}}},
+        "`model_init_kwargs.quantization_config.packing` cannot be 'densest'; did you mean 'dense'?",
+    ),
+    # What does not go together
+    (
+        "profit/tiny-cpu",
+        {"profit_threshold": REMOVED, "profit_mode": "lower"},
+        "has no effect without `profit_threshold`",
+    ),
+    ("profit/tiny-cpu", {"profit_mode": "middle"}, "Set `profit_threshold_high` to a number above"),
+    ("profit/tiny-cpu", {"loss_type": "dft"}, "two methods"),
+    (
+        "profit/qwen3-0.6b-base",
+        {"profit_normalize": "kept"},
+        "Set `gradient_accumulation_steps: 1`",
+    ),
+    ("profit/tiny-cpu", {"fp16": True}, "`fp16: true` needs a GPU, and `use_cpu` is true"),
+    ("akl/gpt2", {"fp16": True}, "`fp16` and `bf16` are both true"),
+    ("akl/tiny-cpu", {"beta": 0.9}, "`beta: 0.9` acts on `objective: jsd` only"),
+    ("akl/tiny-cpu", {"lmbda": 0.5}, "`kd_alpha: 0.5` needs `lmbda: 0.0`"),
+    ("hpd/tiny-cpu", {"lmbda": 1.0}, "`objective: hpd` needs `lmbda: 0.0`"),
+    ("hpd/qwen2.5-1.5b", {"akl_mu": 0.7}, "`akl_mu: 0.7` acts on `objective: akl` only"),
+    ("exopd/tiny-cpu", {"temperature": 0.7}, "`objective: gopd` needs `temperature: 1.0`"),
+    ("exopd/qwen3-1.7b", {"objective": "hpd"}, "Use `GKDTrainer` (`hf-rb gkd`) with `lmbda: 0.0`"),
+    ("edas/tiny-cpu", {"advantage_shapers": [], "edas_alpha": 0.5}, "has no effect without the shaper 'edas'"),
+    ("edas/tiny-cpu", {"advantage_shapers": ["eads"]}, "did you mean 'edas'?"),
+    ("edas/tiny-cpu", {"advantage_shapers": ["edas", "edas"]}, "has a shaper twice"),
+    ("edas/tiny-cpu", {"correct_reward": REMOVED}, "needs to know which completions are wrong"),
+    ("edas/tiny-cpu", {"correct_reward": "exact_anser"}, "is none of the reward functions, exact_answer_reward"),
+    # Models, teachers, rewards, data
+    ("profit/tiny-cpu", {"model_name_or_path": REMOVED}, "no model: write `model_name_or_path: ...`"),
+    ("profit/tiny-cpu", {"model_name_or_path": "tiny:pupil"}, "write one of tiny:teacher"),
+    ("profit/tiny-cpu", {"model_name_or_path": "./absent"}, "names './absent', which does not exist"),
+    ("akl/tiny-cpu", {"teacher_model_name_or_path": REMOVED}, "no teacher: write `teacher_model_name_or_path: ...`"),
+    ("akl/tiny-cpu", {"teacher_cache": "cache", "objective": "reverse_kl"}, "needs all of them"),
+    ("exopd/tiny-cpu", {"reference_model_name_or_path": "~/absent"}, "names '~/absent', which does not exist"),
+    ("edas/tiny-cpu", {"reward_funcs": REMOVED}, "no reward: write `reward_funcs: [...]`"),
+    ("edas/tiny-cpu", {"reward_funcs": ["exact_anser_reward"]}, "exact_anser_reward"),
+    ("profit/tiny-cpu", {"dataset_name": REMOVED}, "no dataset: write `dataset_name: ...`"),
+    (
+        "profit/tiny-cpu",
+        {"dataset_config": "prompt_only"},
+        "SFT needs `messages`, `prompt` with `completion`, or `text`",
+    ),
+    ("akl/tiny-cpu", {"dataset_config": "rubric"}, "GKD needs `messages`, `prompt` with `completion`, or `text`"),
+    ("exopd/tiny-cpu", {"dataset_config": "messages"}, "This recipe needs `prompt`"),
+    ("srar/tiny-cpu", {"dataset_config": "prompt_only"}, "This recipe needs `rubric`"),
+    (
+        "profit/tiny-cpu",
+        {"datasets": [{"path": "json", "data_files": "absent.jsonl"}]},
+        "'absent.jsonl', which does not",
+    ),
+    ("profit/tiny-cpu", {"datasets": [{"path": "json", "data_fils": "x"}]}, "did you mean `datasets[0].data_files`?"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"), MALFORMED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_malformed_recipe_is_told_what_is_wrong(name, changes, message):
+    path = find_recipe(name)
+    recipe = read_recipe(path)
+    good = check(path, recipe)
+    assert not good.errors
+    changed = {key: value for key, value in (recipe | changes).items() if value is not REMOVED}
+    errors = check(Path("recipe.yaml"), changed, good.verb).errors
+    assert any(message in error for error in errors), errors
+    assert len(errors) <= 3, errors  # one mistake is not drowned in what follows from it
+
+
+def test_there_are_at_least_sixty():
+    assert len(MALFORMED) >= 60
