@@ -40,7 +40,7 @@ class QuantizeArguments:
         stream (`bool`, *optional*, defaults to `False`):
             Whether to quantize tensor by tensor, with the memory of one; an interrupted run goes on where it was.
         resume (`bool`, *optional*, defaults to `True`):
-            Whether streaming goes on with unfinished work; otherwise it is thrown away.
+            Whether streaming and calibration go on with unfinished work; otherwise it is thrown away.
         eval_data (`str`, *optional*):
             Text on which the perplexity is measured before and after: a text file, a JSON-lines file with the column
             `text`, a dataset of the Hub (`NAME` or `NAME:CONFIG`), or `tiny:math`, the default for embedded models.
@@ -56,7 +56,7 @@ class QuantizeArguments:
     stream: bool = field(
         default=False, metadata=described("Whether to quantize tensor by tensor, with the memory of one.")
     )
-    resume: bool = field(default=True, metadata=described("Whether streaming goes on with unfinished work."))
+    resume: bool = field(default=True, metadata=described("Whether to go on with unfinished work."))
     eval_data: str | None = field(
         default=None, metadata=described("Text file or dataset on which the perplexity is measured before and after.")
     )
@@ -69,20 +69,45 @@ class QuantizeArguments:
 
 
 def _rules(arguments):
-    if not arguments.resume and not arguments.stream:
-        yield "`resume=False` (`--no-resume`) is for streaming: add `stream=True` (`--stream`), or leave it out."
+    config = arguments.quantization_config
+    calibrated = config.get("quant_method") == "d2quant" and config.get("backend") != "rtn"
+    if not arguments.resume and not arguments.stream and not calibrated:
+        yield (
+            "`resume=False` (`--no-resume`) is for streaming and calibration: add `stream=True` (`--stream`), or leave it out."
+        )
+    if arguments.stream and calibrated:
+        yield (
+            "`stream=True` (`--stream`) quantizes tensor by tensor, which D²Quant can with `backend='rtn'` (`--backend rtn`) only: a "
+            "calibrated run needs the model, and goes on where it was without `--stream`."
+        )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="tiny:student, a model folder or a Hub id")
     parser.add_argument("destination", metavar="DEST", nargs="?", help="folder for the quantized model")
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file or a recipe of hf_rb; arguments override it")
-    parser.add_argument("--method", choices=["ptqtp"], help="quantization method (default ptqtp)")
+    parser.add_argument("--method", choices=["ptqtp", "d2quant"], help="quantization method (default ptqtp)")
     parser.add_argument("--group-size", type=int, help="weights of a row that share their scales (default 128)")
+    parser.add_argument("--skip", nargs="+", metavar="PATTERN", help="modules to leave as they are, by name or ending")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of what is not quantized (default: as saved)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
+    parser.add_argument(
+        "--stream", action="store_true", help="tensor by tensor, with the memory of one; goes on if killed"
+    )
+    parser.add_argument("--no-resume", action="store_true", help="throw away what an interrupted run has left")
+    parser.add_argument(
+        "--eval-data", metavar="TEXT", help="text file or dataset (NAME:CONFIG) for the perplexity before and after"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    _configure_ptqtp(parser.add_argument_group("PTQTP"))
+    _configure_d2quant(parser.add_argument_group("D²Quant"))
+
+
+def _configure_ptqtp(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--planes", type=int, choices=[1, 2, 3], help="ternary planes (default 2)")
     parser.add_argument(
         "--planes-per-layer",
-        type=_planes,
+        type=_by_pattern,
         nargs="+",
         metavar="PATTERN=N",
         help="other planes, by name or ending of modules",
@@ -102,25 +127,38 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activations", choices=["exact", "int8"], help="int8: round inputs of layers where that is faster"
     )
-    parser.add_argument("--skip", nargs="+", metavar="PATTERN", help="modules to leave as they are, by name or ending")
     parser.add_argument("--no-qk", action="store_true", help="leave q_proj and k_proj as they are")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of what is not quantized (default: as saved)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
-    parser.add_argument(
-        "--stream", action="store_true", help="tensor by tensor, with the memory of one; goes on if killed"
-    )
-    parser.add_argument("--no-resume", action="store_true", help="throw away what an interrupted --stream has left")
-    parser.add_argument(
-        "--eval-data", metavar="TEXT", help="text file or dataset (NAME:CONFIG) for the perplexity before and after"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
-def _planes(text: str) -> tuple[str, int]:
-    pattern, _, planes = text.rpartition("=")
-    if not pattern or not planes.isdecimal():
+def _configure_d2quant(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--bits", type=int, choices=[2, 3, 4], help="bits of a code (default 2)")
+    parser.add_argument(
+        "--bits-per-layer",
+        type=_by_pattern,
+        nargs="+",
+        metavar="PATTERN=N",
+        help="other bits, by name or ending of modules",
+    )
+    parser.add_argument(
+        "--backend", choices=["gptaq", "gptq", "rtn"], help="rtn: round to nearest, without data (default gptaq)"
+    )
+    parser.add_argument(
+        "--dataset", metavar="TEXT", help="calibration text: a file, a dataset (NAME:CONFIG) or tiny:math"
+    )
+    parser.add_argument("--num-samples", type=int, help="sequences of calibration text (default 128)")
+    parser.add_argument("--seqlen", type=int, help="tokens of a sequence (default 2048)")
+    parser.add_argument("--batch-size", type=int, help="sequences that run at a time (default 1)")
+    parser.add_argument("--seed", type=int, help="which sequences (default 0)")
+    parser.add_argument("--no-dsq", action="store_true", help="integer grids for down projections too")
+    parser.add_argument("--no-dac", action="store_true", help="leave the mean shift after attention")
+    parser.add_argument("--no-rotate", action="store_true", help="do not rotate the hidden state")
+
+
+def _by_pattern(text: str) -> tuple[str, int]:
+    pattern, _, number = text.rpartition("=")
+    if not pattern or not number.isdecimal():
         raise argparse.ArgumentTypeError(f"expected PATTERN=N, for instance down_proj=3; got {text!r}")
-    return pattern, int(planes)
+    return pattern, int(number)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -136,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
     if arguments.stream:
         report = quantize_checkpoint(*models, arguments.quantization_config, resume=arguments.resume, **options)
     else:
-        report = quantize(*models, arguments.quantization_config, **options)
+        report = quantize(*models, arguments.quantization_config, resume=arguments.resume, **options)
     if arguments.eval_data:
         measure_perplexity(report, *models, arguments.eval_data)
     if args.json:
@@ -174,6 +212,17 @@ def read_arguments(args: argparse.Namespace) -> QuantizeArguments:
         "tol_mode": args.tol_mode,
         "multistart": args.multistart or None,
         "activations": args.activations,
+        "bits": args.bits,
+        "bits_per_layer": dict(args.bits_per_layer) if args.bits_per_layer else None,
+        "backend": args.backend,
+        "dataset": args.dataset,
+        "num_samples": args.num_samples,
+        "seqlen": args.seqlen,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "dsq": False if args.no_dsq else None,
+        "dac": False if args.no_dac else None,
+        "rotate": False if args.no_rotate else None,
     }
     values |= _given(given)
     if isinstance(values.setdefault("quantization_config", {}), dict):  # anything else is refused below
@@ -202,7 +251,7 @@ def _summary(report: "Report", folder: str) -> str:
     facts = [
         ["weights quantized", f"{sum(layer.weights for layer in report.layers):,} of {report.parameters:,}"],
         ["left as they are", ", ".join(_kinds(report.skipped)) or "-"],
-        ["solved a second time", str(report.resolved)],
+        *([["solved a second time", str(report.resolved)]] if report.method == "ptqtp" else []),
         ["solver", f"{report.seconds:.1f} s, {report.weights_per_second / 1e6:.1f} M weights/s"],
         ["weight files", f"{report.file_bytes:,} bytes; before {report.source_bytes:,}"],
         ["true bits per weight", f"{report.bits_per_weight:.2f}, embeddings and scales included"],
@@ -215,7 +264,31 @@ def _summary(report: "Report", folder: str) -> str:
     width = max(len(name) for name, _ in facts)
     lines = [f"{name.ljust(width)}  {value}" for name, value in facts]
     table = format_table(["layers", "number", "weights", "relative error", "4-bit rounding"], rows)
-    return "\n".join([table, "", *lines, "", report.verdict(), f"\nSaved in {folder}. Load it after `import hf_rb`."])
+    blocks = ["", *_blocks(report)] if report.blocks else []
+    return "\n".join(
+        [table, *blocks, "", *lines, "", report.verdict(), f"\nSaved in {folder}. Load it after `import hf_rb`."]
+    )
+
+
+def _blocks(report: "Report") -> list[str]:
+    """The decoder layers that were calibrated, and whether the correction of the mean did what it must."""
+    from hf_rb.evaluation import format_table
+
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4g}"
+
+    rows = [
+        [block.name, f"{block.hidden_error:.4f}", shown(block.shift_before), shown(block.shift_after)]
+        for block in report.blocks
+    ]
+    lines = [format_table(["decoder layer", "error of its output", "input of the MLP lost", "corrected"], rows)]
+    checked = [block for block in report.blocks if block.shift_after is not None]
+    if checked:
+        worst = max(abs(block.shift_after - block.shift_expected) / block.shift_before for block in checked)
+        lines.append(
+            f"Mean squares on the calibration text; they fall by the square of the mean, to within {worst:.1e}."
+        )
+    return lines
 
 
 def _kinds(names: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Quantizes a model folder into another one."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb._files import atomic_folder
 from hf_rb._model_folder import check_apart, copy_companions, find_model, weight_bytes
+from hf_rb._unfinished import partial_folder
 from hf_rb.evaluation import Size, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
 from hf_rb.quantizers.report import Report
@@ -34,12 +36,14 @@ def quantize(
     *,
     overwrite: bool = False,
     dtype: str = "auto",
+    resume: bool = True,
 ) -> Report:
     """
     Quantizes a causal language model and saves it with its tokenizer, chat template, generation config and a model card.
 
     The folder appears at `destination` in one step when it is complete. The whole model is in memory at a time;
-    [`quantize_checkpoint`] writes the same tensors with the memory of one.
+    [`quantize_checkpoint`] writes the same tensors with the memory of one. A method that runs the model on calibration text
+    keeps its finished layers in a hidden folder beside the destination until then.
 
     Args:
         source (`str` or `Path`):
@@ -52,6 +56,8 @@ def quantize(
             Whether to replace a folder that is not empty.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type in which the weights are read and those that stay as they are get saved; `"auto"` is that of the files.
+        resume (`bool`, *optional*, defaults to `True`):
+            Whether calibration goes on with finished layers of an earlier call; `False` throws them away.
 
     Returns:
         [`Report`]
@@ -59,13 +65,20 @@ def quantize(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model.
-        ValueError: The model is quantized already, has a NaN, or the destination holds it.
+        ValueError: The model is quantized already, has a NaN, the destination holds it, or the finished layers are of another
+            model, text or configuration.
     """
     folder, destination, config = open_source(source, destination, config)
+    work = partial_folder(destination.resolve())
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    if getattr(config, "calibrated", False) and config.resume_dir is None:
+        config.resume_dir = str(work)
     with atomic_folder(destination, overwrite) as result:
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
         model.save_pretrained(result)
         size = complete_folder(result, folder, source, destination.name, config)
+    shutil.rmtree(work, ignore_errors=True)
     model.hf_quantizer.report.set_size(size, weight_bytes(folder))
     return model.hf_quantizer.report
 

@@ -141,6 +141,8 @@ class Report:
 
     def verdict(self) -> str:
         """One sentence on how 4-bit round-to-nearest with groups of 128 would compare, in bytes and error."""
+        if self.blocks:  # the errors of weights say little about a method that makes up for them
+            return "Not compared with 4-bit rounding: measure the perplexity (`--eval-data`)."
         ours, theirs = self.error(), self.error("baseline_error")
         if theirs is None or self.baseline_file_bytes is None:
             return "Not compared with 4-bit rounding."
