@@ -35,6 +35,7 @@ from hf_rb.trainers._rules import (
     only_gkd,
     profit_rules,
 )
+from hf_rb.weights._rules import graft_rules
 
 
 __all__ = ["Report", "check", "read_overrides", "read_recipe", "upcycle_rules"]
@@ -404,7 +405,7 @@ def _texts(value: Any) -> Iterator[str]:
 TRAINED = ("sft", "gkd", "distillation", "grpo")
 QUANTIZATION_RULES: dict[str, Rule] = {"d2quant": d2quant_rules, "ptqtp": ptqtp_rules}
 RULES: dict[str, tuple[Rule, ...]] = {
-    "sft": (profit_rules, _precision_rules, _source_rules, _name_rules),
+    "sft": (profit_rules, graft_rules, _precision_rules, _source_rules, _name_rules),
     "gkd": (gkd_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),
     "distillation": (distillation_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),
     "grpo": (

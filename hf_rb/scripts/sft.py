@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, with ProFit where the recipe sets `profit_threshold`.
+"""Supervised fine-tuning, with ProFit where the recipe sets `profit_threshold`, Shadow-FT where it sets `graft_onto`.
 
 ```bash
 accelerate launch -m hf_rb.scripts.sft --config recipes/profit/tiny-cpu.yaml
@@ -16,27 +16,91 @@ accelerate launch -m hf_rb.scripts.sft \
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import trl
+from transformers import AutoTokenizer
 
-from hf_rb import SFTConfig, SFTTrainer
+from hf_rb import SFTConfig, SFTTrainer, tiny
+from hf_rb._fields import described
 from hf_rb.scripts import _common
+from hf_rb.weights._rules import graft_rules
 
 
-__all__ = ["build", "main", "make_parser", "prepare"]
+__all__ = ["SFTScriptArguments", "build", "main", "make_parser", "prepare"]
+
+
+@dataclass
+class SFTScriptArguments(_common.ScriptArguments):
+    """
+    The script arguments of every trainer, and those of Shadow-FT (https://huggingface.co/papers/2505.12716):
+
+    Args:
+        graft_onto (`str`, *optional*):
+            Instruct model that gets what the model in training, its Base, has learned. Base is trained with its tokenizer and chat
+            template.
+        graft_output_dir (`str`, *optional*):
+            Folder for the grafted model. Defaults to `grafted` in `output_dir`.
+        graft_include (`str`, *optional*):
+            Tensors that get their delta: `linear`, `all` or a regular expression. Defaults to `linear`, with adapters to all that they
+            adapt.
+        graft_dtype (`str`, *optional*):
+            Type of the grafted model. Defaults to that of the Instruct model; in 16 bits small deltas are rounded away.
+    """
+
+    graft_onto: str | None = field(
+        default=None,
+        metadata=described(
+            "Instruct model that gets what its Base has learned, and whose tokenizer Base is trained with."
+        ),
+    )
+    graft_output_dir: str | None = field(
+        default=None, metadata=described("Folder for the grafted model (default: `grafted` in `output_dir`).")
+    )
+    graft_include: str | None = field(
+        default=None, metadata=described("Tensors that get their delta: `linear`, `all` or a regular expression.")
+    )
+    graft_dtype: str | None = field(
+        default=None,
+        metadata=described(
+            "Type of the grafted model (default: the Instruct model's).", choices=("float32", "bfloat16", "float16")
+        ),
+    )
 
 
 def make_parser() -> trl.TrlParser:
     """Returns the parser of a recipe's keys."""
-    return _common.make_parser(SFTConfig, "sft")
+    return _common.make_parser(SFTConfig, "sft", SFTScriptArguments)
 
 
 def prepare(argv: Sequence[str] | None = None) -> tuple:
     """Reads the arguments and the data; everything that can be wrong before a model is loaded is found here."""
     script_args, args, model_args, mixture = _common.read(make_parser(), argv)
+    for problem in graft_rules(SimpleNamespace(**vars(args) | vars(model_args) | vars(script_args))):
+        raise ValueError(problem)
+    if script_args.graft_onto:
+        _check_pair(model_args.model_name_or_path, script_args.graft_onto)
     splits = _common.load_splits(script_args, args, mixture)
     splits = [split and _with_known_format(split, args) for split in splits]
     return script_args, args, model_args, mixture, splits
+
+
+def _check_pair(base: str, onto: str) -> None:
+    """Refuses models of which one cannot read the other's token ids."""
+    from hf_rb.weights.engine import Source, vocabulary_problem
+
+    sources = Source("model_name_or_path", base), Source("graft_onto", onto)
+    if problem := vocabulary_problem(*sources):
+        raise ValueError(
+            f"{problem}. Base is trained with the Instruct model's tokenizer: give two models of one family."
+        )
+    width, tokens = sources[0].config.get("vocab_size"), sources[1].vocabulary()
+    if width and tokens and max(tokens) >= width:
+        raise ValueError(
+            f"The tokenizer of {onto} has the id {max(tokens)} ({tokens[max(tokens)]!r}), and {base} has {width} embeddings. Give two "
+            "models of one family."
+        )
 
 
 def _with_known_format(dataset, args: SFTConfig):
@@ -53,7 +117,22 @@ def _with_known_format(dataset, args: SFTConfig):
 
 def build(script_args, args, model_args, mixture, splits) -> SFTTrainer:
     """Loads the models and returns the trainer."""
-    return _common.make_trainer(SFTTrainer, args, model_args, splits)
+    if script_args.graft_onto is None:
+        return _common.make_trainer(SFTTrainer, args, model_args, splits)
+    from hf_rb.weights import GraftCallback
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.resolve(script_args.graft_onto))
+    trainer = _common.make_trainer(SFTTrainer, args, model_args, splits, processing_class=tokenizer)
+    graft = GraftCallback(
+        trainer,
+        script_args.graft_onto,
+        script_args.graft_output_dir,
+        include=script_args.graft_include,
+        dtype=script_args.graft_dtype,
+        overwrite=script_args.overwrite,
+    )
+    trainer.add_callback(graft)
+    return trainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:

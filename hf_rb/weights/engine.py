@@ -47,6 +47,7 @@ __all__ = [
     "merge",
     "pieces",
     "public_name",
+    "vocabulary_problem",
 ]
 
 logger = logging.getLogger(__name__)
@@ -371,7 +372,7 @@ class _Plan:
             if reason := self.operation.keeps(name, self.receiver.entries[name]):
                 kept[name] = reason
         own = set(kept.values())
-        vocabulary = self._vocabulary_problem()
+        vocabulary = next(filter(None, (vocabulary_problem(self.receiver, other) for other in self.others)), None)
         embeddings = {name for name in included - kept.keys() if name.endswith(TIED[0] + TIED[1])}
         if vocabulary and embeddings:
             self._refuse(
@@ -407,23 +408,6 @@ class _Plan:
             raise ValueError(f"Nothing is left to merge: {'; '.join(sorted(set(kept.values())))}.")
         self.skipped = bool(set(kept.values()) - own)
         return kept
-
-    def _vocabulary_problem(self) -> str | None:
-        paths = [source.folder / "tokenizer.json" for source in self.sources]
-        if len({path.read_bytes() if path.is_file() else b"" for path in paths}) == 1:
-            return None
-        ours = self.receiver.vocabulary()
-        for other in self.others:
-            theirs = other.vocabulary()
-            if ours is None or theirs is None:
-                continue
-            for index in sorted(ours.keys() & theirs.keys()):
-                if ours[index] != theirs[index]:
-                    return (
-                        f"{self.receiver.role} and {other.role} have different vocabularies: id {index} is {ours[index]!r} in one "
-                        f"and {theirs[index]!r} in the other"
-                    )
-        return None
 
     def _job(self, name: str, entry: Entry, kept: dict[str, str]) -> Job:
         others = {other.role: other.find(name) for other in self.others}
@@ -615,6 +599,21 @@ class _Plan:
         dtype = str(counts.most_common(1)[0][0]).removeprefix("torch.")
         key = "torch_dtype" if "torch_dtype" in giver.config else "dtype"
         return giver.config | {key: dtype}
+
+
+def vocabulary_problem(one: Source, other: Source) -> str | None:
+    """Returns which id stands for two tokens in two models, if any. A token that only one of them has is no problem."""
+    files = [source.folder / "tokenizer.json" for source in (one, other)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return None
+    ours, theirs = one.vocabulary(), other.vocabulary()
+    conflict = next((index for index in sorted(ours.keys() & theirs.keys()) if ours[index] != theirs[index]), None)
+    if conflict is None:
+        return None
+    return (
+        f"{one.role} and {other.role} have different vocabularies: id {conflict} is {ours[conflict]!r} in one and "
+        f"{theirs[conflict]!r} in the other"
+    )
 
 
 def public_name(name: str) -> str:

@@ -18,6 +18,7 @@ RECIPES = [path for path in ALL if path not in ACCELERATE]
 VERBS = {
     "ptqtp": "quantize",
     "profit": "sft",
+    "shadow_ft": "sft",
     "akl": "gkd",
     "hpd": "gkd",
     "llm_neo": "gkd",
