@@ -60,8 +60,9 @@ class MPIPreTrainedModel:
             TypeError: It is the configuration of another family.
             ValueError: It splits experts over processes.
         """
-        ours = cls.config_class.__name__
-        if not isinstance(config, cls.config_class):
+        # Not `isinstance`: code from the Hub has its configuration once for each of its files.
+        if config.model_type != cls.config_class.model_type:
+            ours = cls.config_class.__name__
             raise TypeError(f"{cls.__name__} needs a configuration of the class {ours}; got {type(config).__name__}.")
         parallel = getattr(config, "distributed_config", None)
         if parallel is not None and max(parallel.tp_size or 1, parallel.ep_size or 1) > 1:
@@ -81,6 +82,10 @@ class MPIPreTrainedModel:
             raise ValueError(
                 "With code to go along, write `model.push_to_hub(repo_id)` instead of `push_to_hub=True`."
             )
+        if self._auto_class is not None:
+            self.config.auto_map = dict(
+                self.config.auto_map
+            )  # its own, instead of its class's: that is what is stored
         super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
         if self._auto_class is not None:
             _bundle(Path(save_directory))
