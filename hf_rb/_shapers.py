@@ -51,10 +51,10 @@ def pipeline_line(config: Any, names: Iterable[str] | None = None) -> str:
         config (`GRPOConfig`, or anything with its fields):
             The config.
         names (`Iterable[str]`, *optional*):
-            Shapers in the order in which they run. Defaults to `config.advantage_shapers`.
+            Shapers that run in place of `config.advantage_shapers`, in order. What the config says is not theirs.
     """
-    stages = [f"GRPO over groups of {config.num_generations}"]
-    for name in config.advantage_shapers if names is None else names:
+    stages = [f"GRPO over groups of {config.num_generations}", *(names or ())]
+    for name in config.advantage_shapers if names is None else ():
         own = {key.removeprefix(f"{name}_"): value for key, value in vars(config).items() if _shapes(key, name)}
         shown = ", ".join(f"{key} {value}" for key, value in own.items() if value is not None)
         stages.append(f"{name} ({shown})" if shown else name)

@@ -102,6 +102,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         self.step_scorer = step_scorer or _step_scorer(args)
         self.judge = judge or _judge(args)
         self.shapers = list(build_shapers(args.advantage_shapers, args, self) if shapers is None else shapers)
+        self._shapers_of_config = shapers is None
         self.shaping_columns: dict[str, None] = {}
         # All that can be wrong with them before a model is loaded. Of an environment the reward is not known yet.
         evaluation = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
@@ -159,7 +160,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
 
     def train(self, *args, **kwargs):
         if self._acts:
-            self.accelerator.print(pipeline_line(self.args, [shaper.name for shaper in self.shapers]))
+            names = None if self._shapers_of_config else [shaper.name for shaper in self.shapers]
+            self.accelerator.print(pipeline_line(self.args, names))
         return super().train(*args, **kwargs)
 
     # Where rewards and advantages pass by

@@ -15,7 +15,8 @@ from random_models import save_qwen3
 from seeded_runs import ARGUMENTS, logs_and_weights, save_results
 
 from hf_rb import GRPOConfig, GRPOTrainer, tiny
-from hf_rb.advantages import CalibAdvShaper, Shaped, SrarShaper, TokenShaper
+from hf_rb.advantages import CalibAdvShaper, EdasShaper, Shaped, SrarShaper, TokenShaper
+from hf_rb.agents.rewards import search_f1
 from hf_rb.rewards import exact_answer_reward
 
 
@@ -47,13 +48,42 @@ def judge(requests):
     ]
 
 
+class Shelf:
+    """An environment with a tool that finds one of three documents, or two."""
+
+    def reset(self, **row):
+        self.retrieved = {}
+
+    def search(self, query: str) -> str:
+        """
+        Finds documents.
+
+        Args:
+            query: Letters of documents.
+        """
+        text = "\n".join(f"document {letter}" for letter in query if letter in "abc")
+        self.retrieved[text] = [letter for letter in query if letter in "abc"]
+        return text
+
+
 CASES = {
     "edas": EDAS,
+    "edas, equivalence": {
+        "correct_reward": "exact_answer_reward",
+        "shapers": [EdasShaper(equivalent=lambda first, second: len(first) != len(second))],
+    },
     "edas, grpo loss": {**EDAS, "loss_type": "grpo", "edas_no_answer": "singleton"},
     "tokens": {"correct_reward": "exact_answer_reward", "shapers": [Ramp()]},
     "answers balanced, steps judged": {
         "correct_reward": "exact_answer_reward",
         "shapers": [CalibAdvShaper(soft=False), SrarShaper(judge, step_pattern="First|Then|Now|So")],
+    },
+    "searches": {
+        "advantage_shapers": ["calibadv"],
+        "reward": search_f1,
+        "environment": Shelf,
+        "max_completion_length": 256,
+        "max_tool_calling_iterations": 2,
     },
     "hidden-align": {"correct_reward": "exact_answer_reward", "hidden_align_coef": 5.0},
     "both": {**EDAS, "hidden_align_coef": 5.0},
@@ -79,10 +109,29 @@ def completion_of(prompt, index, tokenizer):
     return ids + [tokenizer.eos_token_id] * draw.randrange(2)
 
 
+def turn_of(history, index, tokenizer):
+    """A turn of an agent, which follows from all before it and, in the first, from its place in the group: a search, or an answer."""
+    draw = random.Random(f"{history} {index}")
+    texts = [
+        f'<tool_call>\n{{"name": "search", "arguments": {{"query": "{query}"}}}}\n</tool_call>'
+        for query in ("a", "b", "ab", "c")
+    ]
+    text = draw.choice([*texts, "#### 7", "So #### 7", "#### 5", "Then 12 #### 12"] if index is None else texts)
+    return tokenizer(f"{'' if index is None else f'Rollout {index}. '}{text}<|im_end|>")["input_ids"]
+
+
 class Trainer(GRPOTrainer):
     """Takes the completions above in place of sampling any."""
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        if self.environments is not None:
+            # TRL asks for first turns of all rollouts, then for the next ones of those that called a tool.
+            first = self.accelerator.process_index * len(prompt_ids)
+            later = any("<tool_response>" in self.processing_class.decode(ids) for ids in prompt_ids)
+            return [
+                turn_of(ids, None if later else (first + row) % GROUP, self.processing_class)
+                for row, ids in enumerate(prompt_ids)
+            ], None
         first = self.accelerator.process_index * len(prompt_ids)
         ids = [
             completion_of(prompt, (first + row) % GROUP, self.processing_class)
@@ -91,9 +140,20 @@ class Trainer(GRPOTrainer):
         return ids, None
 
 
-def train(models, trainer_class=Trainer, config_class=GRPOConfig, peft=None, reward=None, shapers=None, **config):
+def train(
+    models,
+    trainer_class=Trainer,
+    config_class=GRPOConfig,
+    peft=None,
+    reward=None,
+    shapers=None,
+    environment=None,
+    **config,
+):
     """Trains the saved policy; returns what was logged at each step, the weights at the end, and the trainer."""
     ours = {} if shapers is None else {"shapers": shapers}
+    if environment is not None:
+        ours["environment_factory"] = environment
     if config_class is GRPOConfig:
         config = {"answer_extractor": "hashes", **config}
     with tempfile.TemporaryDirectory() as folder:

@@ -91,11 +91,16 @@ def test_the_cases_act(whole):
     assert any(entry["shaping/srar/judged"] > 0 for entry in logs[:2])
     for name in ("calibadv", "srar"):
         assert any(entry[f"shaping/{name}/delta_abs"] > 0 for entry in logs[:2])
+    logs = whole["searches"][0]
+    for key in ("steps_relieved", "delta_abs", "step_quality"):
+        assert all(entry[f"shaping/calibadv/{key}"] > 0 for entry in logs[:2]), key
+    classes = [whole[name][0][0]["shaping/edas/classes_per_group"] for name in ("edas, equivalence", "edas")]
+    assert classes[0] < classes[1]
     for name in ("tokens", "hidden-align"):
         assert abs(whole[name][0][0]["grad_norm"] - whole["edas"][0][0]["grad_norm"]) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["edas", "tokens", "answers balanced, steps judged", "hidden-align"])
+@pytest.mark.parametrize("name", ["edas", "tokens", "answers balanced, steps judged", "searches", "hidden-align"])
 @pytest.mark.parametrize("size", [6, 3])
 def test_accumulation(models, whole, name, size):
     """Shuffled: the rollouts of a group are in different batches."""

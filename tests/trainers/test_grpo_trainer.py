@@ -292,6 +292,12 @@ def test_the_pipeline_is_printed(make, capsys):
     ) in capsys.readouterr().out
 
 
+def test_of_objects_the_pipeline_has_the_names(make, capsys):
+    """Not what the config says of shapers that they replace."""
+    make(EDAS, shapers=[EdasShaper(alpha=0.1), Same()]).train()
+    assert "advantages: GRPO over groups of 6 -> edas -> same -> dapo loss\n" in capsys.readouterr().out
+
+
 def test_warmup(make):
     trainer = make({**EDAS, "edas_warmup_start": 1, "edas_warmup_steps": 2, "max_steps": 3})
     trainer.train()
