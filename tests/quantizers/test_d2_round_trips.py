@@ -1,0 +1,383 @@
+"""D²Quant through `from_pretrained` and `save_pretrained`, tensor by tensor, below adapters and back to ordinary layers."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoints import (
+    SIZES,
+    assert_same,
+    experts,
+    fused_experts,
+    qwen3,
+    square_transposed_experts,
+    tensors,
+    transposed_experts,
+    untied_with_biases,
+    without_head,
+)
+from peft import LoraConfig, get_peft_model
+from round_trips import INPUT, load, logits, same_files
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, OPTConfig, OPTForCausalLM
+from transformers.utils import logging
+
+from hf_rb import D2QuantConfig, tiny
+from hf_rb.cli import main
+from hf_rb.quantizers import dequantize_checkpoint, export_gptq, quantize, quantize_checkpoint
+from hf_rb.quantizers.d2quant import D2QuantLinear
+from hf_rb.quantizers.d2quant.packing import is_dual
+
+
+def rtn(**options):
+    return D2QuantConfig(backend="rtn", dac=False, rotate=False, **options)
+
+
+def back():
+    return rtn(dequantize=True)
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, D2QuantLinear)}
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (dict(architecture="qwen3", tied=True), dict()),
+        (dict(architecture="qwen3", tied=False, bias=True), dict(bits=3)),
+        (dict(architecture="llama", dtype=torch.float32), dict(bits=4, clip_search=False)),
+        (dict(architecture="llama", tied=False), dict(group_size=64, dsq=False)),
+        (
+            dict(architecture="qwen3"),
+            dict(bits_per_layer={"o_proj": 4, "layers.1.mlp.down_proj": 3}, modules_to_not_convert=["k_proj"]),
+        ),
+        (dict(architecture="llama", dtype=torch.float32), dict(bits=3, modules_to_not_convert=["up_proj"])),
+    ],
+)
+def test_round_trip(make_model, tmp_path, model, options):
+    quantized = load(make_model(**model), rtn(**options))
+    expected = logits(quantized)
+    quantized.save_pretrained(tmp_path / "one")
+    loaded = load(tmp_path / "one")
+    assert torch.equal(logits(loaded), expected)
+    loaded.save_pretrained(tmp_path / "two")
+    assert same_files(tmp_path / "one", tmp_path / "two")
+
+    stored = tensors(tmp_path / "one")
+    down = "model.layers.0.mlp.down_proj.weight"
+    kept = quantized.config.quantization_config.column_modules or []
+    assert stored[down].dtype == torch.uint8 and stored[down].shape != (192, 160)
+    dual = options.get("dsq", True) and options.get("bits", 2) < 4
+    assert stored[f"{down}_scale"].ndim == 2 + dual and (f"{down}_zero" in stored) is not dual
+    assert (f"{down}_column" in stored) is (down.removesuffix(".weight") in kept)
+    assert bool(kept) is ("up_proj" in options.get("modules_to_not_convert", ()))
+    assert not any(parameter.requires_grad for name, parameter in loaded.named_parameters() if "weight_" in name)
+
+    plain = load(tmp_path / "one", back())
+    assert not layers(plain) and plain.dtype == loaded.dtype
+    torch.testing.assert_close(logits(plain), expected, atol=0.05, rtol=0.05)  # its weights are rounded to bfloat16
+    plain.save_pretrained(tmp_path / "plain")
+    assert torch.equal(logits(load(tmp_path / "plain")), logits(plain))
+    assert torch.equal(logits(loaded.dequantize()), logits(plain)) and not layers(loaded)
+
+    dequantize_checkpoint(tmp_path / "one", tmp_path / "folder")
+    assert torch.equal(logits(load(tmp_path / "folder")), logits(plain))
+
+
+def test_bits_of_layers(make_model):
+    options = dict(bits_per_layer={"o_proj": 4, "layers.1.mlp.down_proj": 3})
+    found = layers(load(make_model(), rtn(**options)))
+    bits = {
+        name: (sum(part.bits for part in layer.layout.parts), is_dual(layer.layout)) for name, layer in found.items()
+    }
+    assert bits["model.layers.0.self_attn.o_proj"] == (4, False)
+    assert bits["model.layers.0.mlp.down_proj"] == (2, True) and bits["model.layers.1.mlp.down_proj"] == (3, True)
+    assert bits["model.layers.0.mlp.up_proj"] == (2, False)
+
+
+def test_weights_are_those_of_the_rounding(make_model):
+    from hf_rb.quantizers.d2quant import dsq, grids
+
+    source = make_model(dtype=torch.float32)
+    weights, layer = load_file(source / "model.safetensors"), load(source, rtn()).model.layers[1]
+    codes = grids.round_to_nearest(weights["model.layers.1.self_attn.o_proj.weight"], 2)
+    assert torch.equal(layer.self_attn.o_proj.dequantize(), codes.dequantize())
+    down = dsq.round_to_nearest(weights["model.layers.1.mlp.down_proj.weight"], 2)
+    assert torch.equal(layer.mlp.down_proj.dequantize(), down.planes())
+    up = grids.round_to_nearest(weights["model.layers.1.mlp.up_proj.weight"], 2)
+    expected = up.dequantize() * down.column_scale[:, None]
+    assert (layer.mlp.up_proj.dequantize() - expected).norm() < 5e-4 * expected.norm()
+
+
+def test_report(make_model):
+    report = load(make_model(), rtn()).hf_quantizer.report
+    assert len(report.layers) == 14 and report.skipped == ["lm_head"]
+    errors = report.error_by_kind()
+    assert 0.28 < errors["down_proj"] < errors["up_proj"] < 0.4
+
+
+# Tensor by tensor.
+
+
+def relu(folder):
+    sizes = dict(hidden_size=64, ffn_dim=160, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
+    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=64))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.bfloat16().save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (qwen3, dict()),
+        (qwen3, dict(bits=3, modules_to_not_convert=["up_proj"])),
+        (untied_with_biases, dict(bits_per_layer={"up_proj": 4})),
+        (relu, dict(group_size=64)),
+        (without_head, dict(bits=3)),
+        (experts, dict()),
+        (fused_experts, dict(bits=3)),
+        (transposed_experts, dict()),
+        (square_transposed_experts, dict(dsq=False)),
+    ],
+)
+def test_streaming_writes_the_same_tensors(tmp_path, make, options):
+    torch.manual_seed(1)
+    make(tmp_path / "source")
+    in_memory = quantize(tmp_path / "source", tmp_path / "a", rtn(**options))
+    streamed = quantize_checkpoint(tmp_path / "source", tmp_path / "b", rtn(**options))
+    assert_same(tmp_path / "b", tmp_path / "a")
+    assert (tmp_path / "b" / "config.json").read_text() == (tmp_path / "a" / "config.json").read_text()
+    assert [layer.name for layer in streamed.layers] == [layer.name for layer in in_memory.layers]
+    assert torch.equal(logits(load(tmp_path / "b")), logits(load(tmp_path / "a")))
+
+
+def test_streaming_in_any_order(tmp_path, monkeypatch):
+    # Up before down, and in another process: whoever comes first solves the down projection.
+    from hf_rb.quantizers import streaming
+    from hf_rb.quantizers.d2quant import D2QuantQuantizer
+
+    torch.manual_seed(1)
+    experts(tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "expected", rtn())
+    quantize_tensor, calls = D2QuantQuantizer.quantize_tensor, []
+
+    def forgetful(self, *args):
+        calls.append(args[0])
+        self.columns.clear()
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return quantize_tensor(self, *args)
+
+    monkeypatch.setattr(D2QuantQuantizer, "quantize_tensor", forgetful)
+    monkeypatch.setattr(streaming, "PART", 1)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "out", rtn())
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", rtn())
+    assert len(calls) == 9 + 16 - 8
+    assert_same(tmp_path / "out", tmp_path / "expected")
+
+
+def test_calibration_cannot_be_streamed(tmp_path):
+    qwen3(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"runs the model on text, so it cannot be streamed.*`backend='rtn'`"):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "out", D2QuantConfig(dataset=["text"]))
+
+
+# Calibrated.
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    config = D2QuantConfig(dataset="tiny:math", num_samples=4, seqlen=64)
+    return load(tiny.resolve("tiny:student"), config, dtype=torch.float32)
+
+
+def test_calibrated_round_trip(calibrated, tmp_path):
+    expected = logits(calibrated)
+    calibrated.save_pretrained(tmp_path / "one")
+    stored = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert "model.layers.0.mlp.up_proj" in stored["quantization_config"]["bias_modules"]
+    assert stored["quantization_config"]["column_modules"] is None and not stored["tie_word_embeddings"]
+    loaded = load(tmp_path / "one")
+    assert torch.equal(logits(loaded), expected)
+    assert loaded.model.layers[0].mlp.up_proj.bias is not None
+    loaded.save_pretrained(tmp_path / "two")
+    assert same_files(tmp_path / "one", tmp_path / "two")
+    plain = load(tmp_path / "one", back())
+    torch.testing.assert_close(logits(plain), expected, atol=1e-3, rtol=1e-3)
+    headless = AutoModel.from_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        assert torch.equal(headless(INPUT).last_hidden_state, calibrated.model(INPUT).last_hidden_state)
+
+
+def test_corrections_have_no_place_in_an_ordinary_model(calibrated, tmp_path, caplog, capsys):
+    calibrated.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"corrections as biases of \d+ modules \(.*or quantize with `dac=False`"):
+        dequantize_checkpoint(tmp_path / "model", tmp_path / "plain")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "gptq")]) == 2
+    assert "quantized with D²Quant, whose sign planes" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="Write an ordinary model with `hf-rb dequantize`"):
+        export_gptq(tmp_path / "model", tmp_path / "gptq")
+    logging.enable_propagation()
+    load(tmp_path / "model").dequantize()
+    logging.disable_propagation()
+    assert "corrections of this model stay in biases" in caplog.text
+
+
+def test_a_missing_bias_is_named(calibrated, tmp_path):
+    calibrated.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    names = [name for name in stored if name.endswith(("up_proj.bias", "lm_head.bias"))]
+    for name in names:
+        del stored[name]
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError) as error:
+        load(tmp_path)
+    assert len(names) > 1 and all(f"{name}: not in the checkpoint" in str(error.value) for name in names)
+
+
+# As a model among others.
+
+
+def test_copies_offloading_and_generation(make_model, tmp_path):
+    source = make_model("llama", tied=False, dtype=torch.float32)
+    model = load(source, rtn(bits=3, modules_to_not_convert=["up_proj"]))
+    expected = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), expected)
+    model.save_pretrained(tmp_path / "one")
+    for memory in ("150KB", "1KB"):  # some layers on disk, all of them
+        options = dict(device_map="auto", max_memory={"cpu": memory}, offload_folder=tmp_path / "offload")
+        offloaded = load(tmp_path / "one", **options)
+        assert any(parameter.is_meta for parameter in offloaded.parameters())
+        assert torch.equal(logits(offloaded), expected)
+        offloaded.save_pretrained(tmp_path / memory)
+        assert same_files(tmp_path / memory, tmp_path / "one")
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(INPUT, **options), model.generate(INPUT, use_cache=False, **options))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled), expected)
+
+
+def test_quantizing_with_offloading_keeps_what_it_cannot_reach(make_model, tmp_path):
+    source = make_model("llama", tied=False, dtype=torch.float32)
+    options = dict(device_map="auto", max_memory={"cpu": "1KB"}, offload_folder=tmp_path / "offload")
+    model = load(source, rtn(), **options)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "one")
+    assert len(model.config.quantization_config.column_modules) == 2
+    assert torch.equal(logits(load(tmp_path / "one")), expected)
+
+
+def test_adapters(make_model):
+    model = load(make_model(dtype=torch.float32), rtn(modules_to_not_convert=["layers.0.mlp.up_proj"]))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights="gaussian"))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = adapted(INPUT, labels=INPUT).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    after = {name: tensor for name, tensor in adapted.state_dict().items() if tensor.dtype == torch.uint8}
+    assert all(torch.equal(*pair) for pair in zip(before.values(), after.values(), strict=True))
+    expected = logits(adapted)
+    with pytest.raises(ValueError, match="dequantize first"):
+        adapted.merge_and_unload()
+    adapted.dequantize()
+    torch.testing.assert_close(logits(adapted), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.parametrize(
+    ("suffix", "damage", "message"),
+    [
+        ("", lambda tensor: tensor[:, 1:].contiguous(), r"down_proj.weight(_hi)?: Expected torch.uint8 of shape"),
+        ("", None, r"down_proj.weight: (not in the checkpoint|There are scales and no packed tensor)"),
+        ("_hi", None, r"down_proj.weight_hi: not in the checkpoint"),
+        ("_scale", None, r"down_proj.weight_scale: not in the checkpoint"),
+        ("_scale", lambda tensor: tensor * torch.nan, r"down_proj.weight_scale: A scale is negative, infinite or NaN"),
+        ("_column", lambda tensor: torch.ones(160), r"down_proj.weight_column: There is no such tensor"),
+    ],
+)
+def test_damaged_files(make_model, tmp_path, suffix, damage, message, dequantize):
+    load(make_model(), rtn(bits=3)).save_pretrained(tmp_path)
+    stored, name = load_file(tmp_path / "model.safetensors"), f"model.layers.0.mlp.down_proj.weight{suffix}"
+    old = stored.pop(name, None)
+    if damage is not None:
+        stored[name] = damage(old)
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"model.layers.0.mlp.{message}"):
+        load(tmp_path, back() if dequantize else None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(bits_per_layer={"_proj": 3}), "'_proj' matches no module of Qwen3ForCausalLM; did you mean 'down_proj'"),
+        (dict(bits_per_layer={"lm_head": 3}), "`bits_per_layer` has 'lm_head', which matches nothing"),
+        (dict(modules_to_not_convert=["model"]), "no `nn.Linear` to quantize"),
+        (dict(dequantize=True), "`dequantize=True` is for loading a D²Quant checkpoint"),
+    ],
+)
+def test_options_that_cannot_act(make_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(make_model(), rtn(**options))
+
+
+def test_bad_weights_are_named(make_model, tmp_path):
+    source = make_model()
+    stored = load_file(source / "model.safetensors")
+    stored["model.layers.0.mlp.down_proj.weight"][3, 4] = torch.nan
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="model.layers.0.mlp.down_proj.weight: The weight has a NaN"):
+        load(tmp_path, rtn())
+
+
+def test_gelu_keeps_its_column_scales(tmp_path, caplog):
+    sizes = dict(hidden_size=64, ffn_dim=160, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
+    config = OPTConfig(**sizes, word_embed_proj_dim=64, activation_function="gelu")
+    OPTForCausalLM(config).save_pretrained(tmp_path / "source")
+    logging.enable_propagation()
+    model = load(tmp_path / "source", rtn())
+    logging.disable_propagation()
+    assert "column scales of 2 down projections stay" in caplog.text and "(GELUActivation)" in caplog.text
+    kept = model.config.quantization_config.column_modules
+    assert kept == [f"model.decoder.layers.{i}.fc2" for i in range(2)]
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+
+
+def test_loading_without_the_package_fails(make_model, tmp_path):
+    load(make_model(), rtn()).save_pretrained(tmp_path)
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r}); print('LOADED')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=300)
+    assert (
+        run.returncode != 0 and "LOADED" not in run.stdout and "Unknown quantization type, got d2quant" in run.stderr
+    )
+
+
+def test_sizes(tmp_path):
+    assert SIZES["hidden_size"] == 192  # a group and a half
+    torch.manual_seed(1)
+    qwen3(tmp_path / "source")
+    report = quantize_checkpoint(tmp_path / "source", tmp_path / "out", rtn())
+    stored = tensors(tmp_path / "out")
+    ours = sum(tensor.nbytes for name, tensor in stored.items() if "proj" in name)
+    weights = sum(tensor.numel() for name, tensor in tensors(tmp_path / "source").items() if "proj" in name)
+    assert report.quantized_bits_per_weight == pytest.approx(8 * ours / weights)
