@@ -35,6 +35,7 @@ __all__ = [
     "math_equivalent",
     "reward_problem",
     "require_math_verify",
+    "step_format_reward",
     "tagged_answer",
 ]
 
@@ -135,6 +136,17 @@ def answer_format_reward(completions: list, answer_extractor: Extractor = boxed_
     return [float(answer_extractor(completion_text(completion)) is not None) for completion in completions]
 
 
+def step_format_reward(completions: list, answer_extractor: Extractor = boxed_answer, **kwargs: Any) -> list[float]:
+    """
+    Returns 1.0 for every completion with at least one `### Step N:` header and an answer, right or wrong, else 0.0: the format
+    that SRaR asks for (https://huggingface.co/papers/2605.17291).
+    """
+    from hf_rb.advantages.srar import STEP_HEADER
+
+    texts = map(completion_text, completions)
+    return [float(STEP_HEADER.search(text) is not None and answer_extractor(text) is not None) for text in texts]
+
+
 def math_equivalent(first: str, second: str) -> bool:
     """Returns whether `math-verify` finds two answers equal with either of them as the gold one; what it cannot read is different."""
     return _verified(first, second) or _verified(second, first)
@@ -189,6 +201,7 @@ REWARDS = {
     "exact_answer_reward": "hf_rb.rewards:exact_answer_reward",
     "math_accuracy_reward": "hf_rb.rewards:math_accuracy_reward",
     "answer_format_reward": "hf_rb.rewards:answer_format_reward",
+    "step_format_reward": "hf_rb.rewards:step_format_reward",
     "search_f1": "hf_rb.agents.rewards:search_f1",
     "accuracy_reward": "trl.rewards:accuracy_reward",
     "reasoning_accuracy_reward": "trl.rewards:reasoning_accuracy_reward",

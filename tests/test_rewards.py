@@ -16,6 +16,7 @@ from hf_rb.rewards import (
     math_accuracy_reward,
     math_equivalent,
     reward_problem,
+    step_format_reward,
     tagged_answer,
 )
 
@@ -93,6 +94,13 @@ def test_the_gold_answer_may_end_a_solution():
 
 def test_answer_format():
     assert answer_format_reward([r"\boxed{7}", "seven", ""]) == [1.0, 0.0, 0.0]
+
+
+def test_step_format():
+    """A header of a step, as SRaR finds them, and an answer."""
+    texts = ["### Step 1: add\n\\boxed{7}", r"\boxed{7}", "### Step 1: add", r"In step 1: \boxed{7}", ""]
+    assert step_format_reward(texts) == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert step_format_reward([[{"role": "assistant", "content": texts[0]}]]) == [1.0]
 
 
 class TestMathVerify:

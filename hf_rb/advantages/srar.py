@@ -36,6 +36,7 @@ from hf_rb.advantages.pipeline import Requires, Shaped, ShapingContext, TokenSha
 
 __all__ = [
     "ITEM_TYPES",
+    "STEP_HEADER",
     "WEIGHTS",
     "JudgeRequest",
     "RubricItem",
@@ -56,7 +57,9 @@ WEIGHTS = {"SUGGEST": 0.8, "PITFALL": -1.0, "BONUS": 1.0}
 ITEM_TYPES = (*WEIGHTS, "ANSWER")
 
 _ITEM = re.compile(rf"<({'|'.join(ITEM_TYPES)})>\s*(\S.*)")
-_STEP = re.compile(r"^#{1,6}[ \t]*Step[ \t]+\d+", re.MULTILINE | re.IGNORECASE)
+STEP_HEADER = re.compile(r"^#{1,6}[ \t]*Step[ \t]+\d+", re.MULTILINE | re.IGNORECASE)
+"""Where a step begins: a line such as `### Step 1:`."""
+
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _VERDICT = {"id": int, "satisfied": bool, "step": int}
 
@@ -231,7 +234,7 @@ def _normalised(value: float, mean: float, std: float, eps: float) -> float:
     return 0.0 if std <= eps else (value - mean) / (std + eps)
 
 
-def find_steps(text: str, pattern: str | re.Pattern = _STEP) -> list[tuple[int, int]]:
+def find_steps(text: str, pattern: str | re.Pattern = STEP_HEADER) -> list[tuple[int, int]]:
     """
     Finds the steps of a completion: each from its `### Step N:` header to the next, numbered by order, whatever N is.
 
@@ -344,7 +347,7 @@ class SrarShaper(TokenShaper):
         srar_offsets([], 1, ddof)
         self.judge, self.coef, self.gk, self.ddof = judge, coef, gk, ddof
         self.only_mixed, self.rubric_column = only_mixed, rubric_column
-        self.step_pattern = _STEP if step_pattern is None else re.compile(step_pattern)
+        self.step_pattern = STEP_HEADER if step_pattern is None else re.compile(step_pattern)
         self.requires = Requires(columns=(rubric_column,), correct=only_mixed, answers=True)
 
     @classmethod

@@ -54,8 +54,8 @@ class GRPOScriptArguments(_common.ScriptArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata=described(
-            "Reward functions: `exact_answer_reward`, `math_accuracy_reward`, `answer_format_reward`, `search_f1`, those of TRL's "
-            "script, or `module:attribute` of code that `--allow_local_code` allows."
+            "Reward functions: `exact_answer_reward`, `math_accuracy_reward`, `answer_format_reward`, `step_format_reward`, "
+            "`search_f1`, those of TRL's script, or `module:attribute` of code that `--allow_local_code` allows."
         ),
     )
     reward_model_name_or_path: str | None = field(
