@@ -110,7 +110,7 @@ def _configure_ptqtp(parser: argparse._ArgumentGroup) -> None:
         type=_by_pattern,
         nargs="+",
         metavar="PATTERN=N",
-        help="other planes, by name or ending of modules",
+        help="other planes, by name or ending of modules; or nsds:2.5, the sensitive layers 3 and the others 2",
     )
     parser.add_argument(
         "--tol-mode", choices=["absolute", "relative", "absolute_strict"], help="stopping rule (default absolute)"
@@ -137,7 +137,7 @@ def _configure_d2quant(parser: argparse._ArgumentGroup) -> None:
         type=_by_pattern,
         nargs="+",
         metavar="PATTERN=N",
-        help="other bits, by name or ending of modules",
+        help="other bits, by name or ending of modules; or nsds:3.0, the sensitive layers 4 and the others 2",
     )
     parser.add_argument(
         "--backend", choices=["gptaq", "gptq", "rtn"], help="rtn: round to nearest, without data (default gptaq)"
@@ -154,7 +154,9 @@ def _configure_d2quant(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--no-rotate", action="store_true", help="do not rotate the hidden state")
 
 
-def _by_pattern(text: str) -> tuple[str, int]:
+def _by_pattern(text: str) -> tuple[str, int] | str:
+    if text.startswith("nsds:"):
+        return text
     pattern, _, number = text.rpartition("=")
     if not pattern or not number.isdecimal():
         raise argparse.ArgumentTypeError(f"expected PATTERN=N, for instance down_proj=3; got {text!r}")
@@ -208,12 +210,12 @@ def read_arguments(args: argparse.Namespace) -> QuantizeArguments:
         "packing": args.packing,
         "modules_to_not_convert": args.skip,
         "quantize_qk": False if args.no_qk else None,
-        "planes_per_layer": dict(args.planes_per_layer) if args.planes_per_layer else None,
+        "planes_per_layer": _settings(args.planes_per_layer),
         "tol_mode": args.tol_mode,
         "multistart": args.multistart or None,
         "activations": args.activations,
         "bits": args.bits,
-        "bits_per_layer": dict(args.bits_per_layer) if args.bits_per_layer else None,
+        "bits_per_layer": _settings(args.bits_per_layer),
         "backend": args.backend,
         "dataset": args.dataset,
         "num_samples": args.num_samples,
@@ -233,6 +235,13 @@ def read_arguments(args: argparse.Namespace) -> QuantizeArguments:
     if errors:
         raise ValueError("\n".join(errors))
     return QuantizeArguments(**values)
+
+
+def _settings(given: list[tuple[str, int] | str] | None) -> dict[str, int] | str | None:
+    strategies = [one for one in given or () if isinstance(one, str)]
+    if strategies and len(given) > 1:
+        raise ValueError(f"{strategies[0]!r} says what every layer gets: leave out what stands beside it.")
+    return strategies[0] if strategies else dict(given) if given else None
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -265,6 +274,8 @@ def _summary(report: "Report", folder: str) -> str:
     lines = [f"{name.ljust(width)}  {value}" for name, value in facts]
     table = format_table(["layers", "number", "weights", "relative error", "4-bit rounding"], rows)
     blocks = ["", *_blocks(report)] if report.blocks else []
+    if report.allocation:
+        blocks += ["", _allocation(report)]
     return "\n".join(
         [table, *blocks, "", *lines, "", report.verdict(), f"\nSaved in {folder}. Load it after `import hf_rb`."]
     )
@@ -289,6 +300,19 @@ def _blocks(report: "Report") -> list[str]:
             f"Mean squares on the calibration text; they fall by the square of the mean, to within {worst:.1e}."
         )
     return lines
+
+
+def _allocation(report: "Report") -> str:
+    """The decoder layers by how sensitive their weights look."""
+    from hf_rb.evaluation import format_table
+
+    layers = sorted(report.allocation, key=lambda layer: -layer.score)
+    rows = [
+        [layer.name, f"{layer.numerical:.4f}", f"{layer.structural:.4f}", f"{layer.score:.4f}", str(layer.given)]
+        for layer in layers
+    ]
+    given = "planes" if report.method == "ptqtp" else "bits"
+    return format_table(["decoder layer (NSDS)", "numerical", "structural", "sensitivity", given], rows)
 
 
 def _kinds(names: list[str]) -> list[str]:

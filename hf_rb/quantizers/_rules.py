@@ -6,7 +6,10 @@ from types import NoneType
 from typing import Any
 
 
-__all__ = ["d2quant_rules", "ptqtp_rules"]
+__all__ = ["NSDS_RANGES", "d2quant_rules", "nsds_budget", "ptqtp_rules"]
+
+# What the least and the most sensitive layers get (hf_rb/quantizers/nsds.py); the bits are those of the paper.
+NSDS_RANGES = {"bits_per_layer": (2, 4), "planes_per_layer": (2, 3)}
 
 
 def ptqtp_rules(config: Any) -> Iterator[str]:
@@ -16,7 +19,8 @@ def ptqtp_rules(config: Any) -> Iterator[str]:
     for pattern, planes in planes_of.items():
         if type(planes) is not int or planes not in (1, 2, 3):
             yield f"`planes_per_layer[{pattern!r}]` must be 1, 2 or 3; got {planes!r}."
-    if config.scale_mode == "tied" and {config.planes, *planes_of.values()} != {2}:
+    mixed = isinstance(config.planes_per_layer, str) or {config.planes, *planes_of.values()} != {2}
+    if config.scale_mode == "tied" and mixed:
         yield "`scale_mode='tied'` ties two scales: use it with `planes=2` and without other `planes_per_layer`."
 
 
@@ -60,6 +64,12 @@ def d2quant_rules(config: Any) -> Iterator[str]:
         )
 
 
+def nsds_budget(strategy: str) -> float | None:
+    """Returns 3.0 for `"nsds:3.0"`, `None` for anything else."""
+    found = re.fullmatch(r"nsds:(\d+(?:\.\d+)?)", strategy)
+    return float(found[1]) if found else None
+
+
 def _pattern_rules(config: Any, per_layer: str, example: str) -> Iterator[str]:
     """What is wrong with `modules_to_not_convert` and with the dict `per_layer`, both of which name modules."""
     skipped, values = config.modules_to_not_convert, getattr(config, per_layer)
@@ -67,7 +77,14 @@ def _pattern_rules(config: Any, per_layer: str, example: str) -> Iterator[str]:
         yield f"`modules_to_not_convert` must be a list; got {skipped!r}, so write [{skipped!r}]."
     if not isinstance(skipped, (list, tuple, NoneType)):
         yield f"`modules_to_not_convert` must be a list of names; got {skipped!r}."
-    if not isinstance(values, (dict, NoneType)):
+    if isinstance(values, str):
+        low, high = NSDS_RANGES[per_layer]
+        if (budget := nsds_budget(values)) is None or not low <= budget <= high:
+            yield (
+                f"`{per_layer}` as text must be 'nsds:' and an average from {low} to {high}, such as "
+                f"'nsds:{(low + high) / 2}'; got {values!r}."
+            )
+    elif not isinstance(values, (dict, NoneType)):
         yield f"`{per_layer}` must be a dict such as {example}; got {values!r}."
     skipped = skipped if isinstance(skipped, (list, tuple)) else ()
     for name, patterns in (("modules_to_not_convert", skipped), (per_layer, _items(values))):

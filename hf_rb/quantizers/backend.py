@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_rb import _compat, _registration
 from hf_rb.quantizers import kernels
+from hf_rb.quantizers.allocation import allocate_layers
 from hf_rb.quantizers.baseline import rtn
 from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.conversion import Conversions
@@ -95,6 +96,14 @@ class PackingQuantizer(HfQuantizer):
         """Inverse of [`~PackingQuantizer.to_file`] for the parameter `name`, which checks every tensor: [`DamagedTensor`]."""
 
     # What is quantized.
+
+    def preprocess_model(self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs) -> None:
+        strategy = getattr(self.quantization_config, self.per_layer)
+        if isinstance(strategy, str):
+            found = allocate_layers(self.per_layer, strategy, model, kwargs.get("checkpoint_files"))
+            setattr(self.quantization_config, self.per_layer, {layer.name: layer.given for layer in found})
+            self.report.allocation = found
+        super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         if getattr(model.config, "distributed_config", None) is not None:

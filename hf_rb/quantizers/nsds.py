@@ -22,6 +22,7 @@ decomposed as that (two QR factorizations and a small SVD), which changes nothin
 
 import math
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -214,9 +215,9 @@ def _seen(vectors: Tensor, directions: Tensor) -> Tensor:
 
 def squash(values: Sequence[float]) -> list[float]:
     """Compares a number of a module across layers: robust z-scores, then the logistic function."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    moved = numbers - numbers.quantile(0.5)
-    return (moved / (moved.abs().quantile(0.5) + TINY)).sigmoid().tolist()
+    moved = [value - median(values) for value in values]
+    scale = median(map(abs, moved)) + TINY
+    return [(1 + math.tanh(value / scale / 2)) / 2 for value in moved]  # the logistic function, without its overflow
 
 
 def soft_or(values: Sequence[float]) -> float:

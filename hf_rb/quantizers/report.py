@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
-__all__ = ["BlockReport", "LayerReport", "Report"]
+__all__ = ["BlockReport", "LayerAllocation", "LayerReport", "Report"]
 
 
 @dataclass
@@ -58,6 +58,26 @@ class BlockReport:
 
 
 @dataclass
+class LayerAllocation:
+    """
+    What a decoder layer gets because of how sensitive its weights look, by NSDS.
+
+    Attributes:
+        name (`str`): Module name in the model.
+        numerical (`float`): How easily it loses by rounding, in (0, 1): kurtosis of its weights.
+        structural (`float`): How much it expresses, in (0, 1): singular values of its weights.
+        score (`float`): Both in one number.
+        given (`int`): Its bits or planes.
+    """
+
+    name: str
+    numerical: float
+    structural: float
+    score: float
+    given: int
+
+
+@dataclass
 class Report:
     """
     What quantizing a model did. `dataclasses.asdict` makes it JSON-able.
@@ -69,6 +89,7 @@ class Report:
             they were.
         resolved (`int`): Layers that were solved a second time.
         blocks (`list[BlockReport]`): The decoder layers, if there was calibration text.
+        allocation (`list[LayerAllocation]`): The decoder layers, if NSDS chose what they get.
         seconds (`float`): Time in the solver.
         weights_per_second (`float`): Weights quantized a second of that time.
         file_bytes (`int`, *optional*): Bytes of the weight files with everything in them, once saved.
@@ -87,6 +108,7 @@ class Report:
     skipped: list[str] = field(default_factory=list)
     resolved: int = 0
     blocks: list[BlockReport] = field(default_factory=list)
+    allocation: list[LayerAllocation] = field(default_factory=list)
     seconds: float = 0.0
     weights_per_second: float = 0.0
     file_bytes: int | None = None

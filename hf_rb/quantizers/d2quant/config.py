@@ -78,8 +78,10 @@ class D2QuantConfig(PackedConfig):
             Sequences that go through a layer at a time.
         seed (`int`, *optional*, defaults to `0`):
             Seed that chooses the sequences.
-        bits_per_layer (`dict[str, int]`, *optional*):
+        bits_per_layer (`dict[str, int]` or `str`, *optional*):
             Bits (2, 3, 4) for modules by name, ending or regular expression, instead of `bits`; the first match counts.
+            `"nsds:3.0"` gives the layers whose weights look most sensitive 4 bits and the others 2, 3 on average
+            (https://huggingface.co/papers/2603.17354); what each layer got is stored in its place.
         modules_to_not_convert (`list[str]`, *optional*):
             Names, endings or regular expressions of modules to leave as they are, besides those that are never quantized,
             as in [`PTQTPConfig`].
@@ -131,8 +133,8 @@ class D2QuantConfig(PackedConfig):
     seqlen: int = field(default=2048, metadata=described("Tokens of a sequence.", range="[2, inf)"))
     batch_size: int = field(default=1, metadata=described("Sequences that run at a time.", range="[1, inf)"))
     seed: int = field(default=0, metadata=described("Seed that chooses the sequences.", range="[0, inf)"))
-    bits_per_layer: dict[str, int] | None = field(
-        default=None, metadata=described("Bits by module name, instead of `bits`.")
+    bits_per_layer: dict[str, int] | str | None = field(
+        default=None, metadata=described("Bits by module name, instead of `bits`; or `nsds:` and an average.")
     )
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata=described("Modules to leave as they are, besides the output embeddings.")

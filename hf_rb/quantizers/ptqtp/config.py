@@ -47,10 +47,12 @@ class PTQTPConfig(PackedConfig):
             the language model of a multimodal one, none of which is ever quantized.
         quantize_qk (`bool`, *optional*, defaults to `True`):
             Whether `q_proj` and `k_proj` are quantized. The paper quantizes them, its authors' checkpoints do not.
-        planes_per_layer (`dict[str, int]`, *optional*):
+        planes_per_layer (`dict[str, int]` or `str`, *optional*):
             Planes for modules by name, ending or regular expression, instead of `planes`; the first match counts. Fused
             experts have the names of their parameters: `{"down_proj": 3}` holds for dense layers and experts, `"up_proj"`
-            for dense layers only where the experts have `gate_up_proj`.
+            for dense layers only where the experts have `gate_up_proj`. `"nsds:2.5"` gives the layers whose weights look
+            most sensitive 3 planes and the others 2, 2.5 on average (the scores of https://huggingface.co/papers/2603.17354,
+            whose use for planes is ours); what each layer got is stored in its place.
         activations (`str`, *optional*, defaults to `"exact"`):
             `"int8"` rounds the input of a layer to 8 bits for each group of weights where a processor has a faster kernel
             for that, with a relative error of 0.65 % in the output of a layer. May be given when loading; a checkpoint
@@ -90,8 +92,8 @@ class PTQTPConfig(PackedConfig):
         default=None, metadata=described("Modules to leave as they are, besides the output embeddings.")
     )
     quantize_qk: bool = field(default=True, metadata=described("Whether q_proj and k_proj are quantized."))
-    planes_per_layer: dict[str, int] | None = field(
-        default=None, metadata=described("Planes by module name, instead of `planes`.")
+    planes_per_layer: dict[str, int] | str | None = field(
+        default=None, metadata=described("Planes by module name, instead of `planes`; or `nsds:` and an average.")
     )
     activations: str = field(
         default="exact",
