@@ -31,6 +31,7 @@ __all__ = [
     "Load",
     "RouterMeter",
     "RouterReport",
+    "evenness",
     "examine",
     "layer_alignments",
     "max_vio",
@@ -52,7 +53,8 @@ def row_cosine(rows_ND: Tensor) -> float:
     return ((cosines.sum() - cosines.diagonal().sum()) / max(count * (count - 1), 1)).item()
 
 
-def _evenness(picks: Tensor) -> float:
+def evenness(picks: Tensor) -> float:
+    """Returns the entropy of counts `(N,)` as a share of the largest possible: 1 where all are equal."""
     shares = picks.double() / picks.sum()
     return torch.special.entr(shares).sum().item() / math.log(len(picks))
 
@@ -269,7 +271,7 @@ def _layer_report(layer: RoutedLayer, loads: list[Load], seed: int) -> LayerRepo
         max_vio=max_vio(picks),
         batch_max_vio=sum(max_vio(load.picks) for load in loads) / len(loads),
         dead=int((picks == 0).sum()),
-        load_entropy=_evenness(picks),
+        load_entropy=evenness(picks),
         entropy=(sum(load.entropy for load in loads) / sum(load.tokens for load in loads)).item(),
         row_cosine=row_cosine(layer.weight()),
     )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from hf_rb.models.mpi.losses import auxiliary_loss
 from hf_rb.objectives.akl import adaptive_kl
 from hf_rb.objectives.divergences import forward_kl, jsd, reverse_kl
 from hf_rb.objectives.gopd import gopd_advantage
@@ -102,13 +103,10 @@ def last_hidden(
     """
     if not router_logits:
         return backbone_output(model, inputs).last_hidden_state, None
-    # The loss that every family of transformers uses.
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    outputs, config = backbone_output(model, inputs, output_router_logits=True), model.config.get_text_config()
-    mask = None if inputs.get("position_ids") is not None else inputs.get("attention_mask")
-    loss = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok, mask)
-    return outputs.last_hidden_state, loss
+    outputs, positions = backbone_output(model, inputs, output_router_logits=True), inputs.get("position_ids")
+    mask = None if positions is not None else inputs.get("attention_mask")
+    shape, config = inputs["input_ids"].shape, model.config.get_text_config()
+    return outputs.last_hidden_state, auxiliary_loss(config, outputs.router_logits, shape, mask, positions)
 
 
 def check_finite(objective: str, step: int, loss: torch.Tensor, losses: torch.Tensor | None = None) -> None:

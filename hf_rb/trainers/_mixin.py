@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_rb import _compat
 from hf_rb._files import MANIFEST, start_manifest, verify_manifest, write_manifest
 from hf_rb.hub import METHODS, ModelCardData, Result, changed_hyperparameters, write_model_card
+from hf_rb.trainers._routers import has_mpi, prepare_routers
 
 
 __all__ = ["TrainerMixin", "complete_checkpoint", "own_config"]
@@ -28,28 +29,38 @@ class TrainerMixin:
     Comes before a TRL trainer among a class's bases. The class says in `_methods` which methods its flags switch on.
 
     - The model card is ours ([`~hf_rb.hub.write_model_card`]).
+    - A mixture of experts gets the auxiliary loss of its configuration, and MPI routers their steps.
     - `_add_metric` averages over tokens, accumulation steps and processes, with one reduction each time the trainer logs.
     - A checkpoint ends with a manifest of its files, written last. `train(resume_from_checkpoint=True)` takes the newest
       checkpoint that agrees with its manifest.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        prepare_routers(self)
 
     @property
     def _methods(self) -> list[str]:
         """Keys of `hf_rb.hub.METHODS` that the flags switch on."""
         return []
 
+    @property
+    def _all_methods(self) -> list[str]:
+        """Those of the flags, and those that are part of the model."""
+        return [*self._methods, *(["mpi"] if has_mpi(getattr(self, "model", None)) else [])]
+
     # TRL's class attributes, computed: what a trainer is depends on its flags.
     @property
     def _tag_names(self) -> list[str]:
-        return ["hf_rb", *super()._tag_names, *self._methods]
+        return ["hf_rb", *super()._tag_names, *self._all_methods]
 
     @property
     def _name(self) -> str:
-        return " + ".join([super()._name, *(METHODS[key].name for key in self._methods)])
+        return " + ".join([super()._name, *(METHODS[key].name for key in self._all_methods)])
 
     @property
     def _paper(self) -> dict[str, str]:
-        return METHODS[self._methods[0]].paper if self._methods else super()._paper
+        return METHODS[self._all_methods[0]].paper if self._all_methods else super()._paper
 
     def _check_sequences(self, name: str) -> None:
         """
@@ -153,13 +164,13 @@ class TrainerMixin:
         if not self.is_world_process_zero():
             return
         tags = [tags] if isinstance(tags, str) else tags or []
-        own_tags = {"hf_rb", *self._methods}  # the card adds these itself
+        own_tags = {"hf_rb", *self._all_methods}  # the card adds these itself
         evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
         write_model_card(
             self.args.output_dir,
             ModelCardData(
                 model_name=model_name or Path(self.args.output_dir).name,
-                methods=self._methods,
+                methods=self._all_methods,
                 base_model=base_model or self.model.config._name_or_path or None,
                 dataset_name=dataset_name,
                 trainer=type(self).__name__,

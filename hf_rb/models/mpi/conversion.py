@@ -218,6 +218,7 @@ def _make_native(module: nn.Module) -> None:
     if native is None:
         return
     module.__class__ = native
+    module.__dict__.pop("forward", None)  # one that a trainer has put around ours
     if not isinstance(module, PreTrainedModel):
         return
     module._keep_in_fp32_modules_strict = set(native._keep_in_fp32_modules_strict or ())

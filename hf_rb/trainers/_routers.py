@@ -1,0 +1,63 @@
+"""What mixtures of experts ask of a trainer: the auxiliary loss that their configuration names, and MPI's steps after the optimizer's."""
+
+import functools
+import types
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from hf_rb.models.mpi.callbacks import MPICallback
+from hf_rb.models.mpi.conversion import routers
+from hf_rb.models.mpi.losses import auxiliary_loss
+
+
+__all__ = ["has_mpi", "prepare_routers"]
+
+
+def prepare_routers(trainer: Trainer) -> None:
+    """Makes a trainer that has its model follow what the model's routers need. Does nothing for other models."""
+    model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+    maps = [layer.mpi for layer in routers(model) if layer.mpi is not None]
+    if any(mpi.mode == "inplace" or mpi.ramp_steps for mpi in maps):
+        if not any(isinstance(callback, MPICallback) for callback in trainer.callback_handler.callbacks):
+            trainer.add_callback(MPICallback())
+    config = model.config.get_text_config()
+    if getattr(config, "lb_type", "hf") != "hf" or getattr(config, "z_loss_coef", 0):
+        _use_own_auxiliary_loss(model)
+
+
+def has_mpi(model: nn.Module | None) -> bool:
+    """Returns whether a model, if there is one already, has MPI routers."""
+    return model is not None and any(layer.mpi is not None for layer in routers(model))
+
+
+def _use_own_auxiliary_loss(model: PreTrainedModel) -> None:
+    """
+    Replaces `aux_loss` in what the forward pass returns, and its part of `loss`.
+
+    A class's own forward pass is not enough: TRL's trainers put one in its place that scores tokens without the logits, and computes
+    transformers' auxiliary loss itself.
+    """
+    forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def with_own_loss(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        seen = []
+        handle = self.base_model.register_forward_hook(lambda module, args, output: seen.append(output.router_logits))
+        try:
+            outputs = forward(*args, **kwargs)
+        finally:
+            handle.remove()
+        if outputs.get("aux_loss") is None:
+            return outputs
+        config = self.config.get_text_config()
+        shape = kwargs["input_ids"].shape if "input_ids" in kwargs else args[0].shape
+        own = auxiliary_loss(config, seen.pop(), shape, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        if outputs.get("loss") is not None:
+            outputs["loss"] = outputs["loss"] + config.router_aux_loss_coef * (own - outputs["aux_loss"])
+        outputs["aux_loss"] = own
+        return outputs
+
+    model.forward = types.MethodType(with_own_loss, model)
