@@ -89,13 +89,8 @@ def adapter_problems(config: Mapping[str, Any], names: Sequence[str] = ()) -> li
     # An option of a later PEFT that is on could mean anything.
     unknown = [key for key, value in config.items() if key not in HARMLESS and key not in REASONS and value]
     problems += [f"`{key}: {config[key]}` is an option whose effect on another model is not known" for key in unknown]
-    heads = sorted(
-        {
-            name.removeprefix(PREFIX).split(".lora_")[0]
-            for name in names
-            if "lm_head" in name or "lora_embedding" in name
-        }
-    )
+    parts = [re.split(r"\.(?:lora_|base_layer)", name.removeprefix(PREFIX)) for name in names]
+    heads = sorted({module for module, *rest in parts if "lm_head" in module or rest[:1] == ["embedding_A"]})
     if heads:
         problems.append(
             f"it adapts {some(heads)}: embeddings and heads are where Base and Instruct differ, and may be tied"

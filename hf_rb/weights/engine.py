@@ -47,6 +47,7 @@ __all__ = [
     "merge",
     "pieces",
     "public_name",
+    "sweep_folder",
     "vocabulary_problem",
 ]
 
@@ -212,7 +213,7 @@ def check_lambdas(lam: float | Sequence[float], extrapolate: bool) -> tuple[floa
         ValueError: There is none, two are equal, or one is outside [0, 1] and `extrapolate` is `False`.
     """
     lams = (lam,) if isinstance(lam, int | float) else tuple(lam)
-    if not lams or len(set(lams)) < len(lams):
+    if not lams or len({f"{value:g}" for value in lams}) < len(lams):
         raise ValueError(f"`lam` is {lam!r}: give one value, or several different ones for a sweep.")
     for value in lams:
         if not float("-inf") < value < float("inf"):
@@ -485,7 +486,7 @@ class _Plan:
 
     def folders(self, folder: Path) -> list[Path]:
         sweep = self.operation.sweep
-        return [folder] if sweep is None else [folder / f"lambda-{lam:g}" for lam in sweep]
+        return [folder] if sweep is None else [sweep_folder(folder, lam) for lam in sweep]
 
     def write(self, folder: Path, journal: _Journal, progress: bool) -> None:
         """Writes the weight files, from where the journal ends."""
@@ -614,6 +615,11 @@ def vocabulary_problem(one: Source, other: Source) -> str | None:
         f"{one.role} and {other.role} have different vocabularies: id {conflict} is {ours[conflict]!r} in one and "
         f"{theirs[conflict]!r} in the other"
     )
+
+
+def sweep_folder(folder: Path, lam: float) -> Path:
+    """Where the model of one lambda lies in the folder of a sweep."""
+    return folder / f"lambda-{lam:g}"
 
 
 def public_name(name: str) -> str:

@@ -76,7 +76,8 @@ class MergeReport:
         Similarity of the two compared models: as Shadow-FT's code has it, the mean over tensors of layers that are no
         norms and no biases, each with the same weight; and the ratio of the sums over all of these. 0 is equal, 1 the farthest.
         """
-        chosen = [t for t in self.merged if LAYER.search(t.name) and "bias" not in t.name and "norm" not in t.name]
+        compared = [t for t in self.merged if "sigma" in t.measured]
+        chosen = [t for t in compared if LAYER.search(t.name) and "bias" not in t.name and "norm" not in t.name]
         return mean_and_ratio((t.measured["sigma"], t.measured["absolute"]) for t in chosen) if chosen else None
 
 
