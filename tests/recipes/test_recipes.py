@@ -9,6 +9,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from hf_rb._resources import resource_folder
 from hf_rb.cli.check import check, read_recipe
 from hf_rb.cli.quantize import QuantizeArguments
+from hf_rb.cli.upcycle import UpcycleArguments
 
 
 FOLDER = resource_folder("recipes")
@@ -27,6 +28,9 @@ VERBS = {
     "edas": "grpo",
     "calibadv": "grpo",
     "srar": "grpo",
+    "mpi": "upcycle",
+    "mpi/tiny-cpu-sft": "sft",
+    "mpi/qwen3-0.6b-sft": "sft",
 }
 
 
@@ -38,8 +42,9 @@ def named(paths) -> list:
 def test_check_finds_nothing_in_the_recipe(path):
     report = check(path, read_recipe(path))
     assert not report.errors + report.warnings
-    # The folder of a method says which verb its recipes are for.
-    assert report.verb == VERBS[path.relative_to(FOLDER).parts[0]]
+    # The folder of a method says which verb its recipes are for, but for some of them.
+    name = path.relative_to(FOLDER).with_suffix("").as_posix()
+    assert report.verb == VERBS.get(name, VERBS[path.relative_to(FOLDER).parts[0]])
 
 
 @pytest.mark.parametrize("path", named(RECIPES))
@@ -49,6 +54,8 @@ def test_the_config_classes_take_the_recipe(path, tmp_path, monkeypatch):
     if verb == "quantize":
         config = QuantizeArguments(**read_recipe(path)).quantization_config
         assert AutoQuantizationConfig.from_dict(config).quant_method == config["quant_method"]
+    elif verb == "upcycle":
+        assert UpcycleArguments(**read_recipe(path)).num_experts == read_recipe(path)["num_experts"]
     else:  # on the CPU, since a recipe for a GPU is tested without one
         parser = import_module(f"hf_rb.scripts.{verb}").make_parser()
         parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true"])
