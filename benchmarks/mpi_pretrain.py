@@ -117,7 +117,7 @@ def _cross_entropy(model: Qwen3MoeForCausalLM, hidden_BTD: torch.Tensor, ids_BT:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", metavar="FILE", help="a text to pretrain on, beside the embedded task")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=2.0, help="C' (default 2)")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
