@@ -241,6 +241,25 @@ METHODS = {
             "ternary planes, each with its own scale.",
         ),
         Method(
+            key="d2quant",
+            name="D²Quant",
+            kind="quantizer",
+            paper_id="2602.02546",
+            title="D²Quant: Accurate Low-bit Post-Training Weight Quantization for LLMs",
+            authors=(
+                "Xianglong Yan",
+                "Chengzhu Bao",
+                "Zhiteng Li",
+                "Tianao Zhang",
+                "Shaoqiu Zhang",
+                "Ruobing Xie",
+                "Xingwu Sun",
+                "Yulun Zhang",
+            ),
+            summary="Calibrated quantization to 2 or 3 bits, with a second, absorbed scale for the columns of down projections and a "
+            "correction of the mean shift behind attention.",
+        ),
+        Method(
             key="shadow_ft",
             name="Shadow-FT",
             kind="weights",

@@ -231,7 +231,7 @@ def test_bad_recipes(tmp_path, capsys, recipe, message):
         (["{source}", "{out}", "--skip", "nothing_like_it"], "matches no module"),
         (["{source}", "{out}", "--group-size", "0"], "`quantization_config.group_size` must be in [1, inf)"),
         ([], "`model_name_or_path` is missing"),
-        (["{source}", "{out}", "--no-resume"], "is for streaming: add `stream=True` (`--stream`)"),
+        (["{source}", "{out}", "--no-resume"], "is for streaming and calibration: add `stream=True` (`--stream`)"),
     ],
 )
 def test_bad_arguments(source, tmp_path, capsys, arguments, message):

@@ -98,11 +98,11 @@ def _check(model: PreTrainedModel, packable: Iterable[str]) -> None:
             f"{missing[0]} is not in memory, and calibration runs the model. Load it without offloading to disk: leave out "
             "`device_map` or give it more memory; or use `backend='rtn'`, which quantizes while it loads."
         )
-    experts = [name for name in packable if not isinstance(model.get_submodule(name), nn.Linear)]
-    if experts:
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if experts := [name for name in packable if name not in linear]:
         raise ValueError(
             f"{experts[0]} holds fused experts, each of which sees too few of the calibration tokens for a Hessian. Use "
-            f"`backend='rtn'`, or leave them as they are with `modules_to_not_convert={[_last(experts[0])]}`."
+            f"`backend='rtn'`, or leave them as they are with `modules_to_not_convert=[{experts[0].split('.')[-2]!r}]`."
         )
 
 
@@ -355,7 +355,3 @@ def _split(codes: AffineCodes | DualCodes, rows: list[int]) -> list[AffineCodes 
         return [codes]
     parts = zip(codes.codes.split(rows), codes.scale.split(rows), codes.zero.split(rows), strict=True)
     return [replace(codes, codes=one.contiguous(), scale=scale, zero=zero) for one, scale, zero in parts]
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
