@@ -34,6 +34,7 @@ VERBS = {
     "router-report": ("hf_rb.cli.router_report", "Look at the routers of a mixture of experts."),
     "merge": ("hf_rb.cli.merge", "Make models from models: interpolate, graft (Shadow-FT), refine (Timber)."),
     "eval": ("hf_rb.cli.eval", "Measure perplexity, accuracy, size and speed of a model."),
+    "push": ("hf_rb.cli.push", "Upload a model or an adapter to the Hub."),
 }
 
 BAD_INPUT = 2

@@ -1,28 +1,50 @@
-"""`hf-rb eval`: measures one model."""
+"""`hf-rb eval`: measures one model.
+
+`--out` keeps everything as JSON; its list `results` is what model cards take (`hf_rb.hub.read_results`, `hf-rb push --results`).
+"""
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 
 EXAMPLE = "hf-rb eval tiny:student --task tiny:math --limit 200 --speed"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="tiny:student, a model folder (quantized ones too) or a Hub id")
+    parser.add_argument(
+        "model", metavar="MODEL", help="tiny:student, a model folder (quantized ones too), a Hub id or a sweep"
+    )
     parser.add_argument("--task", help="exact match on tiny:math, or on a JSON-lines file in the format of GSM8K")
-    parser.add_argument("--limit", type=int, help="use only the first LIMIT problems of the task")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT problems of each task")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="limit of a generated solution (default 256)")
     parser.add_argument("--batch-size", type=int, default=64, help="problems solved at a time (default 64)")
     parser.add_argument("--perplexity", metavar="FILE", help="perplexity of a text file")
     parser.add_argument("--window", type=int, default=512, help="window of the perplexity in tokens (default 512)")
     parser.add_argument("--stride", type=int, help="distance between windows (default: the window)")
+    parser.add_argument(
+        "--harness",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="tasks of lm-evaluation-harness, by name or as task files (.yaml)",
+    )
+    parser.add_argument(
+        "--fewshot", type=int, help="examples in front of every harness question (default: the task's)"
+    )
+    parser.add_argument("--chat", action="store_true", help="render harness questions with the chat template")
+    parser.add_argument(
+        "--allow-local-code", action="store_true", help="let harness task files name Python functions beside them"
+    )
     parser.add_argument("--speed", action="store_true", help="decoding speed")
     parser.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: as saved"
     )
+    parser.add_argument("--plot", metavar="FILE", help="of a sweep: draw what was measured against lambda, as SVG")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", metavar="FILE", help="write everything measured, generated texts included, as JSON")
 
@@ -31,40 +53,112 @@ def run(args: argparse.Namespace) -> int:
     # What can be wrong without a model is looked at before one is loaded.
     if args.perplexity and not Path(args.perplexity).is_file():
         raise FileNotFoundError(f"There is no text file {args.perplexity}.")
-    if args.out and not Path(args.out).resolve().parent.is_dir():
-        raise FileNotFoundError(f"--out {args.out}: there is no folder {Path(args.out).parent}.")
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: write 1 or more.")
+    for name in ("out", "plot"):
+        if (path := getattr(args, name)) and not Path(path).resolve().parent.is_dir():
+            raise FileNotFoundError(f"--{name} {path}: there is no folder {Path(path).parent}.")
+    for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("limit", 1), ("fewshot", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: write {least} or more.")
+    for name in ("fewshot", "chat", "allow_local_code"):
+        if getattr(args, name) not in (None, False) and not args.harness:
+            raise ValueError(f"--{name.replace('_', '-')} is for --harness: add --harness TASK, or leave it out.")
 
     from hf_rb import evaluation
+    from hf_rb.weights.sweep import read_sweep
 
+    sweep = read_sweep(args.model)
+    if args.plot and (sweep is None or not (args.task or args.perplexity or args.speed)):
+        raise ValueError(
+            f"--plot draws what --task, --perplexity or --speed measures against lambda, and {args.model} "
+            + (
+                "is asked for none of them."
+                if sweep
+                else "is no sweep: `hf-rb merge ... --lambda 0.2,0.5,0.8` writes one."
+            )
+        )
     rows = evaluation.load_task(args.task, args.limit) if args.task else None
     text = Path(args.perplexity).read_text(encoding="utf-8") if args.perplexity else None
-    folder = evaluation.find_model(args.model)
-    measured = {"size": evaluation.model_size(folder)}
-    if rows or text or args.speed:
-        model, tokenizer = evaluation.load_model(folder, args.dtype)
+    if not (rows or text or args.speed or args.harness):
+        print("Only the size was measured; add --task, --perplexity, --harness or --speed for more.", file=sys.stderr)
+    folders = sweep or {None: evaluation.find_model(args.model)}
+    measured = {lam: _measure(folder, args, rows, text) for lam, folder in folders.items()}
+
+    everything = {"model": args.model, "task": args.task}
+    results = {lam: {key: _plain(value) for key, value in values.items()} for lam, values in measured.items()}
+    if sweep:
+        everything["sweep"] = [{"lambda": lam} | result for lam, result in results.items()]
     else:
-        print("Only the size was measured; add --task, --perplexity or --speed for more.", file=sys.stderr)
+        everything |= {"results": _plain(list(_results(measured[None], args)))} | results[None]
+    if args.out:
+        Path(args.out).write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        evaluation.plot_curves(args.plot, list(folders), _curves(list(measured.values())), "lambda")
+    if args.json:
+        for result in results.values():
+            for key in ("completions", "correct"):  # thousands of lines that only --out keeps
+                result.get("exact_match", {}).pop(key, None)
+        print(json.dumps(everything, indent=2))
+    elif sweep:
+        names, *_ = ([name for name, _ in _rows(values)] for values in measured.values())
+        columns = [[value for _, value in _rows(values)] for values in measured.values()]
+        cells = [[name, *values] for name, *values in zip(names, *columns, strict=True)]
+        print(evaluation.format_table(["lambda", *(f"{lam:g}" for lam in measured)], cells))
+    else:
+        print(evaluation.format_table(["measure", args.model], list(_rows(measured[None]))))
+    return 0
+
+
+def _measure(folder: Path, args: argparse.Namespace, rows: list | None, text: str | None) -> dict:
+    from hf_rb import evaluation
+
+    measured = {"size": evaluation.model_size(folder)}
+    if rows or text or args.speed or args.harness:
+        model, tokenizer = evaluation.load_model(folder, args.dtype)
     if rows:
         measured["exact_match"] = evaluation.exact_match(model, tokenizer, rows, args.max_new_tokens, args.batch_size)
     if text:
         stride = args.window if args.stride is None else args.stride
         measured["perplexity"] = evaluation.perplexity(model, tokenizer, text, args.window, stride)
+    if args.harness:
+        options = {"fewshot": args.fewshot, "chat": args.chat, "allow_local_code": args.allow_local_code}
+        measured["harness"] = evaluation.run_harness(model, tokenizer, args.harness, args.limit, **options)
     if args.speed:
         measured["speed"] = evaluation.decode_speed(model)
+    return measured
 
-    everything = {"model": args.model, "task": args.task} | {key: asdict(value) for key, value in measured.items()}
-    if args.out:
-        Path(args.out).write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
-    if args.json:
-        for key in ("completions", "correct"):  # thousands of lines that only --out keeps
-            everything.get("exact_match", {}).pop(key, None)
-        print(json.dumps(everything, indent=2))
-    else:
-        print(evaluation.format_table(["measure", args.model], list(_rows(measured))))
-    return 0
+
+def _plain(value: Any) -> Any:
+    return [asdict(one) for one in value] if isinstance(value, list) else asdict(value)
+
+
+def _results(measured: dict, args: argparse.Namespace) -> Iterator[Any]:
+    """What a model card says of the measurements."""
+    from hf_rb.hub import Result
+
+    if match := measured.get("exact_match"):
+        yield Result(f"exact match ({match.count} problems)", match.accuracy, _name(args.task))
+    if result := measured.get("perplexity"):
+        how = f"window {result.window}, stride {result.stride}, {result.bytes_per_token:.2f} bytes a token"
+        yield Result(f"perplexity ({how})", result.perplexity, _name(args.perplexity))
+    for score in measured.get("harness", ()):
+        how = [f"{score.fewshot}-shot"] * (score.fewshot is not None) + [f"first {args.limit}"] * bool(args.limit)
+        yield Result(f"{score.metric} ({', '.join(how)})" if how else score.metric, score.value, score.task)
+
+
+def _name(data: str) -> str:
+    """The name of a task or a file, without the folders above it."""
+    return data if data.startswith("tiny:") else Path(data).name
+
+
+def _curves(measured: list[dict]) -> dict[str, list[float]]:
+    shown = {
+        "exact match": lambda values: values["exact_match"].accuracy,
+        "ended before the token limit": lambda values: values["exact_match"].finished,
+        "perplexity": lambda values: values["perplexity"].perplexity,
+        "tokens a second": lambda values: values["speed"].tokens_per_second,
+    }
+    keys = dict(zip(shown, ("exact_match", "exact_match", "perplexity", "speed"), strict=True))
+    return {name: [show(one) for one in measured] for name, show in shown.items() if keys[name] in measured[0]}
 
 
 def _rows(measured: dict):
@@ -77,9 +171,14 @@ def _rows(measured: dict):
         yield "  ended before the token limit", f"{match.finished:.1%}"
     if result := measured.get("perplexity"):
         yield f"perplexity, window {result.window}, stride {result.stride}", f"{result.perplexity:.4g}"
+        yield "  bytes per token", f"{result.bytes_per_token:.3f}"
         yield "  nats per token", f"{result.nats_per_token:.4f}"
         yield "  bits per byte", f"{result.bits_per_byte:.4f}"
         yield "  scored tokens", f"{result.tokens:,}"
+    for score in measured.get("harness", ()):
+        error = "" if score.stderr is None else f" ±{score.stderr:.4f}"
+        few = "" if score.fewshot is None else f", {score.fewshot}-shot"
+        yield f"{score.task}, {score.metric}{few}, {score.count} questions", f"{score.value:.4f}{error}"
     if speed := measured.get("speed"):
         yield f"decoding, batch {speed.batch_size}, tokens/s", f"{speed.tokens_per_second:.0f} ±{speed.spread / 2:.0%}"
     size = measured["size"]

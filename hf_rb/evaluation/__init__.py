@@ -1,9 +1,11 @@
-"""What a model is worth and what it costs: perplexity, exact match, size on disk and decoding speed."""
+"""What a model is worth and what it costs: perplexity, exact match, public benchmarks, size on disk and decoding speed."""
 
 from hf_rb._tables import format_table
 from hf_rb.evaluation.generation import Completion, ExactMatch, PassAtK, exact_match, generate, pass_at_k
+from hf_rb.evaluation.harness import HarnessScore, run_harness
 from hf_rb.evaluation.likelihood import Perplexity, perplexity
 from hf_rb.evaluation.loading import find_model, load_model
+from hf_rb.evaluation.plot import plot_curves
 from hf_rb.evaluation.size import Size, model_size
 from hf_rb.evaluation.speed import Speed, decode_speed
 from hf_rb.evaluation.tasks import is_correct, load_task, solutions
@@ -12,6 +14,7 @@ from hf_rb.evaluation.tasks import is_correct, load_task, solutions
 __all__ = [
     "Completion",
     "ExactMatch",
+    "HarnessScore",
     "PassAtK",
     "Perplexity",
     "Size",
@@ -27,5 +30,7 @@ __all__ = [
     "model_size",
     "pass_at_k",
     "perplexity",
+    "run_harness",
+    "plot_curves",
     "solutions",
 ]

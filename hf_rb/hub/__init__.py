@@ -1,7 +1,16 @@
-"""Model cards: what a model is, how it was made, what was measured, and how to load it."""
+"""Model cards and uploads: what a model is, how it was made, what was measured, how to load it, and its way to the Hub."""
 
-from hf_rb.hub.card import ModelCardData, Result, changed_hyperparameters, render_card, write_model_card
+from hf_rb.hub.card import (
+    ModelCardData,
+    Result,
+    changed_hyperparameters,
+    render_card,
+    render_results,
+    write_model_card,
+)
 from hf_rb.hub.methods import METHODS, Method
+from hf_rb.hub.push import Upload, plan_upload, push_folder
+from hf_rb.hub.results import add_results, read_results
 
 
 __all__ = [
@@ -9,7 +18,13 @@ __all__ = [
     "Method",
     "ModelCardData",
     "Result",
+    "Upload",
+    "add_results",
     "changed_hyperparameters",
+    "plan_upload",
+    "push_folder",
+    "read_results",
     "render_card",
+    "render_results",
     "write_model_card",
 ]

@@ -24,7 +24,14 @@ from hf_rb.hub.methods import METHODS
 if TYPE_CHECKING:
     from hf_rb.evaluation import Size
 
-__all__ = ["ModelCardData", "Result", "changed_hyperparameters", "render_card", "write_model_card"]
+__all__ = [
+    "ModelCardData",
+    "Result",
+    "changed_hyperparameters",
+    "render_card",
+    "render_results",
+    "write_model_card",
+]
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,35 @@ class ModelCardData:
 
 def render_card(data: ModelCardData) -> str:
     """Returns the text of `README.md`."""
+    methods = [METHODS[key] for key in data.methods]
+    text = (
+        _environment()
+        .get_template("template.md.jinja")
+        .render(
+            data=data,
+            metadata=data.metadata().to_yaml(),
+            methods=methods,
+            needs_import=any(method.kind in ("quantizer", "model") for method in methods),
+            results=data.results,
+            compared=_compared(data.results),
+            location=data.repo_id or f"path/to/{data.model_name}",
+            versions=_versions(data),
+        )
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"  # sections that are left out leave blank lines
+
+
+def render_results(results: Sequence[Result]) -> str:
+    """Returns the table of a card's evaluation section."""
+    text = _environment().get_template("results.md.jinja").render(results=results, compared=_compared(results))
+    return text.rstrip()
+
+
+def _compared(results: Sequence[Result]) -> bool:
+    return any(result.before is not None for result in results)
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(resource_folder("model_cards"), encoding="utf-8"),
         undefined=StrictUndefined,
@@ -130,17 +166,7 @@ def render_card(data: ModelCardData) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(cell=_cell, number=_number, reference=_reference)
-    methods = [METHODS[key] for key in data.methods]
-    text = environment.get_template("template.md.jinja").render(
-        data=data,
-        metadata=data.metadata().to_yaml(),
-        methods=methods,
-        needs_import=any(method.kind in ("quantizer", "model") for method in methods),
-        compared=any(result.before is not None for result in data.results),
-        location=data.repo_id or f"path/to/{data.model_name}",
-        versions=_versions(data),
-    )
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"  # sections that are left out leave blank lines
+    return environment
 
 
 def write_model_card(folder: str | Path, data: ModelCardData) -> Path:
@@ -188,7 +214,8 @@ def changed_hyperparameters(config: Any) -> dict[str, Any]:
 
 
 def _is_hub_id(name: str | None) -> bool:
-    if name is None or Path(name).exists():
+    # A name without a namespace is rather a file or a task than one of the Hub's oldest repositories.
+    if name is None or "/" not in name or Path(name).exists():
         return False
     try:
         validate_repo_id(name)

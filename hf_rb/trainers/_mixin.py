@@ -3,6 +3,7 @@
 import logging
 import re
 from collections import defaultdict
+from concurrent.futures import Future
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_rb import _compat
 from hf_rb._files import MANIFEST, start_manifest, verify_manifest, write_manifest
-from hf_rb.hub import METHODS, ModelCardData, Result, changed_hyperparameters, write_model_card
+from hf_rb.hub import METHODS, ModelCardData, Result, changed_hyperparameters, push_folder, write_model_card
 from hf_rb.trainers._routers import has_mpi, prepare_routers
 
 
@@ -180,6 +182,49 @@ class TrainerMixin:
                 tags=[tag for tag in dict.fromkeys([*self._tag_names, *tags]) if tag not in own_tags],
                 library_name="peft" if is_peft_model(self.model) else "transformers",
             ),
+        )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future | None:
+        """
+        Saves the model, writes its card and uploads what a model repository holds ([`~hf_rb.hub.plan_upload`]): no optimizer state, no
+        checkpoints, caches or pickled arguments, which [`~transformers.Trainer.push_to_hub`] takes along when they lie in
+        `args.output_dir`.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to wait for the upload; otherwise a future is returned.
+            token, revision, private (*optional*):
+                In place of those in `args`.
+            **kwargs:
+                Arguments of [`create_model_card`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1]} | kwargs)
+        self._finish_current_push()
+        return push_folder(
+            self.args.output_dir,
+            self.hub_model_id,
+            commit_message=commit_message,
+            token=token,
+            revision=revision or self.args.hub_revision,
+            create=False,
+            run_as_future=not blocking,
         )
 
     # Checkpoints

@@ -32,11 +32,11 @@ def evaluations(monkeypatch):
     """A list that grows by one with every effective router that is computed."""
     from hf_rb.models.mpi import router
 
-    counted, compute = [], router.effective_router
+    counted, compute = [], router.effective_router_and_weight
 
-    def effective_router(*args, **kwargs):
+    def counting(*args, **kwargs):
         counted.append(None)
         return compute(*args, **kwargs)
 
-    monkeypatch.setattr(router, "effective_router", effective_router)
+    monkeypatch.setattr(router, "effective_router_and_weight", counting)
     return counted

@@ -206,6 +206,47 @@ def test_bfloat16_is_folded_in_float32(make_mixture, ids):
     assert all(torch.equal(layer.weight(), weight) for layer, weight in zip(routers(model), exact, strict=True))
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("architecture", ["mpi_qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_the_gradient_that_goes_through_the_experts_is_autograds(architecture, implementation, make_mixture, ids):
+    """With the weight that the router lends to its experts, and without, also where experts are left half way."""
+    gradients = []
+    for lends in (True, False):
+        model = make_mixture(architecture)
+        if architecture == "mpi_qwen3_moe":
+            model.config.output_router_logits, model.router_aux_loss_coef = True, 1.0
+        else:
+            apply_mpi(model, matrix="up", iters=2)
+        model.set_experts_implementation(implementation)
+        layers = list(routers(model.train()))
+        if not lends:
+            for layer in layers:
+                layer.mpi.remove_hooks()
+        layers[0].weight()  # not used: the next pass does not mind
+        model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        assert all(isinstance(layer.experts.gate_up_proj, nn.Parameter) for layer in layers)
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        with pytest.raises((RuntimeError, IndexError)):
+            layers[0].weight()
+            layers[0].experts(torch.zeros(3, 5), torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1))
+        assert isinstance(layers[0].experts.gate_up_proj, nn.Parameter)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+def test_no_gradient_of_the_size_of_the_experts_is_made_for_the_router(make_mixture, ids, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        torch, "zeros_like", lambda tensor: made.append(tensor.shape) or tensor.new_zeros(tensor.shape)
+    )
+    model = make_mixture("mpi_qwen3_moe").train()
+    model(ids, labels=ids).loss.backward()
+    experts = next(routers(model)).experts
+    assert experts.gate_up_proj.shape not in made
+    fold_mpi(model)
+    assert not experts._forward_hooks and not experts._forward_pre_hooks
+
+
 class TestLora:
     @pytest.fixture
     def adapted(self, make_mixture):

@@ -163,6 +163,7 @@ def apply_mpi(
         )
     for layer, mpi in zip(layers, maps, strict=True):
         parametrize.register_parametrization(layer.router, "weight", mpi.train(layer.router.training))
+        mpi.add_hooks()
     return model
 
 
@@ -200,6 +201,7 @@ def fold_mpi(model: nn.Module) -> nn.Module:
     # All before any is replaced: an error leaves the model as it was.
     folded = [layer.mpi.folded(layer.learned) for layer in layers]
     for layer, weight in zip(layers, folded, strict=True):
+        layer.mpi.remove_hooks()
         if _is_parametrized(layer.router):
             parametrize.remove_parametrizations(layer.router, "weight", leave_parametrized=False)
             layer.router.weight.copy_(weight)

@@ -102,6 +102,7 @@ class MPIModel(MPIPreTrainedModel):
             if isinstance(getattr(layer.mlp, "gate", None), self.router_class.native_class):
                 layer.mlp.gate.__class__ = self.router_class
                 layer.mlp.gate.mpi = EffectiveRouter(layer.mlp, **config.mpi_options())
+                layer.mlp.gate.mpi.add_hooks()
 
 
 class MPIForCausalLM(MPIPreTrainedModel):

@@ -4,15 +4,18 @@ The model classes call it in their routers' forward pass; on any other model it 
 """
 
 import weakref
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_rb.models.mpi.functional import (
     GRADIENTS,
     MATRICES,
-    effective_router,
+    effective_router_and_weight,
     matrix_view,
     row_length,
     weight_name,
@@ -83,6 +86,8 @@ class EffectiveRouter(nn.Module):
         self._sibling = _Sibling(block)
         self._kept: _Kept | None = None
         self._looked_at = False
+        self._loan: _Loan | None = None
+        self._hooks: list[RemovableHandle] = []
         if ramp_steps:
             self.register_buffer("start", start.detach().clone())
             # An integer, which a change of the model's dtype leaves as it is.
@@ -95,9 +100,10 @@ class EffectiveRouter(nn.Module):
         if not self._looked_at and not router_ND.is_meta:
             check_rows(router_ND)
             self._looked_at = True
+        self._loan = None
         if torch.is_grad_enabled():
             self._kept = None
-            return self._compute(router_ND)
+            return self._compute(router_ND, lend=True)
         sources, scalings = self._sources(router_ND)
         if not _changes_are_counted(sources, self.training):
             return self._compute(router_ND)
@@ -106,39 +112,77 @@ class EffectiveRouter(nn.Module):
         return self._kept.value
 
     def _sources(self, router_ND: Tensor) -> tuple[list[Tensor], list[float]]:
-        experts, adapters = _unwrapped(self._sibling.block.experts, self.matrix)
-        sources = [router_ND, getattr(experts, weight_name(experts, self.matrix)), *self.buffers()]
-        for wrapper, adapter in adapters:
+        experts, wrappers = _unwrapped(self._sibling.block.experts)
+        name = weight_name(experts, self.matrix)
+        sources, scalings = [router_ND, getattr(experts, name), *self.buffers()], []
+        for wrapper, adapter in _acting(wrappers, name):
             sources += [wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight]
-        return sources, [wrapper.scaling[adapter] for wrapper, adapter in adapters]
+            scalings.append(wrapper.scaling[adapter])
+        return sources, scalings
 
-    def _compute(self, router_ND: Tensor) -> Tensor:
-        return router_ND if self.mode == "inplace" else self._mapped(router_ND, self.expert_matrix())
+    def _compute(self, router_ND: Tensor, lend: bool = False) -> Tensor:
+        if self.mode == "inplace":
+            return router_ND
+        experts, name, weight = self._weight()
+        effective_ND, used = self._mapped(router_ND, weight, experts)
+        if lend and used is not weight and weight is experts._parameters.get(name):
+            self._loan = _Loan(name, weight, used)
+        return effective_ND
 
-    def _mapped(self, router_ND: Tensor, expert_NdD: Tensor) -> Tensor:
-        effective_ND = effective_router(
-            router_ND, expert_NdD, self.scale, self.iters, norm=self.norm, eps=self.eps, grad=self.grad
-        )
-        if not self.ramp_steps:
-            return effective_ND
-        start_ND = widened(self.start)
-        share = (self.steps / self.ramp_steps).clamp(max=1).to(start_ND.dtype)
-        return torch.lerp(start_ND, widened(effective_ND), share).to(router_ND.dtype)
+    def _mapped(self, router_ND: Tensor, weight: Tensor, experts: nn.Module) -> tuple[Tensor, Tensor]:
+        effective_ND, used = effective_router_and_weight(
+            router_ND, weight, partial(matrix_view, experts, self.matrix), self.scale, self.iters,
+            norm=self.norm, eps=self.eps, grad=self.grad,
+        )  # fmt: skip
+        if self.ramp_steps:
+            start_ND = widened(self.start)
+            share = (self.steps / self.ramp_steps).clamp(max=1).to(start_ND.dtype)
+            effective_ND = torch.lerp(start_ND, widened(effective_ND), share).to(router_ND.dtype)
+        return effective_ND, used
+
+    def _weight(self) -> tuple[nn.Module, str, Tensor]:
+        """Returns the experts without wrappers, the name of the weight that has the matrix, and the weight with its adapters."""
+        experts, wrappers = _unwrapped(self._sibling.block.experts)
+        name = weight_name(experts, self.matrix)
+        weight = getattr(experts, name)
+        for wrapper, adapter in _acting(wrappers, name):
+            left, right, scaling = wrapper.get_delta_factors(adapter)
+            weight = torch.baddbmm(weight, left, right, alpha=scaling)
+        return experts, name, weight
 
     def expert_matrix(self) -> Tensor:
         """Returns the matrix of every expert `(N, d, D)` as the experts use it, with the LoRA adapters that are active."""
-        experts, adapters = _unwrapped(self._sibling.block.experts, self.matrix)
-        weight = getattr(experts, weight_name(experts, self.matrix))
-        for wrapper, adapter in adapters:
-            left, right, scaling = wrapper.get_delta_factors(adapter)
-            weight = torch.baddbmm(weight, left, right, alpha=scaling)
+        experts, _, weight = self._weight()
         return matrix_view(experts, self.matrix, weight)
+
+    def add_hooks(self) -> None:
+        """Lets the experts take the router's gradient along with theirs. Without it everything is the same, and slower."""
+        experts = _unwrapped(self._sibling.block.experts)[0]
+        self._hooks = [
+            experts.register_forward_pre_hook(self._lend),
+            experts.register_forward_hook(self._take_back, always_call=True),
+        ]
+
+    def remove_hooks(self) -> None:
+        """Leaves the experts as they were."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _lend(self, experts: nn.Module, args: Any) -> None:
+        if self._loan is not None:
+            self._loan.lend(experts)
+
+    def _take_back(self, experts: nn.Module, args: Any, output: Any) -> None:
+        if self._loan is not None:
+            self._loan.take_back(experts)
+            self._loan = None
 
     @torch.no_grad()
     def advance(self, router_ND: Tensor) -> None:
         """Does what follows an optimizer step: iterates the router in place, or goes one step up the ramp."""
         if self.mode == "inplace":
-            router_ND.copy_(self._mapped(router_ND, self.expert_matrix()))
+            experts, _, weight = self._weight()
+            router_ND.copy_(self._mapped(router_ND, weight, experts)[0])
         elif self.ramp_steps:
             self.steps += 1
 
@@ -161,7 +205,8 @@ class EffectiveRouter(nn.Module):
             )
         if self.mode == "inplace":
             return widened(router_ND)
-        return self._mapped(widened(router_ND), widened(self.expert_matrix()))
+        experts, _, weight = self._weight()
+        return self._mapped(widened(router_ND), widened(weight), experts)[0]
 
     def train(self, mode: bool = True) -> "EffectiveRouter":
         self._kept = None
@@ -183,6 +228,28 @@ class _Sibling:
 
     def __deepcopy__(self, memo: dict) -> "_Sibling":
         return _Sibling(memo.get(id(self.block), self.block))
+
+
+class _Loan:
+    """
+    A weight that the experts use, for one pass, instead of the equal one that is theirs, so that its gradient comes through the
+    router's backward pass. See [`~hf_rb.models.mpi.functional.effective_router_and_weight`].
+    """
+
+    def __init__(self, name: str, own: nn.Parameter, used: Tensor):
+        self.name, self.own, self.used, self.lent = name, own, used, False
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None  # a copy of the router has lent nothing
+
+    def lend(self, experts: nn.Module) -> None:
+        self.lent = experts._parameters.get(self.name) is self.own
+        if self.lent:
+            experts._parameters[self.name] = self.used
+
+    def take_back(self, experts: nn.Module) -> None:
+        if self.lent:
+            experts._parameters[self.name] = self.own
 
 
 class _Kept:
@@ -209,14 +276,17 @@ def _changes_are_counted(sources: list[Tensor], training: bool) -> bool:
     return not (training and distributed) and not any(source.is_inference() for source in sources)
 
 
-def _unwrapped(experts: nn.Module, matrix: str) -> tuple[nn.Module, list[tuple[Any, str]]]:
-    """Returns the experts without PEFT's wrappers, and those wrappers, with an adapter's name, that now act on a matrix of them."""
+def _unwrapped(experts: nn.Module) -> tuple[nn.Module, list[Any]]:
+    """Returns the experts without PEFT's wrappers, and those."""
     wrappers = []
     while hasattr(experts, "base_layer"):
         wrappers.append(experts)
         experts = experts.base_layer
-    name = weight_name(experts, matrix)
-    acting = []
+    return experts, wrappers
+
+
+def _acting(wrappers: list[Any], name: str) -> Iterator[tuple[Any, str]]:
+    """Yields the wrappers, with an adapter's name, that now act on a weight of the experts."""
     for wrapper in wrappers:
         if not hasattr(wrapper, "get_delta_factors"):
             raise TypeError(
@@ -224,8 +294,9 @@ def _unwrapped(experts: nn.Module, matrix: str) -> tuple[nn.Module, list[tuple[A
                 "fold the routers first (`fold_mpi`)."
             )
         if wrapper.parameter_name == name and not (wrapper.disable_adapters or wrapper.merged):
-            acting += [(wrapper, adapter) for adapter in wrapper.active_adapters if adapter in wrapper.lora_A]
-    return experts, acting
+            for adapter in wrapper.active_adapters:
+                if adapter in wrapper.lora_A:
+                    yield wrapper, adapter
 
 
 def check_rows(router_ND: Tensor) -> None:

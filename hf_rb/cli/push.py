@@ -1,0 +1,60 @@
+"""`hf-rb push`: uploads a model, quantized or not, or an adapter to the Hub."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+EXAMPLE = "hf-rb push outputs/student-ptqtp me/student-ptqtp --results eval.json --dry-run"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="folder of a model or an adapter")
+    parser.add_argument(
+        "repo", metavar="REPO", help="repository on the Hub, as me/my-model; made where it does not exist"
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to commit to (default main)")
+    parser.add_argument("--message", help="commit message")
+    parser.add_argument(
+        "--results", nargs="+", default=[], metavar="FILE", help="what `hf-rb eval --out` wrote, for the model card"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and stop")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from hf_rb import hub
+
+    results = [result for file in args.results for result in hub.read_results(file)]
+    upload = hub.plan_upload(args.folder)
+    if args.dry_run:
+        _show(args, upload, url=None)
+        return 0
+    if results:
+        hub.add_results(Path(args.folder, "README.md"), results)
+    commit = hub.push_folder(
+        args.folder,
+        args.repo,
+        private=args.private or None,
+        revision=args.revision,
+        commit_message=args.message,
+    )
+    _show(args, upload, url=commit.repo_url.url)
+    return 0
+
+
+def _show(args: argparse.Namespace, upload, url: str | None) -> None:
+    if args.json:
+        print(
+            json.dumps({"repo": args.repo, "url": url, "files": upload.files, "left_out": upload.left_out}, indent=1)
+        )
+        return
+    for name, size in upload.files.items():
+        print(f"{size:15,}  {name}")
+    print(
+        f"{upload.size:15,}  bytes in {len(upload.files)} files "
+        + (f"are at {url}" if url else f"would go to {args.repo}")
+    )
+    if upload.left_out:
+        print(f"not uploaded: {', '.join(upload.left_out)}")

@@ -1,0 +1,175 @@
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, ModelCard
+from random_models import save_qwen3
+
+from hf_rb import _files
+from hf_rb.cli import main
+from hf_rb.hub import ModelCardData, Result, add_results, plan_upload, read_results, write_model_card
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model folder as a run leaves it, with much that is nobody else's business."""
+    folder = save_qwen3(tmp_path / "student", hidden_size=32, head_dim=16)
+    write_model_card(folder, ModelCardData("student"))
+    for name in (
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "training_args.bin",
+        "trainer_state.json",
+        ".env",
+        "notes.txt",
+    ):
+        (folder / name).write_text("x")
+    for name in ("checkpoint-5", "teacher_cache", ".cache"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_text("x")
+    (folder / "optimizer.safetensors").write_text("x")
+    return folder
+
+
+UPLOADED = {
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def test_only_the_model_is_uploaded(folder):
+    upload = plan_upload(folder)
+    assert set(upload.files) == UPLOADED
+    assert upload.size == sum((folder / name).stat().st_size for name in UPLOADED)
+    assert {"checkpoint-5/", "teacher_cache/", ".cache/", "optimizer.pt", "optimizer.safetensors", ".env"} < set(
+        upload.left_out
+    )
+
+
+def test_a_dry_run_lists_and_uploads_nothing(folder, capsys, monkeypatch):
+    monkeypatch.setattr(HfApi, "create_repo", None)
+    before = (folder / "README.md").read_bytes()
+    assert main(["push", str(folder), "me/student", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed.partition("not uploaded")[0] for name in UPLOADED)
+    assert "7 files would go to me/student" in printed and "optimizer.pt" in printed.partition("not uploaded")[2]
+    assert main(["push", str(folder), "me/student", "--dry-run", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["files"]) == UPLOADED
+    assert (folder / "README.md").read_bytes() == before
+
+
+def _link(folder):
+    (folder / "config.json").rename(folder.parent / "config.json")
+    (folder / "config.json").symlink_to(folder.parent / "config.json")
+
+
+def _damage(folder):
+    _files.write_manifest(folder)
+    (folder / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "holds no model"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
+        (_link, "is a link to a file outside the folder"),
+        (_damage, "is not what was saved: config.json has"),
+        (
+            lambda folder: [(folder / "config.json").unlink(), (folder / "adapter_config.json").write_text("{}")],
+            "no adapter_model.safetensors",
+        ),
+    ],
+)
+def test_what_is_no_whole_model_stays_here(folder, change, message, capsys, monkeypatch):
+    monkeypatch.setattr(HfApi, "create_repo", None)
+    change(folder)
+    assert main(["push", str(folder), "me/student"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/absent", "me/x"], "There is no folder"),
+        (["{folder}", "me/x y"], "'me/x y' is no name of a repository"),
+        (["{folder}", "me/x", "--results", "{tmp}/absent.json"], "`hf-rb eval MODEL --out"),
+        (["{folder}", "me/x", "--results", "{folder}/config.json"], "does not hold what `hf-rb eval --out` writes"),
+    ],
+)
+def test_bad_input(folder, tmp_path, arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(HfApi, "create_repo", None)
+    assert main(["push", *(argument.format(tmp=tmp_path, folder=folder) for argument in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+RESULTS = [Result("exact match", 0.5, "tiny:math"), Result("perplexity", 9.25, "text.txt")]
+
+
+def test_results_enter_the_card_once(tmp_path):
+    data = ModelCardData("student", results=[Result("loss", 1.5, "tiny:math", before=2.5)], hyperparameters={"lr": 1})
+    readme = write_model_card(tmp_path / "student", data)
+    add_results(readme, RESULTS)
+    changed = [Result("exact match", 0.75, "tiny:math"), RESULTS[1]]
+    once = add_results(readme, changed).read_text()
+    assert add_results(readme, changed).read_text() == once
+    card = ModelCard(once)
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert found == {"loss": 1.5, "exact match": 0.75, "perplexity": 9.25}
+    assert once.count("## Measured with `hf-rb eval`") == 1 and "| exact match | `tiny:math` | test | 0.75 |" in once
+    assert "| loss | `tiny:math` | test | 2.5 | 1.5 |" in once  # what was there stays
+    order = [once.index(heading) for heading in ("## Evaluation", "## Measured", "## Hyper-parameters", "## Versions")]
+    assert order == sorted(order)
+    assert once.partition("# student")[2].replace(" ", "")  # the text is still there
+
+
+def test_results_make_a_card_where_there_is_none(tmp_path):
+    text = add_results(tmp_path / "README.md", RESULTS).read_text()
+    assert ModelCard(text).data.model_name == tmp_path.name
+    assert "| perplexity | `text.txt` | test | 9.25 |" in text and "## Versions" in text
+
+
+def test_results_are_read_from_what_eval_writes(tmp_path):
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({"results": [vars(result) for result in RESULTS], "size": {}}))
+    assert read_results(path) == RESULTS
+    path.write_text(json.dumps({"results": [{"metric": "x", "value": "high", "dataset": "y"}]}))
+    with pytest.raises(ValueError, match="a value is no number"):
+        read_results(path)
+
+
+def test_everything_reaches_a_server_that_speaks_the_hubs_protocol(folder, tmp_path):
+    (tmp_path / "eval.json").write_text(json.dumps({"results": [vars(result) for result in RESULTS]}))
+    command = [sys.executable, str(Path(__file__).with_name("loopback_worker.py")), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    repos = seen["repos"]
+    assert set(seen["exit_codes"].values()) == {0} and seen["unknown"] == []
+    assert seen["tokens"] == ["Bearer hf_loopback"]  # huggingface_hub's own, and on every request
+    assert set(repos) == {"me/model", "me/quantized", "me/adapter", "me/trained", "me/trained-adapter"}
+    assert seen["private"]["me/model"] and not seen["private"]["me/quantized"]
+
+    assert set(repos["me/model"]) == UPLOADED
+    for name in UPLOADED:
+        assert repos["me/model"][name] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    assert "| exact match | `tiny:math` | test | 0.5 |" in seen["cards"]["me/model"]
+
+    assert {"config.json", "model.safetensors"} <= set(repos["me/quantized"])
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(repos["me/adapter"])
+    assert set(repos["me/trained"]) == UPLOADED
+    assert "ProFit" in seen["cards"]["me/trained"] and 'from_pretrained("me/trained")' in seen["cards"]["me/trained"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} < set(repos["me/trained-adapter"])
+    for files in repos.values():
+        assert not [
+            name for name in files if "optimizer" in name or "checkpoint" in name or name.endswith((".bin", ".pt"))
+        ]

@@ -1,0 +1,247 @@
+"""D²Quant on calibration text, through `from_pretrained`."""
+
+import pytest
+import torch
+from round_trips import load, logits, same_files
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
+
+from hf_rb import D2QuantConfig, tiny
+from hf_rb.quantizers.d2quant import gptq, pipeline
+from hf_rb.quantizers.d2quant.linear import D2QuantLinear
+
+
+VOCABULARY = 96
+
+
+class Tokens:
+    """Stands for a tokenizer: every character is a token."""
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[ord(letter) % VOCABULARY for letter in text] for text in texts]}
+
+
+TEXTS = [
+    "".join(chr(32 + int(i)) for i in torch.randint(95, (40,), generator=torch.Generator().manual_seed(seed)))
+    for seed in range(30)
+]
+
+
+@pytest.fixture(autouse=True)
+def tokenizer(monkeypatch):
+    monkeypatch.setattr(pipeline, "load_tokenizer", lambda config, model: Tokens())
+
+
+def config(**options):
+    sizes = dict(dataset=TEXTS, num_samples=6, seqlen=32, batch_size=2, group_size=64)
+    return D2QuantConfig(**(sizes | options))
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (dict(architecture="qwen3", tied=True), dict()),
+        (dict(architecture="llama", tied=False), dict(bits=3, dac_mode="norm_bias", backend="gptq")),
+        (dict(architecture="llama", tied=True, bias=True), dict(rotate=False, num_samples=5)),
+        (dict(architecture="llama", bias=True, dtype=torch.float32), dict(group_size=128, dsq=False, act_order=None)),
+        (dict(architecture="qwen3"), dict(bits=4, bits_per_layer={"down_proj": 2, "model.layers.1.mlp": 3})),
+        (dict(architecture="qwen3"), dict(modules_to_not_convert=["up_proj"], dac_mode="fold")),
+        (dict(architecture="qwen3", tied=True), dict(dac=False, clip_search=False, percdamp=0.1)),
+    ],
+)
+def test_round_trip(make_model, tmp_path, model, options):
+    quantized = load(make_model(**model), config(**options))
+    expected = logits(quantized)
+    assert quantized.config.tie_word_embeddings is (model.get("tied", True) and not options.get("rotate", True))
+    quantized.save_pretrained(tmp_path / "one")
+    loaded = load(tmp_path / "one")
+    assert torch.equal(logits(loaded), expected)
+    loaded.save_pretrained(tmp_path / "two")
+    assert same_files(tmp_path / "one", tmp_path / "two")
+    stored = loaded.config.quantization_config
+    assert stored.dataset.startswith("30 texts, sha256 ") and bool(stored.column_modules) is (
+        "modules_to_not_convert" in options
+    )
+    assert bool(stored.bias_modules) is options.get("dac", True)
+
+
+def test_other_architectures(tmp_path):
+    """A ReLU MLP absorbs column scales; beside a GELU they stay, and parallel attention shifts no MLP."""
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY)
+    opt = OPTForCausalLM(OPTConfig(ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64, **sizes))
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=128, max_position_embeddings=64, **sizes))
+    for name, model in {"opt": opt, "neox": neox}.items():
+        for path, parameter in model.named_parameters():
+            if "norm" not in path:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(tmp_path / name)
+        quantized = load(tmp_path / name, config(rotate=False))
+        kept = quantized.config.quantization_config.column_modules
+        assert (kept is None) if name == "opt" else len(kept) == 2
+        quantized.save_pretrained(tmp_path / f"{name}-quantized")
+        assert torch.equal(logits(load(tmp_path / f"{name}-quantized")), logits(quantized))
+
+
+def test_the_correction_lowers_the_error_by_the_square_of_the_mean(make_model):
+    quantized = load(make_model(), config())
+    blocks = quantized.hf_quantizer.report.blocks
+    assert [block.name for block in blocks] == ["model.layers.0", "model.layers.1"]
+    for block in blocks:
+        assert block.shift_after < block.shift_before
+        assert block.shift_after == pytest.approx(block.shift_expected, rel=1e-12)
+        assert 0 < block.hidden_error < 2
+
+
+def test_folded_is_the_same_as_a_bias_of_the_norm(make_model):
+    source = make_model("llama", dtype=torch.float32)
+    folded, kept = (load(source, config(dac_mode=mode)) for mode in ("fold", "norm_bias"))
+    torch.testing.assert_close(logits(folded), logits(kept), atol=2e-3, rtol=2e-3)
+    norms = kept.config.quantization_config.bias_modules
+    assert norms == [*(f"model.layers.{i}.post_attention_layernorm" for i in (0, 1)), "model.norm"]
+    assert kept.model.norm.bias.abs().max() > 0
+    assert logits(load(source, config(dac=False))).sub(logits(kept)).abs().max() > 1e-3  # it is not nothing
+
+
+def test_seeds(make_model):
+    source = make_model()
+    one, same, other = (logits(load(source, config(seed=seed))) for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_codes_are_those_of_the_formula(make_model):
+    """The first group of the first layer, on what it reads: nothing before it is quantized, so that GPTAQ is GPTQ there."""
+    source = make_model("llama", dtype=torch.float32)
+    plain, options = load(source), dict(rotate=False, dac=False, dsq=False)
+    tokens = pipeline.calibration_tokens(config(), Tokens())
+    read = plain.model.layers[0].input_layernorm(plain.model.embed_tokens(tokens))
+    statistics = gptq.InputStatistics(192)
+    statistics.add(read.detach())
+    attention = plain.model.layers[0].self_attn
+    expected, _ = gptq.quantize(attention.q_proj.weight, statistics.hessian, bits=2, group_size=64)
+    for backend in ("gptq", "gptaq"):
+        found = load(source, config(backend=backend, **options)).model.layers[0].self_attn.q_proj
+        assert isinstance(found, D2QuantLinear)
+        assert (found.dequantize() != expected.dequantize()).float().mean() < 0.01
+
+
+def test_calibration_is_better_than_rounding():
+    source = tiny.resolve("tiny:student")
+    texts = tiny.load_dataset("math", config="messages", split="train", size=60)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in texts]
+    ids = tokenizer(texts[-10:], return_tensors="pt", padding=True)["input_ids"]
+    plain = load(source, dtype=torch.float32)(ids).logits.log_softmax(-1)
+
+    def divergence(**options):
+        model = load(source, D2QuantConfig(group_size=64, **options), dtype=torch.float32)
+        found = model(ids).logits.log_softmax(-1)
+        return (plain.exp() * (plain - found)).sum(-1).mean().item()
+
+    data = dict(dataset=texts[:-10], tokenizer=tokenizer, num_samples=16, seqlen=128)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(pipeline, "load_tokenizer", lambda *_: tokenizer)
+        assert divergence(**data) < 0.7 * divergence(backend="rtn")
+
+
+# Unfinished work.
+
+
+def interrupted(monkeypatch, after: int):
+    """Lets a run die when so many layers are kept."""
+    kept = []
+
+    def save(result, file):
+        if len(kept) == after:
+            raise KeyboardInterrupt
+        kept.append(file)
+        save_result(result, file)
+
+    save_result = pipeline.save_result
+    monkeypatch.setattr(pipeline, "save_result", save)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("options", [dict(), dict(dac_mode="norm_bias", rotate=False)])
+def test_resume(make_model, tmp_path, monkeypatch, after, options):
+    source, work = make_model("llama", tied=True), tmp_path / "work"
+    load(source, config(**options)).save_pretrained(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted(patch, after)
+        load(source, config(resume_dir=str(work), **options))
+    assert len(list(work.glob("layer-*.safetensors"))) == after
+
+    calls, solve = [], gptq.quantize
+    monkeypatch.setattr(gptq, "quantize", lambda *args, **kwargs: calls.append(1) or solve(*args, **kwargs))
+    resumed = load(source, config(resume_dir=str(work), **options))
+    assert len(calls) == 4 * (2 - after)  # four groups a layer, none of them twice
+    resumed.save_pretrained(tmp_path / "resumed")
+    assert same_files(tmp_path / "whole", tmp_path / "resumed")
+    assert len(resumed.hf_quantizer.report.layers) == 14 and len(resumed.hf_quantizer.report.blocks) == 2
+
+    again = load(
+        source, config(resume_dir=str(work), **options)
+    )  # everything is kept, down to the final norm's correction
+    assert len(calls) == 4 * (2 - after) and torch.equal(logits(again), logits(resumed))
+
+
+def test_other_work_is_refused(make_model, tmp_path):
+    source, work = make_model("llama"), str(tmp_path / "work")
+    load(source, config(resume_dir=work))
+    for options, change in [
+        (dict(seed=1), "calibration tokens was .* and is"),
+        (dict(dataset=TEXTS[1:]), "calibration tokens was"),
+        (dict(percdamp=0.02), "percdamp was 0.01 and is 0.02"),
+    ]:
+        with pytest.raises(ValueError, match=f"does not belong to this call: .*{change}"):
+            load(source, config(resume_dir=work, **options))
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    (tmp_path / "changed").mkdir()
+    (tmp_path / "changed" / "config.json").write_text((source / "config.json").read_text())
+    save_file(tensors, tmp_path / "changed" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="does not belong to this call: the model changed"):
+        load(tmp_path / "changed", config(resume_dir=work))
+
+
+# What cannot be.
+
+
+def test_activations_that_are_not_finite(make_model, tmp_path):
+    source = make_model("llama", tied=False)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38)
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model.layers.1 of the original model has activations that are not finite"):
+        load(tmp_path, config(rotate=False))
+
+
+def test_sequences_longer_than_positions(make_model):
+    source = make_model("llama")
+    with pytest.raises(ValueError, match="`seqlen=4096` is longer than the 2048 positions"):
+        load(source, config(seqlen=4096, num_samples=1, dataset=TEXTS * 10))
+
+
+def test_weights_on_disk(make_model, tmp_path):
+    options = dict(device_map="auto", max_memory={"cpu": "150KB"}, offload_folder=tmp_path)
+    with pytest.raises(ValueError, match=r"model\.layers\..* is not in memory, and calibration runs the model"):
+        load(make_model("llama", tied=False), config(), **options)
+
+
+def test_fused_experts(make_moe):
+    with pytest.raises(ValueError, match="holds fused experts.* Use `backend='rtn'`"):
+        load(make_moe("qwen3_moe"), config(rotate=False))
+
+
+def test_rotation_of_an_unknown_architecture(tmp_path):
+    OPTForCausalLM(OPTConfig(hidden_size=64, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match="Use `rotate=False`"):
+        load(tmp_path, config())
+
+
+def test_fewer_tokens_than_columns(make_model, caplog):
+    """The Hessian has no full rank; damping makes up for it."""
+    model = load(make_model("llama"), config(num_samples=1, seqlen=8, batch_size=1))
+    assert logits(model).isfinite().all()
