@@ -30,7 +30,7 @@ __all__ = [
     "model_size",
     "pass_at_k",
     "perplexity",
-    "run_harness",
     "plot_curves",
+    "run_harness",
     "solutions",
 ]
