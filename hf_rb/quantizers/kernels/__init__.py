@@ -11,7 +11,7 @@ What is chosen, in this order:
   only unpacks, and the kept matrix, 2.0 ms in bfloat16 and 3.1 ms in float32, multiplies.
 
 Tied scales would also fit torch's int4 multiplication for processors. It is not used: it needs a second copy of the weights and
-rounds the scales to bfloat16. `int8` is about as fast at one row of activations, torch's is faster from 2 to 16
+rounds the scales to bfloat16. `int8` takes .89 of its time at one row of activations, torch's is faster from 2 to 16
 (`benchmarks/results/ptqtp_kernels.md`).
 
 Rounding activations to 8 bits (`activations="int8"`) costs a relative error of 0.65 % of the output: Gaussian activations and
