@@ -19,6 +19,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     method: ClassVar[str]
     loading: ClassVar[tuple[str, ...]] = ("dequantize",)  # what may be given when a checkpoint is loaded
+    written: ClassVar[tuple[str, ...]] = ()  # fields that quantizing fills in
     calibrated: ClassVar[bool] = False  # a property where the method may run the model on text
 
     def __post_init__(self):

@@ -146,11 +146,13 @@ def complete_folder(
     """Adds to written weights and their config what else belongs to a model called `name`, and measures them."""
     copy_companions(source_folder, folder)
     size = model_size(folder)
+    stored, written = config.to_dict(), getattr(config, "written", ())  # a card publishes no more than config.json
+    changed = [name for name in changed_hyperparameters(config) if name in stored and name not in written]
     card = ModelCardData(
         name,
         [config.quant_method],
         base_model=str(source),
-        hyperparameters=changed_hyperparameters(config),
+        hyperparameters={key: stored[key] for key in changed},
         size=size,
     )
     write_model_card(folder, card)

@@ -17,6 +17,7 @@ ALL = sorted(FOLDER.rglob("*.yaml"))
 ACCELERATE = [path for path in ALL if path.parent.name == "accelerate_configs"]
 RECIPES = [path for path in ALL if path not in ACCELERATE]
 VERBS = {
+    "d2quant": "quantize",
     "ptqtp": "quantize",
     "profit": "sft",
     "shadow_ft": "sft",

@@ -101,6 +101,7 @@ class D2QuantConfig(PackedConfig):
     """
 
     method: ClassVar[str] = "D²Quant"
+    written: ClassVar[tuple[str, ...]] = ("bias_modules", "column_modules")
 
     bits: int = field(default=2, metadata=described("Bits of a code.", choices=(2, 3, 4)))
     group_size: int = field(

@@ -1,0 +1,131 @@
+"""`hf-rb quantize --method d2quant`."""
+
+import argparse
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_rb import D2QuantConfig, tiny
+from hf_rb._resources import resource_folder
+from hf_rb.cli import main
+from hf_rb.cli import quantize as verb
+from hf_rb.quantizers.d2quant import pipeline
+from hf_rb.quantizers.d2quant.linear import D2QuantLinear
+
+
+TEXTS = [f"{i} hens lay {2 * i} eggs a day, and {3 * i} foxes watch them from the hill." for i in range(80)]
+SMALL = "--group-size 64 --num-samples 4 --seqlen 64 --batch-size 2".split()
+
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path / "private" / "texts.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return file
+
+
+def quantize(*arguments):
+    return main(["quantize", "--method", "d2quant", *map(str, arguments)])
+
+
+def test_verb(data, tmp_path, capsys):
+    out = tmp_path / "student-d2quant"
+    assert quantize("tiny:student", out, "--dataset", data, *SMALL) == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "decoder layer",
+        "model.layers.3",
+        "they fall by the square of the mean, to within",
+        "2.",
+        "perplexity",
+    ):
+        assert expected in printed
+    assert "solved a second time" not in printed and not list(tmp_path.glob(".*.partial"))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert sum(isinstance(module, D2QuantLinear) for module in model.modules()) == 28
+    card, config = (out / "README.md").read_text(), (out / "config.json").read_text()
+    assert "2602.02546" in card and "| `group_size` | `64` |" in card and "| `dataset` | `texts.jsonl` |" in card
+    assert not any(str(tmp_path) in text for text in (card, config)) and "bias_modules" not in card
+
+
+def test_killed_and_resumed(data, tmp_path, capsys, monkeypatch):
+    out, arguments = tmp_path / "out", ("--dataset", data, *SMALL, "--no-rotate")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline._Calibration, "_final_shift", stop)  # in the last layer
+        quantize("tiny:student", out, *arguments)
+    kept = tmp_path / ".out.partial"
+    assert len(list(kept.glob("layer-*.safetensors"))) == 3 and not out.exists()
+    assert quantize("tiny:student", out, *arguments, "--seed", 5) == 2
+    assert "calibration tokens was" in capsys.readouterr().err
+    assert quantize("tiny:student", out, *arguments) == 0 and not kept.exists()
+
+
+def test_the_recipe_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["quantize", "--config", "d2quant/tiny-cpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["blocks"]) == 4 and report["eval_data"] == "tiny:math"
+    assert report["perplexity_before"] < report["perplexity_after"] < 1.05 * report["perplexity_before"]
+    quantized = load_file(tmp_path / "outputs" / "d2quant-tiny" / "model.safetensors")
+    assert quantized["model.layers.0.mlp.down_proj.weight_scale"].shape[-1] == 3  # planes
+
+
+def test_shipped_recipes():
+    paths = list((resource_folder("recipes") / "d2quant").glob("*.yaml"))
+    assert {path.stem for path in paths} == {"tiny-cpu", "qwen3-8b"}
+    for path in paths:
+        config = verb.QuantizeArguments(**yaml.safe_load(path.read_text())).quantization_config
+        assert D2QuantConfig.from_dict(config).calibrated
+
+
+def test_round_to_nearest_by_sensitivity_in_memory_and_streamed(tmp_path, capsys):
+    folder = tiny.resolve("tiny:student")  # without the perplexity of an embedded model
+    arguments = ("--backend", "rtn", "--group-size", 64, "--bits-per-layer", "nsds:3.0")
+    tables = []
+    for name, more in (("one", []), ("two", ["--stream"])):
+        assert quantize(folder, tmp_path / name, *arguments, *more) == 0
+        printed = capsys.readouterr().out.splitlines()
+        start = next(i for i, line in enumerate(printed) if line.startswith("decoder layer (NSDS)"))
+        assert printed[start].split()[3:] == ["numerical", "structural", "sensitivity", "bits"]
+        tables.append(printed[start : start + 6])
+    rows = [line.split() for line in tables[0][2:]]
+    assert tables[0] == tables[1] and sorted(row[0] for row in rows) == [f"model.layers.{i}" for i in range(4)]
+    assert [row[-1] for row in rows] == ["4", "4", "2", "2"]  # the most sensitive ones first
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs calibration text: write `dataset='texts.jsonl'`"),
+        (["--dataset", "tiny:math", "--stream"], "a calibrated run needs the model"),
+        (["--backend", "rtn", "--no-resume"], "is for streaming and calibration"),
+        (["--dataset", "tiny:math", "--planes", "3"], "unknown key `quantization_config.planes`"),
+        (["--dataset", "no/such/texts.txt"], "There is no file no/such/texts.txt"),
+        (["--dataset", "tiny:math", "--seqlen", "1025"], "longer than the 1024 positions"),
+        (["--dataset", "tiny:math", "--num-samples", "100000"], "Give more text, or write `num_samples="),
+    ],
+)
+def test_bad_arguments(tmp_path, capsys, arguments, message):
+    assert quantize("tiny:student", tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_verb_reaches_the_options():
+    parser = argparse.ArgumentParser()
+    verb.configure(parser)
+    options = "--method d2quant --bits 3 --backend gptq --dataset tiny:math --bits-per-layer down_proj=4 --no-dsq --no-dac --no-rotate"
+    config = verb.read_arguments(parser.parse_args(["model", "out", *options.split()])).quantization_config
+    expected = {"quant_method": "d2quant", "bits": 3, "backend": "gptq", "dataset": "tiny:math"}
+    assert config == expected | {"bits_per_layer": {"down_proj": 4}, "dsq": False, "dac": False, "rotate": False}
