@@ -14,7 +14,8 @@ After a greedy start, three exact half-steps alternate, none of which increases 
 3. codes: for every weight the nearest of the 2^K levels.
 
 A row whose planes are linearly dependent keeps its scales in step 1 (the released code divides by a clamped determinant
-there). Scaling c by a factor and r by its inverse changes nothing; stored columns have a geometric mean of 1 over each group.
+there). Scaling c by a factor and r by its inverse changes nothing; stored columns have a geometric mean of 1 over each group,
+those of zeros apart.
 
 This file is the reference, in torch, for any device and type. `solver.c` has the fit for float32 in main memory.
 
@@ -244,7 +245,9 @@ def fit_levels(block: Tensor, planes: int, iters: int = 15) -> tuple[Tensor, Ten
         rows, columns = solver.fit_dual(block.T, _first_columns(block), planes, iters, DEPENDENT, SMALLEST_COLUMN)
     else:
         rows, columns, *_ = fit_dsq(block, planes, iters)
-    factor = columns.log().mean(-1, keepdim=True).exp()
+    live = columns > SMALLEST_COLUMN  # a column of zeros would make the others huge
+    live |= ~live.any(-1, keepdim=True)
+    factor = (columns.log().mul_(live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True)).exp()
     return (rows * factor.unsqueeze(-1)).half(), (columns / factor).float()
 
 

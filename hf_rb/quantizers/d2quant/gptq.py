@@ -37,6 +37,9 @@ ACT_ORDERS = ("gar", None)
 # A matrix that has no Cholesky factor is damped ten times as much, until the damping is as large as what it damps.
 MORE_DAMPING, MOST_DAMPING, SOME_DAMPING = 10.0, 1.0, 1e-3
 BLOCK = 256
+# Sign planes have no zero. A column whose input is always zero gets a scale that makes it small, and that an up projection's
+# float16 scales can still absorb.
+DEAD_COLUMN = 2.0**-9
 
 
 class InputStatistics:
@@ -159,7 +162,9 @@ def quantize(
 
     rest = original.masked_fill(dead, 0).T[order]
     matrix = (
-        _DualMatrix(rest, group_size, bits, dsq_iters) if dual else _AffineMatrix(rest, group_size, bits, clip_search)
+        _DualMatrix(rest, group_size, bits, dsq_iters, dead[order])
+        if dual
+        else _AffineMatrix(rest, group_size, bits, clip_search)
     )
     first = 0
     for group, length in groups:
@@ -328,15 +333,16 @@ class _AffineMatrix:
 class _DualMatrix:
     """As [`_AffineMatrix`], for dual scales."""
 
-    def __init__(self, rest: Tensor, group_size: int, planes: int, iters: int):
+    def __init__(self, rest: Tensor, group_size: int, planes: int, iters: int, dead: Tensor):
         self.codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
         groups = -(-len(rest) // group_size)
         self.row_scale = torch.empty(rest.shape[1], groups, planes, dtype=torch.float16, device=rest.device)
         self.column_scale = torch.empty(len(rest), dtype=torch.float32, device=rest.device)
-        self.group_size, self.planes, self.iters = group_size, planes, iters
+        self.group_size, self.planes, self.iters, self.dead = group_size, planes, iters, dead
 
     def fit(self, group: int, place: slice, block: Tensor) -> _DualColumns:
         rows, columns = fit_levels(block.T, self.planes, self.iters)
+        columns = columns.masked_fill(self.dead[place], DEAD_COLUMN)
         self.row_scale[:, group], self.column_scale[place] = rows, columns
         return _DualColumns(Levels(rows.float()), columns)
 
