@@ -1,8 +1,10 @@
 import ast
+import json
 import os
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,18 +45,40 @@ def test_importing_is_fast_and_imports_no_heavy_library():
     assert statistics.median(float(output.split()[0]) for output in outputs) < 0.2
 
 
-@pytest.mark.slow
-def test_the_demo_runs_from_the_wheel(tmp_path):
-    """Away from the source tree: the wheel brings its recipes, cards, schemas and models."""
-    root, wheels, installed = Path(hf_rb.__file__).parents[1], tmp_path / "wheels", tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip"]
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel, installed into a folder of its own."""
+    root, wheels = Path(hf_rb.__file__).parents[1], tmp_path_factory.mktemp("wheels")
+    pip, target = [sys.executable, "-m", "pip"], tmp_path_factory.mktemp("installed")
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, root], check=True, timeout=300)
-    (wheel,) = wheels.iterdir()
-    subprocess.run([*pip, "install", "--no-deps", "--target", installed, wheel], check=True, timeout=300)
-    command = [sys.executable, "-m", "hf_rb.cli", "demo", "--problems", "8", "--max-steps", "2", "--output", "out"]
-    result = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True
-    )
+    subprocess.run([*pip, "install", "--no-deps", "--target", target, next(wheels.iterdir())], check=True, timeout=300)
+    return target
+
+
+def run_installed(installed, module, *arguments, cwd):
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_the_wheel(installed, tmp_path):
+    """Away from the source tree: the wheel brings its recipes, cards, schemas and models."""
+    arguments = ["demo", "--problems", "8", "--max-steps", "2", "--output", "out"]
+    result = run_installed(installed, "hf_rb.cli", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert str(installed) in result.stdout  # the recipe's path, as it is launched
     assert (tmp_path / "out" / "student-profit-ptqtp" / "README.md").is_file()
+
+
+@pytest.mark.slow
+def test_optimum_finds_our_commands_in_the_wheel(installed, tmp_path):
+    pytest.importorskip("optimum.commands.base")
+    optimum_cli = partial(run_installed, installed, "optimum.commands.optimum_cli", cwd=tmp_path)
+    assert "ptqtp" in (shown := optimum_cli("--help").stdout) and "d2quant" in shown
+    assert "--planes" in (shown := optimum_cli("ptqtp", "--help").stdout) and "--bits" not in shown
+    result = optimum_cli("ptqtp", "tiny:student", "out", "--packing", "nibble")
+    assert result.returncode == 0 and "Saved in out." in result.stdout, result.stderr[-2000:]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["packing"] == "nibble"
+    wrong = optimum_cli("d2quant", "tiny:student", "other")
+    assert wrong.returncode == 2 and "ptqtp" not in wrong.stderr and "dataset" in wrong.stderr

@@ -14,9 +14,10 @@ import sys
 import traceback
 from difflib import get_close_matches
 from importlib import import_module
+from types import ModuleType
 
 
-__all__ = ["VERBS", "main"]
+__all__ = ["VERBS", "configure", "main", "run"]
 
 VERBS = {
     "demo": ("hf_rb.cli.demo", "Fine-tune, quantize and evaluate a tiny model in about three minutes on a CPU."),
@@ -49,12 +50,24 @@ def main(argv: list[str] | None = None) -> int:
         args = _parse(verb, module, argv[1:])
     except SystemExit as stop:  # argparse has printed the help or the mistake
         return stop.code
+    return run(module, args)
+
+
+def configure(parser: argparse.ArgumentParser, module: ModuleType, **options) -> None:
+    """Gives a parser the arguments of a verb's module, and those that every verb has."""
+    module.configure(parser, **options)
+    parser.set_defaults(command=parser.prog)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def run(module: ModuleType, args: argparse.Namespace) -> int:
+    """Runs a verb's module and returns the exit code; what is wrong with the input is said in one line, without a traceback."""
     try:
         return module.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args.debug:
             traceback.print_exc()
-        print(f"hf-rb {verb}: error: {error}", file=sys.stderr)
+        print(f"{args.command}: error: {error}", file=sys.stderr)
         return BAD_INPUT
 
 
@@ -90,8 +103,7 @@ def _parse(verb: str, module, argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.set_defaults(verb=verb)
-    module.configure(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    configure(parser, module)
     args, unknown = parser.parse_known_args(argv)
     if unknown and not hasattr(args, "overrides"):
         options = [option for action in parser._actions for option in action.option_strings]

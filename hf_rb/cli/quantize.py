@@ -82,11 +82,15 @@ def _rules(arguments):
         )
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def configure(parser: argparse.ArgumentParser, method: str | None = None) -> None:
+    """Adds the verb's arguments, or those of one method alone."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="tiny:student, a model folder or a Hub id")
     parser.add_argument("destination", metavar="DEST", nargs="?", help="folder for the quantized model")
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file or a recipe of hf_rb; arguments override it")
-    parser.add_argument("--method", choices=["ptqtp", "d2quant"], help="quantization method (default ptqtp)")
+    if method is None:
+        parser.add_argument("--method", choices=[*METHODS], help="quantization method (default ptqtp)")
+    else:
+        parser.set_defaults(method=method)
     parser.add_argument("--group-size", type=int, help="weights of a row that share their scales (default 128)")
     parser.add_argument("--skip", nargs="+", metavar="PATTERN", help="modules to leave as they are, by name or ending")
     parser.add_argument("--dtype", choices=DTYPES, help="type of what is not quantized (default: as saved)")
@@ -99,8 +103,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--eval-data", metavar="TEXT", help="text file or dataset (NAME:CONFIG) for the perplexity before and after"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    _configure_ptqtp(parser.add_argument_group("PTQTP"))
-    _configure_d2quant(parser.add_argument_group("D²Quant"))
+    for name, (title, add_arguments) in METHODS.items():
+        if method in (None, name):
+            add_arguments(parser.add_argument_group(title))
 
 
 def _configure_ptqtp(parser: argparse._ArgumentGroup) -> None:
@@ -154,6 +159,9 @@ def _configure_d2quant(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--no-rotate", action="store_true", help="do not rotate the hidden state")
 
 
+METHODS = {"ptqtp": ("PTQTP", _configure_ptqtp), "d2quant": ("D²Quant", _configure_d2quant)}
+
+
 def _by_pattern(text: str) -> tuple[str, int] | str:
     if text.startswith("nsds:"):
         return text
@@ -202,29 +210,30 @@ def read_arguments(args: argparse.Namespace) -> QuantizeArguments:
         "resume": False if args.no_resume else None,
         "eval_data": args.eval_data,
     }
+    flag = vars(args).get  # the arguments of one method may be all that there are
     method = {
-        "quant_method": args.method,
-        "group_size": args.group_size,
-        "planes": args.planes,
-        "scale_mode": args.scale_mode,
-        "packing": args.packing,
-        "modules_to_not_convert": args.skip,
-        "quantize_qk": False if args.no_qk else None,
-        "planes_per_layer": _settings(args.planes_per_layer),
-        "tol_mode": args.tol_mode,
-        "multistart": args.multistart or None,
-        "activations": args.activations,
-        "bits": args.bits,
-        "bits_per_layer": _settings(args.bits_per_layer),
-        "backend": args.backend,
-        "dataset": args.dataset,
-        "num_samples": args.num_samples,
-        "seqlen": args.seqlen,
-        "batch_size": args.batch_size,
-        "seed": args.seed,
-        "dsq": False if args.no_dsq else None,
-        "dac": False if args.no_dac else None,
-        "rotate": False if args.no_rotate else None,
+        "quant_method": flag("method"),
+        "group_size": flag("group_size"),
+        "planes": flag("planes"),
+        "scale_mode": flag("scale_mode"),
+        "packing": flag("packing"),
+        "modules_to_not_convert": flag("skip"),
+        "quantize_qk": False if flag("no_qk") else None,
+        "planes_per_layer": _settings(flag("planes_per_layer")),
+        "tol_mode": flag("tol_mode"),
+        "multistart": flag("multistart") or None,
+        "activations": flag("activations"),
+        "bits": flag("bits"),
+        "bits_per_layer": _settings(flag("bits_per_layer")),
+        "backend": flag("backend"),
+        "dataset": flag("dataset"),
+        "num_samples": flag("num_samples"),
+        "seqlen": flag("seqlen"),
+        "batch_size": flag("batch_size"),
+        "seed": flag("seed"),
+        "dsq": False if flag("no_dsq") else None,
+        "dac": False if flag("no_dac") else None,
+        "rotate": False if flag("no_rotate") else None,
     }
     values |= _given(given)
     if isinstance(values.setdefault("quantization_config", {}), dict):  # anything else is refused below

@@ -1,0 +1,1 @@
+"""What other packages' command lines find of ours."""
