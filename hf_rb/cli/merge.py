@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=_lambdas,
         metavar="X[,X...]",
         help="in [0, 1], several for a sweep; linear: place between start and end (default 0.5); timber: factor of the tail "
-        "(default 0.2)",
+        "(default 0.2). A negative one after an equals sign: --lambda=-0.5,0",
     )
     parser.add_argument(
         "--rule",
