@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from hf_rb._files import fsync_file
 
 
-__all__ = ["STATE", "file_stamps", "finish", "partial_folder", "unfinished", "write_json"]
+__all__ = ["LOCK", "STATE", "file_stamps", "finish", "partial_folder", "unfinished", "write_json"]
 
 STATE, LOCK = "state.json", "lock"
 
@@ -92,7 +92,7 @@ def _compare(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], wor
     if changes:
         raise ValueError(
             f"The unfinished work in {work} does not belong to this call: {'; '.join(changes)}. Repeat the call that began it, "
-            "or throw it away with `resume=False` (`--no-resume`)."
+            "or throw it away: `resume=False` (`--no-resume`), or delete the folder."
         )
 
 

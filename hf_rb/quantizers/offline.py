@@ -1,6 +1,7 @@
 """Quantizes a model folder into another one."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb._files import atomic_folder
 from hf_rb._model_folder import check_apart, copy_companions, find_model, weight_bytes
-from hf_rb._unfinished import partial_folder
+from hf_rb._unfinished import STATE, partial_folder
 from hf_rb.evaluation import Size, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
 from hf_rb.quantizers.report import Report
@@ -70,10 +71,10 @@ def quantize(
     """
     folder, destination, config = open_source(source, destination, config)
     work = partial_folder(destination.resolve())
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-    if getattr(config, "calibrated", False) and config.resume_dir is None:
-        config.resume_dir = str(work)
+    if getattr(config, "calibrated", False):
+        config = replace(config, resume_dir=config.resume_dir or str(work))
+        if not resume:
+            (Path(config.resume_dir) / STATE).unlink(missing_ok=True)
     with atomic_folder(destination, overwrite) as result:
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
         model.save_pretrained(result)

@@ -2,17 +2,20 @@
 
 import argparse
 import json
+import re
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from hf_rb import D2QuantConfig, tiny
 from hf_rb._resources import resource_folder
 from hf_rb.cli import main
 from hf_rb.cli import quantize as verb
+from hf_rb.quantizers import offline
 from hf_rb.quantizers.d2quant import pipeline
 from hf_rb.quantizers.d2quant.linear import D2QuantLinear
 
@@ -102,6 +105,35 @@ def test_round_to_nearest_by_sensitivity_in_memory_and_streamed(tmp_path, capsys
     assert [row[-1] for row in rows] == ["4", "4", "2", "2"]  # the most sensitive ones first
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_folder_for_unfinished_work(data, tmp_path):
+    """One that is given is kept, with what it holds; one configuration serves two calls, and one that holds other files none."""
+    kept, source = tmp_path / "kept", tiny.resolve("tiny:student")
+    sizes = dict(num_samples=2, seqlen=32, group_size=64, dac=False, dsq=False)
+    config = D2QuantConfig(dataset=str(data), resume_dir=str(kept), **sizes)
+    first = offline.quantize(source, tmp_path / "one", config)
+    layers = sorted(kept.glob("layer-*.safetensors"))
+    stamps = [layer.stat().st_mtime_ns for layer in layers]
+    again = offline.quantize(source, tmp_path / "two", config)
+    assert len(layers) == 4 and stamps == [layer.stat().st_mtime_ns for layer in layers]
+    assert [block.hidden_error for block in first.blocks] == [block.hidden_error for block in again.blocks]
+    offline.quantize(source, tmp_path / "three", config, resume=False)
+    assert stamps != [layer.stat().st_mtime_ns for layer in layers]
+    assert config.resume_dir == str(kept) and not list(tmp_path.glob(".*.partial"))
+    precious = D2QuantConfig(dataset=str(data), resume_dir=str(data.parent), **sizes)
+    with pytest.raises(
+        ValueError, match="private'` holds texts.jsonl, which is no unfinished work. Give a folder of its own"
+    ):
+        offline.quantize(source, tmp_path / "four", precious)
+    assert data.is_file() and not (tmp_path / "four").exists()
+
+
+def test_progress(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "tqdm", lambda *args, **options: tqdm(*args, **options | {"disable": False}))
+    assert quantize(tiny.resolve("tiny:student"), tmp_path / "out", "--dataset", data, *SMALL, "--no-dac") == 0
+    bars = [line for line in capsys.readouterr().err.split("\r") if line.startswith("quantize")]
+    assert any(re.search(r"1/4 \[\d\d:\d\d<\d\d:\d\d, .*error 0\.\d{3}\]", line) for line in bars)  # the time left
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,9 @@ class D2QuantConfig(PackedConfig):
             Names, endings or regular expressions of modules to leave as they are, besides those that are never quantized,
             as in [`PTQTPConfig`].
         resume_dir (`str`, *optional*):
-            Folder that keeps every finished layer until the model is saved: a run that was killed goes on behind the last
-            one, and a run with another model, text or configuration is refused. Not stored.
+            Folder of its own that keeps every finished layer: a run that was killed goes on behind the last one, and a run
+            with another model, text or configuration is refused. Delete it when the model is saved; `hf-rb quantize` chooses
+            one and does that itself. Not stored.
         dequantize (`bool`, *optional*, defaults to `False`):
             For loading a D²Quant checkpoint: turn it into ordinary layers. Not stored.
         bias_modules (`list[str]`, *optional*):

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_rb import __version__
-from hf_rb._unfinished import unfinished
+from hf_rb._unfinished import LOCK, STATE, unfinished
 from hf_rb.quantizers.baseline import rtn
 from hf_rb.quantizers.d2quant import absorption, gptq, rotation
 from hf_rb.quantizers.d2quant.biases import set_bias
@@ -47,6 +47,9 @@ from hf_rb.quantizers.report import BlockReport, LayerReport, Report
 __all__ = ["quantize_model"]
 
 logger = logging.get_logger(__name__)
+
+LAYER_FILE = "layer-{:05}.safetensors"
+OURS = (LAYER_FILE.partition("{")[0], STATE, LOCK)  # what names in a folder of unfinished work begin with
 
 
 @torch.no_grad()
@@ -120,6 +123,10 @@ def _unfinished(model: PreTrainedModel, config: D2QuantConfig, tokens: Tensor) -
     options |= {"hf_rb": __version__, "calibration tokens": token_fingerprint(tokens)}
     state = {"files": {"the model": digest.hexdigest()}, "options": options}
     folder = Path(config.resume_dir)
+    if folder.is_dir() and (others := [path.name for path in folder.iterdir() if not path.name.startswith(OURS)]):
+        raise ValueError(
+            f"`resume_dir={config.resume_dir!r}` holds {others[0]}, which is no unfinished work. Give a folder of its own."
+        )
     with unfinished(folder, state, True, logger):
         yield folder
 
@@ -160,7 +167,7 @@ class _Calibration:
         self.config.bias_modules = self.bias_modules or None
 
     def _layer(self, index: int) -> Result:
-        file = self.folder and self.folder / f"layer-{index:05}.safetensors"
+        file = self.folder and self.folder / LAYER_FILE.format(index)
         block = self.decoder.block(index)
         last = index == len(self.decoder.layers) - 1
         try:
