@@ -7,13 +7,16 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
 
 from hf_rb.models.mpi.callbacks import MPICallback
 from hf_rb.models.mpi.conversion import routers
-from hf_rb.models.mpi.losses import auxiliary_loss
+from hf_rb.models.mpi.losses import auxiliary_loss, check_z_loss
 
 
 __all__ = ["has_mpi", "prepare_routers"]
+
+logger = logging.get_logger(__name__)
 
 
 def prepare_routers(trainer: Trainer) -> None:
@@ -25,7 +28,23 @@ def prepare_routers(trainer: Trainer) -> None:
             trainer.add_callback(MPICallback())
     config = model.config.get_text_config()
     if getattr(config, "lb_type", "hf") != "hf" or getattr(config, "z_loss_coef", 0):
-        _use_own_auxiliary_loss(model)
+        _check_auxiliary_loss(model, config)
+        if hasattr(trainer, "aux_loss_enabled"):
+            _use_own_auxiliary_loss(model)
+        else:
+            logger.warning(
+                f"{type(trainer).__name__} has no auxiliary loss, as its TRL parent: nothing balances the experts of this "
+                "mixture. Watch their load (`RouterDoctorCallback`), or use a trainer that has one (SFT, GKD, GRPO)."
+            )
+
+
+def _check_auxiliary_loss(model: PreTrainedModel, config: Any) -> None:
+    if not hasattr(config, "router_aux_loss_coef"):
+        raise ValueError(
+            f"{type(model).__name__} has no auxiliary loss, so `lb_type` and `z_loss_coef` of its configuration cannot act: remove "
+            "them. Routers with a bias, as DeepSeek-V3's, are balanced by `hf_rb.models.mpi.callbacks.LossFreeBalanceCallback`."
+        )
+    check_z_loss(config)
 
 
 def has_mpi(model: nn.Module | None) -> bool:

@@ -50,7 +50,8 @@ class TestEveryFamily:
         with safe_open(tmp_path / "native" / "model.safetensors", "pt") as file:
             assert any(".experts.3." in key for key in file.keys())  # a tensor an expert, as on the Hub
         ours = type(make_mixture(f"mpi_{family}"))
-        model = load(tmp_path / "native", ours)
+        with pytest.warns(UserWarning, match=f"of the type '{family}', with ordinary routers.*`apply_mpi"):
+            model = load(tmp_path / "native", ours)
         assert model.config.model_type == f"mpi_{family}"
         assert all(torch.equal(value, native.state_dict()[name]) for name, value in model.state_dict().items())
         logits = model(ids).logits

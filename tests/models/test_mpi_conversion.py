@@ -353,6 +353,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match="`use_kernels=True` may pass the routers by"):
             apply_mpi(model)
 
+    def test_experts_that_are_split_over_processes(self, make_mixture):
+        model = make_mixture()
+        for layer in model.model.layers:  # as expert parallelism leaves them: a part of the experts, routers whole
+            layer.mlp.experts._is_expert_parallel, layer.mlp.experts.num_experts = True, 2
+        with pytest.raises(ValueError, match="split over processes.*expert parallelism are not supported before"):
+            apply_mpi(model)
+
     def test_another_adapter_on_the_experts(self, make_mixture):
         model = apply_mpi(make_mixture())
         layer = next(routers(model))

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -48,6 +49,21 @@ def test_rows_come_near_the_first_singular_vector_at_the_ratio_of_the_spectrum()
     angles = [tangent(effective_router(router, matrices, 1.0, steps)[0]) for steps in range(12, 18)]
     ratios = [(later / earlier).item() for earlier, later in zip(angles, angles[1:], strict=False)]
     assert ratios == pytest.approx([(sigma[1] / sigma[0]).item() ** 2] * 5, rel=0.01)
+
+
+def test_a_worked_example_of_the_rate():
+    draws = np.random.default_rng(0)
+    matrices = torch.from_numpy(draws.standard_normal((1, 6, 4)))
+    row = torch.from_numpy(draws.standard_normal((1, 4)))
+    first = torch.linalg.svd(matrices[0]).Vh[0]
+    tangents = []
+    for _ in range(12):
+        row = effective_router(row, matrices, 1.0)
+        cosine = (row[0] @ first).abs()
+        tangents.append((1 - cosine**2).sqrt() / cosine)
+    ratios = [(later / earlier).item() for earlier, later in zip(tangents, tangents[1:], strict=False)]
+    assert ratios[:3] == pytest.approx([0.4448, 0.4460, 0.4468], abs=5e-5)
+    assert ratios[-1] == pytest.approx(0.4485, abs=5e-5)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0, 1, 3]), st.floats(0.1, 10), st.floats(0.01, 100))

@@ -7,10 +7,19 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hf_rb import (
+    DistillationConfig,
+    DistillationTrainer,
     GKDConfig,
     GKDTrainer,
     GRPOConfig,
@@ -127,6 +136,26 @@ def test_a_native_mixture_takes_the_balance_loss_by_its_configuration(tokenizer,
     assert logged != pytest.approx(expected_aux(start, batch, "hf"), rel=0.2)
     assert trainer.model(**batch, output_router_logits=True).aux_loss.item() == pytest.approx(logged, rel=1e-4)
     assert "mpi" not in trainer._tag_names
+
+
+def test_a_balance_loss_that_cannot_act_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="z_loss_coef=0.1 cannot act with router_aux_loss_coef=0"):
+        train_sft(mixture(z_loss_coef=0.1), tokenizer, tmp_path, router_aux_loss_coef=0.0)
+    sizes = SIZES | dict(n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1, intermediate_size=32)
+    heads = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, head_dim=8)
+    config = DeepseekV3Config(**sizes | heads)
+    config.lb_type = "sequence"
+    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM has no auxiliary loss.*LossFreeBalanceCallback"):
+        train_sft(DeepseekV3ForCausalLM(config), tokenizer, tmp_path)
+
+
+def test_a_trainer_without_an_auxiliary_loss_says_so(tokenizer, tmp_path, caplog):
+    run = {key: value for key, value in RUN.items() if key != "max_length"}
+    DistillationTrainer(
+        mixture(), teacher_model=str(tiny.path("teacher")), args=DistillationConfig(str(tmp_path), **run),
+        train_dataset=rows(config="prompt_only"), processing_class=tokenizer,
+    )  # fmt: skip
+    assert "DistillationTrainer has no auxiliary loss" in caplog.text
 
 
 @pytest.mark.parametrize("loss_impl", ["chunked", "dense"])

@@ -1,5 +1,6 @@
 """What the configurations of the MPI model classes have in common."""
 
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -36,7 +37,7 @@ class MPIConfig:
             Weight of the z-loss. The paper tries 0.001.
 
     Raises:
-        ValueError: A value is out of range.
+        ValueError: A value is out of range, or a checkpoint is of another family. One of the native type loads, with a warning.
     """
 
     mpi_matrix: str = "gate"
@@ -56,6 +57,12 @@ class MPIConfig:
             raise ValueError(
                 f"{type(self).__name__} is for checkpoints of the type {self.native_class.model_type!r} or {self.model_type!r}; "
                 f"got one of the type {read!r}."
+            )
+        if read != self.model_type:
+            warnings.warn(
+                f"This checkpoint is of the type {read!r}, with ordinary routers: as {self.model_type!r} it computes something else until "
+                "it is trained further. `apply_mpi(model, ramp_steps=...)` makes that gradual.",
+                stacklevel=2,
             )
         super().__post_init__(**kwargs)
         try:

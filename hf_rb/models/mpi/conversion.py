@@ -64,7 +64,10 @@ def routers(model: nn.Module) -> Iterator[RoutedLayer]:
 
 
 def _fits(weight: Tensor | None, experts: nn.Module) -> bool:
-    return isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) == getattr(experts, "num_experts", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return False
+    # Under expert parallelism a process counts its own experts alone.
+    return len(weight) == getattr(experts, "num_experts", None) or getattr(experts, "_is_expert_parallel", False)
 
 
 def _is_parametrized(router: nn.Module) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 
-__all__ = ["BalanceType", "auxiliary_loss", "balance_loss", "sequence_ids", "z_loss"]
+__all__ = ["BalanceType", "auxiliary_loss", "balance_loss", "check_z_loss", "sequence_ids", "z_loss"]
 
 BalanceType = Literal["sequence", "layer", "hf"]
 
@@ -48,6 +48,7 @@ def auxiliary_loss(
     Raises:
         ValueError: There is a z-loss but no `router_aux_loss_coef` that would let it act.
     """
+    check_z_loss(config)
     kind, top_k = getattr(config, "lb_type", "hf"), config.num_experts_per_tok
     if kind == "hf":
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -60,13 +61,20 @@ def auxiliary_loss(
     weight = getattr(config, "z_loss_coef", 0.0)
     if not weight:
         return loss
-    if not config.router_aux_loss_coef:
+    tokens = None if attention_mask is None else attention_mask.reshape(-1) > 0
+    return loss + weight / config.router_aux_loss_coef * z_loss(router_logits, tokens)
+
+
+def check_z_loss(config: Any) -> None:
+    """
+    Raises:
+        ValueError: There is a z-loss but no `router_aux_loss_coef` that would let it act.
+    """
+    if (weight := getattr(config, "z_loss_coef", 0.0)) and not config.router_aux_loss_coef:
         raise ValueError(
             f"z_loss_coef={weight} cannot act with router_aux_loss_coef=0, by which trainers multiply all auxiliary losses. Set "
             "`router_aux_loss_coef` to the weight of the balance loss, 0.01 in the paper, or `z_loss_coef=0`."
         )
-    tokens = None if attention_mask is None else attention_mask.reshape(-1) > 0
-    return loss + weight / config.router_aux_loss_coef * z_loss(router_logits, tokens)
 
 
 def sequence_ids(
