@@ -134,6 +134,9 @@ def generate(
     step = max(batch_size // samples, 1)
     training = model.training
     model.eval()
+    # TRL leaves `output_router_logits` on in mixtures of experts that it has trained. transformers then computes the balance loss of every
+    # token that it generates, and fails on padded prompts: the mask covers all tokens so far, the routers have seen one.
+    routers = {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in tqdm(range(0, len(order), step), desc="generating", delay=2, leave=False, disable=None):
@@ -143,7 +146,8 @@ def generate(
             mask = torch.tensor(
                 [[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in rows], device=model.device
             )
-            new = model.generate(input_ids=padded, attention_mask=mask, generation_config=config)[:, width:].tolist()
+            new = model.generate(input_ids=padded, attention_mask=mask, generation_config=config, **routers)
+            new = new[:, width:].tolist()
             for index, tokens in enumerate(new):
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
                 completions[rows[index // samples]].append(Completion(text, not ends.isdisjoint(tokens)))

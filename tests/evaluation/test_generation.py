@@ -2,7 +2,9 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from hf_rb import tiny
 from hf_rb.evaluation import exact_match, generate, generation, is_correct, load_task, pass_at_k
 from hf_rb.evaluation.generation import Completion
 
@@ -28,6 +30,13 @@ def test_the_models_own_generation_config_does_not_leak_in(model, tokenizer, mon
     for name, value in {"do_sample": True, "repetition_penalty": 2.0, "temperature": 0.1, "top_k": 1}.items():
         monkeypatch.setattr(model.generation_config, name, value)
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=8) == expected
+
+
+def test_a_mixture_as_trl_saves_it(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny.resolve("tiny:moe"))
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=4)
+    model.config.output_router_logits = True
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=4) == expected
 
 
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone(model, tokenizer):
