@@ -141,6 +141,20 @@ def test_generation_does_not_depend_on_the_cache_or_on_padding(make_mixture, ids
     assert torch.equal(generate(model, padded, attention_mask=mask)[:, 3:], generate(model, ids))
 
 
+@pytest.mark.parametrize("architecture", ["mpi_qwen3_moe", "mpi_mixtral", "qwen3_moe"])
+def test_padded_prompts_after_a_training_that_saved_its_flag(architecture, make_mixture, ids):
+    model = make_mixture(architecture)
+    if architecture == "qwen3_moe":
+        apply_mpi(model)
+    padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), ids), dim=1)
+    mask = (torch.arange(10) >= 3).long().expand(2, 10)
+    expected = generate(model, ids)
+    model.config.output_router_logits = True  # as TRL's trainers leave it
+    if architecture != "qwen3_moe":
+        assert torch.equal(generate(model, padded, attention_mask=mask)[:, 3:], expected)
+    assert torch.equal(generate(fold_mpi(model), padded, attention_mask=mask)[:, 3:], expected)
+
+
 def test_a_copy_of_the_model_stands_alone_and_a_copied_router_stays_with_its_experts(make_mixture, ids):
     model = apply_mpi(make_mixture())
     copied = copy.deepcopy(model)

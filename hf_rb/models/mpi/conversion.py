@@ -186,6 +186,9 @@ def fold_mpi(model: nn.Module) -> nn.Module:
     the rounding of the routers may change the choice between experts that are nearly as good. Fold before the experts' weights
     change by other means than training: quantization, merging, averaging.
 
+    A folded model is for inference: `output_router_logits` of its configuration, which trainers switch on and save, is switched off,
+    because with it transformers' own classes fail to generate from padded prompts.
+
     Args:
         model (`torch.nn.Module`):
             A model of one of the MPI classes, or one after [`apply_mpi`].
@@ -214,6 +217,8 @@ def fold_mpi(model: nn.Module) -> nn.Module:
             layer.router.weight.data = weight.to(expert_matrix(layer.experts).dtype)
     for module in model.modules():
         _make_native(module)
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        model.config.output_router_logits = False
     return model
 
 
