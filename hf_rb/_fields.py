@@ -11,7 +11,7 @@ function of the configuration (or of anything with its attributes) that yields o
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, get_args
 
 
@@ -54,7 +54,7 @@ def _inside(value: float, interval: str) -> bool:
 
 def _type_problem(field: dataclasses.Field, value: Any) -> str | None:
     # Only integers and truth values: others have choices or ranges, or are what argparse makes of them.
-    types = get_args(field.type) or (field.type,)
+    types = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
     for kind, name in ((bool, "True or False"), (int, "an integer")):
         if set(types) <= {kind, NoneType} and kind in types and type(value) not in types:
             return f"`{field.name}` must be {name}; got {value!r}."

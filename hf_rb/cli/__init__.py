@@ -34,6 +34,7 @@ VERBS = {
     "upcycle": ("hf_rb.cli.upcycle", "Make a mixture of experts from a dense model."),
     "router-report": ("hf_rb.cli.router_report", "Look at the routers of a mixture of experts."),
     "merge": ("hf_rb.cli.merge", "Make models from models: interpolate, graft (Shadow-FT), refine (Timber)."),
+    "recover": ("hf_rb.cli.recover", "Quantize a model and win the loss back by distillation."),
     "eval": ("hf_rb.cli.eval", "Measure perplexity, accuracy, size and speed of a model."),
     "push": ("hf_rb.cli.push", "Upload a model or an adapter to the Hub."),
 }

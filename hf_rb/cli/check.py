@@ -25,6 +25,7 @@ from hf_rb.cli import schemas
 from hf_rb.cli.data import column_rules
 from hf_rb.cli.plan import Plan, make_plan
 from hf_rb.quantizers._rules import d2quant_rules, ptqtp_rules
+from hf_rb.recover.config import recover_rules
 from hf_rb.rewards import reward_name, reward_problem
 from hf_rb.trainers._agent_arguments import agent_rules
 from hf_rb.trainers._rules import (
@@ -255,6 +256,8 @@ class _Checker:
             value = [self.values(item, entry["keys"], f"{key}[{index}].") for index, item in enumerate(value)]
         if key == "quantization_config":
             self._quantization(key, {"quant_method": "ptqtp"} | value)  # the default of `hf-rb quantize`
+        elif key == "training":  # of `hf-rb recover`
+            value = self.values(value, schemas.load("gkd")["keys"] | {"output_dir": {"default": None}}, "training.") and value
         elif isinstance(value, dict):
             self._quantization(f"{key}.quantization_config", value.get("quantization_config"))
         return value
@@ -419,4 +422,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "quantize": (_name_rules,),
     "upcycle": (upcycle_rules, _name_rules),
+    "recover": (recover_rules, _name_rules),
 }

@@ -13,8 +13,8 @@ from hf_rb import tiny
 __all__ = ["is_correct", "load_task", "solutions"]
 
 
-def load_task(name: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Loads held-out problems.
+def load_task(name: str, limit: int | None = None, split: str = "test") -> list[dict[str, Any]]:
+    """Loads problems, held-out ones by default.
 
     Args:
         name (`str`):
@@ -22,6 +22,8 @@ def load_task(name: str, limit: int | None = None) -> list[dict[str, Any]]:
             GSM8K has them.
         limit (`int`, *optional*):
             Takes the first so many.
+        split (`str`, *optional*, defaults to `"test"`):
+            `"test"` or `"train"` of an embedded task; a file is taken as it is.
 
     Returns:
         `list[dict]`: Rows with `prompt` (a conversation of one user message), `solution` (text), `answer` and `kind`.
@@ -32,14 +34,14 @@ def load_task(name: str, limit: int | None = None) -> list[dict[str, Any]]:
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} leaves no problem: write 1 or more.")
-    rows = _embedded(name, limit) if name.startswith("tiny:") else _file(Path(name), limit)
+    rows = _embedded(name, limit, split) if name.startswith("tiny:") else _file(Path(name), limit)
     if not rows:
         raise ValueError(f"{name} holds no problems.")
     return rows
 
 
-def _embedded(name: str, limit: int | None) -> list[dict[str, Any]]:
-    dataset = tiny.load_dataset(name.removeprefix("tiny:"), config="prompt_completion", split="test", size=limit)
+def _embedded(name: str, limit: int | None, split: str) -> list[dict[str, Any]]:
+    dataset = tiny.load_dataset(name.removeprefix("tiny:"), config="prompt_completion", split=split, size=limit)
     return [
         {
             "prompt": row["prompt"],

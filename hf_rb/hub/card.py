@@ -88,6 +88,10 @@ class ModelCardData:
             `"transformers"` or `"peft"`: what the Hub's widget and snippet load it with.
         license (`str`, *optional*):
             License in the Hub's spelling, as `"apache-2.0"`.
+        adapter (`str`, *optional*):
+            Subfolder with an adapter for these weights, which the loading example adds.
+        sections (`Mapping[str, str]`, *optional*):
+            More sections, Markdown by heading.
 
     Raises:
         ValueError: A method or the library is not known.
@@ -105,6 +109,8 @@ class ModelCardData:
     tags: Sequence[str] = ()
     library_name: str = "transformers"
     license: str | None = None
+    adapter: str | None = None
+    sections: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key in self.methods:
@@ -259,6 +265,6 @@ def _versions(data: ModelCardData) -> dict[str, str]:
     libraries = ["transformers", "torch", "tokenizers"]
     if data.trainer:
         libraries += ["trl", "datasets", "accelerate"]
-    if data.library_name == "peft":
+    if data.library_name == "peft" or data.adapter:
         libraries.append("peft")
     return {"hf_rb": __version__} | {library: version(library) for library in libraries}

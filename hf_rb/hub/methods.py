@@ -260,6 +260,25 @@ METHODS = {
             "correction of the mean shift behind attention.",
         ),
         Method(
+            key="recover",
+            name="Quantization Meets Reasoning",
+            kind="trainer",
+            paper_id="2501.03035",
+            title="Quantization Meets Reasoning: Exploring LLM Low-Bit Quantization Degradation for Mathematical Reasoning",
+            authors=(
+                "Zhen Li",
+                "Yupeng Su",
+                "Runming Yang",
+                "Congkai Xie",
+                "Zheng Wang",
+                "Zhongwei Xie",
+                "Ngai Wong",
+                "Hongxia Yang",
+            ),
+            summary="A small repair set from the problems that quantization has broken; here the full-precision model's own solutions, towards "
+            "which an adapter on the packed weights is trained.",
+        ),
+        Method(
             key="shadow_ft",
             name="Shadow-FT",
             kind="weights",

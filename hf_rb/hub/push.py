@@ -31,8 +31,11 @@ UPLOADED = (
     "all_results.json",
     "train_results.json",
     "eval_results.json",
+    "report.json",
     *COMPANIONS,
 )
+# Of the subfolder of a recovered model.
+ADAPTER = (ADAPTER_CONFIG, "adapter_model.safetensors", "base.json")
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,14 @@ def plan_upload(folder: str | Path) -> Upload:
         raise FileNotFoundError(f"There is no folder {folder}.")
     entries = sorted(folder.iterdir())
     chosen = [entry for entry in entries if entry.is_file() and any(fnmatch(entry.name, one) for one in UPLOADED)]
+    adapter = folder / "adapter"
+    if (adapter / ADAPTER_CONFIG).is_file():
+        chosen += [adapter / name for name in ADAPTER if (adapter / name).is_file()]
+        entries.remove(adapter)
     for file in chosen:
         if not file.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{file} is a link to a file outside the folder. Copy the model to a folder of its own.")
-    names = {file.name for file in chosen}
+    names = {file.relative_to(folder).as_posix() for file in chosen}
     if not names & {"config.json", ADAPTER_CONFIG}:
         raise ValueError(f"{folder} holds no model: it has neither config.json nor {ADAPTER_CONFIG}.")
     if "config.json" in names:
@@ -83,7 +90,7 @@ def plan_upload(folder: str | Path) -> Upload:
     if (folder / MANIFEST).is_file() and (problems := verify_manifest(folder)):
         raise ValueError(f"{folder} is not what was saved: {problems[0]}.")
     left_out = [entry.name + "/" * entry.is_dir() for entry in entries if entry not in chosen]
-    return Upload({file.name: file.stat().st_size for file in chosen}, left_out)
+    return Upload({file.relative_to(folder).as_posix(): file.stat().st_size for file in chosen}, left_out)
 
 
 def push_folder(

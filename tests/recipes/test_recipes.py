@@ -10,6 +10,7 @@ from hf_rb._resources import resource_folder
 from hf_rb.cli.check import check, read_recipe
 from hf_rb.cli.quantize import QuantizeArguments
 from hf_rb.cli.upcycle import UpcycleArguments
+from hf_rb.recover import RecoverConfig
 
 
 FOLDER = resource_folder("recipes")
@@ -19,6 +20,7 @@ RECIPES = [path for path in ALL if path not in ACCELERATE]
 VERBS = {
     "d2quant": "quantize",
     "ptqtp": "quantize",
+    "recover": "recover",
     "profit": "sft",
     "shadow_ft": "sft",
     "akl": "gkd",
@@ -54,6 +56,9 @@ def test_the_config_classes_take_the_recipe(path, tmp_path, monkeypatch):
     verb = check(path, read_recipe(path)).verb
     if verb == "quantize":
         config = QuantizeArguments(**read_recipe(path)).quantization_config
+        assert AutoQuantizationConfig.from_dict(config).quant_method == config["quant_method"]
+    elif verb == "recover":
+        config = RecoverConfig(**read_recipe(path)).quantization_config
         assert AutoQuantizationConfig.from_dict(config).quant_method == config["quant_method"]
     elif verb == "upcycle":
         assert UpcycleArguments(**read_recipe(path)).num_experts == read_recipe(path)["num_experts"]

@@ -20,6 +20,7 @@ RECIPES = {
     "grpo": "hf_rb.scripts.grpo:make_parser",
     "quantize": "hf_rb.cli.quantize:QuantizeArguments",
     "upcycle": "hf_rb.cli.upcycle:UpcycleArguments",
+    "recover": "hf_rb.recover.config:RecoverConfig",
 }
 # The quantization configs by their `quant_method`.
 QUANTIZATION = {

@@ -1,0 +1,48 @@
+"""`hf-rb recover`: quantizes a model and wins back what that has cost, in stages of which each is done once."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from hf_rb._resources import find_recipe
+from hf_rb.cli.check import check, read_overrides, read_recipe
+
+
+EXAMPLE = "hf-rb recover recover/tiny-cpu --output_dir outputs/recovered --objectives forward_kl sft"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe of hf_rb")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(overrides=[])
+    parser.usage = f"{parser.prog} RECIPE [--json] [--key value ...]"
+
+
+def run(args: argparse.Namespace) -> int:
+    from hf_rb.recover.config import RecoverConfig
+
+    path = find_recipe(args.recipe)
+    overrides = read_overrides(args.overrides, "recover")
+    recipe = read_recipe(path) | {key: _from_text(value) for key, value in overrides.items()}
+    found = check(path, recipe, "recover")
+    if found.errors:
+        found.show()
+        return 2
+    config = RecoverConfig(**recipe)
+
+    from hf_rb.recover import recover
+
+    report = recover(config, lambda line: print(line, file=sys.stderr, flush=True))
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print("\n".join([report.table(), "", *report.notes, f"Everything is in {config.output_dir}."]))
+    return 0
+
+
+def _from_text(value: Any) -> Any:
+    """What YAML makes of an argument."""
+    import yaml
+
+    return [_from_text(one) for one in value] if isinstance(value, list) else yaml.safe_load(str(value))

@@ -1,0 +1,160 @@
+"""The keys of a recipe for `hf-rb recover`, importable without torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_rb._fields import described, validate
+
+
+__all__ = ["OBJECTIVES", "RecoverConfig", "recover_rules"]
+
+OBJECTIVES = ("forward_kl", "akl", "hpd", "sft")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class RecoverConfig:
+    """
+    The keys of a recipe for `hf-rb recover`.
+
+    There are problems (`task`, `pool`), text (`train_text`, `eval_text`) or both. Every pair of an objective and a number of examples is
+    trained and measured; the first of each is what the package gets.
+
+    Args:
+        model_name_or_path (`str`):
+            The model to quantize, which is also the teacher: a folder, a Hub id or an embedded model (`tiny:teacher`).
+        output_dir (`str`):
+            Folder for the stages and, in `model`, for the result. A run that was stopped goes on in it, and one whose recipe has changed
+            repeats what that concerns.
+        quantization_config (`dict`, *optional*):
+            `quant_method` and the fields of its config. Defaults to PTQTP as [`PTQTPConfig`] has it.
+        baseline (`bool`, *optional*, defaults to `True`):
+            Whether to do the same to the model rounded to 3 bits, group by group, which is what any reader would try first.
+        task (`str`, *optional*):
+            Held-out problems whose exact match is measured: `tiny:math`, or a JSON-lines file in the format of GSM8K.
+        pool (`str`, *optional*):
+            Other problems, among which what quantization has broken is looked for. Defaults to the training split of an embedded task.
+        eval_text (`str`, *optional*):
+            Held-out text whose perplexity is measured: a text file, a JSON-lines file with the column `text`, or a dataset of the Hub
+            (`NAME:CONFIG`, split `test`). Of it the first 16,384 tokens count.
+        train_text (`str`, *optional*):
+            Text of the same kinds (split `train`), windows of which are the ordinary data of the repair set.
+        eval_problems (`int`, *optional*, defaults to `200`), pool_problems (`int`, *optional*, defaults to `1000`):
+            How many problems of `task` and `pool` are used at most.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Limit of a generated solution.
+        examples (`list[int]`, *optional*, defaults to `[450]`):
+            Budgets: sizes of the repair set. The papers have 332 and 545 examples.
+        failing_share (`float`, *optional*, defaults to `0.67`):
+            Part of the repair set that is about problems which quantization has broken, if there are as many. The rest is ordinary
+            data: windows of `train_text`, or else problems of the pool that it has not broken.
+        text_tokens (`int`, *optional*, defaults to `256`):
+            Tokens of a window of `train_text`.
+        objectives (`list[str]`, *optional*, defaults to `["forward_kl"]`):
+            What is trained on the teacher's solutions: `forward_kl`, `akl` or `hpd` towards the teacher's distribution, or plain `sft`.
+        cached_teacher (`bool`, *optional*, defaults to `False`):
+            Whether the teacher runs once over the repair set, and `forward_kl` and `akl` train without it.
+        lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`):
+            Rank and scale of the adapter, on all linear layers but the head.
+        training (`dict`, *optional*):
+            Fields of [`GKDConfig`] for all runs, such as `learning_rate`, over our defaults: 2e-4, three epochs, batches of 8, cosine.
+        merge (`bool`, *optional*, defaults to `False`):
+            Whether the package is an ordinary model with the adapter merged in, as large as the one that was quantized, in place of the
+            packed base and its adapter.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type in which the models are measured and trained; `"auto"` is that of the files.
+        eval_batch_size (`int`, *optional*, defaults to `64`):
+            Problems solved at a time.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the choice of examples, of the adapter and of the training.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace what `output_dir` holds, stages and result.
+
+    Raises:
+        ValueError: A value out of its range, or keys that do not go together.
+    """
+
+    model_name_or_path: str = field(metadata=described("The model to quantize, which is also the teacher."))
+    output_dir: str = field(metadata=described("Folder for the stages and the result."))
+    quantization_config: dict[str, Any] = field(
+        default_factory=dict, metadata=described("`quant_method` and the fields of its config.")
+    )
+    baseline: bool = field(default=True, metadata=described("Whether to do the same to 3-bit rounding."))
+    task: str | None = field(default=None, metadata=described("Held-out problems whose exact match is measured."))
+    pool: str | None = field(default=None, metadata=described("Problems to look for broken ones among."))
+    eval_text: str | None = field(default=None, metadata=described("Held-out text whose perplexity is measured."))
+    train_text: str | None = field(default=None, metadata=described("Text that is ordinary data to train on."))
+    eval_problems: int = field(default=200, metadata=described("Problems of `task` at most.", range="[1, inf)"))
+    pool_problems: int = field(default=1000, metadata=described("Problems of `pool` at most.", range="[1, inf)"))
+    max_new_tokens: int = field(default=256, metadata=described("Limit of a generated solution.", range="[1, inf)"))
+    examples: list[int] = field(default_factory=lambda: [450], metadata=described("Budgets: sizes of the repair set."))
+    failing_share: float = field(
+        default=0.67, metadata=described("Part of the repair set about broken problems.", range="(0, 1]")
+    )
+    text_tokens: int = field(default=256, metadata=described("Tokens of a window of text.", range="[2, inf)"))
+    objectives: list[str] = field(
+        default_factory=lambda: ["forward_kl"], metadata=described(f"Of {', '.join(OBJECTIVES)}.")
+    )
+    cached_teacher: bool = field(
+        default=False, metadata=described("Whether the teacher runs once, and training does without it.")
+    )
+    lora_r: int = field(default=32, metadata=described("Rank of the adapter.", range="[1, inf)"))
+    lora_alpha: int = field(default=64, metadata=described("Scale of the adapter times its rank.", range="[1, inf)"))
+    training: dict[str, Any] = field(default_factory=dict, metadata=described("Fields of GKDConfig for all runs."))
+    merge: bool = field(default=False, metadata=described("Whether the result is an ordinary, merged model."))
+    dtype: str = field(default="auto", metadata=described("Type to measure and train in.", choices=DTYPES))
+    eval_batch_size: int = field(default=64, metadata=described("Problems solved at a time.", range="[1, inf)"))
+    seed: int = field(default=42, metadata=described("Seed of examples, adapter and training."))
+    overwrite: bool = field(default=False, metadata=described("Whether to replace what `output_dir` holds."))
+
+    def __post_init__(self):
+        validate(self, recover_rules)
+        if self.pool is None and self.task and self.task.startswith("tiny:"):
+            self.pool = self.task
+        self.quantization_config = {"quant_method": "ptqtp"} | self.quantization_config
+
+
+# What the pipeline itself says of a run.
+OWN = (
+    "output_dir",
+    "objective",
+    "lmbda",
+    "kd_alpha",
+    "teacher_cache",
+    "teacher_model_name_or_path",
+    "seed",
+    "overwrite",
+)
+
+
+def recover_rules(config: Any) -> Iterator[str]:
+    """Yields what is wrong with a recipe for `hf-rb recover`."""
+    for name in config.objectives:
+        if name not in OBJECTIVES:
+            yield f"`objectives` cannot have {name!r}; write some of {', '.join(OBJECTIVES)}."
+        elif config.cached_teacher and name == "hpd":
+            yield "`objectives: [hpd]` needs the teacher's whole distribution: write `cached_teacher: false`."
+    for name in ("objectives", "examples"):
+        values = getattr(config, name)
+        if not values or len(set(values)) < len(values):
+            yield f"`{name}: {values}` must hold one value or several different ones."
+    for number in config.examples:
+        if number < 1:
+            yield f"`examples` cannot have {number}; write 1 or more."
+    if config.task is None and config.eval_text is None:
+        yield "there is nothing to measure: write `task: tiny:math` or a file of problems, or `eval_text` and `train_text`."
+    if config.task and config.pool is None and not config.task.startswith("tiny:"):
+        yield f"`task: {config.task}` is held out: write `pool: ...`, a file of other problems to learn from."
+    if config.task is None and config.pool is not None:
+        yield "`pool` is for problems: write `task` too, the held-out ones."
+    if config.eval_text and not config.task and config.train_text is None:
+        yield "`eval_text` is held out: write `train_text: ...`, other text to learn from."
+    for name in OWN:
+        if name in config.training:
+            yield f"`training` cannot have `{name}`, which the pipeline sets. Remove it, or write the recipe's own key."
+    for name in ("task", "pool"):
+        path = getattr(config, name)
+        if path and path != "tiny:math" and not Path(path).is_file():
+            yield f"`{name}` names {path!r}, which does not exist: write tiny:math or a JSON-lines file."

@@ -1,0 +1,61 @@
+"""The folder that is published: packed base, adapter, card and report; or an ordinary model with the adapter merged in."""
+
+import shutil
+from pathlib import Path
+
+from peft import PeftModel
+
+from hf_rb._files import atomic_folder
+from hf_rb._model_folder import copy_companions
+from hf_rb._unfinished import write_json
+from hf_rb.evaluation import load_model, model_size
+from hf_rb.hub import ModelCardData, write_model_card
+from hf_rb.recover.config import RecoverConfig
+from hf_rb.recover.measuring import ADAPTER
+from hf_rb.recover.report import RecoverReport
+
+
+__all__ = ["merged_model", "write_package"]
+
+METHODS = {"forward_kl": ["llm_neo"], "akl": ["akl"], "hpd": ["hpd"], "sft": []}
+
+
+def merged_model(base: Path, trained: Path, destination: Path, dtype: str) -> None:
+    """Writes an ordinary model: the packed one unpacked, with the adapter added."""
+    model, tokenizer = load_model(base, dtype)
+    model.dequantize()
+    merged = PeftModel.from_pretrained(model, trained / ADAPTER).merge_and_unload()
+    with atomic_folder(destination, overwrite=True) as folder:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        copy_companions(base, folder)
+
+
+def write_package(
+    destination: Path, weights: Path, trained: Path | None, config: RecoverConfig, report: RecoverReport
+) -> None:
+    """Writes the folder: a copy of `weights`, the adapter of `trained` if there is one, card and report."""
+    name = f"{Path(config.model_name_or_path.replace(':', '-')).name}-recovered"
+    method = config.quantization_config["quant_method"]
+    with atomic_folder(destination, overwrite=True) as folder:
+        shutil.copytree(weights, folder, dirs_exist_ok=True)
+        if trained:
+            shutil.copytree(trained / ADAPTER, folder / ADAPTER)
+        write_json(folder / "report.json", report.to_dict())
+        card = ModelCardData(
+            name,
+            [method, *METHODS[config.objectives[0]], "recover"],
+            base_model=config.model_name_or_path,
+            hyperparameters={
+                "objective": config.objectives[0],
+                "examples": config.examples[0],
+                "lora_r": config.lora_r,
+                "lora_alpha": config.lora_alpha,
+                "seed": config.seed,
+                **config.training,
+            },
+            size=model_size(folder),
+            adapter=ADAPTER if trained else None,
+            sections={"Recovered": report.markdown()},
+        )
+        write_model_card(folder, card)

@@ -1,0 +1,264 @@
+"""Quantize, measure, find what broke, train an adapter on it, measure again, package."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from hf_rb._files import check_replaceable, sha256_file
+from hf_rb._model_folder import find_model
+from hf_rb._safetensors import weight_files
+from hf_rb._unfinished import file_stamps, write_json
+from hf_rb.evaluation import load_task
+from hf_rb.quantizers import quantize
+from hf_rb.quantizers.texts import read_texts
+from hf_rb.recover import failures
+from hf_rb.recover.config import RecoverConfig
+from hf_rb.recover.measuring import ADAPTER, Questions, measure, read_measured, read_pool
+from hf_rb.recover.package import merged_model, write_package
+from hf_rb.recover.report import RecoverReport, Row
+from hf_rb.recover.stages import Stages, fingerprint
+from hf_rb.recover.training import capture, train
+
+
+__all__ = ["recover"]
+
+STAGES, MODEL = "stages", "model"
+RTN = {"quant_method": "d2quant", "backend": "rtn", "bits": 3, "dsq": False}
+
+
+def recover(config: RecoverConfig, say: Callable[[str], None] = lambda line: None) -> RecoverReport:
+    """
+    Runs a recipe, from where an earlier run of it ended.
+
+    Args:
+        config ([`RecoverConfig`]):
+            The recipe.
+        say (`Callable[[str], None]`, *optional*):
+            Gets a line about every stage.
+
+    Returns:
+        [`RecoverReport`]: the table, also in `model/report.json` and the card. If quantization broke no problem, it says so and there are
+        no recovered rows.
+
+    Raises:
+        FileExistsError: `output_dir` holds something else and `overwrite` is `False`.
+        FileNotFoundError: There is no such model, text or file of problems.
+        ValueError: Data to learn from is among the held-out data, the model is quantized already, or its training diverged.
+    """
+    return _Pipeline(config, say).run()
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A quantized model: its name among the stages, and in the table."""
+
+    name: str
+    title: str
+    config: dict[str, Any]
+
+
+class _Pipeline:
+    def __init__(self, config: RecoverConfig, say: Callable[[str], None]):
+        self.config = config
+        self.output = Path(config.output_dir)
+        self.source = find_model(config.model_name_or_path)
+        self.stages = Stages(self.output / STAGES, say)
+        self.say = say
+        self.questions = self._questions()
+        self.report = RecoverReport(
+            config.task and _name(config.task), config.eval_text and _name(config.eval_text), len(self.questions.task)
+        )
+
+    # Data: everything that can be wrong with it is found before a model is loaded.
+
+    def _questions(self) -> Questions:
+        config = self.config
+        task = load_task(config.task, config.eval_problems) if config.task else []
+        pool = load_task(config.pool, config.pool_problems, split="train") if config.pool else []
+        texts = read_texts(config.eval_text, split="test") if config.eval_text else []
+        failures.check_apart(failures.prompts(pool), failures.prompts(task), "problems")
+        failures.check_apart(failures.lines(self.ordinary_texts), failures.lines(texts), "lines of text")
+        return Questions(task, pool, "\n\n".join(texts) or None, config.max_new_tokens, config.eval_batch_size)
+
+    @cached_property
+    def ordinary_texts(self) -> list[str]:
+        return read_texts(self.config.train_text, split="train") if self.config.train_text else []
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.source)
+
+    # Stages
+
+    def run(self) -> RecoverReport:
+        self._open()
+        full = self.stages.run("full", self._measuring(self._source_stamp()), self._measures(self.source, pool=True))
+        self._add("full precision", full)
+        packages = [self._recover(base, full) for base in self._bases()]
+        if packages[0] is not None or not self.questions.pool:
+            self.say("package …")
+            self._package(*packages[0])
+        write_json(self.output / "report.json", self.report.to_dict())
+        return self.report
+
+    def _open(self) -> None:
+        mine = self.output / STAGES
+        if self.config.overwrite:
+            check_replaceable(self.output.resolve(), overwrite=True)
+            shutil.rmtree(self.output, ignore_errors=True)
+        elif not mine.is_dir():
+            check_replaceable(self.output.resolve(), overwrite=False)
+        mine.mkdir(parents=True, exist_ok=True)
+
+    def _bases(self) -> Iterator[_Base]:
+        config = self.config.quantization_config
+        yield _Base("quantized", _title(config), config)
+        if self.config.baseline:
+            group = {"group_size": config["group_size"]} if "group_size" in config else {}
+            yield _Base("rtn", "3-bit rounding", RTN | group)
+
+    def _recover(self, base: _Base, full: Path) -> tuple[Path, Path] | None:
+        """Adds the rows of one quantized model; returns its folder, and that of the first adapter."""
+        folder = self.stages.run(
+            base.name,
+            {"model": self._source_stamp(), "quantization": base.config, "dtype": self.config.dtype},
+            lambda folder: quantize(
+                self.source, folder / MODEL, dict(base.config), overwrite=True, dtype=self.config.dtype
+            ),
+        )
+        weights, sha256 = folder / MODEL, fingerprint(folder / MODEL)
+        self.report.base_sha256 = self.report.base_sha256 or sha256
+        measured = self.stages.run(
+            f"{base.name}-measured", self._measuring(sha256), self._measures(weights, pool=True)
+        )
+        lost = self._add(base.title, measured)
+        if self.questions.pool:
+            comparison = failures.compare_failures(self.questions.pool, read_pool(full), read_pool(measured))
+            self.report.failures[base.name] = comparison.summary()
+            _write_lines(self.output / STAGES / f"{base.name}-failures.jsonl", comparison.rows())
+            if not comparison.flipped:
+                self.report.notes.append(
+                    f"{base.title}: quantization has broken none of the {len(self.questions.pool)} problems of the pool. There is "
+                    "nothing to repair, and nothing was trained."
+                )
+                return None
+        else:
+            comparison = failures.Comparison([], [], [], [])
+        trained = [
+            self._train(base, weights, sha256, comparison, size, objective, lost)
+            for size in self.config.examples
+            for objective in self.config.objectives
+        ]
+        return weights, trained[0]
+
+    def _train(self, base, weights, sha256, comparison, size, objective, lost) -> Path:
+        config, name = self.config, f"{base.name}-{size}"
+        rows, failing = self._examples(comparison, size)
+        _write_lines(self.output / STAGES / f"{name}.jsonl", rows)
+        inputs = {
+            "weights": sha256,
+            "teacher": self._source_stamp(),
+            "examples": failures.digest(rows),
+            "training": config.training,
+            "adapter": [config.lora_r, config.lora_alpha],
+            "dtype": config.dtype,
+            "seed": config.seed,
+        }
+        cache = None
+        if config.cached_teacher and objective != "sft":
+            cache = self.stages.run(
+                f"{name}-teacher", inputs, lambda folder: capture(config, weights, self.source, rows, folder)
+            )
+        trained = self.stages.run(
+            f"{name}-{objective}",
+            inputs | {"objective": objective, "cached": cache is not None},
+            lambda folder: train(config, weights, self.source, rows, objective, folder, cache),
+        )
+        adapter = json.loads((trained / "manifest.json").read_text())["files"]["adapter/adapter_model.safetensors"]
+        measured = self.stages.run(
+            f"{name}-{objective}-measured",
+            self._measuring(sha256) | {"adapter": adapter["sha256"]},
+            self._measures(weights, adapter=trained),
+        )
+        seconds = json.loads((trained / "training.json").read_text())["seconds"]
+        self._add(
+            f"{base.title} + LoRA",
+            measured,
+            lost,
+            objective=objective,
+            examples=len(rows),
+            failing=failing,
+            seconds=seconds,
+        )
+        return trained
+
+    def _examples(self, comparison: failures.Comparison, size: int) -> tuple[list[dict], int]:
+        config = self.config
+        ordinary = self._windows if config.train_text else comparison.kept
+        share = config.failing_share if self.questions.pool else 0.0
+        failing, rest = failures.repair_set(comparison.flipped, ordinary, size, share, config.seed)
+        rest = rest if config.train_text else failures.problem_rows(self.tokenizer, rest)
+        return failures.problem_rows(self.tokenizer, failing) + rest, len(failing)
+
+    @cached_property
+    def _windows(self) -> list[dict]:
+        return failures.text_rows(self.tokenizer, self.ordinary_texts, self.config.text_tokens)
+
+    def _measures(self, folder: Path, **options: Any) -> Callable[[Path], None]:
+        options["pool"] = options.get("pool", False) and bool(self.questions.pool)
+        return lambda result: measure(folder, self.questions, self.config.dtype, result, **options)
+
+    def _measuring(self, weights: Any) -> dict[str, Any]:
+        return {"weights": weights, "questions": self._data_digest, "dtype": self.config.dtype}
+
+    @cached_property
+    def _data_digest(self) -> str:
+        return failures.digest(asdict(self.questions))
+
+    def _source_stamp(self) -> dict[str, Any]:
+        return file_stamps([self.source / "config.json", *weight_files(self.source)])
+
+    def _add(self, title: str, folder: Path, lost: Row | None = None, **details: Any) -> Row:
+        row = Row(title, **asdict(read_measured(folder)), **details)
+        full = self.report.rows[0] if self.report.rows else None
+        if lost and lost.exact_match is not None and full.exact_match > lost.exact_match:
+            row.regained = (row.exact_match - lost.exact_match) / (full.exact_match - lost.exact_match)
+        self.report.rows.append(row)
+        return row
+
+    def _package(self, weights: Path, trained: Path) -> None:
+        config, destination = self.config, self.output / MODEL
+        if not config.merge:
+            write_package(destination, weights, trained, config, self.report)
+            return
+        inputs = {
+            "weights": fingerprint(weights),
+            "adapter": sha256_file(trained / ADAPTER / "adapter_model.safetensors"),
+        }
+        merged = self.stages.run(
+            "merged", inputs, lambda folder: merged_model(weights, trained, folder / MODEL, config.dtype)
+        )
+        measured = self.stages.run("merged-measured", self._measuring(inputs), self._measures(merged / MODEL))
+        self._add("merged into an ordinary model", measured)
+        write_package(destination, merged / MODEL, None, config, self.report)
+
+
+def _title(config: dict[str, Any]) -> str:
+    if config["quant_method"] == "ptqtp":
+        planes = config.get("planes", 2)
+        return f"PTQTP, {planes} plane{'s' * (planes > 1)}"
+    return f"D²Quant, {config.get('bits', 2)} bits"
+
+
+def _name(data: str) -> str:
+    return data if data.startswith("tiny:") else Path(data).name
+
+
+def _write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,105 @@
+"""The table of a recovery: full precision, quantized, recovered, by method and budget."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hf_rb._tables import format_table
+
+
+__all__ = ["RecoverReport", "Row"]
+
+
+@dataclass
+class Row:
+    """
+    A model of the table.
+
+    Attributes:
+        model (`str`): What its weights are.
+        bytes (`int`): Of all weight files that inference needs, the adapter's too.
+        exact_match (`float`, *optional*): Share of the held-out problems that it solves.
+        perplexity (`float`): On the held-out text, or else on the worked solutions of the held-out problems.
+        tokens_per_second (`float`): Greedy decoding of one sequence on the machine that measured.
+        objective (`str`, *optional*): What its adapter was trained with.
+        examples (`int`, *optional*): How many examples it was trained on.
+        failing (`int`, *optional*): How many of them are about problems that quantization had broken.
+        seconds (`float`, *optional*): Time of the training.
+        regained (`float`, *optional*): Part of the lost exact match that came back; 1 is all of it.
+    """
+
+    model: str
+    bytes: int
+    exact_match: float | None
+    perplexity: float
+    tokens_per_second: float
+    objective: str | None = None
+    examples: int | None = None
+    failing: int | None = None
+    seconds: float | None = None
+    regained: float | None = None
+
+
+@dataclass
+class RecoverReport:
+    """
+    What a recovery did. `dataclasses.asdict` makes it JSON-able.
+
+    Attributes:
+        task, text (`str`, *optional*): What exact match and perplexity were measured on.
+        problems (`int`): Held-out problems.
+        failures (`dict[str, dict]`): Of each quantized model, how many problems of the pool it has broken (see [`Comparison`]).
+        rows (`list[Row]`): The table.
+        base_sha256 (`str`, *optional*): Fingerprint of the packed weights, which training leaves as they are.
+        notes (`list[str]`): What a reader should know.
+    """
+
+    task: str | None
+    text: str | None
+    problems: int
+    failures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    base_sha256: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format_version": 1} | asdict(self)
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        columns = ["model", "trained with", "examples", "bytes", "exact match", "regained", "perplexity", "tokens/s"]
+        rows = [
+            [
+                row.model,
+                row.objective or "-",
+                "-" if row.examples is None else f"{row.examples} ({row.failing} broken)",
+                f"{row.bytes:,}",
+                _percent(row.exact_match),
+                _percent(row.regained),
+                f"{row.perplexity:.4g}",
+                f"{row.tokens_per_second:.0f}",
+            ]
+            for row in self.rows
+        ]
+        empty = {index for index in range(len(columns)) if all(row[index] == "-" for row in rows)}
+        return (
+            [name for index, name in enumerate(columns) if index not in empty],
+            [[cell for index, cell in enumerate(row) if index not in empty] for row in rows],
+        )
+
+    def table(self) -> str:
+        """The table for a terminal."""
+        return format_table(*self._cells())
+
+    def markdown(self) -> str:
+        """The table for a model card, with what it was measured on."""
+        columns, rows = self._cells()
+        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        measured = [f"exact match on {self.problems} problems of {self.task}"] if self.task else []
+        measured += [f"perplexity on {self.text}" if self.text else "perplexity on their worked solutions"]
+        return "\n".join(
+            [*lines, "", f"Measured: {', '.join(measured)}. Bytes are those of all weight files.", *self.notes]
+        )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

@@ -1,0 +1,107 @@
+"""Trains the adapter: distillation from the full-precision model, or plain fine-tuning, on the same examples."""
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import Trainer, set_seed
+
+from hf_rb import GKDConfig, GKDTrainer, SFTConfig, SFTTrainer
+from hf_rb._unfinished import write_json
+from hf_rb.recover.config import RecoverConfig
+from hf_rb.recover.measuring import ADAPTER, BASE
+from hf_rb.recover.stages import fingerprint
+from hf_rb.teachers import cache_teacher
+
+
+__all__ = ["capture", "train"]
+
+# Ours; the papers' rates are between 1e-5 and 2e-4, their runs of one to three epochs.
+DEFAULTS = {
+    "learning_rate": 2e-4,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 8,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+ON_CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+
+
+def make_trainer(
+    config: RecoverConfig,
+    base: Path,
+    teacher: str | Path,
+    rows: list[dict],
+    objective: str,
+    folder: Path,
+    **options: Any,
+) -> Trainer:
+    """Returns the trainer of an adapter for the packed model in `base`; `options` go into its config."""
+    options = DEFAULTS | ({} if torch.cuda.is_available() else ON_CPU) | config.training | options
+    options |= {"output_dir": str(folder / "run"), "seed": config.seed}
+    options["model_init_kwargs"] = {"dtype": config.dtype} | options.get("model_init_kwargs", {})
+    adapter = LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    data = {"train_dataset": Dataset.from_list(rows), "peft_config": adapter}
+    set_seed(config.seed)  # of the adapter
+    if objective == "sft":
+        known = {field.name for field in fields(SFTConfig)}
+        return SFTTrainer(str(base), SFTConfig(**{key: options[key] for key in options if key in known}), **data)
+    options |= {"objective": objective, "lmbda": 0.0}
+    if "teacher_cache" not in options:
+        options["teacher_model_name_or_path"] = str(teacher)
+        options["teacher_model_init_kwargs"] = {"dtype": config.dtype} | options.get("teacher_model_init_kwargs", {})
+    return GKDTrainer(str(base), args=GKDConfig(**options), **data)
+
+
+def capture(config: RecoverConfig, base: Path, teacher: str | Path, rows: list[dict], folder: Path) -> None:
+    """Runs the teacher once over the repair set."""
+    cache_teacher(make_trainer(config, base, teacher, rows, "forward_kl", folder), folder / "cache")
+
+
+def train(
+    config: RecoverConfig,
+    base: Path,
+    teacher: str | Path,
+    rows: list[dict],
+    objective: str,
+    folder: Path,
+    cache: Path | None = None,
+) -> None:
+    """
+    Trains an adapter and saves it in `folder / "adapter"`, in bfloat16, with the fingerprint of its base.
+
+    Raises:
+        ValueError: The loss became infinite or NaN, or the teacher does not fit.
+    """
+    options = {"teacher_cache": str(cache / "cache")} if cache and objective != "sft" else {}
+    trainer = make_trainer(config, base, teacher, rows, objective, folder, **options)
+    result = trainer.train()
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    target = folder / ADAPTER
+    trainer.model.save_pretrained(target)
+    (target / "README.md").unlink(missing_ok=True)  # PEFT's, empty
+    _name_base(target, config)
+    write_json(target / BASE, {"sha256": fingerprint(base)})
+    write_json(
+        folder / "training.json", {"seconds": result.metrics["train_runtime"], "log": trainer.state.log_history}
+    )
+    shutil.rmtree(folder / "run", ignore_errors=True)
+
+
+def _name_base(adapter: Path, config: RecoverConfig) -> None:
+    # The base lies beside the adapter; its path on this machine is nobody's business.
+    path = adapter / "adapter_config.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(stored | {"base_model_name_or_path": None}, indent=2) + "\n", encoding="utf-8")
