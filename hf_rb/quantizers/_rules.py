@@ -30,6 +30,7 @@ _ACTS_ONLY = {
     "percdamp": (0.01, "backend", ("gptaq", "gptq")),
     "act_order": ("gar", "backend", ("gptaq", "gptq")),
     "dsq_iters": (15, "dsq", (True,)),
+    "dsq_weighting": ("hessian", "dsq", (True,)),
     "dac_mode": ("fold", "dac", (True,)),
     "dac_clip": (10.0, "dac", (True,)),
     "dac_final": (True, "dac", (True,)),

@@ -28,6 +28,11 @@ from hf_rb import D2QuantConfig
         ),
         ({"dataset": "x", "dac": False, "dac_clip": 1.0}, r"`dac_clip=1.0` cannot act: it needs `dac=True`"),
         ({"dataset": "x", "dsq": False, "dsq_iters": 3}, r"`dsq_iters=3` cannot act"),
+        ({"dataset": "x", "dsq": False, "dsq_weighting": "none"}, r"`dsq_weighting='none'` cannot act"),
+        (
+            {"dataset": "x", "dsq_weighting": "u"},
+            r"`dsq_weighting` cannot be 'u'; it must be one of 'none', 'hessian'",
+        ),
         ({"dataset": "x", "backend": "gptq", "asym_alpha": 0.5}, r"cannot act: it needs `backend='gptaq'`"),
         ({"backend": "rtn", "percdamp": 0.1}, r"it needs `backend='gptaq'` or `backend='gptq'`"),
         ({"dataset": "x", "bits_per_layer": {"down_proj": 5}}, r"`bits_per_layer\['down_proj'\]` must be 2, 3 or 4"),

@@ -47,10 +47,27 @@ def test_worked_example():
 @given(st.integers(0, 2**31), st.sampled_from([1, 2, 3]), st.integers(1, 9), st.integers(1, 24))
 def test_no_half_step_increases_the_error(seed, planes, rows, columns):
     block = gaussian(rows, columns, seed=seed) * gaussian(columns, seed=seed + 1).exp()
-    fitted = fit_dsq(block, planes, iters=8)
-    for before, after in zip(fitted.objective, fitted.objective[1:], strict=False):
-        assert after <= before * (1 + 1e-12) + 1e-24
-    torch.testing.assert_close((value(fitted) - block).square().sum().item(), fitted.objective[-1])
+    for weights in (None, gaussian(columns, seed=seed + 2).exp()):
+        fitted = fit_dsq(block, planes, iters=8, weights=weights)
+        for before, after in zip(fitted.objective, fitted.objective[1:], strict=False):
+            assert after <= before * (1 + 1e-12) + 1e-24
+        squares = (value(fitted) - block).square() * (1 if weights is None else weights)
+        torch.testing.assert_close(squares.sum().item(), fitted.objective[-1])
+
+
+def test_weights_of_columns():
+    """Equal weights change nothing, and others lower the error that they weigh; a column that counts nothing moves no other."""
+    block = gaussian(32, 16) * gaussian(16, seed=1).exp()
+    weights = (2 * gaussian(16, seed=2)).exp()
+    plain, weighted, same = (fit_dsq(block, 2, weights=one) for one in (None, weights, torch.ones(16).double()))
+    assert torch.equal(value(plain), value(same)) and plain.objective == same.objective
+    errors = [((value(fitted) - block).square() * weights).sum().item() for fitted in (plain, weighted)]
+    assert errors[1] < 0.9 * errors[0]
+    without = weights.clone()
+    without[5] = 0
+    others = torch.arange(16) != 5
+    alone = value(fit_dsq(block[:, others], 2, weights=weights[others]))
+    torch.testing.assert_close(value(fit_dsq(block, 2, weights=without))[:, others], alone)
 
 
 def test_dependent_planes_keep_the_error_from_growing():

@@ -117,10 +117,12 @@ def test_gptq_of_independent_inputs_is_rounding(act_order):
     rounded = grids.round_to_nearest(weight, 3, 32)
     for name in ("codes", "scale", "zero"):
         assert torch.equal(getattr(codes, name), getattr(rounded, name))
-    dual, _ = quantize(weight, hessian, bits=2, group_size=32, act_order=act_order, dual=True)
     rounded = dsq.round_to_nearest(weight, 2, 32)
-    for name in ("signs", "row_scale", "column_scale"):
-        assert torch.equal(getattr(dual, name), getattr(rounded, name))
+    for weighting in ("none", "hessian"):
+        options = dict(act_order=act_order, dual=True, dsq_weighting=weighting)
+        dual, _ = quantize(weight, hessian, bits=2, group_size=32, **options)
+        for name in ("signs", "row_scale", "column_scale"):
+            assert torch.equal(getattr(dual, name), getattr(rounded, name))
 
 
 def output_error(codes, weight, data, target):
@@ -138,6 +140,19 @@ def test_each_method_loses_less_than_the_one_before(problem, dual):
     assert stats.output_error == pytest.approx(on_same[1] / (quantized @ weight.T).norm().item(), rel=1e-2)
     on_original = [output_error(codes, weight, quantized, original) for codes in (gptq, gptaq)]
     assert on_original[1] < on_original[0]
+
+
+def test_weighting_dual_scales_lowers_the_error_of_the_output():
+    """Of a matrix whose inputs differ in size, on inputs that the Hessian has not seen."""
+    weight, sizes = 0.02 * gaussian(48, 128), gaussian(128, seed=1).exp()
+    mix = sizes[:, None] * (torch.eye(128) + 0.05 * gaussian(128, 128, seed=2))
+    statistics, unseen = InputStatistics(128), gaussian(1024, 128, seed=4) @ mix.T
+    statistics.add(gaussian(1024, 128, seed=3) @ mix.T)
+    for bits in (2, 3):
+        options = dict(bits=bits, group_size=64, dual=True)
+        both = [quantize(weight, statistics.hessian, dsq_weighting=one, **options) for one in ("none", "hessian")]
+        plain, weighted = (output_error(codes, weight, unseen, unseen) for codes, _ in both)
+        assert weighted < 0.9 * plain
 
 
 def test_scales_of_the_hessian_do_not_matter(problem):

@@ -51,8 +51,12 @@ def test_clip_search(both, problem, bits, group_size):
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
-def test_dual_scales(both, problem, planes):
-    (rows, columns), (expected_rows, expected_columns) = both(lambda: dsq.fit_levels(problem[0][:, :64], planes))
+@pytest.mark.parametrize("weighted", [False, True])
+def test_dual_scales(both, problem, planes, weighted):
+    weights = gaussian(64, seed=5).exp() if weighted else None
+    (rows, columns), (expected_rows, expected_columns) = both(
+        lambda: dsq.fit_levels(problem[0][:, :64], planes, weights=weights)
+    )
     torch.testing.assert_close(columns, expected_columns, rtol=5e-3, atol=1e-6)
     torch.testing.assert_close(rows, expected_rows, rtol=5e-3, atol=1e-6)
     compiled, reference = both(lambda: dsq.round_to_nearest(problem[0], planes, 64))
@@ -60,18 +64,20 @@ def test_dual_scales(both, problem, planes):
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize(("dual", "weighting"), [(False, "none"), (True, "none"), (True, "hessian")])
 @pytest.mark.parametrize("with_cross", [False, True])
-def test_columns(both, problem, dual, with_cross):
+def test_columns(both, problem, dual, weighting, with_cross):
     weight, hessian, cross = problem
     arguments = weight, hessian, cross if with_cross else None
     (compiled, stats), (reference, expected) = both(
-        lambda: gptq.quantize(*arguments, bits=2, group_size=64, dual=dual)
+        lambda: gptq.quantize(*arguments, bits=2, group_size=64, dual=dual, dsq_weighting=weighting)
     )
     assert stats.output_error == pytest.approx(expected.output_error, rel=1e-2)
     # Where a weight lies between two levels, a rounding error changes what follows in its row, and with dual scales others.
     same = (compiled.dequantize() - reference.dequantize()).abs() < 1e-4
-    assert same.float().mean() > (0.9 if dual else 0.99)
+    first = gptq.group_aware_order(hessian.diagonal(), 64)[1][:64]
+    assert same[:, first].float().mean() > 0.99
+    assert same.float().mean() > {"none": 0.9 if dual else 0.99, "hessian": 0.85}[weighting]
 
 
 def test_threads_change_nothing(problem):

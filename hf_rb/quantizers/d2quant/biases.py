@@ -1,13 +1,17 @@
 """Biases of layers and norms that have none in their architecture: where corrections are kept."""
 
+import copy
 from collections.abc import Iterable
 from functools import cache
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 
-__all__ = ["add_biases", "set_bias"]
+__all__ = ["BIAS_SWITCH", "add_biases", "biases_by_switch", "set_bias"]
+
+BIAS_SWITCH = "mlp_bias"  # in the configurations of Llama and its kind
 
 
 def set_bias(module: nn.Module, bias: Tensor) -> bool:
@@ -30,6 +34,19 @@ def add_biases(model: nn.Module, names: Iterable[str]) -> None:
         module = model.get_submodule(name)
         size = module.out_features if isinstance(module, nn.Linear) else module.weight.shape
         set_bias(module, torch.zeros(size, device=module.weight.device))
+
+
+def biases_by_switch(config: PreTrainedConfig, names: Iterable[str]) -> set[str]:
+    """Returns the linear layers that have biases if the architecture's switch is on; none if that leaves out one of `names`."""
+    if not hasattr(config, BIAS_SWITCH):
+        return set()
+    config = copy.deepcopy(config)
+    setattr(config, BIAS_SWITCH, True)
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.bias is not None}
+    return found if found.issuperset(names) else set()
 
 
 @cache

@@ -41,6 +41,10 @@ class D2QuantConfig(PackedConfig):
             Whether down projections of 2 and 3 bits get sign planes and column scales instead of the integer grid.
         dsq_iters (`int`, *optional*, defaults to `15`):
             Iterations of the alternating fit of planes and scales.
+        dsq_weighting (`str`, *optional*, defaults to `"hessian"`):
+            What a column counts in that fit. `"none"`: all alike, as in the paper and its code. `"hessian"`, which is ours: by
+            what its error costs in the output, 1 / U[j, j]^2 of the GPTQ loop's factor U of the inverse Hessian. With
+            `backend="rtn"` there is no Hessian, and all count alike.
         dac (`bool`, *optional*, defaults to `True`):
             Whether the mean shift after the quantized attention is corrected.
         dac_mode (`str`, *optional*, defaults to `"fold"`):
@@ -113,6 +117,9 @@ class D2QuantConfig(PackedConfig):
     )
     dsq: bool = field(default=True, metadata=described("Dual scales for down projections of 2 and 3 bits."))
     dsq_iters: int = field(default=15, metadata=described("Iterations of the fit of dual scales.", range="[1, inf)"))
+    dsq_weighting: str = field(
+        default="hessian", metadata=described("What columns count in the fit.", choices=("none", "hessian"))
+    )
     dac: bool = field(default=True, metadata=described("Correct the mean shift after attention."))
     dac_mode: str = field(
         default="fold", metadata=described("Where corrections are kept.", choices=("fold", "norm_bias"))

@@ -13,6 +13,9 @@ After a greedy start, three exact half-steps alternate, none of which increases 
 2. columns: least squares for c;
 3. codes: for every weight the nearest of the 2^K levels.
 
+The error may count each column with a weight g[j] of its own, sum_ij g[j] (X - X~)^2[i, j]: only the sums over columns in step 1
+change. The paper and its code count all columns alike; weights are ours.
+
 A row whose planes are linearly dependent keeps its scales in step 1 (the released code divides by a clamped determinant
 there). Scaling c by a factor and r by its inverse changes nothing; stored columns have a geometric mean of 1 over each group,
 those of zeros apart.
@@ -141,7 +144,7 @@ def signs_of(codes: Tensor, planes: int) -> Tensor:
     return torch.stack([2 * (codes >> plane & 1).to(torch.int8) - 1 for plane in range(planes)])
 
 
-def fit_dsq(block: Tensor, planes: int, iters: int = 15) -> DualScale:
+def fit_dsq(block: Tensor, planes: int, iters: int = 15, weights: Tensor | None = None) -> DualScale:
     """
     Fits row scales, column scales and signs to a block of one quantization group.
 
@@ -152,6 +155,8 @@ def fit_dsq(block: Tensor, planes: int, iters: int = 15) -> DualScale:
             Planes: 2 for 2 bits, 3 for 3 bits; 1 is the binary case.
         iters (`int`, *optional*, defaults to `15`):
             Rounds of the three half-steps.
+        weights (`torch.Tensor`, *optional*):
+            Positive weights of the columns in the squared error, `(G,)`; without them all count alike, as in the paper.
 
     Returns:
         [`DualScale`]: Column scales as they come out; nothing is normalised or rounded.
@@ -161,17 +166,17 @@ def fit_dsq(block: Tensor, planes: int, iters: int = 15) -> DualScale:
     """
     _check_planes(planes)
     block = block.to(torch.promote_types(block.dtype, torch.float32))
-    columns, rows, signs = _start(block, planes)
-    objective = [_error(block, columns, rows, signs)]
+    columns, rows, signs = _start(block, planes, weights)
+    objective = [_error(block, columns, rows, signs, weights)]
     for _ in range(iters):
-        rows, signs = _fit_rows(block, columns, rows, signs)
-        objective.append(_error(block, columns, rows, signs))
+        rows, signs = _fit_rows(block, columns, rows, signs, weights)
+        objective.append(_error(block, columns, rows, signs, weights))
         columns, signs = _fit_columns(block, rows, signs)
-        objective.append(_error(block, columns, rows, signs))
+        objective.append(_error(block, columns, rows, signs, weights))
         levels = Levels(rows)
         codes = levels.codes.gather(-1, levels.nearest(block / columns.unsqueeze(-2)))
         signs = signs_of(codes, planes).to(block.dtype)
-        objective.append(_error(block, columns, rows, signs))
+        objective.append(_error(block, columns, rows, signs, weights))
     return DualScale(rows, columns, signs.to(torch.int8), objective)
 
 
@@ -184,27 +189,35 @@ def _first_columns(block: Tensor) -> Tensor:
     return block.abs().mean(-2).clamp_(min=SMALLEST_COLUMN)
 
 
-def _start(block: Tensor, planes: int) -> tuple[Tensor, Tensor, Tensor]:
+def _weighted(columns: Tensor, weights: Tensor | None) -> Tensor:
+    return columns if weights is None else columns * weights
+
+
+def _start(block: Tensor, planes: int, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     columns = _first_columns(block)
-    norm, rest, rows, signs = columns.square().sum(-1, keepdim=True), block, [], []
+    weighted = _weighted(columns, weights)
+    norm, rest, rows, signs = (columns * weighted).sum(-1, keepdim=True), block, [], []
     for _ in range(planes):
         sign = torch.where(rest >= 0, 1.0, -1.0).to(block.dtype)
-        scale = ((rest * sign) @ columns.unsqueeze(-1)).squeeze(-1).abs() / norm
+        scale = ((rest * sign) @ weighted.unsqueeze(-1)).squeeze(-1).abs() / norm
         rest = rest - scale.unsqueeze(-1) * columns.unsqueeze(-2) * sign
         rows.append(scale)
         signs.append(sign)
     return columns, torch.stack(rows, -1), torch.stack(signs)
 
 
-def _fit_rows(block: Tensor, columns: Tensor, rows: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-    planes, column = len(signs), columns.unsqueeze(-1)
-    norm = columns.square().sum(-1)[..., None, None]
+def _fit_rows(
+    block: Tensor, columns: Tensor, rows: Tensor, signs: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    planes, weighted = len(signs), _weighted(columns, weights).unsqueeze(-1)
+    squares = columns.unsqueeze(-1) * weighted
+    norm = squares.sum(-2, keepdim=True)
     matrix = torch.eye(planes, dtype=block.dtype, device=block.device).expand(*rows.shape, planes).clone()
     for k in range(planes):
         for other in range(k):
-            product = (signs[k] * signs[other]) @ column.square()
+            product = (signs[k] * signs[other]) @ squares
             matrix[..., k, other] = matrix[..., other, k] = (product / norm).squeeze(-1)
-    target = torch.cat([(block * sign) @ column for sign in signs], -1) / norm
+    target = torch.cat([(block * sign) @ weighted for sign in signs], -1) / norm
     factor, _ = torch.linalg.cholesky_ex(matrix)
     independent = (factor.diagonal(dim1=-2, dim2=-1) > DEPENDENT).all(-1, keepdim=True)
     factor = torch.where(independent.unsqueeze(-1), factor, torch.eye(planes).to(factor))
@@ -225,12 +238,14 @@ def _sum_planes(rows: Tensor, signs: Tensor) -> Tensor:
     return sum(row * sign for row, sign in zip(rows.split(1, -1), signs, strict=True))
 
 
-def _error(block: Tensor, columns: Tensor, rows: Tensor, signs: Tensor) -> float:
+def _error(block: Tensor, columns: Tensor, rows: Tensor, signs: Tensor, weights: Tensor | None) -> float:
     difference = _sum_planes(rows, signs).mul_(columns.unsqueeze(-2)).sub_(block)
+    if weights is not None:
+        difference *= weights.sqrt()
     return difference.flatten().dot(difference.flatten()).item()
 
 
-def fit_levels(block: Tensor, planes: int, iters: int = 15) -> tuple[Tensor, Tensor]:
+def fit_levels(block: Tensor, planes: int, iters: int = 15, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     Returns the scales of a block as they are stored: column scales of geometric mean 1, row scales rounded.
 
@@ -242,9 +257,10 @@ def fit_levels(block: Tensor, planes: int, iters: int = 15) -> tuple[Tensor, Ten
     _check_planes(planes)
     block = block.contiguous()  # sums are taken in one order, whatever the layout was
     if block.ndim == 2 and (solver := native.solver(block)):
-        rows, columns = solver.fit_dual(block.T, _first_columns(block), planes, iters, DEPENDENT, SMALLEST_COLUMN)
+        first = _first_columns(block)
+        rows, columns = solver.fit_dual(block.T, first, planes, iters, weights, DEPENDENT, SMALLEST_COLUMN)
     else:
-        rows, columns, *_ = fit_dsq(block, planes, iters)
+        rows, columns, *_ = fit_dsq(block, planes, iters, weights)
     live = columns > SMALLEST_COLUMN  # a column of zeros would make the others huge
     live |= ~live.any(-1, keepdim=True)
     factor = (columns.log().mul_(live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True)).exp()

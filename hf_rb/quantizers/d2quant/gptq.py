@@ -116,6 +116,7 @@ def quantize(
     asym_alpha: float = 0.25,
     dual: bool = False,
     dsq_iters: int = 15,
+    dsq_weighting: str = "none",
     clip_search: bool = True,
 ) -> tuple[AffineCodes | DualCodes, Stats]:
     """
@@ -142,6 +143,9 @@ def quantize(
             Whether the levels are those of dual-scale quantization instead of affine grids.
         dsq_iters (`int`, *optional*, defaults to `15`):
             Rounds of its fit.
+        dsq_weighting (`str`, *optional*, defaults to `"none"`):
+            `"none"` fits it to all columns alike; `"hessian"` counts the squared error of column j by 1 / U[j, j]^2, which is
+            what the loop above makes of it.
         clip_search (`bool`, *optional*, defaults to `True`):
             Whether the range of an affine grid is searched.
 
@@ -160,9 +164,10 @@ def quantize(
     factor, percdamp = inverse_factor(hessian[order][:, order].float(), percdamp)
     residual = None if cross is None else _residual_factor(cross[order][:, order].float(), factor, asym_alpha)
 
+    weights = factor.diagonal().pow(-2) if dsq_weighting == "hessian" else None
     rest = original.masked_fill(dead, 0).T[order]
     matrix = (
-        _DualMatrix(rest, group_size, bits, dsq_iters, dead[order])
+        _DualMatrix(rest, group_size, bits, dsq_iters, dead[order], weights)
         if dual
         else _AffineMatrix(rest, group_size, bits, clip_search)
     )
@@ -333,15 +338,16 @@ class _AffineMatrix:
 class _DualMatrix:
     """As [`_AffineMatrix`], for dual scales."""
 
-    def __init__(self, rest: Tensor, group_size: int, planes: int, iters: int, dead: Tensor):
+    def __init__(self, rest: Tensor, group_size: int, planes: int, iters: int, dead: Tensor, weights: Tensor | None):
         self.codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
         groups = -(-len(rest) // group_size)
         self.row_scale = torch.empty(rest.shape[1], groups, planes, dtype=torch.float16, device=rest.device)
         self.column_scale = torch.empty(len(rest), dtype=torch.float32, device=rest.device)
-        self.group_size, self.planes, self.iters, self.dead = group_size, planes, iters, dead
+        self.group_size, self.planes, self.iters, self.dead, self.weights = group_size, planes, iters, dead, weights
 
     def fit(self, group: int, place: slice, block: Tensor) -> _DualColumns:
-        rows, columns = fit_levels(block.T, self.planes, self.iters)
+        weights = None if self.weights is None else self.weights[place] / self.weights[place].amax()
+        rows, columns = fit_levels(block.T, self.planes, self.iters, weights)
         columns = columns.masked_fill(self.dead[place], DEAD_COLUMN)
         self.row_scale[:, group], self.column_scale[place] = rows, columns
         return _DualColumns(Levels(rows.float()), columns)

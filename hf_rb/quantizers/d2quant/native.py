@@ -43,7 +43,7 @@ class Solver:
         block = [c_void_p, c_int64, c_int64]
         self._fit_grids, self._fit_dual = library.hf_rb_fit_grids, library.hf_rb_fit_dual
         self._fit_grids.argtypes = [*block, c_int, c_int, c_int, c_void_p, c_void_p]
-        self._fit_dual.argtypes = [*block, c_int, c_int, c_double, c_float, c_int, c_void_p, c_void_p]
+        self._fit_dual.argtypes = [*block, c_int, c_int, c_void_p, c_double, c_float, c_int, c_void_p, c_void_p]
         self._round_columns = library.hf_rb_round_columns
         self._round_columns.argtypes = [*block, POINTER(_Rule), c_void_p, c_void_p, c_int, c_void_p, c_void_p]
 
@@ -54,13 +54,22 @@ class Solver:
         return step, zero
 
     def fit_dual(
-        self, block: Tensor, columns: Tensor, planes: int, rounds: int, smallest_factor: float, smallest_column: float
+        self,
+        block: Tensor,
+        columns: Tensor,
+        planes: int,
+        rounds: int,
+        weights: Tensor | None,
+        smallest_factor: float,
+        smallest_column: float,
     ) -> tuple[Tensor, Tensor]:
-        """Returns row scales `(rows, planes)` and column scales `(length,)`, from the first ones."""
+        """Returns row scales `(rows, planes)` and column scales `(length,)`, from the first ones and the columns' weights."""
         block, columns = block.contiguous(), columns.clone()
+        weights = None if weights is None else weights.contiguous()
         scales = block.new_empty(planes, block.shape[1])
         outputs = scales.data_ptr(), columns.data_ptr()
-        numbers = planes, rounds, smallest_factor, smallest_column, _threads()
+        weighting = None if weights is None else weights.data_ptr()
+        numbers = planes, rounds, weighting, smallest_factor, smallest_column, _threads()
         _check(self._fit_dual(*_block(block), *numbers, *outputs))
         return scales.T, columns
 

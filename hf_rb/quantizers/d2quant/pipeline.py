@@ -307,6 +307,7 @@ class _Calibration:
                 asym_alpha=self.config.asym_alpha,
                 dual=dual,
                 dsq_iters=self.config.dsq_iters,
+                dsq_weighting=self.config.dsq_weighting,
                 clip_search=self.config.clip_search,
             )
             if stats.percdamp > self.config.percdamp:

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from hf_rb.quantizers.backend import PackingQuantizer
 from hf_rb.quantizers.d2quant import absorption, dsq, grids
-from hf_rb.quantizers.d2quant.biases import add_biases
+from hf_rb.quantizers.d2quant.biases import BIAS_SWITCH, add_biases, biases_by_switch, set_bias
 from hf_rb.quantizers.d2quant.config import D2QuantConfig
 from hf_rb.quantizers.d2quant.experts import D2QuantExperts
 from hf_rb.quantizers.d2quant.linear import D2QuantLinear
@@ -182,15 +182,30 @@ class D2QuantQuantizer(PackingQuantizer):
         model = super()._process_model_after_weight_loading(model, **kwargs)
         if not self.pre_quantized:
             config.column_modules = absorption.absorb(model) or None
+        elif config.dequantize:
+            self._make_room(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        if biased := self.quantization_config.bias_modules:
+        model = super()._dequantize(model, dtype)
+        self._make_room(model)
+        return model
+
+    def _make_room(self, model: nn.Module) -> None:
+        """Makes an ordinary model one of an architecture with biases where its corrections are, or warns that there is none."""
+        if not (biased := self.quantization_config.bias_modules):
+            return
+        places = biases_by_switch(model.config, biased)
+        if not places:
             logger.warning(
                 f"The corrections of this model stay in biases of {len(biased)} modules ({biased[0]}, …). What `save_pretrained` "
                 f"writes now has them, but an ordinary {type(model).__name__} leaves them out when it is loaded."
             )
-        return super()._dequantize(model, dtype)
+            return
+        setattr(model.config, BIAS_SWITCH, True)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and module.bias is None and _among(name, places):
+                set_bias(module, torch.zeros(module.out_features))
 
 
 def _among(name: str, names: Iterable[str] | None) -> bool:

@@ -134,11 +134,13 @@ int hf_rb_fit_grids(const float *block, int64_t length, int64_t rows, int last, 
     return failed;
 }
 
-/* ------------------------------------------------------------------ dual scales */
+/* ------------------------------------------------------------------ dual scales
+
+   `weighted` is the column scale times the column's weight in the error, and `norm` the sum of both products. */
 
 /* Starts as `_start` of dsq.py does. */
-static void first_signs(const float *tile, int64_t length, int planes, const float *column, float norm, float *signs,
-                        float scale[][LANES], float *rest) {
+static void first_signs(const float *tile, int64_t length, int planes, const float *column, const float *weighted,
+                        float norm, float *signs, float scale[][LANES], float *rest) {
     memcpy(rest, tile, length * LANES * sizeof(float));
     for (int k = 0; k < planes; k++, signs += length * LANES) {
         float sum[LANES] = {0};
@@ -146,7 +148,7 @@ static void first_signs(const float *tile, int64_t length, int planes, const flo
             EACH_LANE {
                 float x = rest[j * LANES + lane];
                 signs[j * LANES + lane] = x >= 0 ? 1 : -1;
-                sum[lane] += fabsf(x) * column[j];
+                sum[lane] += fabsf(x) * weighted[j];
             }
         EACH_LANE scale[k][lane] = sum[lane] / norm;
         for (int64_t j = 0; j < length; j++)
@@ -209,11 +211,11 @@ static void solve_row(int planes, double matrix[][MAX_PLANES], const double *tar
     }
 }
 
-INLINE void fit_rows(const float *tile, int64_t length, const int planes, const float *column, float norm, double smallest,
-                     const float *signs, float scale[][LANES]) {
+INLINE void fit_rows(const float *tile, int64_t length, const int planes, const float *column, const float *weighted, float norm,
+                     double smallest, const float *signs, float scale[][LANES]) {
     float target[MAX_PLANES][LANES] = {{0}}, products[MAX_PLANES][MAX_PLANES][LANES] = {{{0}}};
     for (int64_t j = 0; j < length; j++) {
-        const float c = column[j], square = c * c;
+        const float c = weighted[j], square = column[j] * c;
         for (int k = 0; k < planes; k++) {
             const float *sign = signs + (k * length + j) * LANES;
             EACH_LANE target[k][lane] += tile[j * LANES + lane] * c * sign[lane];
@@ -246,29 +248,33 @@ static void add_columns(const float *tile, int64_t length, int planes, const flo
     }
 }
 
-static void round_of_tile(const float *tile, int64_t length, int planes, int first_round, const float *column, float norm,
-                          double smallest, float *signs, float *rest, float scale[][LANES], double *sums) {
-    if (first_round) first_signs(tile, length, planes, column, norm, signs, scale, rest);
+static void round_of_tile(const float *tile, int64_t length, int planes, int first_round, const float *column,
+                          const float *weighted, float norm, double smallest, float *signs, float *rest,
+                          float scale[][LANES], double *sums) {
+    if (first_round) first_signs(tile, length, planes, column, weighted, norm, signs, scale, rest);
     else if (planes == 1) nearest_signs(tile, length, 1, column, scale, signs);
     else if (planes == 2) nearest_signs(tile, length, 2, column, scale, signs);
     else nearest_signs(tile, length, 3, column, scale, signs);
-    if (planes == 1) fit_rows(tile, length, 1, column, norm, smallest, signs, scale);
-    else if (planes == 2) fit_rows(tile, length, 2, column, norm, smallest, signs, scale);
-    else fit_rows(tile, length, 3, column, norm, smallest, signs, scale);
+    if (planes == 1) fit_rows(tile, length, 1, column, weighted, norm, smallest, signs, scale);
+    else if (planes == 2) fit_rows(tile, length, 2, column, weighted, norm, smallest, signs, scale);
+    else fit_rows(tile, length, 3, column, weighted, norm, smallest, signs, scale);
     add_columns(tile, length, planes, signs, scale, sums);
     /* A negative scale stands for the opposite signs, which the next round finds again. */
     for (int k = 0; k < planes; k++) EACH_LANE scale[k][lane] = fabsf(scale[k][lane]);
 }
 
-/* Row scales `(planes, rows)`; `columns` `(length)` holds the first column scales and gets the last. */
-int hf_rb_fit_dual(const float *block, int64_t length, int64_t rows, int planes, int rounds, double smallest_factor,
-                   float smallest_column, int threads, float *scales, float *columns) {
+/* Row scales `(planes, rows)`; `columns` `(length)` holds the first column scales and gets the last. `weights` `(length)` are
+   those of the columns in the error, or null. */
+int hf_rb_fit_dual(const float *block, int64_t length, int64_t rows, int planes, int rounds, const float *weights,
+                   double smallest_factor, float smallest_column, int threads, float *scales, float *columns) {
     int64_t tiles = (rows + LANES - 1) / LANES;
     double *sums = malloc(tiles * 2 * length * sizeof(double));
-    int failed = !sums;
+    float *weighted = malloc(length * sizeof(float));
+    int failed = !sums || !weighted;
     for (int round = 0; round < rounds && !failed; round++) {
         float norm = 0;
-        for (int64_t j = 0; j < length; j++) norm += columns[j] * columns[j];
+        for (int64_t j = 0; j < length; j++) weighted[j] = weights ? columns[j] * weights[j] : columns[j];
+        for (int64_t j = 0; j < length; j++) norm += columns[j] * weighted[j];
 #pragma omp parallel num_threads(threads) reduction(| : failed)
         {
             float *tile = malloc((2 + planes) * length * LANES * sizeof(float));
@@ -280,7 +286,7 @@ int hf_rb_fit_dual(const float *block, int64_t length, int64_t rows, int planes,
                 if (failed) continue;
                 load(block, length, rows, i * LANES, tile);
                 if (round) load(scales, planes, rows, i * LANES, scale[0]);
-                round_of_tile(tile, length, planes, !round, columns, norm, smallest_factor, signs, rest, scale,
+                round_of_tile(tile, length, planes, !round, columns, weighted, norm, smallest_factor, signs, rest, scale,
                               sums + i * 2 * length);
                 store(scale[0], planes, rows, i * LANES, scales);
             }
@@ -293,6 +299,7 @@ int hf_rb_fit_dual(const float *block, int64_t length, int64_t rows, int planes,
             columns[j] = column > smallest_column ? column : smallest_column;
         }
     }
+    free(weighted);
     free(sums);
     return failed;
 }
