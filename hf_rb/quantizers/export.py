@@ -32,6 +32,7 @@ from hf_rb._files import atomic_folder
 from hf_rb._safetensors import Checkpoint, Output, write_index, write_tensors
 from hf_rb.evaluation import Size, find_model, model_size
 from hf_rb.hub import ModelCardData, write_model_card
+from hf_rb.quantizers.d2quant.biases import BIAS_SWITCH, biases_by_switch
 from hf_rb.quantizers.kernels.layout import Layout, unpack
 from hf_rb.quantizers.offline import check_apart, copy_companions, quantization_method
 from hf_rb.quantizers.ptqtp.packing import row_blocks
@@ -81,12 +82,7 @@ def dequantize_checkpoint(
             holds it, or a packed tensor is damaged or missing.
     """
     packed = _PackedModel(source, destination)
-    if biased := getattr(packed.config, "bias_modules", None):
-        raise ValueError(
-            f"{source} keeps corrections as biases of {len(biased)} modules ({biased[0]}, …), for which an ordinary "
-            f"{packed.model_config.model_type} has no place. Load it with `quantization_config=D2QuantConfig(backend='rtn', "
-            "dequantize=True)`, which keeps them in memory, or quantize with `dac=False`."
-        )
+    empty = packed.make_room(getattr(packed.config, "bias_modules", None) or [])
     cast = getattr(torch, dtype) if dtype else None
 
     def convert(name: str) -> dict[str, Output]:
@@ -97,7 +93,10 @@ def dequantize_checkpoint(
             values = packed.read(name, lambda parameter, tensors: packed.quantizer.unpack(parameter, tensors, target))
             yield (values.mT if weight.transposed else values).contiguous().view(-1)
 
-        return {name: Output(target, weight.shape, chunks)}
+        outputs = {name: Output(target, weight.shape, chunks)}
+        if (module := name.removesuffix(".weight")) in empty:
+            outputs[f"{module}.bias"] = Output.of(torch.zeros(weight.shape[0], dtype=target))
+        return outputs
 
     return packed.rewrite(convert, None, cast, overwrite, progress)
 
@@ -197,6 +196,23 @@ class _PackedModel:
                 shape = self.shapes[parameter] if len(entry.shape) == 3 else (entry.shape[0], layout.in_features)
                 self.weights[name] = _Packed(parameter, layout, shape, transposed)
         self._check(quantizer.layouts)
+
+    def make_room(self, biased: list[str]) -> set[str]:
+        """Turns the configuration into one with biases where the corrections are; returns the layers that then miss theirs."""
+        if not biased:
+            return set()
+        places = biases_by_switch(self.model_config, biased)
+        empty = {name for name in places if f"{name}.bias" not in self.checkpoint.entries}
+        if not places or any(f"{name}.weight" not in self.weights for name in empty):
+            only_final = not places and biases_by_switch(self.model_config, biased[:-1])
+            remedy = "dac_final=False" if only_final else "dac=False"
+            raise ValueError(
+                f"{self.source} keeps corrections as biases of {len(biased)} modules ({biased[-1]}, …), for which an ordinary "
+                f"{self.model_config.model_type} has no place. Load it with `quantization_config=D2QuantConfig(backend='rtn', "
+                f"dequantize=True)`, which keeps them in memory, or quantize with `{remedy}`."
+            )
+        setattr(self.model_config, BIAS_SWITCH, True)
+        return empty
 
     def _check(self, parameters: Iterable[str]) -> None:
         names, found = self.checkpoint.entries, Counter()

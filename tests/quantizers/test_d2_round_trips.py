@@ -30,7 +30,7 @@ from transformers.utils import logging
 from hf_rb import D2QuantConfig, tiny
 from hf_rb.cli import main
 from hf_rb.quantizers import dequantize_checkpoint, export_gptq, quantize, quantize_checkpoint
-from hf_rb.quantizers.d2quant import D2QuantLinear
+from hf_rb.quantizers.d2quant import D2QuantLinear, pipeline
 from hf_rb.quantizers.d2quant.packing import is_dual
 
 
@@ -229,6 +229,41 @@ def test_corrections_have_no_place_in_an_ordinary_model(calibrated, tmp_path, ca
     load(tmp_path / "model").dequantize()
     logging.disable_propagation()
     assert "corrections of this model stay in biases" in caplog.text
+
+
+def test_corrections_of_a_llama_have_a_place(make_model, tmp_path, monkeypatch, caplog):
+    """Llama's configuration can give biases to the MLP, which is all that reads the corrected norms without the final one."""
+
+    class Tokens:
+        def __call__(self, texts, **_):
+            return {"input_ids": [[ord(letter) % 96 for letter in text] for text in texts]}
+
+    monkeypatch.setattr(pipeline, "load_tokenizer", lambda config, model: Tokens())
+    options = dict(
+        dataset=["".join(chr(i * i % 90 + 32) for i in range(200))], num_samples=4, seqlen=32, group_size=64
+    )
+    source = make_model("llama", tied=False, dtype=torch.float32)
+    model = load(source, D2QuantConfig(dac_final=False, **options))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "one")
+    dequantize_checkpoint(tmp_path / "one", tmp_path / "folder")
+    stored = tensors(tmp_path / "folder")
+    assert stored["model.layers.0.mlp.up_proj.bias"].any() and not stored["model.layers.0.mlp.down_proj.bias"].any()
+    logging.enable_propagation()
+    load(tmp_path / "one", back()).save_pretrained(tmp_path / "plain")
+    model.dequantize()
+    model.save_pretrained(tmp_path / "memory")
+    logging.disable_propagation()
+    assert not caplog.text
+    for name in ("folder", "plain", "memory"):
+        torch.testing.assert_close(logits(load(tmp_path / name)), expected, atol=1e-4, rtol=1e-4)
+        assert json.loads((tmp_path / name / "config.json").read_text())["mlp_bias"] is True
+
+    load(source, D2QuantConfig(**options)).save_pretrained(tmp_path / "final")
+    with pytest.raises(
+        ValueError, match=r"\(lm_head, …\), for which an ordinary llama .* quantize with `dac_final=False`"
+    ):
+        dequantize_checkpoint(tmp_path / "final", tmp_path / "no")
 
 
 def test_a_missing_bias_is_named(calibrated, tmp_path):

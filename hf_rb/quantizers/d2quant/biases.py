@@ -45,7 +45,9 @@ def biases_by_switch(config: PreTrainedConfig, names: Iterable[str]) -> set[str]
     vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    found = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.bias is not None}
+    found = {
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.bias is not None
+    }
     return found if found.issuperset(names) else set()
 
 
