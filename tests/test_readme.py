@@ -1,12 +1,20 @@
-"""The README's example of a shaper is run as it stands there."""
+"""Examples of the README and the cards: the shaper is run as it stands there, every command line is one that its verb takes."""
 
 import re
+import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from hf_rb import cli
+from hf_rb._resources import find_recipe
+from hf_rb.cli import schemas
+from hf_rb.cli.check import check, read_overrides, read_recipe
+
 
 README = Path(__file__).parents[1] / "README.md"
+CARDS = sorted((README.parent / "model_cards").glob("*.md"))
 
 
 def test_the_shaper_of_the_readme(tmp_path, monkeypatch):
@@ -20,3 +28,33 @@ def test_the_shaper_of_the_readme(tmp_path, monkeypatch):
     logged = names["trainer"].state.log_history[-1]
     assert logged["shaping/brevity/changed"] > 0
     assert logged["shaping/brevity/flipped"] == pytest.approx(0)
+
+
+def commands(page):
+    """The command lines of `hf-rb` in a page's blocks of shell code."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in line.split(" && "):
+                if command.startswith("hf-rb "):
+                    yield shlex.split(command, comments=True)[1:]
+
+
+COMMANDS = [(page.name, command) for page in [README, *CARDS] for command in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page} {shlex.join(line)}" for page, line in COMMANDS])
+def test_command_lines_are_accepted(page, command):
+    verb, *rest = command
+    module = import_module(cli.VERBS[verb][0])
+    args = cli.parse(verb, module, rest)
+    recipe = getattr(args, "recipe", None) or getattr(args, "config", None)
+    if recipe not in (None, "recipe.yaml"):  # the latter is the reader's
+        values = read_recipe(find_recipe(recipe))
+        if module.__name__ == "hf_rb.cli.train":
+            values |= read_overrides(args.overrides, verb)
+        assert check(find_recipe(recipe), values, verb if verb in schemas.RECIPES else None).errors == []
+
+
+def test_every_verb_is_in_the_readme():
+    text = README.read_text()
+    assert [verb for verb in cli.VERBS if f"hf-rb {verb}" not in text] == []

@@ -17,7 +17,7 @@ from importlib import import_module
 from types import ModuleType
 
 
-__all__ = ["VERBS", "configure", "main", "run"]
+__all__ = ["VERBS", "configure", "main", "parse", "run"]
 
 VERBS = {
     "demo": ("hf_rb.cli.demo", "Fine-tune, quantize and evaluate a tiny model in about three minutes on a CPU."),
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         verb = _overview().parse_args(argv[:1] or ["--help"]).verb
         module = import_module(VERBS[verb][0])
-        args = _parse(verb, module, argv[1:])
+        args = parse(verb, module, argv[1:])
     except SystemExit as stop:  # argparse has printed the help or the mistake
         return stop.code
     return run(module, args)
@@ -95,7 +95,8 @@ def _overview() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(verb: str, module, argv: list[str]) -> argparse.Namespace:
+def parse(verb: str, module: ModuleType, argv: list[str]) -> argparse.Namespace:
+    """Parses the arguments of a verb; a mistake goes to stderr and ends the process, as argparse does."""
     parser = argparse.ArgumentParser(
         prog=f"hf-rb {verb}",
         description=VERBS[verb][1],
