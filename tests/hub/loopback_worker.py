@@ -176,7 +176,7 @@ def push_everything(folder: Path) -> dict[str, int]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_rb import PTQTPConfig, SFTConfig, SFTTrainer, tiny
+    from hf_rb import PTQTPConfig, SFTConfig, SFTTrainer, apply_mpi, fold_mpi, tiny
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(student, quantization_config=PTQTPConfig(group_size=32))
@@ -184,6 +184,12 @@ def push_everything(folder: Path) -> dict[str, int]:
     before = model(torch.arange(8)[None]).logits
     loaded = AutoModelForCausalLM.from_pretrained("me/quantized")  # down again
     codes["quantized loads from the Hub"] = int(not torch.equal(loaded(torch.arange(8)[None]).logits, before))
+
+    mixture = apply_mpi(AutoModelForCausalLM.from_pretrained(tiny.resolve("tiny:moe"), dtype=torch.float32))
+    before = mixture(torch.arange(8)[None]).logits
+    fold_mpi(mixture).push_to_hub("me/folded")
+    loaded = AutoModelForCausalLM.from_pretrained("me/folded")  # an ordinary mixture of experts
+    codes["folded routers load from the Hub"] = int(not torch.equal(loaded(torch.arange(8)[None]).logits, before))
 
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(student), LoraConfig(target_modules=["q_proj"]))
     adapted.push_to_hub("me/adapter")

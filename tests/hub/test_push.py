@@ -156,7 +156,7 @@ def test_everything_reaches_a_server_that_speaks_the_hubs_protocol(folder, tmp_p
     repos = seen["repos"]
     assert set(seen["exit_codes"].values()) == {0} and seen["unknown"] == []
     assert seen["tokens"] == ["Bearer hf_loopback"]  # huggingface_hub's own, and on every request
-    assert set(repos) == {"me/model", "me/quantized", "me/adapter", "me/trained", "me/trained-adapter"}
+    assert set(repos) == {"me/model", "me/quantized", "me/folded", "me/adapter", "me/trained", "me/trained-adapter"}
     assert seen["private"]["me/model"] and not seen["private"]["me/quantized"]
 
     assert set(repos["me/model"]) == UPLOADED
@@ -164,7 +164,7 @@ def test_everything_reaches_a_server_that_speaks_the_hubs_protocol(folder, tmp_p
         assert repos["me/model"][name] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert "| exact match | `tiny:math` | test | 0.5 |" in seen["cards"]["me/model"]
 
-    assert {"config.json", "model.safetensors"} <= set(repos["me/quantized"])
+    assert {"config.json", "model.safetensors"} <= set(repos["me/quantized"]) & set(repos["me/folded"])
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(repos["me/adapter"])
     assert set(repos["me/trained"]) == UPLOADED
     assert "ProFit" in seen["cards"]["me/trained"] and 'from_pretrained("me/trained")' in seen["cards"]["me/trained"]
