@@ -123,16 +123,16 @@ def repair_set(
     flipped: Sequence[Any], ordinary: Sequence[Any], size: int, failing_share: float, seed: int
 ) -> tuple[list[Any], list[Any]]:
     """
-    Draws the examples of a repair set without replacement: from the failing region as many as its share and what there is allow,
-    and the rest from ordinary data.
+    Draws the examples of a repair set without replacement: its share from the failing region, and the rest from ordinary data; where
+    there is less of one, more of the other.
 
     Returns:
-        `tuple[list, list]`: The two parts, of the same prefix for the same seed whatever the size.
+        `tuple[list, list]`: The two parts, of the same beginning for the same seed whatever the size.
     """
     rng = random.Random(seed)
     flipped, ordinary = (rng.sample(list(rows), len(rows)) for rows in (flipped, ordinary))
-    failing = flipped[: round(failing_share * size)]
-    return failing, ordinary[: size - len(failing)]
+    rest = ordinary[: size - min(round(failing_share * size), len(flipped))]
+    return flipped[: size - len(rest)], rest
 
 
 def problem_rows(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Answers]) -> list[dict[str, list[int]]]:

@@ -204,6 +204,10 @@ class _Pipeline:
         share = config.failing_share if self.questions.pool else 0.0
         failing, rest = failures.repair_set(comparison.flipped, ordinary, size, share, config.seed)
         rest = rest if config.train_text else failures.problem_rows(self.tokenizer, rest)
+        if len(failing) + len(rest) < size:
+            self.report.notes.append(
+                f"There are only {len(failing) + len(rest)} of the {size} examples asked for: raise `pool_problems`, or give more text."
+            )
         return failures.problem_rows(self.tokenizer, failing) + rest, len(failing)
 
     @cached_property

@@ -49,6 +49,8 @@ def test_the_failing_region_and_ordinary_data():
     assert set(failing) <= set(flipped) and set(rest) <= set(ordinary) and len(set(failing + rest)) == 20
     more, others = repair_set(flipped, ordinary, 40, 0.4, seed=0)  # no more have broken
     assert len(more) == 10 and more[:8] == failing and len(others) == 30
+    less, few = repair_set(flipped, ordinary[:5], 12, 0.4, seed=0)  # of ordinary data neither
+    assert len(less) == 7 and len(few) == 5
     assert repair_set(flipped, ordinary, 20, 0.4, seed=1)[0] != failing
     assert repair_set([], ordinary, 20, 0.4, seed=0)[1] == repair_set([], ordinary, 30, 0.4, seed=0)[1][:20]
 
