@@ -297,12 +297,10 @@ def _blocks(report: "Report") -> list[str]:
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g}"
 
-    rows = [
-        [block.name, f"{block.hidden_error:.4f}", shown(block.shift_before), shown(block.shift_after)]
-        for block in report.blocks
-    ]
-    lines = [format_table(["decoder layer", "error of its output", "input of the MLP lost", "corrected"], rows)]
-    checked = [block for block in report.blocks if block.shift_after is not None]
+    blocks = [*report.blocks, *([report.final_norm] if report.final_norm else [])]
+    rows = [[one.name, *map(shown, (one.hidden_error, one.shift_before, one.shift_after))] for one in blocks]
+    lines = [format_table(["decoder layer", "error of its output", "norm's output lost", "corrected"], rows)]
+    checked = [block for block in blocks if block.shift_before]  # a parallel MLP loses nothing by the attention
     if checked:
         worst = max(abs(block.shift_after - block.shift_expected) / block.shift_before for block in checked)
         lines.append(

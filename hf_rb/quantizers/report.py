@@ -38,20 +38,21 @@ class LayerReport:
 @dataclass
 class BlockReport:
     """
-    A decoder layer that was quantized on calibration text.
+    A decoder layer that was quantized on calibration text; or the final norm, of which there are only the last three numbers.
 
     Attributes:
         name (`str`): Module name in the model.
-        hidden_error (`float`): Root mean square of what its output lost, in this and all earlier layers, over that of the
-            original output.
-        shift_before (`float`, *optional*): Mean square of what the input of its MLP lost by the quantized attention.
+        hidden_error (`float`, *optional*): Root mean square of what its output lost, in this and all earlier layers, over that
+            of the original output.
+        shift_before (`float`, *optional*): Mean square of what the input of its MLP lost by the quantized attention; of what
+            the final norm's output lost by the quantized MLP before it.
         shift_after (`float`, *optional*): The same with the mean shift corrected, measured.
         shift_expected (`float`, *optional*): The same as it has to be: less by exactly the square of the mean, where the
             correction is not clamped.
     """
 
     name: str
-    hidden_error: float = 0.0
+    hidden_error: float | None = None
     shift_before: float | None = None
     shift_after: float | None = None
     shift_expected: float | None = None
@@ -89,6 +90,7 @@ class Report:
             they were.
         resolved (`int`): Layers that were solved a second time.
         blocks (`list[BlockReport]`): The decoder layers, if there was calibration text.
+        final_norm (`BlockReport`, *optional*): The final norm, if its mean shift was corrected.
         allocation (`list[LayerAllocation]`): The decoder layers, if NSDS chose what they get.
         seconds (`float`): Time in the solver.
         weights_per_second (`float`): Weights quantized a second of that time.
@@ -108,6 +110,7 @@ class Report:
     skipped: list[str] = field(default_factory=list)
     resolved: int = 0
     blocks: list[BlockReport] = field(default_factory=list)
+    final_norm: BlockReport | None = None
     allocation: list[LayerAllocation] = field(default_factory=list)
     seconds: float = 0.0
     weights_per_second: float = 0.0

@@ -43,6 +43,7 @@ def test_verb(data, tmp_path, capsys):
     for expected in (
         "decoder layer",
         "model.layers.3",
+        "model.norm",
         "they fall by the square of the mean, to within",
         "2.",
         "perplexity",
@@ -130,7 +131,8 @@ def test_a_folder_for_unfinished_work(data, tmp_path):
 
 
 def test_progress(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline, "tqdm", lambda *args, **options: tqdm(*args, **options | {"disable": False}))
+    shown = {"disable": False, "mininterval": 0, "miniters": 1}  # as on a terminal, and every step
+    monkeypatch.setattr(pipeline, "tqdm", lambda *args, **options: tqdm(*args, **options | shown))
     assert quantize(tiny.resolve("tiny:student"), tmp_path / "out", "--dataset", data, *SMALL, "--no-dac") == 0
     bars = [line for line in capsys.readouterr().err.split("\r") if line.startswith("quantize")]
     assert any(re.search(r"1/4 \[\d\d:\d\d<\d\d:\d\d, .*error 0\.\d{3}\]", line) for line in bars)  # the time left

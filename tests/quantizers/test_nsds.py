@@ -121,6 +121,11 @@ def test_numbers_of_a_layer_from_dense_matrices(directions):
         expressive.append(expressiveness(values[:count], seen))
     assert numerical["ov"] == pytest.approx(sum(kurtosis) / HEADS)
     assert structural["ov"] == pytest.approx(sum(expressive) / HEADS)
+    left, values, _ = torch.linalg.svd(weights.down)  # one number for every direction that is written
+    seen = (left.T @ directions).norm(dim=1)
+    energy = values.square().cumsum(0)
+    count = max(2, int((energy < 0.99 * energy[-1]).sum()) + 1)
+    assert count < HIDDEN and structural["down"] == pytest.approx(expressiveness(values[:count], seen[:count]))
     assert set(numerical) == set(structural) == {"up", "gate", "qk", "down", "ov"}
     assert "gate" not in layer_numbers(layer(3, gated=False), HEAD_DIM, directions)[0]
 

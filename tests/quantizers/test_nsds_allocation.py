@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hf_rb import D2QuantConfig, PTQTPConfig
-from hf_rb.quantizers import quantize, quantize_checkpoint
+from hf_rb.quantizers import nsds, quantize, quantize_checkpoint
 
 
 LAYERS = ["model.layers.0", "model.layers.1"]
@@ -50,6 +51,22 @@ def test_layers_get_what_their_scores_say(make_model, tmp_path, config, field, l
 
 def explicit(config):
     return {"backend": "rtn"} if isinstance(config, D2QuantConfig) else {}
+
+
+def test_heads_are_as_wide_as_the_configuration_says(tmp_path, monkeypatch):
+    """64 channels in 4 heads are not heads of 16, as the released code has it."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
+    Qwen3ForCausalLM(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=32)).save_pretrained(tmp_path)
+    seen, layer_numbers = [], nsds.layer_numbers
+
+    def recorded(weights, head_dim, directions):
+        seen.append((head_dim, len(weights.query) // head_dim))
+        return layer_numbers(weights, head_dim, directions)
+
+    monkeypatch.setattr(nsds, "layer_numbers", recorded)
+    report = load(tmp_path, PTQTPConfig(planes_per_layer="nsds:2.5")).hf_quantizer.report
+    assert seen == [(32, 4)] * 2 and [layer.name for layer in report.allocation] == LAYERS  # counted from 0
 
 
 def test_the_same_tensor_by_tensor(make_model, tmp_path):

@@ -27,6 +27,7 @@ class Result:
         final_shift (`torch.Tensor`, *optional*): That of the final norm, with the last layer.
         layers (`list[LayerReport]`): The linear layers' part of the report.
         block (`BlockReport`, *optional*): The decoder layer's.
+        final (`BlockReport`, *optional*): The final norm's, with the last layer.
         seconds (`float`): Time in the solver.
     """
 
@@ -35,6 +36,7 @@ class Result:
     final_shift: Tensor | None = None
     layers: list[LayerReport] = field(default_factory=list)
     block: BlockReport | None = None
+    final: BlockReport | None = None
     seconds: float = 0.0
 
 
@@ -50,6 +52,7 @@ def save_result(result: Result, file: Path) -> None:
         "codes": numbers,
         "layers": [asdict(layer) for layer in result.layers],
         "block": asdict(result.block),
+        "final": result.final and asdict(result.final),
         "seconds": result.seconds,
     }
     outputs = {name: Output.of(tensor.cpu().contiguous()) for name, tensor in tensors.items() if tensor is not None}
@@ -68,4 +71,5 @@ def load_result(file: Path, device: torch.device) -> Result:
         codes[name] = kind(**numbers, **parts)
     layers = [LayerReport(**layer) for layer in said["layers"]]
     shifts = [tensors.get(name) for name in ("shift", "final_shift")]
-    return Result(codes, *shifts, layers, BlockReport(**said["block"]), said["seconds"])
+    block, final = (said[name] and BlockReport(**said[name]) for name in ("block", "final"))
+    return Result(codes, *shifts, layers, block, final, said["seconds"])

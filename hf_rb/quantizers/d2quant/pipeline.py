@@ -162,6 +162,7 @@ class _Calibration:
             for layer in result.layers:
                 self.report.add(layer, result.seconds / len(result.layers))
             self.report.blocks.append(result.block)
+            self.report.final_norm = result.final
             bar.set_postfix_str(f"error {result.block.hidden_error:.3f}")
             logger.info(str(result.block))
         self.config.bias_modules = self.bias_modules or None
@@ -184,7 +185,7 @@ class _Calibration:
                 result = self._solve(block, readings, shifted, last)
                 result.block.hidden_error = self._advance(block)
                 if self.final_teacher:
-                    result.final_shift = self._final_shift()
+                    result.final_shift, result.final = self._final_shift()
                 if file:
                     save_result(result, file)
         finally:
@@ -270,11 +271,6 @@ class _Calibration:
 
     def _correct(self, report: BlockReport, teacher: list[Tensor], student: list[Tensor]) -> Tensor:
         """Returns the mean shift, and measures what it does on the same text."""
-        bias, before, after, expected = self._mean_shift(teacher, student)
-        report.shift_before, report.shift_after, report.shift_expected = before, after, expected
-        return bias
-
-    def _mean_shift(self, teacher: list[Tensor], student: list[Tensor]) -> tuple[Tensor, float, float, float]:
         lost, left = (MeanShift(teacher[0].shape[-1]) for _ in range(2))
         for one, other in zip(teacher, student, strict=True):
             lost.add(one, other)
@@ -282,34 +278,39 @@ class _Calibration:
         for one, other in zip(teacher, student, strict=True):
             left.add(one, other.double() + bias.double())
         squares = lost.mean_square, left.mean_square, lost.mean_square_with(bias)
-        return bias, *(square.mean().item() for square in squares)
+        report.shift_before, report.shift_after, report.shift_expected = (square.mean().item() for square in squares)
+        return bias
 
     def _final(self, outputs: Iterable[Tensor]) -> list[Tensor]:
         norm = self.decoder.final_norm
         return [self._keep(norm(output.to(norm.weight.device)), "The final norm's output") for output in outputs]
 
-    def _final_shift(self) -> Tensor:
-        return self._mean_shift(self.final_teacher, self._final(self.quantized))[0]
+    def _final_shift(self) -> tuple[Tensor, BlockReport]:
+        report = BlockReport(self._name_of(self.decoder.final_norm))
+        return self._correct(report, self.final_teacher, self._final(self.quantized)), report
 
     def _quantize(self, block: Block, names: list[str], statistics: gptq.InputStatistics, result: Result) -> None:
         start = time.perf_counter()
         for together in self._stacks(names):
             bits, dual = self.packable[together[0]]
             weights = [block.linear[name].weight.detach() for name in together]
-            codes, stats = gptq.quantize(
-                torch.cat(weights),
-                statistics.hessian,
-                statistics.cross,
-                bits=bits,
-                group_size=self.config.group_size,
-                act_order=self.config.act_order,
-                percdamp=self.config.percdamp,
-                asym_alpha=self.config.asym_alpha,
-                dual=dual,
-                dsq_iters=self.config.dsq_iters,
-                dsq_weighting=self.config.dsq_weighting,
-                clip_search=self.config.clip_search,
-            )
+            try:
+                codes, stats = gptq.quantize(
+                    torch.cat(weights),
+                    statistics.hessian,
+                    statistics.cross,
+                    bits=bits,
+                    group_size=self.config.group_size,
+                    act_order=self.config.act_order,
+                    percdamp=self.config.percdamp,
+                    asym_alpha=self.config.asym_alpha,
+                    dual=dual,
+                    dsq_iters=self.config.dsq_iters,
+                    dsq_weighting=self.config.dsq_weighting,
+                    clip_search=self.config.clip_search,
+                )
+            except ValueError as error:
+                raise ValueError(f"{', '.join(together)}: {error}") from error
             if stats.percdamp > self.config.percdamp:
                 logger.warning(f"The Hessian of {', '.join(together)} needed `percdamp={stats.percdamp:.3g}`.")
             parts = _split(codes, [len(weight) for weight in weights])
@@ -338,12 +339,14 @@ class _Calibration:
         if result.shift is not None:
             self._set_shift(result.shift, shifted, norm, result.codes)
         if result.final_shift is not None:
-            head = self.model.get_output_embeddings()
-            names = {module: name for name, module in self.model.named_modules()}
-            self._set_shift(result.final_shift, (names[head],), names[self.decoder.final_norm], {})
+            reader = self._name_of(self.model.get_output_embeddings())
+            self._set_shift(result.final_shift, (reader,), self._name_of(self.decoder.final_norm), {})
         for name, codes in result.codes.items():
             linear = self.model.get_submodule(name)
             self.model.set_submodule(name, D2QuantLinear.from_codes(codes, linear.bias))
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, one in self.model.named_modules() if one is module)
 
     def _set_shift(self, shift: Tensor, readers: tuple[str, ...], norm: str | None, codes: dict) -> None:
         if self.config.dac_mode == "norm_bias" and norm is None:

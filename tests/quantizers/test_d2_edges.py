@@ -1,0 +1,99 @@
+"""What a calibrated run of D²Quant says and refuses, and adapters on its result."""
+
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from round_trips import INPUT, load, logits
+from transformers.utils import logging
+
+from hf_rb import D2QuantConfig
+from hf_rb.cli import quantize as verb
+from hf_rb.quantizers.d2quant import gptq, pipeline
+from hf_rb.quantizers.report import BlockReport, Report
+
+
+TEXT = "".join(chr(32 + int(i)) for i in torch.randint(95, (400,), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture(autouse=True)
+def characters(monkeypatch):
+    """A tokenizer for which every character is a token."""
+
+    def tokens(texts, **_):
+        return {"input_ids": [[ord(letter) % 96 for letter in text] for text in texts]}
+
+    monkeypatch.setattr(pipeline, "load_tokenizer", lambda config, model: tokens)
+
+
+@pytest.fixture(scope="module")
+def source(make_model):
+    return make_model("llama", dtype=torch.float32)
+
+
+def config(**options):
+    return D2QuantConfig(**dict(dataset=[TEXT], num_samples=4, seqlen=32, group_size=64) | options)
+
+
+def test_more_damping_is_said(source, caplog):
+    """Of 8 tokens no Hessian has full rank."""
+    logging.enable_propagation()
+    model = load(source, config(num_samples=1, seqlen=8, percdamp=1e-12))
+    logging.disable_propagation()
+    assert logits(model).isfinite().all()
+    said = re.findall(r"The Hessian of (\S+), \S+, \S+ needed `percdamp=(\S+)`", caplog.text)
+    assert said[0][0] == "model.layers.0.self_attn.q_proj" and float(said[0][1]) > 1e-12
+
+
+def test_hessians_without_a_factor_are_named(source, monkeypatch):
+    hessian = 9 * torch.ones(192, 192) - 8 * torch.eye(192)
+    monkeypatch.setattr(gptq.InputStatistics, "hessian", property(lambda self: hessian))
+    with pytest.raises(
+        ValueError, match=r"layers.0.self_attn.q_proj, \S+k_proj, \S+v_proj: The Hessian has no Cholesky factor"
+    ):
+        load(source, config(backend="gptq", dac=False))
+
+
+def test_the_mean_of_the_final_norm_is_reported(source):
+    report = load(source, config()).hf_quantizer.report
+    final = report.final_norm
+    assert final.name == "model.norm" and final.shift_after < final.shift_before
+    assert final.shift_after == pytest.approx(final.shift_expected, rel=1e-12)
+    assert load(source, config(dac_final=False)).hf_quantizer.report.final_norm is None
+    clipped = load(source, config(dac_clip=1e-3)).hf_quantizer.report
+    for block in (*clipped.blocks, clipped.final_norm):  # less is taken back, which is also known
+        assert block.shift_after == pytest.approx(block.shift_expected, rel=1e-12)
+    assert clipped.blocks[0].shift_after > report.blocks[0].shift_after
+
+    lines = verb._blocks(report)
+    assert "model.norm" in lines[0] and float(lines[1].rpartition(" ")[2].rstrip(".")) < 1e-12
+    # A parallel MLP does not read the attention: there is nothing to compare.
+    assert len(verb._blocks(Report("d2quant", blocks=[BlockReport("layers.0", 0.1, 0.0, 0.0, 0.0)]))) == 1
+
+
+def test_adapters_on_a_calibrated_model(source, tmp_path):
+    load(source, config(dac_final=False)).save_pretrained(tmp_path / "model")
+    model = load(tmp_path / "model")
+    packed = {name: tensor.clone() for name, tensor in model.named_parameters() if "weight_" in name or "bias" in name}
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights="gaussian"))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = adapted(INPUT, labels=INPUT).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in adapted.base_model.model.named_parameters()}
+    assert any("bias" in name for name in packed)
+    assert all(torch.equal(after[name], tensor) for name, tensor in packed.items())
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(tmp_path / "model"), tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
+    with pytest.raises(ValueError, match="dequantize first"):
+        again.merge_and_unload()
+    again.dequantize()
+    torch.testing.assert_close(logits(again.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
