@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import torch
 from random_models import save_qwen3
 from safetensors import safe_open
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from hf_rb import PTQTPConfig, SFTConfig, SFTTrainer, tiny
@@ -126,6 +128,9 @@ def make_jobs(folder: Path) -> dict[str, Job]:
 def main() -> None:
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
+    tqdm.set_lock(
+        threading.RLock()
+    )  # tqdm's own lock is shared by all forks, and one that dies with it stops the others for good
     chance, seen = random.Random(0), {}
     for name, job in make_jobs(folder).items():
         fork(job, folder / name / "warm")
