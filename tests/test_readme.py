@@ -30,6 +30,19 @@ def test_the_shaper_of_the_readme(tmp_path, monkeypatch):
     assert logged["shaping/brevity/flipped"] == pytest.approx(0)
 
 
+def test_the_d2quant_example_of_the_readme(tmp_path, monkeypatch, capsys):
+    code, output = re.search(
+        r"```python\n(import hf_rb\nfrom hf_rb import tiny.*?)```\n\n```text\n(.*?)```", README.read_text(), re.DOTALL
+    ).groups()
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    numbers = re.compile(r"0\.\d+")  # which differ between processors
+    printed, expected = capsys.readouterr().out, output
+    assert numbers.sub("_", printed) == numbers.sub("_", expected) and len(code.splitlines()) <= 20
+    found, told = (list(map(float, numbers.findall(text))) for text in (printed, expected))
+    assert found == pytest.approx(told, rel=0.05)
+
+
 def commands(page):
     """The command lines of `hf-rb` in a page's blocks of shell code."""
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
