@@ -43,6 +43,23 @@ def test_the_d2quant_example_of_the_readme(tmp_path, monkeypatch, capsys):
     assert found == pytest.approx(told, rel=0.05)
 
 
+@pytest.mark.slow
+def test_the_example_prints_what_the_readme_says(tmp_path, monkeypatch, capsys):
+    code, printed = re.search(
+        r"## Twenty lines\n\n```python\n(.*?)```\n\n```\n(.*?)```", README.read_text(), re.DOTALL
+    ).groups()
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    said = capsys.readouterr().out.splitlines()[-3:]
+    for line, expected in zip(said, printed.splitlines(), strict=True):
+        found = re.fullmatch(r"(\S+) +16 bits (\d+)%   PTQTP (\d+)%", line).groups()
+        wanted = re.fullmatch(r"(\S+) +16 bits (\d+)%   PTQTP (\d+)%", expected).groups()
+        # Another processor rounds otherwise; an answer in twenty may turn.
+        assert found[0] == wanted[0] and all(
+            abs(int(a) - int(b)) <= 5 for a, b in zip(found[1:], wanted[1:], strict=True)
+        )
+
+
 def commands(page):
     """The command lines of `hf-rb` in a page's blocks of shell code."""
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
