@@ -36,6 +36,7 @@ VERBS = {
     "merge": ("hf_rb.cli.merge", "Make models from models: interpolate, graft (Shadow-FT), refine (Timber)."),
     "recover": ("hf_rb.cli.recover", "Quantize a model and win the loss back by distillation."),
     "eval": ("hf_rb.cli.eval", "Measure perplexity, accuracy, size and speed of a model."),
+    "report": ("hf_rb.cli.report", "Write one HTML file about runs and models: curves, tokens, advantages, errors, routers."),
     "push": ("hf_rb.cli.push", "Upload a model or an adapter to the Hub."),
 }
 

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 from hf_rb import tiny
 from hf_rb._fields import described
 from hf_rb.trainers._rules import only_gkd
+from hf_rb.trainers.token_samples import add_token_samples
 
 
 __all__ = [
@@ -69,6 +70,7 @@ def run(prepare: Callable, build: Callable, argv: Sequence[str] | None = None, n
     with readable_errors(name) if name else nullcontext():
         script_args, args, model_args, mixture, splits = prepare(argv)
     trainer = build(script_args, args, model_args, mixture, splits)
+    add_token_samples(trainer)
     train_and_save(trainer, script_args, model_args, mixture)
 
 
@@ -185,7 +187,7 @@ def _resume_from(args: TrainingArguments) -> str | bool | None:
 
 def _remove_earlier_run(args: TrainingArguments) -> None:
     if args.should_save:
-        for pattern in _RUN_FILES:
+        for pattern in (*_RUN_FILES, "completions/*.parquet"):
             for path in Path(args.output_dir).glob(pattern):
                 path.unlink()
         for path in Path(args.output_dir).glob("checkpoint-*"):

@@ -38,6 +38,7 @@ from hf_rb.trainers._gopd import given_reference, make_reference, share_vocabula
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers._rules import cache_rules
 from hf_rb.trainers.gkd_config import GKDConfig
+from hf_rb.trainers.token_samples import TokenStats, certainty
 
 
 __all__ = ["GKDTrainer"]
@@ -380,6 +381,37 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         log_q, log_p = (x.float().log_softmax(-1) for x in (rows, teacher_rows))
         term = self._rule(log_q, log_p, log_q, tokens)
         return {"loss": term.loss, **term.stats}
+
+    @property
+    def has_token_stats(self) -> bool:
+        return hasattr(self.teacher, "logits")  # not a cache, which has no more than a part of them
+
+    def token_stats(self, inputs: Mapping[str, Any]) -> TokenStats:
+        """Returns of every token that is trained on what the objective reports of it, and how alike student and teacher are there."""
+        if self._has_prompts_only or self.args.lmbda == 1:
+            inputs = self._with_completions(inputs, self.model_wrapped)
+        labels = self._trained_labels(inputs)
+        keep, shared = labels[:, 1:] != -100, slice(self.teacher.vocabulary)
+        tokens = {"labels": labels[:, 1:][keep]}
+        if self.args.objective == "hpd":
+            tokens["uniforms"] = Sequences(inputs).uniforms(self.args.seed, self.state.global_step)[:, 1:][keep]
+        rows, teacher_rows, *reference_rows = (
+            logits[:, :-1][keep][..., shared]
+            for logits in (
+                self.model_wrapped(**model_inputs(inputs), use_cache=False).logits,
+                self.teacher.logits(inputs),
+                *([] if self.reference is None else [self.reference.logits(inputs)]),
+            )
+        )
+        if self.args.objective == "gopd":
+            tokens["teacher_logp"] = log_prob(teacher_rows, tokens["labels"])
+            if reference_rows:
+                tokens["reference_logp"] = log_prob(reference_rows[0], tokens["labels"])
+        count = min(10, rows.shape[-1])
+        top, teacher_top = (one.topk(count).indices for one in (rows, teacher_rows))
+        overlap = (top.unsqueeze(-1) == teacher_top.unsqueeze(-2)).float().sum((-1, -2)) / count
+        stats = self._dense_stats(rows, teacher_rows, tokens)
+        return TokenStats(inputs["input_ids"], keep, {**certainty(rows, tokens["labels"]), "top10": overlap, **stats})
 
     def _log_tokens(self, inputs, labels, keep, stats) -> None:
         mask = inputs.get("attention_mask")

@@ -12,9 +12,11 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.utils import ModelOutput
 
 from hf_rb.objectives import profit_mask
+from hf_rb.ops.backbone import model_inputs
 from hf_rb.ops.sequences import Sequences
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers.sft_config import SFTConfig
+from hf_rb.trainers.token_samples import TokenStats, certainty
 
 
 __all__ = ["SFTTrainer"]
@@ -98,17 +100,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         # A model split by `device_map` may end on another device than the one the batch is on.
         inputs = {key: value.to(log_probs.device) for key, value in inputs.items() if torch.is_tensor(value)}
         sequences = Sequences(inputs)
-        uniforms = None
-        if args.profit_mode == "random":
-            uniforms = sequences.uniforms(args.seed, self.state.global_step)[:, 1:]
-        kept = is_label & profit_mask(
-            log_probs,
-            args.profit_threshold,
-            args.profit_mode,
-            args.profit_inclusive,
-            args.profit_threshold_high,
-            uniforms,
-        )
+        kept = is_label & self._passes(log_probs, sequences)
         gated = torch.where(kept, log_probs, 0.0)
 
         # What the sum of `gated` is divided by. The parent divides by `num_items_in_batch`, the labels of the whole batch.
@@ -123,6 +115,33 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         if args.profit_normalize == "kept":  # one process, one step: the parent divides by the labels of this batch
             gated = gated * (is_label.sum() / items.clamp(min=1))
         return gated
+
+    def _passes(self, log_probs: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """Returns which labels (B, L-1) pass the gate."""
+        args, uniforms = self.args, None
+        if args.profit_mode == "random":
+            uniforms = sequences.uniforms(args.seed, self.state.global_step)[:, 1:]
+        return profit_mask(
+            log_probs,
+            args.profit_threshold,
+            args.profit_mode,
+            args.profit_inclusive,
+            args.profit_threshold_high,
+            uniforms,
+        )
+
+    @property
+    def has_token_stats(self) -> bool:
+        return self.args.profit_threshold is not None
+
+    def token_stats(self, inputs: Mapping[str, Any]) -> TokenStats:
+        """Returns of every label its probability, the model's most probable token's, and whether it passes the gate."""
+        logits, labels = self.model_wrapped(**model_inputs(inputs)).logits[:, :-1], inputs["labels"][:, 1:]
+        is_label = labels != -100
+        log_probs = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        kept = self._passes(log_probs, Sequences(inputs))
+        values = {**certainty(logits[is_label], labels[is_label]), "kept": kept[is_label]}
+        return TokenStats(inputs["input_ids"], is_label, values)
 
     def _log_gate(self, log_probs, labels, is_label, kept, loss, items) -> None:
         probs, dropped = log_probs.exp(), is_label & ~kept

@@ -1,0 +1,82 @@
+"""What panels are made of. Each block has one form in HTML and one in Markdown; `template.html.jinja` and `page.py` know them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+__all__ = ["Block", "Figure", "Heading", "Table", "Text", "Tokens", "Word", "number"]
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading within a panel."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; its cells are text. Columns after the first are set to the right."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """
+    A drawing, in HTML alone: whoever makes one gives its numbers in a table too where they are to be read in Markdown.
+
+    Args:
+        svg (`str`): The drawing.
+        caption (`str`): What it shows, which is all that Markdown has.
+    """
+
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Word:
+    """
+    A token of a sample.
+
+    Args:
+        text (`str`): The token.
+        shade (`float`, *optional*): Strength of its colour, in [0, 1]; `None` where it is not trained on.
+        dropped (`bool`, *optional*, defaults to `False`): Whether it is struck out.
+        note (`str`, *optional*): What shows when the pointer rests on it.
+    """
+
+    text: str
+    shade: float | None = None
+    dropped: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A sequence of tokens, coloured in HTML; in both forms those that are dropped are marked. `hue` is in degrees."""
+
+    words: Sequence[Word]
+    hue: int = 210
+
+
+Block = Heading | Text | Table | Figure | Tokens
+
+
+def number(value: float | int | None, digits: int = 4) -> str:
+    """Returns a number for a cell."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"

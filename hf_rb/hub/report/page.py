@@ -1,0 +1,136 @@
+"""Puts panels together and writes them, as HTML by a template and as Markdown."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from hf_rb.hub.report.blocks import Block, Figure, Heading, Table, Text, Tokens, Word
+from hf_rb.hub.report.panels import PANELS, environment
+from hf_rb.hub.report.sources import Source, read_source
+
+
+__all__ = ["Report", "make_report", "write_report"]
+
+
+@dataclass
+class Report:
+    """
+    Attributes:
+        title (`str`): What it is about.
+        panels (`dict[str, list[Block]]`): Blocks of every panel that has something to show, by its title.
+    """
+
+    title: str
+    panels: dict[str, list[Block]]
+
+    def html(self) -> str:
+        """Returns the page, which refers to nothing outside itself."""
+        environment = Environment(
+            loader=PackageLoader("hf_rb.hub.report", "."),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters.update(data_uri=_data_uri, word=_word)
+        kinds = {kind: kind.__name__ for kind in (Heading, Text, Table, Figure, Tokens)}
+        panels = {title: [(kinds[type(block)], block) for block in blocks] for title, blocks in self.panels.items()}
+        return environment.get_template("template.html.jinja").render(title=self.title, panels=panels)
+
+    def markdown(self) -> str:
+        """Returns the same without the drawings."""
+        parts = [f"# {self.title}"]
+        for title, blocks in self.panels.items():
+            parts += [f"## {title}", *map(_markdown, blocks)]
+        return "\n\n".join(parts) + "\n"
+
+
+def make_report(sources: Sequence[Source]) -> Report:
+    """
+    Asks every panel what it has to show of the sources.
+
+    Raises:
+        ValueError: A source has nothing that a report could show.
+        ImportError: matplotlib is missing.
+    """
+    panels = [import_module(f"hf_rb.hub.report.panels.{name}") for name in PANELS]
+    for source in sources:
+        if not any(panel.shows(source) for panel in panels):
+            raise ValueError(
+                f"There is nothing to report on in {source.name}: no training log (trainer_state.json), no token samples, no completions "
+                "and no JSON of `hf-rb quantize`, `eval` or `router-report`. Give the `output_dir` of a run, or what such a verb wrote "
+                "with `--out`."
+            )
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError("Drawings need matplotlib: `pip install hf_rb[report]`.") from None
+    shown = {panel.TITLE: panel.build(found) for panel in panels if (found := list(filter(panel.shows, sources)))}
+    shown[environment.TITLE] = environment.build(sources)
+    return Report(", ".join(source.name for source in sources), shown)
+
+
+def write_report(paths: Sequence[str | Path], destination: str | Path) -> tuple[Path, Path]:
+    """
+    Writes a report.
+
+    Args:
+        paths (`Sequence[str]`):
+            Folders of runs and models, and JSON files; see [`read_source`].
+        destination (`str` or `Path`):
+            HTML file to write. The Markdown has the same name.
+
+    Returns:
+        `tuple[Path, Path]`: HTML and Markdown.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: As [`read_source`] and [`make_report`].
+    """
+    report, destination = make_report([read_source(path) for path in paths]), Path(destination)
+    markdown = destination.with_suffix(".md")
+    destination.write_text(report.html(), encoding="utf-8")
+    markdown.write_text(report.markdown(), encoding="utf-8")
+    return destination, markdown
+
+
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def _word(word: Word, hue: int) -> Markup:
+    shown = escape(word.text.replace("\n", "⏎\n"))
+    if word.shade is None:
+        return shown
+    kind = Markup(' class="d"') if word.dropped else ""
+    style = f"background:hsl({hue} 85% {96 - 36 * word.shade:.0f}%)"
+    return Markup('<span{} style="{}" title="{}">{}</span>').format(kind, style, word.note, shown)
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading(text):
+            return f"### {text}"
+        case Text(text):
+            return text
+        case Figure(_, caption):
+            return f"*Drawing in the HTML file: {caption}*"
+        case Table(headers, rows, caption):
+            lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
+            table = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+            return f"{caption}\n\n{table}" if caption else table
+        case Tokens(words):
+            return "> " + _plain(words).replace("\n", "\n> ")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _plain(words: Sequence[Word]) -> str:
+    """Tokens as text: those that are struck out in double brackets, neighbours in the same ones."""
+    return "".join(f"⟦{word.text}⟧" if word.dropped else word.text for word in words).replace("⟧⟦", "")

@@ -1,0 +1,115 @@
+"""What a method does to the tokens of a few sequences, before and after training: the colours of `hf-rb report`."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_rb._unfinished import write_json
+
+
+__all__ = ["TOKEN_SAMPLES", "TokenSamplesCallback", "TokenStats", "add_token_samples"]
+
+TOKEN_SAMPLES = "token_samples.json"
+
+
+@dataclass
+class TokenStats:
+    """
+    Attributes:
+        input_ids (`torch.Tensor` of shape `(B, L)`): Tokens, the student's own completions among them where it trains on those.
+        is_label (`torch.Tensor` of shape `(B, L-1)`): Which of the tokens from the second on are trained on.
+        values (`dict[str, torch.Tensor]`): Numbers `(N,)` of those tokens, by what they are.
+    """
+
+    input_ids: torch.Tensor
+    is_label: torch.Tensor
+    values: dict[str, torch.Tensor]
+
+
+class TokenSamplesCallback(TrainerCallback):
+    """
+    Writes `token_samples.json` into `args.output_dir`: the first sequences of the training data and what the trainer's `token_stats`
+    says of their tokens, when training begins and when it ends. No random number is drawn and no gradient computed: training is
+    the same with it.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            One of ours that has `token_stats`.
+        rows (`int`, *optional*, defaults to `16`):
+            Sequences.
+        tokens (`int`, *optional*, defaults to `256`):
+            Tokens of a sequence, from its start.
+    """
+
+    def __init__(self, trainer: Trainer, rows: int = 16, tokens: int = 256):
+        self.trainer, self.rows, self.tokens = trainer, rows, tokens
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._record(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._record(state.global_step)
+
+    def _record(self, step: int) -> None:
+        rows = list(self._sampled())  # every process, since their passes may belong together
+        if not self.trainer.is_world_process_zero():
+            return
+        path = Path(self.trainer.args.output_dir, TOKEN_SAMPLES)
+        earlier = json.loads(path.read_text(encoding="utf-8"))["snapshots"] if step and path.is_file() else []
+        snapshots = [one for one in earlier if one["step"] < step] + [{"step": step, "rows": rows}]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"methods": self.trainer._methods, "snapshots": snapshots})
+
+    def _sampled(self) -> Iterator[dict[str, Any]]:
+        trainer = self.trainer
+        training = trainer.model.training
+        trainer.model.eval()
+        try:
+            for example in islice(trainer.train_dataset, self.rows):
+                inputs = trainer._prepare_inputs(trainer.data_collator([example]))
+                inputs = {name: self._cut(value) for name, value in inputs.items()}
+                with torch.no_grad():
+                    yield _row(trainer.token_stats(inputs), trainer._tokenizer)
+        finally:
+            trainer.model.train(training)
+
+    def _cut(self, value: Any) -> Any:
+        return value[:, : self.tokens] if isinstance(value, torch.Tensor) and value.ndim == 2 else value
+
+
+def _row(stats: TokenStats, tokenizer: Any) -> dict[str, Any]:
+    """Returns a sequence for JSON: of every token its text and its numbers, `None` where it is not trained on."""
+    places = (stats.is_label[0].nonzero().flatten() + 1).tolist()
+    ids = stats.input_ids[0].tolist()
+    columns = {}
+    for name, values in stats.values.items():
+        columns[name] = [None] * len(ids)
+        for place, value in zip(places, values.tolist(), strict=True):
+            columns[name][place] = round(value, 5) if isinstance(value, float) else value
+    return {"tokens": [tokenizer.decode([one]) for one in ids], **columns}
+
+
+def add_token_samples(trainer: Trainer) -> None:
+    """Adds the callback to a trainer that has something to say of tokens, which depends on its flags."""
+    if getattr(trainer, "has_token_stats", False):
+        trainer.add_callback(TokenSamplesCallback(trainer))
+
+
+def certainty(logits: torch.Tensor, labels: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """
+    Returns what a calibration curve is made of: `prob`, the probability of the label, `top_prob`, that of the most probable token,
+    and `correct`, whether they are the same. `logits` are `(N, V)`, `labels` `(N,)`.
+    """
+    probs = logits.float().softmax(-1)
+    top_prob, top = probs.max(-1)
+    return {"prob": probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), "top_prob": top_prob, "correct": top == labels}

@@ -1,0 +1,89 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_rb import GKDConfig, GKDTrainer, SFTConfig, SFTTrainer, tiny
+from hf_rb.objectives import reverse_kl
+from hf_rb.trainers.token_samples import TOKEN_SAMPLES, TokenSamplesCallback, add_token_samples
+
+
+def data(config="prompt_completion", size=8):
+    columns = ["prompt"] if config == "prompt_only" else ["prompt", "completion"]
+    return tiny.load_dataset("math", config=config, size=size).select_columns(columns)
+
+
+def read(folder):
+    return json.loads(Path(folder, TOKEN_SAMPLES).read_text())
+
+
+def weights(trainer):
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+def test_profit_before_and_after_a_training_that_does_not_notice(student, config):
+    trained = []
+    for sampled in (False, True):
+        args = SFTConfig(**config, profit_threshold=0.001, profit_mode="random", learning_rate=1e-3)
+        trainer = SFTTrainer(str(student), args=args, train_dataset=data())
+        if sampled:
+            add_token_samples(trainer)
+        trainer.train()
+        trained.append(weights(trainer))
+    assert all(map(torch.equal, *trained))
+
+    found = read(config["output_dir"])
+    assert found["methods"] == ["profit"] and [one["step"] for one in found["snapshots"]] == [0, 2]
+    row = found["snapshots"][0]["rows"][0]
+    assert "".join(row["tokens"]).startswith("<|im_start|>user") and row["prob"][0] is None
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(student).eval(), AutoTokenizer.from_pretrained(student)
+    ids = tokenizer("".join(row["tokens"]), return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        probs = model(ids).logits[0, :-1].softmax(-1)
+    last = len(row["tokens"]) - 1
+    assert row["prob"][last] == pytest.approx(probs[last - 1, ids[0, last]].item(), abs=1e-4)
+    assert row["top_prob"][last] == pytest.approx(probs[last - 1].max().item(), abs=1e-4)
+    assert {type(value) for value in row["kept"] if value is not None} == {bool}
+
+
+def test_without_flags_nothing_is_added(student, config):
+    trainer = SFTTrainer(str(student), args=SFTConfig(**config), train_dataset=data())
+    add_token_samples(trainer)
+    assert not any(isinstance(one, TokenSamplesCallback) for one in trainer.callback_handler.callbacks)
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        (dict(objective="akl", lmbda=0.0), {"akl_weight", "forward_kl", "reverse_kl"}),
+        (dict(objective="hpd", lmbda=0.0), {"hpd_w_label", "hpd_w_sample", "reverse_kl"}),
+        (dict(objective="gopd", lmbda=1.0, reward_scale=1.25, max_new_tokens=8, temperature=1.0), {"advantage"}),
+    ],
+)
+def test_distillation(student, config, options, columns):
+    args = GKDConfig(**config, **options)
+    dataset = data("prompt_only" if options["objective"] == "gopd" else "prompt_completion")
+    trainer = GKDTrainer(str(student), teacher_model=str(tiny.path("teacher")), args=args, train_dataset=dataset)
+    trainer.add_callback(TokenSamplesCallback(trainer, rows=2, tokens=400))
+    trainer.train()
+    rows = [row for snapshot in read(args.output_dir)["snapshots"] for row in snapshot["rows"]]
+    assert len(rows) == 4
+    for row in rows:
+        assert columns | {"top10", "prob", "correct", "loss"} <= row.keys()
+        trained = [place for place, value in enumerate(row["loss"]) if value is not None]
+        assert trained and all(len(values) == len(row["tokens"]) for values in row.values())
+        assert all(0 <= row["top10"][place] <= 1 for place in trained)
+
+
+def test_the_divergence_is_that_of_the_two_models(student, config):
+    args = GKDConfig(**config, objective="reverse_kl", lmbda=0.0)
+    teacher = AutoModelForCausalLM.from_pretrained(tiny.path("teacher"))
+    trainer = GKDTrainer(str(student), teacher_model=teacher, args=args, train_dataset=data())
+    inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+    with torch.no_grad():
+        stats = trainer.token_stats(inputs)
+        logits = [model.eval()(input_ids=inputs["input_ids"]).logits[:, :-1] for model in (trainer.model, teacher)]
+    expected = reverse_kl(*(one[stats.is_label] for one in logits))
+    torch.testing.assert_close(stats.values["reverse_kl"], expected, rtol=1e-3, atol=1e-4)
