@@ -54,6 +54,9 @@ def test_round_to_nearest_switches_off_what_needs_the_model(caplog):
     assert not config.calibrated and not config.dac and not config.rotate and config.dsq
     assert "`dac` and `rotate` switched off" in caplog.text
     caplog.clear()
+    assert D2QuantConfig(backend="rtn", dac=False, rotate=False, dataset="texts.jsonl").dataset is None
+    assert "`dataset` switched off" in caplog.text
+    caplog.clear()
     D2QuantConfig.from_dict(config.to_dict())
     assert not caplog.text  # a checkpoint says it no more
     logging.disable_propagation()

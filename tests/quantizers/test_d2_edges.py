@@ -6,11 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from round_trips import INPUT, load, logits
+from transformers import PhiConfig, PhiForCausalLM
 from transformers.utils import logging
 
 from hf_rb import D2QuantConfig
 from hf_rb.cli import quantize as verb
 from hf_rb.quantizers.d2quant import gptq, pipeline
+from hf_rb.quantizers.d2quant.packing import code_bits, is_dual
 from hf_rb.quantizers.report import BlockReport, Report
 
 
@@ -70,6 +72,37 @@ def test_the_mean_of_the_final_norm_is_reported(source):
     assert "model.norm" in lines[0] and float(lines[1].rpartition(" ")[2].rstrip(".")) < 1e-12
     # A parallel MLP does not read the attention: there is nothing to compare.
     assert len(verb._blocks(Report("d2quant", blocks=[BlockReport("layers.0", 0.1, 0.0, 0.0, 0.0)]))) == 1
+
+
+def test_tokens_that_the_model_does_not_have(source):
+    with pytest.raises(
+        ValueError, match="token id 900, and the model's embeddings 96 rows: give the model's own `tokenizer`"
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "load_tokenizer", lambda *_: lambda texts, **_: {"input_ids": [[900] * 500]})
+            load(source, config())
+
+
+def test_a_correction_that_cannot_act_is_said(tmp_path, caplog):
+    """Phi's MLP and attention read the same norm."""
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)
+    PhiForCausalLM(PhiConfig(**sizes)).save_pretrained(tmp_path)
+    logging.enable_propagation()
+    model = load(tmp_path, config(rotate=False))
+    logging.disable_propagation()
+    assert "`dac=True` corrects nothing: in model.layers.0 no MLP reads" in caplog.text
+    assert model.config.quantization_config.bias_modules is None
+
+
+def test_sensitive_layers_get_more_bits(source, tmp_path):
+    model = load(source, config(bits_per_layer="nsds:3.0"))
+    bits = {layer.name: layer.given for layer in model.hf_quantizer.report.allocation}
+    assert sorted(bits.values()) == [2, 4]
+    for name, given in bits.items():
+        layout = model.get_submodule(f"{name}.mlp.down_proj").layout
+        assert (code_bits(layout), is_dual(layout)) == (given, given == 2)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
 def test_adapters_on_a_calibrated_model(source, tmp_path):

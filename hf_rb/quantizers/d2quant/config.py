@@ -158,9 +158,12 @@ class D2QuantConfig(PackedConfig):
     def __post_init__(self):
         super().__post_init__()
         validate(self, d2quant_rules)
-        switched_off = [name for name in ("dac", "rotate") if self.backend == "rtn" and getattr(self, name)]
+        if self.calibrated:
+            return
+        idle = {"dac": False, "rotate": False, "dataset": None}
+        switched_off = [name for name, off in idle.items() if getattr(self, name) != off]
         for name in switched_off:
-            setattr(self, name, False)
+            setattr(self, name, idle[name])
         if switched_off:
             names = " and ".join(f"`{name}`" for name in switched_off)
             logger.warning(f"D²Quant with `backend='rtn'` sees no data and no whole model: {names} switched off.")

@@ -10,8 +10,11 @@ The streams are kept on the CPU in the model's type, and a layer computes in flo
 calibration text, hidden size H and intermediate size I, the work needs beside the model about
 
     T x (7 H + I) numbers of the model's type         two streams, what the groups read in the original model, teacher and student of the
-                                                      mean shift; 4 H less without `dac` and with `backend="gptq"`, where only streams are kept
+                                                      mean shift; 2 H without `dac` and with `backend="gptq"`, where only streams are kept
     4 bytes x (5 I^2 + weights of a layer)            Hessian, cross matrix and their factors for the down projection; a layer in float32
+
+or, for a moment while it rotates, 8 bytes for each number of the embeddings; tied embeddings are two afterwards. `model_cards/d2quant.md` has
+these beside what was measured.
 """
 
 import hashlib
@@ -82,6 +85,10 @@ def quantize_model(
     """
     _check(model, packable)
     tokens = calibration_tokens(config, load_tokenizer(config, model))
+    if (largest := int(tokens.max())) >= (rows := model.get_input_embeddings().num_embeddings):
+        raise ValueError(
+            f"The calibration text has the token id {largest}, and the model's embeddings {rows} rows: give the model's own `tokenizer`."
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.seqlen
     if config.seqlen > positions:
         raise ValueError(f"`seqlen={config.seqlen}` is longer than the {positions} positions of the model.")
@@ -174,6 +181,10 @@ class _Calibration:
         try:
             readings = self._observe(block)
             shifted = self._shifted(list(readings))
+            if self.config.dac and shifted is None:
+                logger.warning_once(
+                    f"`dac=True` corrects nothing: in {block.name} no MLP reads the hidden state behind the attention."
+                )
             norm = shifted and block.norm_of(shifted[0], self.quantized[0])
             if file and file.is_file():
                 result = load_result(file, block.device)
