@@ -257,7 +257,7 @@ class _Checker:
         if key == "quantization_config":
             self._quantization(key, {"quant_method": "ptqtp"} | value)  # the default of `hf-rb quantize`
         elif key == "training":  # of `hf-rb recover`
-            self.values(value, schemas.load("gkd")["keys"], "training.")
+            self.values(value, schemas.load("gkd")["keys"], "training.", from_text=False)
         elif isinstance(value, dict):
             self._quantization(f"{key}.quantization_config", value.get("quantization_config"))
         return value

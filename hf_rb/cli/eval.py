@@ -113,7 +113,7 @@ def _measure(folder: Path, args: argparse.Namespace, rows: list | None, text: st
 
     measured = {"size": evaluation.model_size(folder)}
     if rows or text or args.speed or args.harness:
-        model, tokenizer = evaluation.load_model(folder, args.dtype)
+        model, tokenizer = _load(folder, args.dtype)
     if rows:
         measured["exact_match"] = evaluation.exact_match(model, tokenizer, rows, args.max_new_tokens, args.batch_size)
     if text:
@@ -125,6 +125,18 @@ def _measure(folder: Path, args: argparse.Namespace, rows: list | None, text: st
     if args.speed:
         measured["speed"] = evaluation.decode_speed(model)
     return measured
+
+
+def _load(folder: Path, dtype: str) -> tuple:
+    if not (folder / "adapter" / "base.json").is_file():
+        from hf_rb.evaluation import load_model
+
+        return load_model(folder, dtype)
+    from hf_rb.recover import load_recovered  # a folder of `hf-rb recover` is a base with its adapter
+
+    size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    print(f"Measured with {folder}/adapter, {size:,} bytes more than those of the weight files.", file=sys.stderr)
+    return load_recovered(folder, dtype=dtype)
 
 
 def _plain(value: Any) -> Any:

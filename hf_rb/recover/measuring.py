@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_rb._model_folder import find_model
 from hf_rb._unfinished import write_json
 from hf_rb.evaluation import ExactMatch, decode_speed, exact_match, load_model, model_size, perplexity, solutions
 from hf_rb.recover.stages import fingerprint
@@ -77,7 +78,7 @@ def load_recovered(
 
     Args:
         folder (`str` or `Path`):
-            Folder that holds the adapter in `adapter`, and the base unless that is given.
+            Folder or Hub id with the adapter in `adapter`, and the base unless that is given.
         base (`str` or `Path`, *optional*):
             Folder of the packed base.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -90,7 +91,10 @@ def load_recovered(
         FileNotFoundError: A file is missing.
         ValueError: The adapter was trained on other weights than those of the base.
     """
-    adapter, base = Path(folder, ADAPTER), Path(base or folder)
+    folder = Path(folder) if base else find_model(str(folder))
+    adapter, base = folder / ADAPTER, Path(base or folder)
+    if not (adapter / BASE).is_file():
+        raise FileNotFoundError(f"{folder} holds no adapter of `hf-rb recover`: there is no {ADAPTER}/{BASE}.")
     stored = json.loads((adapter / BASE).read_text(encoding="utf-8"))
     if (found := fingerprint(base)) != stored["sha256"]:
         raise ValueError(

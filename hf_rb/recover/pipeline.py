@@ -23,7 +23,7 @@ from hf_rb.recover.measuring import ADAPTER, Questions, measure, read_measured, 
 from hf_rb.recover.package import merged_model, write_package
 from hf_rb.recover.report import RecoverReport, Row
 from hf_rb.recover.stages import Stages, fingerprint
-from hf_rb.recover.training import capture, train
+from hf_rb.recover.training import capture, make_config, train
 
 
 __all__ = ["recover"]
@@ -65,6 +65,8 @@ class _Base:
 
 class _Pipeline:
     def __init__(self, config: RecoverConfig, say: Callable[[str], None]):
+        for objective in config.objectives:
+            make_config(config, objective, Path(config.output_dir))  # what is wrong with it is said before the work
         self.config = config
         self.output = Path(config.output_dir)
         self.source = find_model(config.model_name_or_path)
@@ -100,10 +102,12 @@ class _Pipeline:
         self._open()
         full = self.stages.run("full", self._measuring(self._source_stamp()), self._measures(self.source, pool=True))
         self._add("full precision", full)
-        packages = [self._recover(base, full) for base in self._bases()]
-        if packages[0] is not None or not self.questions.pool:
+        quantized, *others = self._bases()
+        if package := self._recover(quantized, full):
+            for base in others:
+                self._recover(base, full)
             self.say("package …")
-            self._package(*packages[0])
+            self._package(*package)
         write_json(self.output / "report.json", self.report.to_dict())
         return self.report
 
@@ -127,10 +131,8 @@ class _Pipeline:
         """Adds the rows of one quantized model; returns its folder, and that of the first adapter."""
         folder = self.stages.run(
             base.name,
-            {"model": self._source_stamp(), "quantization": base.config, "dtype": self.config.dtype},
-            lambda folder: quantize(
-                self.source, folder / MODEL, dict(base.config), overwrite=True, dtype=self.config.dtype
-            ),
+            {"model": self._source_stamp(), "quantization": base.config},
+            lambda folder: quantize(self.source, folder / MODEL, dict(base.config), overwrite=True),
         )
         weights, sha256 = folder / MODEL, fingerprint(folder / MODEL)
         self.report.base_sha256 = self.report.base_sha256 or sha256
@@ -143,7 +145,7 @@ class _Pipeline:
             self.report.failures[base.name] = comparison.summary()
             _write_lines(self.output / STAGES / f"{base.name}-failures.jsonl", comparison.rows())
             if not comparison.flipped:
-                self.report.notes.append(
+                self._note(
                     f"{base.title}: quantization has broken none of the {len(self.questions.pool)} problems of the pool. There is "
                     "nothing to repair, and nothing was trained."
                 )
@@ -160,7 +162,8 @@ class _Pipeline:
     def _train(self, base, weights, sha256, comparison, size, objective, lost) -> Path:
         config, name = self.config, f"{base.name}-{size}"
         rows, failing = self._examples(comparison, size)
-        _write_lines(self.output / STAGES / f"{name}.jsonl", rows)
+        shown = [{"text": self.tokenizer.decode(row["input_ids"]), **row} for row in rows]
+        _write_lines(self.output / STAGES / f"{name}.jsonl", shown)
         inputs = {
             "weights": sha256,
             "teacher": self._source_stamp(),
@@ -205,7 +208,7 @@ class _Pipeline:
         failing, rest = failures.repair_set(comparison.flipped, ordinary, size, share, config.seed)
         rest = rest if config.train_text else failures.problem_rows(self.tokenizer, rest)
         if len(failing) + len(rest) < size:
-            self.report.notes.append(
+            self._note(
                 f"There are only {len(failing) + len(rest)} of the {size} examples asked for: raise `pool_problems`, or give more text."
             )
         return failures.problem_rows(self.tokenizer, failing) + rest, len(failing)
@@ -227,6 +230,11 @@ class _Pipeline:
 
     def _source_stamp(self) -> dict[str, Any]:
         return file_stamps([self.source / "config.json", *weight_files(self.source)])
+
+    def _note(self, note: str) -> None:
+        if note not in self.report.notes:
+            self.report.notes.append(note)
+            self.say(note)
 
     def _add(self, title: str, folder: Path, lost: Row | None = None, **details: Any) -> Row:
         row = Row(title, **asdict(read_measured(folder)), **details)

@@ -19,7 +19,7 @@ from hf_rb.recover.stages import fingerprint
 from hf_rb.teachers import cache_teacher
 
 
-__all__ = ["capture", "train"]
+__all__ = ["capture", "make_config", "make_trainer", "train"]
 
 # Ours; the papers' rates are between 1e-5 and 2e-4, their runs of one to three epochs.
 DEFAULTS = {
@@ -35,6 +35,22 @@ DEFAULTS = {
 ON_CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
 
 
+def make_config(config: RecoverConfig, objective: str, folder: Path, **options: Any) -> GKDConfig | SFTConfig:
+    """
+    Returns the config of one run; `options` go over those of the recipe.
+
+    Raises:
+        ValueError, TypeError: The recipe's `training` is no such config.
+    """
+    options = DEFAULTS | ({} if torch.cuda.is_available() else ON_CPU) | config.training | options
+    options |= {"output_dir": str(folder / "run"), "seed": config.seed}
+    options["model_init_kwargs"] = {"dtype": config.dtype} | options.get("model_init_kwargs", {})
+    if objective == "sft":
+        known = {field.name for field in fields(SFTConfig)}
+        return SFTConfig(**{key: value for key, value in options.items() if key in known})
+    return GKDConfig(**options, objective=objective, lmbda=0.0)
+
+
 def make_trainer(
     config: RecoverConfig,
     base: Path,
@@ -45,22 +61,18 @@ def make_trainer(
     **options: Any,
 ) -> Trainer:
     """Returns the trainer of an adapter for the packed model in `base`; `options` go into its config."""
-    options = DEFAULTS | ({} if torch.cuda.is_available() else ON_CPU) | config.training | options
-    options |= {"output_dir": str(folder / "run"), "seed": config.seed}
-    options["model_init_kwargs"] = {"dtype": config.dtype} | options.get("model_init_kwargs", {})
+    args = make_config(config, objective, folder, **options)
     adapter = LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     data = {"train_dataset": Dataset.from_list(rows), "peft_config": adapter}
     set_seed(config.seed)  # of the adapter
     if objective == "sft":
-        known = {field.name for field in fields(SFTConfig)}
-        return SFTTrainer(str(base), SFTConfig(**{key: options[key] for key in options if key in known}), **data)
-    options |= {"objective": objective, "lmbda": 0.0}
-    if "teacher_cache" not in options:
-        options["teacher_model_name_or_path"] = str(teacher)
-        options["teacher_model_init_kwargs"] = {"dtype": config.dtype} | options.get("teacher_model_init_kwargs", {})
-    return GKDTrainer(str(base), args=GKDConfig(**options), **data)
+        return SFTTrainer(str(base), args, **data)
+    if args.teacher_cache is None:
+        args.teacher_model_name_or_path = str(teacher)
+        args.teacher_model_init_kwargs = {"dtype": config.dtype} | (args.teacher_model_init_kwargs or {})
+    return GKDTrainer(str(base), args=args, **data)
 
 
 def capture(config: RecoverConfig, base: Path, teacher: str | Path, rows: list[dict], folder: Path) -> None:

@@ -138,10 +138,10 @@ def test_another_base_is_refused(done, tmp_path):
 def test_nothing_broken(tmp_path, capsys, monkeypatch):
     row = [Completion("#### 1", True)]
     monkeypatch.setattr(generation, "generate", lambda model, tokenizer, prompts, *_: [row] * len(prompts))
-    assert main(["recover", write_recipe(tmp_path)]) == 0
+    assert main(["recover", write_recipe(tmp_path, baseline=True)]) == 0
     out, err = capsys.readouterr()
     assert "quantization has broken none of the 48 problems of the pool" in out and "+ LoRA" not in out
-    assert not (tmp_path / "out/model").exists() and "forward_kl" not in err
+    assert not (tmp_path / "out/model").exists() and "forward_kl" not in err and "rtn" not in err
     assert json.loads((tmp_path / "out/report.json").read_text())["failures"]["quantized"]["flipped"] == 0
 
 
@@ -158,6 +158,7 @@ def test_nothing_broken(tmp_path, capsys, monkeypatch):
             {"training": {"learning_rat": 1e-3}},
             "unknown key `training.learning_rat`; did you mean `training.learning_rate`?",
         ),
+        ({"training": {"learning_rate": "1e-3"}}, "`training.learning_rate` must be float"),
         ({"training": {"output_dir": "elsewhere"}}, "`training` cannot have `output_dir`"),
         ({"failing_share": 2}, "`failing_share` must be in (0, 1]"),
         ({"quantization_config": {"planes": 9}}, "planes"),
@@ -170,6 +171,19 @@ def test_bad_recipes(tmp_path, keys, message, capsys):
     assert main(["recover", path]) == 2
     assert message in capsys.readouterr().err
     assert main(["check", path, "--for", "recover"]) == 2
+
+
+def test_a_training_that_cannot_be_is_found_before_the_work(tmp_path, capsys):
+    assert main(["recover", write_recipe(tmp_path, training={"loca_alpha": 0.5}, objectives=["hpd"])]) == 2
+    assert "loca_alpha" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_it_is_evaluated_with_its_adapter(done, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    evaluate = ["eval", str(done[0] / "model"), "--task", "tiny:math", "--limit", "12", "--max-new-tokens", "64"]
+    assert main([*evaluate, "--dtype", "float32", "--out", str(out)]) == 0
+    assert "bytes more than those of the weight files" in capsys.readouterr().err
+    assert json.loads(out.read_text())["exact_match"]["accuracy"] == done[1].rows[2].exact_match
 
 
 def test_held_out_problems_are_not_learned(tmp_path, capsys):
