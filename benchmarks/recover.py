@@ -25,13 +25,13 @@ CALIBRATED = D2QUANT | {"dataset": "tiny:math", "num_samples": 32, "seqlen": 256
 TINY = {
     "model_name_or_path": "tiny:teacher",
     "task": "tiny:math",
-    "eval_problems": 500,
-    "pool_problems": 600,
+    "eval_problems": 300,
+    "pool_problems": 500,
     "max_new_tokens": 96,
     "eval_batch_size": 128,
     "lora_r": 8,
     "lora_alpha": 16,
-    "training": {"learning_rate": 2e-3, "num_train_epochs": 3, "per_device_train_batch_size": 16},
+    "training": {"learning_rate": 2e-3, "num_train_epochs": 2, "per_device_train_batch_size": 16},
     "dtype": "float32",
 }
 TEXT = {
@@ -44,12 +44,12 @@ TEXT = {
 CELLS = {
     "tiny": {
         "PTQTP, 1 plane": {"quantization_config": {"quant_method": "ptqtp", "planes": 1}, "baseline": True},
-        "D²Quant, 2 bits": {"quantization_config": CALIBRATED, "pool_problems": 1500},
+        "D²Quant, 2 bits": {"quantization_config": CALIBRATED, "pool_problems": 1000},
         "D²Quant, 2 bits, without data": {"quantization_config": D2QUANT | {"backend": "rtn"}, "pool_problems": 1000},
     },
     "text": {"PTQTP, 2 planes": {"quantization_config": {"quant_method": "ptqtp"}, "baseline": True}},
 }
-HELD_OUT = 36_000  # letters
+HELD_OUT = 12_000  # letters
 
 
 def main() -> None:
@@ -59,14 +59,14 @@ def main() -> None:
     parser.add_argument("text", nargs="?", type=Path, help="text: a text file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objectives", nargs="+", default=["forward_kl"], help="of the first seed also: akl hpd sft")
-    parser.add_argument("--examples", type=int, nargs="+", help="budgets (default 450; text: 160)")
+    parser.add_argument("--examples", type=int, nargs="+", help="budgets (default 332; text: 64)")
     parser.add_argument("--only", nargs="+", help="models of the table")
     args = parser.parse_args()
     path = RESULTS / f"recover_{args.kind}.json"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if args.only and path.is_file() else {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         common = TINY if args.kind == "tiny" else TEXT | split(args, Path(scratch))
-        common |= {"examples": args.examples or [450 if args.kind == "tiny" else 160]}
+        common |= {"examples": args.examples or [332 if args.kind == "tiny" else 64]}
         for name, own in CELLS[args.kind].items():
             if args.only and name not in args.only:
                 continue

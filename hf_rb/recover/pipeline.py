@@ -11,11 +11,11 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from hf_rb._files import check_replaceable, sha256_file
-from hf_rb._model_folder import find_model
 from hf_rb._safetensors import weight_files
 from hf_rb._unfinished import file_stamps, write_json
 from hf_rb.evaluation import load_task
 from hf_rb.quantizers import quantize
+from hf_rb.quantizers.offline import open_source
 from hf_rb.quantizers.texts import read_texts
 from hf_rb.recover import failures
 from hf_rb.recover.config import RecoverConfig
@@ -69,7 +69,7 @@ class _Pipeline:
             make_config(config, objective, Path(config.output_dir))  # what is wrong with it is said before the work
         self.config = config
         self.output = Path(config.output_dir)
-        self.source = find_model(config.model_name_or_path)
+        self.source, *_ = open_source(config.model_name_or_path, self.output, dict(config.quantization_config))
         self.stages = Stages(self.output / STAGES, say)
         self.say = say
         self.questions = self._questions()

@@ -135,6 +135,11 @@ def test_another_base_is_refused(done, tmp_path):
         load_recovered(done[0] / "model", base=other)
 
 
+def test_a_quantized_model_is_refused(done, tmp_path, capsys):
+    assert main(["recover", write_recipe(tmp_path, model_name_or_path=str(done[0] / "model"))]) == 2
+    assert "is quantized with ptqtp already" in capsys.readouterr().err
+
+
 def test_nothing_broken(tmp_path, capsys, monkeypatch):
     row = [Completion("#### 1", True)]
     monkeypatch.setattr(generation, "generate", lambda model, tokenizer, prompts, *_: [row] * len(prompts))
