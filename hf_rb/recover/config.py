@@ -61,8 +61,8 @@ class RecoverConfig:
         training (`dict`, *optional*):
             Fields of [`GKDConfig`] for all runs, such as `learning_rate`, over our defaults: 2e-4, three epochs, batches of 8, cosine.
         merge (`bool`, *optional*, defaults to `False`):
-            Whether the package is an ordinary model with the adapter merged in, as large as the one that was quantized, in place of the
-            packed base and its adapter.
+            Whether the package is an ordinary model of the type `dtype` with the adapter merged in, in place of the packed base and its
+            adapter. Merging into packed weights is refused: they would be rounded again, and what the adapter makes up for with them.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type in which the models are measured and trained; `"auto"` is that of the files.
         eval_batch_size (`int`, *optional*, defaults to `64`):

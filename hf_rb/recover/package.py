@@ -36,7 +36,7 @@ def write_package(
 ) -> None:
     """Writes the folder: a copy of `weights`, the adapter of `trained` if there is one, card and report."""
     name = f"{Path(config.model_name_or_path.replace(':', '-')).name}-recovered"
-    method = config.quantization_config["quant_method"]
+    packed = [config.quantization_config["quant_method"]] if trained else []  # a merged model is in no packed format
     with atomic_folder(destination, overwrite=True) as folder:
         shutil.copytree(weights, folder, dirs_exist_ok=True)
         if trained:
@@ -44,7 +44,7 @@ def write_package(
         write_json(folder / "report.json", report.to_dict())
         card = ModelCardData(
             name,
-            [method, *METHODS[config.objectives[0]], "recover"],
+            [*packed, *METHODS[config.objectives[0]], "recover"],
             base_model=config.model_name_or_path,
             hyperparameters={
                 "objective": config.objectives[0],
