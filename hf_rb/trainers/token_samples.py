@@ -1,6 +1,7 @@
 """What a method does to the tokens of a few sequences, before and after training: the colours of `hf-rb report`."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +15,8 @@ from hf_rb._unfinished import write_json
 
 
 __all__ = ["TOKEN_SAMPLES", "TokenSamplesCallback", "TokenStats", "add_token_samples"]
+
+logger = logging.getLogger(__name__)
 
 TOKEN_SAMPLES = "token_samples.json"
 
@@ -61,7 +64,11 @@ class TokenSamplesCallback(TrainerCallback):
         self._record(state.global_step)
 
     def _record(self, step: int) -> None:
-        rows = list(self._sampled())  # every process, since their passes may belong together
+        try:
+            rows = list(self._sampled())  # every process, since their passes may belong together
+        except torch.OutOfMemoryError:  # a picture is not worth a training
+            logger.warning(f"There was no memory for the token samples of `hf-rb report` at step {step}.")
+            return
         if not self.trainer.is_world_process_zero():
             return
         path = Path(self.trainer.args.output_dir, TOKEN_SAMPLES)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_rb.cli import main
-from hf_rb.hub.report import Figure, figures, make_report, read_source
+from hf_rb.hub.report import Figure, figures, make_report, read_source, write_report
 from hf_rb.hub.report.page import Report
 from hf_rb.hub.report.panels import PANELS, _tokens
 
@@ -208,7 +208,7 @@ def test_profit_shows_what_was_masked(profit_run, no_drawings):
     text, page = report.markdown(), report.html()
     assert "| loss | 2 | 1 | 2 | 1 | 20 |" in text and "profit/kept_fraction | 0.9 | 0.95" in text
     assert "| at step 20 | 3 | 33.3% | 0.75 | 0.04 | 0.0% | 100.0% | 0.0% |" in text
-    assert "> Q <b>& four⟦|five⟧ <end>" in text and "| '\\|five' | 1 | 1 | 100% |" in text
+    assert "\n    Q <b>& four⟦|five⟧ <end>" in text and "| '\\|five' | 1 | 1 | 100% |" in text
     assert 'class="d"' in page and "Q &lt;b&gt;&amp;" in page and "<b>" not in page
     assert "| before training | 2 | 0.500 | 0.500 | 0.000 |" in text  # calibration: one of two right at 0.5
     assert "| `profit_threshold`" not in text and "| profit_threshold | 0.1 |" in text and "| torch | 2.13.0 |" in text
@@ -252,6 +252,12 @@ def test_several_runs_share_their_curves(profit_run, kd_run, documents, no_drawi
     assert "| profit | loss | 2 | 1 | 2 | 1 | 20 |" in text and "| kd | loss | 1 | 0.5 | 1 | 0.5 | 20 |" in text
 
 
+def test_runs_of_one_name_are_told_apart(profit_run, tmp_path, no_drawings):
+    other = write(tmp_path / "b" / "profit", trainer_state={"log_history": log(loss=[7.0, 6.0])})
+    text = write_report([profit_run, other], tmp_path / "r.html")[1].read_text()
+    assert f"| {profit_run} | loss | 2 |" in text and f"| {other} | loss | 7 |" in text
+
+
 def test_routers_in_the_log_become_a_map(tmp_path, no_drawings):
     series = {f"router/model.layers.{i}.mlp/max_vio": [1.0, 0.5] for i in range(2)} | {"router/max_vio": [1.0, 0.5]}
     report = make_report(
@@ -287,6 +293,10 @@ def test_the_verb(profit_run, tmp_path, capsys, no_drawings):
         ({"trainer_state": {"global_step": 3}}, "trainer_state.json has no list `log_history`"),
         ({"trainer_state": {"log_history": [1]}}, "trainer_state.json has no list `log_history`"),
         ({"token_samples": "[]]"}, "token_samples.json is not valid JSON"),
+        (
+            {"report": {"method": "ptqtp", "layers": [{}], "bits_per_weight": 2}},
+            "cannot read what it found in run (KeyError",
+        ),
     ],
 )
 def test_what_cannot_be_reported_on_is_refused(files, message, tmp_path, capsys):

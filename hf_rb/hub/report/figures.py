@@ -43,14 +43,13 @@ def histograms(groups: Mapping[str, Mapping[str, Sequence[float]]], caption: str
     return _finish(figure, caption)
 
 
-def scatter(points: Mapping[str, Series], caption: str, x_label: str, y_label: str, diagonal: bool = True) -> Figure:
+def scatter(points: Mapping[str, Series], caption: str, x_label: str, y_label: str) -> Figure:
     """Draws points by name, with the line on which y is x."""
     figure, (axis,) = _canvas(1, width=1.3 * WIDTH, height=1.3 * HEIGHT)
     for color, (name, (x, y)) in zip(COLORS, points.items(), strict=False):
         axis.scatter(x, y, s=10, alpha=0.5, color=color, label=name, linewidths=0)
-    if diagonal:
-        low, high = (pick((*axis.get_xlim(), *axis.get_ylim())) for pick in (min, max))
-        axis.plot([low, high], [low, high], color="#999", linewidth=0.8, linestyle="--")
+    low, high = (pick((*axis.get_xlim(), *axis.get_ylim())) for pick in (min, max))
+    axis.plot([low, high], [low, high], color="#999", linewidth=0.8, linestyle="--")
     axis.set_xlabel(x_label, fontsize=8)
     axis.set_ylabel(y_label, fontsize=8)
     if len(points) > 1:
@@ -87,12 +86,9 @@ def heat_map(
 
     values = np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=float)
     figure, (axis,) = _canvas(1, width=COLUMNS * WIDTH, height=0.9 + 0.28 * len(names))
-    high = np.nanmax(values)
-    norm = (
-        None
-        if center is None
-        else TwoSlopeNorm(center, min(np.nanmin(values), center - 1e-9), max(high, center + 1e-9))
-    )
+    norm = None
+    if center is not None:
+        norm = TwoSlopeNorm(center, min(np.nanmin(values), center - 1e-9), max(np.nanmax(values), center + 1e-9))
     colors = "Blues" if center is None else "RdBu_r"
     image = axis.imshow(values, aspect="auto", cmap=colors, norm=norm, interpolation="nearest")
     axis.set_yticks(range(len(names)), names, fontsize=7)

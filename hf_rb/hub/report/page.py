@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -30,17 +31,17 @@ class Report:
 
     def html(self) -> str:
         """Returns the page, which refers to nothing outside itself."""
-        environment = Environment(
+        templates = Environment(
             loader=PackageLoader("hf_rb.hub.report", "."),
             autoescape=True,
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters.update(data_uri=_data_uri, word=_word)
+        templates.filters.update(data_uri=_data_uri, word=_word)
         kinds = {kind: kind.__name__ for kind in (Heading, Text, Table, Figure, Tokens)}
         panels = {title: [(kinds[type(block)], block) for block in blocks] for title, blocks in self.panels.items()}
-        return environment.get_template("template.html.jinja").render(title=self.title, panels=panels)
+        return templates.get_template("template.html.jinja").render(title=self.title, panels=panels)
 
     def markdown(self) -> str:
         """Returns the same without the drawings."""
@@ -70,9 +71,25 @@ def make_report(sources: Sequence[Source]) -> Report:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ImportError("Drawings need matplotlib: `pip install hf_rb[report]`.") from None
-    shown = {panel.TITLE: panel.build(found) for panel in panels if (found := list(filter(panel.shows, sources)))}
+    shown = {panel.TITLE: _built(panel, found) for panel in panels if (found := list(filter(panel.shows, sources)))}
     shown[environment.TITLE] = environment.build(sources)
     return Report(", ".join(source.name for source in sources), shown)
+
+
+def _built(panel: ModuleType, sources: Sequence[Source]) -> list[Block]:
+    try:
+        return panel.build(sources)
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as error:  # a file of ours by its keys, and not by what is in it
+        names = ", ".join(source.name for source in sources)
+        raise ValueError(
+            f"The panel {panel.TITLE!r} cannot read what it found in {names} ({error!r}): was it written by another version, or changed "
+            "by hand? Remove the file, or report on the others alone."
+        ) from error
 
 
 def write_report(paths: Sequence[str | Path], destination: str | Path) -> tuple[Path, Path]:
@@ -91,7 +108,11 @@ def write_report(paths: Sequence[str | Path], destination: str | Path) -> tuple[
     Raises:
         FileNotFoundError, ValueError, ImportError: As [`read_source`] and [`make_report`].
     """
-    report, destination = make_report([read_source(path) for path in paths]), Path(destination)
+    sources, destination = [read_source(path) for path in paths], Path(destination)
+    if len({source.name for source in sources}) < len(sources):
+        for source, path in zip(sources, paths, strict=True):
+            source.name = str(path)
+    report = make_report(sources)
     markdown = destination.with_suffix(".md")
     destination.write_text(report.html(), encoding="utf-8")
     markdown.write_text(report.markdown(), encoding="utf-8")
@@ -124,11 +145,11 @@ def _markdown(block: Block) -> str:
             table = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
             return f"{caption}\n\n{table}" if caption else table
         case Tokens(words):
-            return "> " + _plain(words).replace("\n", "\n> ")
+            return "    " + _plain(words).replace("\n", "\n    ")  # code: what a model writes may look like Markdown
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _plain(words: Sequence[Word]) -> str:
