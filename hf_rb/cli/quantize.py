@@ -155,6 +155,11 @@ def _configure_d2quant(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--batch-size", type=int, help="sequences that run at a time (default 1)")
     parser.add_argument("--seed", type=int, help="which sequences (default 0)")
     parser.add_argument("--no-dsq", action="store_true", help="integer grids for down projections too")
+    parser.add_argument(
+        "--dsq-weighting",
+        choices=["hessian", "none"],
+        help="what columns count in the fit of dual scales (default hessian; none is the paper's)",
+    )
     parser.add_argument("--no-dac", action="store_true", help="leave the mean shift after attention")
     parser.add_argument("--no-rotate", action="store_true", help="do not rotate the hidden state")
 
@@ -187,8 +192,10 @@ def run(args: argparse.Namespace) -> int:
         report = quantize(*models, arguments.quantization_config, resume=arguments.resume, **options)
     if arguments.eval_data:
         measure_perplexity(report, *models, arguments.eval_data)
+    found = json.dumps(asdict(report) | {"verdict": report.verdict()}, indent=2)
+    Path(arguments.output_dir, "report.json").write_text(found + "\n", encoding="utf-8")  # for `hf-rb report`
     if args.json:
-        print(json.dumps(asdict(report) | {"verdict": report.verdict()}, indent=2))
+        print(found)
     else:
         print(_summary(report, arguments.output_dir))
     return 0
@@ -232,6 +239,7 @@ def read_arguments(args: argparse.Namespace) -> QuantizeArguments:
         "batch_size": flag("batch_size"),
         "seed": flag("seed"),
         "dsq": False if flag("no_dsq") else None,
+        "dsq_weighting": flag("dsq_weighting"),
         "dac": False if flag("no_dac") else None,
         "rotate": False if flag("no_rotate") else None,
     }

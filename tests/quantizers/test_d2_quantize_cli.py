@@ -161,5 +161,9 @@ def test_verb_reaches_the_options():
     verb.configure(parser)
     options = "--method d2quant --bits 3 --backend gptq --dataset tiny:math --bits-per-layer down_proj=4 --no-dsq --no-dac --no-rotate"
     config = verb.read_arguments(parser.parse_args(["model", "out", *options.split()])).quantization_config
+    paper = verb.read_arguments(
+        parser.parse_args("model out --method d2quant --dataset x --dsq-weighting none".split())
+    )
+    assert paper.quantization_config["dsq_weighting"] == "none"
     expected = {"quant_method": "d2quant", "bits": 3, "backend": "gptq", "dataset": "tiny:math"}
     assert config == expected | {"bits_per_layer": {"down_proj": 4}, "dsq": False, "dac": False, "rotate": False}
