@@ -179,5 +179,5 @@ def _is_rms_norm(norm: nn.Module, hidden: int) -> bool:
 def _unknown(model: PreTrainedModel, reason: str) -> str:
     return (
         f"`rotate` knows decoders in the manner of Llama, without experts; {type(model).__name__} is none: {reason}. "
-        "Use `rotate=False`."
+        "Use `rotate=False` (`--no-rotate`)."
     )
