@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_rb._files import atomic_folder
+from hf_rb._files import atomic_folder, check_replaceable
 from hf_rb._model_folder import check_apart, copy_companions, find_model, weight_bytes
 from hf_rb._unfinished import STATE, partial_folder
 from hf_rb.evaluation import Size, load_model, load_task, model_size, perplexity, solutions
@@ -75,8 +75,9 @@ def quantize(
         config = replace(config, resume_dir=config.resume_dir or str(work))
         if not resume:
             (Path(config.resume_dir) / STATE).unlink(missing_ok=True)
-    with atomic_folder(destination, overwrite) as result:
-        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    check_replaceable(destination.resolve(), overwrite)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    with atomic_folder(destination, overwrite) as result:  # only now: a run that is killed leaves its temporary folder
         model.save_pretrained(result)
         size = complete_folder(result, folder, source, destination.name, config)
     shutil.rmtree(work, ignore_errors=True)
