@@ -73,6 +73,7 @@ def test_verb_json(source, tmp_path, capsys):
     assert main(["quantize", str(source), str(tmp_path / "out"), "--group-size", "64", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["layers"]) == 14 and report["method"] == "ptqtp" and report["bits_per_weight"] > 3
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report  # what `hf-rb report` reads
 
 
 def test_report_beside_4_bit_rounding(source, tmp_path):

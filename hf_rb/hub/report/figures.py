@@ -18,6 +18,8 @@ Series = tuple[Sequence[float], Sequence[float]]
 
 def curves(groups: Mapping[str, Mapping[str, Series]], caption: str, x_label: str = "step") -> Figure:
     """Draws small multiples: of each title, lines by name over a common x."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _canvas(len(groups))
     # A run has one colour in all of them.
     colors = dict(zip(dict.fromkeys(name for lines in groups.values() for name in lines), cycle(COLORS), strict=False))
@@ -25,6 +27,8 @@ def curves(groups: Mapping[str, Mapping[str, Series]], caption: str, x_label: st
         for name, (x, y) in lines.items():
             marker = "o" if len(x) < 3 else None
             axis.plot(x, y, color=colors[name], label=name, linewidth=1.4, marker=marker, markersize=3)
+        if all(isinstance(place, int) for x, _ in lines.values() for place in x):
+            axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
         axis.set_xlabel(x_label, fontsize=8)
         if len(lines) > 1:
@@ -59,7 +63,7 @@ def scatter(points: Mapping[str, Series], caption: str, x_label: str, y_label: s
 
 def bars(names: Sequence[str], series: Mapping[str, Sequence[float | None]], caption: str, y_label: str) -> Figure:
     """Draws groups of bars, one for each name."""
-    figure, (axis,) = _canvas(1, width=max(1.3 * WIDTH, 0.16 * len(names) * len(series)))
+    figure, (axis,) = _canvas(1, width=max(1.3 * WIDTH, 0.16 * len(names) * len(series)), height=1.6 * HEIGHT)
     width = 0.8 / len(series)
     for index, (name, values) in enumerate(series.items()):
         places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(names))]
@@ -68,7 +72,7 @@ def bars(names: Sequence[str], series: Mapping[str, Sequence[float | None]], cap
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
     axis.set_ylabel(y_label, fontsize=8)
     if len(series) > 1:
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(series))
     return _finish(figure, caption)
 
 
@@ -77,7 +81,6 @@ def heat_map(
     names: Sequence[str],
     caption: str,
     x_label: str,
-    label: str,
     center: float | None = None,
 ) -> Figure:
     """Draws a matrix, its rows by name from the top; a value at `center` is white."""
@@ -93,7 +96,8 @@ def heat_map(
     image = axis.imshow(values, aspect="auto", cmap=colors, norm=norm, interpolation="nearest")
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_xlabel(x_label, fontsize=8)
-    figure.colorbar(image, ax=axis, label=label, fraction=0.03)
+    axis.grid(False)
+    figure.colorbar(image, ax=axis, fraction=0.03).ax.tick_params(labelsize=7)
     return _finish(figure, caption)
 
 

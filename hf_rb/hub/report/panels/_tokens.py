@@ -78,7 +78,7 @@ def _word(row: Mapping[str, Any], place: int, name: str, shade: Callable, droppe
 
 def calibration(found: Sequence[Mapping[str, Any]]) -> list[Block]:
     """Draws how often the most probable token is the label, where the model gives it a probability."""
-    lines, rows = {"as certain as right": ([0, 1], [0, 1])}, []
+    lines, rows = {}, []
     for snapshot in found:
         pairs = list(zip(values(snapshot, "top_prob"), values(snapshot, "correct"), strict=True))
         tenths: list[list[tuple[float, bool]]] = [[] for _ in range(10)]
@@ -93,6 +93,7 @@ def calibration(found: Sequence[Mapping[str, Any]]) -> list[Block]:
         certain, right = sum(p for p, _ in pairs) / len(pairs), sum(right for _, right in pairs) / len(pairs)
         gap = sum(abs(sum(p - right for p, right in tenth)) for tenth in tenths) / len(pairs)
         rows.append([when(snapshot), number(len(pairs)), f"{certain:.3f}", f"{right:.3f}", f"{gap:.3f}"])
+    lines["as certain as right"] = ([0.0, 1.0], [0.0, 1.0])
     caption = "Calibration: of the tokens whose most probable continuation has about this probability, how many are continued so."
     return [
         curves({"calibration": lines}, caption, "probability of the most probable token"),

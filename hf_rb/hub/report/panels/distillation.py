@@ -84,7 +84,7 @@ def _by_position(found, name: str) -> list[Block]:
                 "place, in twentieths",
             )
         ]
-    return [heat_map(rows, [when(one) for one in found], caption, "place, in twentieths", label)]
+    return [heat_map(rows, [when(one) for one in found], caption, "place, in twentieths")]
 
 
 def _branches(found) -> Table:

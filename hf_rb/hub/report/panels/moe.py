@@ -53,15 +53,8 @@ def _over_time(source: Source) -> list[Block]:
     if len(steps) < 2:
         return []
     rows, names = [source.series(key)[1] for key in keys], [key.split("/")[1] for key in keys]
-    return [
-        heat_map(
-            rows,
-            names,
-            f"MaxVio of every layer at {len(steps)} logs, steps {steps[0]} to {steps[-1]}.",
-            "log",
-            "MaxVio",
-        )
-    ]
+    caption = f"MaxVio of every layer at {len(steps)} logs, steps {steps[0]} to {steps[-1]}."
+    return [heat_map(rows, names, caption, "log")]
 
 
 def _doctor(report: Mapping[str, Any]) -> list[Block]:
@@ -74,7 +67,7 @@ def _doctor(report: Mapping[str, Any]) -> list[Block]:
     kind = "MPI" if report["mpi"] else "ordinary"
     blocks: list[Block] = [
         Table(["layer", *COLUMNS.values()], rows, f"{report['tokens']:,} tokens{data}; {kind} routers."),
-        heat_map(load, names, "Load of every expert: 1 (white) is an equal share.", "expert", "load", center=1.0),
+        heat_map(load, names, "Load of every expert: 1 (white) is an equal share.", "expert", center=1.0),
     ]
     lines = {
         COLUMNS[key]: (range(len(layers)), [layer[key] for layer in layers])

@@ -83,7 +83,7 @@ def _layers(report: Mapping[str, Any]) -> list[Block]:
     )
     blocks: list[Block] = [
         Table(["layers", "number", "weights", "relative error", "rounded to 4 bits"], rows),
-        bars([layer["name"] for layer in drawn], series, caption, "relative error"),
+        bars([layer["name"].removeprefix("model.layers.") for layer in drawn], series, caption, "relative error"),
     ]
     if report.get("blocks"):
         cells = [

@@ -75,12 +75,14 @@ def _error_classes(rows: list[Mapping[str, Any]]) -> list[Block]:
     for row in rows:
         groups[row.get("step"), str(row.get("prompt"))].append(row)
     classes, sizes = [], Counter()
-    for (step, prompt), group in groups.items():
+    for (step, _), group in groups.items():
         for name, count in Counter(row["error_class"] for row in group if row.get("error_class") is not None).items():
             sizes[count] += count
             members = [row for row in group if row["error_class"] == name and _is_number(row.get("shaped_advantage"))]
             change = sum(row["shaped_advantage"] - row["advantage"] for row in members) / max(len(members), 1)
-            classes.append((count, [_shown(prompt), name, f"{count} of {len(group)}", number(step), f"{change:+.4f}"]))
+            classes.append(
+                (count, [_shown(group[0]["prompt"]), name, f"{count} of {len(group)}", number(step), f"{change:+.4f}"])
+            )
     classes.sort(key=lambda one: -one[0])
     wrong = sum(sizes.values())
     spread = [[number(size), number(count), f"{count / wrong:.1%}"] for size, count in sorted(sizes.items())]
@@ -93,7 +95,7 @@ def _error_classes(rows: list[Mapping[str, Any]]) -> list[Block]:
     ]
 
 
-def _shown(prompt: str) -> str:
-    """The last of a prompt, where a conversation has its question."""
-    text = prompt.rpartition("'content': ")[2].rstrip("]}").strip("'\"") or prompt
+def _shown(prompt: str | list[Mapping[str, Any]]) -> str:
+    """A prompt for a table; of a conversation its last message."""
+    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
     return text if len(text) <= PROMPT else text[:PROMPT] + "…"
