@@ -1,5 +1,7 @@
 """What a calibrated run of D²Quant says and refuses, and adapters on its result."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -103,6 +105,13 @@ def test_sensitive_layers_get_more_bits(source, tmp_path):
         assert (code_bits(layout), is_dual(layout)) == (given, given == 2)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_copies_of_norms_with_biases(source):
+    model = load(source, config(dac_mode="norm_bias"))
+    assert type(model.model.norm).__name__ == "LlamaRMSNormWithBias"
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), logits(model)) and type(other.model.norm) is type(model.model.norm)
 
 
 def test_adapters_on_a_calibrated_model(source, tmp_path):

@@ -58,4 +58,12 @@ def _with_bias(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args, **kwargs) -> Tensor:
         return kind.forward(self, *args, **kwargs) + self.bias
 
-    return type(f"{kind.__name__}WithBias", (kind,), {"forward": forward, "__module__": kind.__module__})
+    def reduce(self: nn.Module) -> tuple:
+        return _new_with_bias, (kind,), vars(self)  # pickle finds no class that was made at run time
+
+    members = {"forward": forward, "__reduce__": reduce, "__module__": kind.__module__}
+    return type(f"{kind.__name__}WithBias", (kind,), members)
+
+
+def _new_with_bias(kind: type[nn.Module]) -> nn.Module:
+    return nn.Module.__new__(_with_bias(kind))
