@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from round_trips import INPUT, load, logits
+from round_trips import INPUT, load, logits, same_files
 from transformers import PhiConfig, PhiForCausalLM
 from transformers.utils import logging
 
@@ -105,6 +105,19 @@ def test_sensitive_layers_get_more_bits(source, tmp_path):
         assert (code_bits(layout), is_dual(layout)) == (given, given == 2)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("mode", ["fold", "norm_bias"])
+def test_offloading_reaches_corrections(source, tmp_path, mode):
+    model = load(source, config(dac_mode=mode))
+    model.save_pretrained(tmp_path / "one")
+    for memory in ("150KB", "1KB"):  # some layers on disk, all of them
+        options = dict(device_map="auto", max_memory={"cpu": memory}, offload_folder=tmp_path / "offload")
+        offloaded = load(tmp_path / "one", **options)
+        assert any(parameter.is_meta for parameter in offloaded.parameters())
+        assert torch.equal(logits(offloaded), logits(model))
+        offloaded.save_pretrained(tmp_path / memory)
+        assert same_files(tmp_path / memory, tmp_path / "one")
 
 
 def test_copies_of_norms_with_biases(source):
