@@ -44,8 +44,8 @@ TEXT = {
 CELLS = {
     "tiny": {
         "PTQTP, 1 plane": {"quantization_config": {"quant_method": "ptqtp", "planes": 1}, "baseline": True},
-        "D²Quant, 2 bits": {"quantization_config": CALIBRATED, "pool_problems": 1000},
-        "D²Quant, 2 bits, without data": {"quantization_config": D2QUANT | {"backend": "rtn"}, "pool_problems": 1000},
+        "D²Quant, 2 bits": {"quantization_config": CALIBRATED, "eval_problems": 500},
+        "D²Quant, 2 bits, without data": {"quantization_config": D2QUANT | {"backend": "rtn"}, "eval_problems": 500},
     },
     "text": {"PTQTP, 2 planes": {"quantization_config": {"quant_method": "ptqtp"}, "baseline": True}},
 }
