@@ -43,12 +43,22 @@ class ScriptArguments(trl.ScriptArguments):
     Args:
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether a model and checkpoints that `output_dir` already holds are deleted when training starts.
+        token_samples (`bool`, *optional*, defaults to `True`):
+            Whether to write what a method does to the tokens of the first 16 sequences of the training data into `output_dir`, as
+            text and numbers, for `hf-rb report`.
     """
 
     overwrite: bool = field(
         default=False,
         metadata=described(
             "Whether a model and checkpoints that `output_dir` already holds are deleted when training starts."
+        ),
+    )
+    token_samples: bool = field(
+        default=True,
+        metadata=described(
+            "Whether to write what a method does to the tokens of the first 16 sequences of the training data into `output_dir`, as text "
+            "and numbers, for `hf-rb report`."
         ),
     )
 
@@ -70,7 +80,8 @@ def run(prepare: Callable, build: Callable, argv: Sequence[str] | None = None, n
     with readable_errors(name) if name else nullcontext():
         script_args, args, model_args, mixture, splits = prepare(argv)
     trainer = build(script_args, args, model_args, mixture, splits)
-    add_token_samples(trainer)
+    if script_args.token_samples:
+        add_token_samples(trainer)
     train_and_save(trainer, script_args, model_args, mixture)
 
 

@@ -48,6 +48,20 @@ def test_profit_before_and_after_a_training_that_does_not_notice(student, config
     assert {type(value) for value in row["kept"] if value is not None} == {bool}
 
 
+def test_completions_of_the_student_are_the_same_with_it(student, config):
+    trained = []
+    for sampled in (False, True):
+        args = GKDConfig(**config, lmbda=1.0, objective="reverse_kl", max_new_tokens=8, learning_rate=1e-3)
+        trainer = GKDTrainer(
+            str(student), teacher_model=str(tiny.path("teacher")), args=args, train_dataset=data("prompt_only")
+        )
+        if sampled:
+            add_token_samples(trainer)
+        trainer.train()
+        trained.append(weights(trainer))
+    assert all(map(torch.equal, *trained))
+
+
 def test_without_flags_nothing_is_added(student, config):
     trainer = SFTTrainer(str(student), args=SFTConfig(**config), train_dataset=data())
     add_token_samples(trainer)
