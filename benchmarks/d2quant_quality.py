@@ -173,6 +173,8 @@ def render(result: dict[str, Any]) -> str:
     ]
     plain = next(cell for cell in result["cells"] if cell["method"] == "16-bit")
     for calibration, other in OTHER.items():
+        if not any(cell["calibration"] == calibration for cell in result["cells"]):
+            continue
         lines += ["", f"## Calibrated on {calibration}", ""]
         lines.append(
             f"| bits | method | seeds | bits/weight in the layers | layers MB | file MB | WikiText-2 | {other} | hidden error |"
@@ -234,10 +236,11 @@ def _comparisons(cells: list[dict[str, Any]]) -> list[str]:
                 )
                 if seeds := sorted(first.keys() & second.keys()):
                     means = [statistics.mean(one[seed] for seed in seeds) for one in (first, second)]
+                    sizes = [next(one["layer_bytes"] for one in here if one["method"] == name) for name in pair]
                     wins = sum(first[seed] < second[seed] for seed in seeds)
                     lines.append(
                         f"- {bits} bits, {calibration}: {pair[0]} {means[0]:.2f} {'<' if means[0] < means[1] else '>='} "
-                        f"{pair[1]} {means[1]:.2f}; lower in {wins} of {len(seeds)} seeds."
+                        f"{pair[1]} {means[1]:.2f}; lower in {wins} of {len(seeds)} seeds, with {100 * (sizes[0] / sizes[1] - 1):+.1f} % bytes in the layers."
                     )
     return lines
 
