@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_rb import tiny
 from hf_rb._resources import resource_folder
+from hf_rb.hub import plan_upload
+from hf_rb.hub.report import make_report, read_source
 from hf_rb.scripts import _common, sft
 
 
@@ -62,6 +64,12 @@ def test_the_shipped_recipe(caplog):
     card = Path("out/README.md").read_text()
     for expected in ("# out", "ProFit", "`tiny:math`", "`tiny:student`", "`profit_threshold` | `0.001`"):
         assert expected in card
+    samples = json.loads(Path("out/token_samples.json").read_text())
+    assert [one["step"] for one in samples["snapshots"]] == [0, 2]
+    assert "ProFit: what was masked" in make_report([read_source("out")]).panels
+    assert "token_samples.json" in plan_upload("out").left_out
+    sft.main(["--config", RECIPE, "--output_dir", "other", "--token_samples", "false", *short])
+    assert not Path("other/token_samples.json").exists()
 
 
 def test_local_files_lora_and_resuming(capsys):
