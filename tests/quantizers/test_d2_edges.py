@@ -92,7 +92,7 @@ def test_a_correction_that_cannot_act_is_said(tmp_path, caplog):
     logging.enable_propagation()
     model = load(tmp_path, config(rotate=False))
     logging.disable_propagation()
-    assert "`dac=True` corrects nothing: in model.layers.0 no MLP reads" in caplog.text
+    assert "`dac=True` corrects nothing in 1 layers (model.layers.0, …): no linear layers of an MLP" in caplog.text
     assert model.config.quantization_config.bias_modules is None
 
 

@@ -157,6 +157,7 @@ class _Calibration:
         self.dtype = self.original[0].dtype
         self.final_teacher: list[Tensor] = []
         self.bias_modules: list[str] = []
+        self.uncorrected: list[str] = []
         outside = [name for name in packable if not name.startswith(f"{self.decoder.name}.")]
         if outside:  # projections beside the layers: nothing is calibrated there, and a reload has to know
             report.skipped += outside
@@ -172,6 +173,11 @@ class _Calibration:
             self.report.final_norm = result.final
             bar.set_postfix_str(f"error {result.block.hidden_error:.3f}")
             logger.info(str(result.block))
+        if self.uncorrected:
+            logger.warning(
+                f"`dac=True` corrects nothing in {len(self.uncorrected)} layers ({self.uncorrected[0]}, …): no linear layers of an MLP "
+                "read the hidden state behind the attention there."
+            )
         self.config.bias_modules = self.bias_modules or None
 
     def _layer(self, index: int) -> Result:
@@ -182,9 +188,7 @@ class _Calibration:
             readings = self._observe(block)
             shifted = self._shifted(list(readings))
             if self.config.dac and shifted is None:
-                logger.warning_once(
-                    f"`dac=True` corrects nothing: in {block.name} no MLP reads the hidden state behind the attention."
-                )
+                self.uncorrected.append(block.name)
             norm = shifted and block.norm_of(shifted[0], self.quantized[0])
             if file and file.is_file():
                 result = load_result(file, block.device)
