@@ -36,11 +36,15 @@ def curves(groups: Mapping[str, Mapping[str, Series]], caption: str, x_label: st
     return _finish(figure, caption)
 
 
-def histograms(groups: Mapping[str, Mapping[str, Sequence[float]]], caption: str, bins: Any = 30) -> Figure:
-    """Draws of each title histograms by name, one over the other."""
+def histograms(
+    groups: Mapping[str, Mapping[str, Sequence[float]]], caption: str, bins: Any = 30, log: bool = False
+) -> Figure:
+    """Draws of each title histograms by name, one over the other, with a logarithmic count on request."""
     figure, axes = _canvas(len(groups))
     for axis, (title, parts) in zip(axes, groups.items(), strict=True):
-        axis.hist(list(parts.values()), bins=bins, label=list(parts), color=COLORS[: len(parts)], stacked=True)
+        axis.hist(
+            list(parts.values()), bins=bins, label=list(parts), color=COLORS[: len(parts)], stacked=True, log=log
+        )
         axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
         if len(parts) > 1:
             axis.legend(fontsize=7, frameon=False)

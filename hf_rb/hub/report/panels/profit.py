@@ -30,8 +30,9 @@ def _build(source: Source) -> list[Block]:
     blocks.append(
         histograms(
             {when(one): {"kept": _probs(one, True), "dropped": _probs(one, False)} for one in found},
-            "Probability of the labels of a few sequences of the training data.",
+            "Probability of the labels of a few sequences of the training data, counted on a logarithmic scale.",
             bins=[i / 25 for i in range(26)],
+            log=True,
         )
     )
     blocks += calibration(found)
