@@ -108,6 +108,26 @@ def test_sensitive_layers_get_more_bits(source, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["fold", "norm_bias"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2_moe"])
+def test_the_error_is_that_of_the_model_that_comes_out(make_moe, source, architecture, mode):
+    """Whatever is packed, absorbed and folded. Of the mixture the experts are left, and read the corrected norm if it is the norm."""
+    options = dict(rotate=False, dac_mode=mode, group_size=16)
+    if architecture == "qwen2_moe":
+        source, options["modules_to_not_convert"] = make_moe(architecture, vocab_size=96), ["experts"]
+    model = load(source, config(**options), dtype=torch.float32)
+    tokens = pipeline.calibration_tokens(config(), pipeline.load_tokenizer(None, None))
+    outputs = []
+    for one in (load(source, dtype=torch.float32), model):
+        hook = one.model.layers[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
+        with torch.no_grad():
+            one(tokens)
+        hook.remove()
+    original, quantized = (output[0] if isinstance(output, tuple) else output for output in outputs)
+    error = ((quantized - original).norm() / original.norm()).item()
+    assert model.hf_quantizer.report.blocks[-1].hidden_error == pytest.approx(error, rel=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["fold", "norm_bias"])
 def test_offloading_reaches_corrections(source, tmp_path, mode):
     model = load(source, config(dac_mode=mode))
     model.save_pretrained(tmp_path / "one")

@@ -148,9 +148,13 @@ class Block:
             path, _ = made.get(id(self.input_of(name, hidden)), (None, None))
         return path and f"{self.name}.{path}"
 
-    def shift(self, names: tuple[str, ...], bias: Tensor) -> None:
-        """Adds a bias to what the named layers read, until this is closed."""
+    def shift(self, names: tuple[str, ...], bias: Tensor, norm: str | None = None) -> None:
+        """Adds a bias to what the named layers read, or to what a norm returns to all that read it, until this is closed."""
         bias = bias.to(self.device)
+        if norm is not None:
+            module = self.layer.get_submodule(norm.removeprefix(f"{self.name}."))
+            self._handles.append(module.register_forward_hook(lambda _, __, output: output + bias))
+            return
         for name in names:
             hook = self.linear[name].register_forward_pre_hook(lambda _, args: (args[0] + bias, *args[1:]))
             self._handles.append(hook)

@@ -189,15 +189,15 @@ class _Calibration:
             shifted = self._shifted(list(readings))
             if self.config.dac and shifted is None:
                 self.uncorrected.append(block.name)
-            norm = shifted and block.norm_of(shifted[0], self.quantized[0])
+            norm = shifted and self._norm_to_shift(block, shifted[0])
             if file and file.is_file():
                 result = load_result(file, block.device)
                 self._install(block, result.codes)
                 if result.shift is not None:
-                    block.shift(shifted, result.shift)
+                    block.shift(shifted, result.shift, norm)
                 self._advance(block)
             else:
-                result = self._solve(block, readings, shifted, last)
+                result = self._solve(block, readings, shifted, norm, last)
                 result.block.hidden_error = self._advance(block)
                 if self.final_teacher:
                     result.final_shift, result.final = self._final_shift()
@@ -251,11 +251,20 @@ class _Calibration:
         # query, key, value; output; gate, up; down: what reads the hidden state behind the attention is the last but one.
         return groups[-2] if self.config.dac and len(groups) >= 4 else None
 
+    def _norm_to_shift(self, block: Block, reader: str) -> str | None:
+        """Returns the norm that is to keep the correction, or `None` where it is folded into those that read it."""
+        if self.config.dac_mode == "fold":
+            return None
+        if (norm := block.norm_of(reader, self.quantized[0])) is None:
+            logger.warning(f"What {reader} reads comes from no norm: its correction is folded into biases.")
+        return norm
+
     def _solve(
         self,
         block: Block,
         readings: dict[tuple[str, ...], list[Tensor]],
         shifted: tuple[str, ...] | None,
+        norm: str | None,
         last: bool,
     ) -> Result:
         result = Result(block=BlockReport(block.name))
@@ -264,7 +273,7 @@ class _Calibration:
             if names == shifted:
                 student = self._inputs(block, names[0])
                 result.shift = self._correct(result.block, teacher, student)
-                block.shift(names, result.shift)
+                block.shift(names, result.shift, norm)
                 inputs: Iterable[Tensor] = (read.float() + result.shift for read in student)
                 if last and self.config.dac_final and self.decoder.final_norm is not None:
                     self.final_teacher = self._final(block.run(hidden) for hidden in self.quantized)
@@ -355,7 +364,8 @@ class _Calibration:
             self._set_shift(result.shift, shifted, norm, result.codes)
         if result.final_shift is not None:
             reader = self._name_of(self.model.get_output_embeddings())
-            self._set_shift(result.final_shift, (reader,), self._name_of(self.decoder.final_norm), {})
+            final = self._name_of(self.decoder.final_norm) if self.config.dac_mode == "norm_bias" else None
+            self._set_shift(result.final_shift, (reader,), final, {})
         for name, codes in result.codes.items():
             linear = self.model.get_submodule(name)
             self.model.set_submodule(name, D2QuantLinear.from_codes(codes, linear.bias))
@@ -364,9 +374,7 @@ class _Calibration:
         return next(name for name, one in self.model.named_modules() if one is module)
 
     def _set_shift(self, shift: Tensor, readers: tuple[str, ...], norm: str | None, codes: dict) -> None:
-        if self.config.dac_mode == "norm_bias" and norm is None:
-            logger.warning(f"What {readers[0]} reads comes from no norm: its correction is folded into biases.")
-        if self.config.dac_mode == "norm_bias" and norm is not None:
+        if norm is not None:
             module = self.model.get_submodule(norm)
             biases = {norm: shift if getattr(module, "bias", None) is None else module.bias + shift}
         else:
