@@ -61,24 +61,28 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=["forward_kl"], help="of the first seed also: akl hpd sft")
     parser.add_argument("--examples", type=int, nargs="+", help="budgets (default 332; text: 64)")
     parser.add_argument("--only", nargs="+", help="models of the table")
+    parser.add_argument(
+        "--folder", type=Path, help="where to work, and go on after an interruption (default: a new one)"
+    )
     args = parser.parse_args()
     path = RESULTS / f"recover_{args.kind}.json"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if args.only and path.is_file() else {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
-        common = TINY if args.kind == "tiny" else TEXT | split(args, Path(scratch))
+        scratch = args.folder or Path(scratch)
+        common = TINY if args.kind == "tiny" else TEXT | split(args, scratch)
         common |= {"examples": args.examples or [332 if args.kind == "tiny" else 64]}
-        for name, own in CELLS[args.kind].items():
+        for number, (name, own) in enumerate(CELLS[args.kind].items()):
             if args.only and name not in args.only:
                 continue
-            folder = Path(scratch, str(len(cells)))
             cells[name] = []
             for seed in args.seeds:
-                first = seed == args.seeds[0]  # of which alone the baseline and the other objectives are
-                recipe = common | own | {"baseline": first and own.get("baseline", False)}
-                cells[name].append(run(recipe, seed, args.objectives if first else args.objectives[:1], folder))
-            result = {"kind": args.kind, "load": os.getloadavg()[0], "cells": cells}
-            path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            path.with_suffix(".md").write_text(render(result), encoding="utf-8")
+                # The other objectives are of the first seed alone, and the baseline of the last.
+                baseline = seed == args.seeds[-1] and own.get("baseline", False)
+                objectives = args.objectives if seed == args.seeds[0] else args.objectives[:1]
+                cells[name].append(run(common | own | {"baseline": baseline}, seed, objectives, scratch / str(number)))
+                result = {"kind": args.kind, "load": os.getloadavg()[0], "cells": cells}
+                path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                path.with_suffix(".md").write_text(render(result), encoding="utf-8")
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
 
 
