@@ -265,7 +265,8 @@ def _title(config: dict[str, Any]) -> str:
     if config["quant_method"] == "ptqtp":
         planes = config.get("planes", 2)
         return f"PTQTP, {planes} plane{'s' * (planes > 1)}"
-    return f"D²Quant, {config.get('bits', 2)} bits"
+    data = ", without data" if config.get("backend") == "rtn" else ""
+    return f"D²Quant, {config.get('bits', 2)} bits{data}"
 
 
 def _name(data: str) -> str:
