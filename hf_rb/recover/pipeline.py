@@ -241,6 +241,11 @@ class _Pipeline:
         full = self.report.rows[0] if self.report.rows else None
         if lost and lost.exact_match is not None and full.exact_match > lost.exact_match:
             row.regained = (row.exact_match - lost.exact_match) / (full.exact_match - lost.exact_match)
+            if row.regained < 0:
+                self._note(
+                    f"{title} by {row.objective} on {row.examples} examples solves less than without the adapter: do not use it; lower "
+                    "`learning_rate` in `training`, or give more examples."
+                )
         self.report.rows.append(row)
         return row
 

@@ -70,7 +70,7 @@ class RecoverReport:
             [
                 row.model,
                 row.objective or "-",
-                "-" if row.examples is None else f"{row.examples} ({row.failing} broken)",
+                "-" if row.examples is None else f"{row.examples}" + f" ({row.failing} broken)" * bool(row.failing),
                 f"{row.bytes:,}",
                 _percent(row.exact_match),
                 _percent(row.regained),
