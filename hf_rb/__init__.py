@@ -4,6 +4,7 @@ Importing this package registers it with transformers and PEFT, and imports neit
 below load on first use.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -74,15 +75,32 @@ __all__ = [
 ]
 
 
+# `hf_rb.tiny` and the like, without an import of their own.
+_PACKAGES = (
+    "advantages",
+    "evaluation",
+    "models",
+    "objectives",
+    "quantizers",
+    "recover",
+    "teachers",
+    "tiny",
+    "weights",
+)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
     if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # With the name and the module, Python's traceback adds "Did you mean".
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     value = globals()[name] = getattr(import_module(_MODULES[name]), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})
 
 
 _registration.register()

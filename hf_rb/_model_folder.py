@@ -13,6 +13,7 @@ __all__ = [
     "ADAPTER_CONFIG",
     "COMPANIONS",
     "check_apart",
+    "check_model",
     "companions",
     "copy_companions",
     "find_model",
@@ -20,6 +21,11 @@ __all__ = [
 ]
 
 ADAPTER_CONFIG = "adapter_config.json"
+
+_NOWHERE = (
+    "There is no folder {}, and the Hub has no such model or cannot be reached: write tiny:student, the path of a model folder "
+    "or a Hub id."
+)
 
 # What a model folder holds besides its configuration and weights.
 COMPANIONS = (
@@ -65,10 +71,42 @@ def find_model(name: str, adapter: bool = False) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"There is no folder {name}, and the Hub has no such model or cannot be reached: write tiny:student, the path "
-            "of a model folder or a Hub id."
-        ) from error
+        raise FileNotFoundError(_NOWHERE.format(name)) from error
+
+
+def check_model(name: str, revision: str | None = None) -> None:
+    """
+    Looks for a model, or an adapter, without loading it or downloading its weights.
+
+    Args:
+        name (`str`):
+            `"tiny:student"` and the like, a folder or a Hub id.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the Hub's repository.
+
+    Raises:
+        FileNotFoundError: There is no such folder, and no such repository, or the Hub cannot be reached and the cache does not have it.
+    """
+    if Path(tiny.resolve(name)).is_dir():
+        return
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+    )
+
+    try:
+        hf_hub_download(name, "config.json", revision=revision)
+    except RemoteEntryNotFoundError:
+        return  # an adapter's repository
+    except GatedRepoError:
+        raise  # says what to do
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(_NOWHERE.format(name)) from error
 
 
 def check_apart(source: Path, destination: Path) -> None:

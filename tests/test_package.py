@@ -32,8 +32,15 @@ def test_every_public_name_resolves(name):
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'SFTTrainr'"):
+    with pytest.raises(AttributeError, match="no attribute 'SFTTrainr'") as error:
         hf_rb.SFTTrainr  # noqa: B018
+    assert (error.value.name, error.value.obj) == ("SFTTrainr", hf_rb)  # for Python's "Did you mean"
+
+
+def test_packages_need_no_import_of_their_own():
+    program = "import hf_rb; print(hf_rb.tiny.resolve('tiny:student'), hf_rb.evaluation.exact_match)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
+    assert all((Path(hf_rb.__file__).parent / name / "__init__.py").is_file() for name in hf_rb._PACKAGES)
 
 
 def test_importing_is_fast_and_imports_no_heavy_library():

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_rb import tiny
 from hf_rb._fields import described
+from hf_rb._model_folder import check_model
 from hf_rb.trainers._rules import only_gkd
 from hf_rb.trainers.token_samples import add_token_samples
 
@@ -114,11 +115,15 @@ def read(parser: trl.TrlParser, argv: Sequence[str] | None = None) -> tuple:
     Raises:
         ValueError: A key or an argument is unknown, or there is no model.
         FileExistsError: `output_dir` holds an earlier run.
+        FileNotFoundError: There is no such model or teacher.
     """
     script_args, args, model_args, mixture = parse(parser, argv)
     if model_args.model_name_or_path is None:
         raise ValueError("There is no model. Set `model_name_or_path` to a Hub id, a folder or `tiny:student`.")
     check_output_dir(args, script_args.overwrite)
+    check_model(model_args.model_name_or_path, model_args.model_revision)
+    if getattr(args, "teacher_model_name_or_path", None):
+        check_model(args.teacher_model_name_or_path, getattr(args, "teacher_model_revision", None))
     return script_args, args, model_args, mixture
 
 
