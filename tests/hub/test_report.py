@@ -250,6 +250,12 @@ def test_several_runs_share_their_curves(profit_run, kd_run, documents, no_drawi
     text = report.markdown()
     assert "# profit, kd, doctor.json" in text
     assert "| profit | loss | 2 | 1 | 2 | 1 | 20 |" in text and "| kd | loss | 1 | 0.5 | 1 | 0.5 | 20 |" in text
+    # A panel of one of them says which.
+    assert (
+        "## ProFit: what was masked\n\n### profit\n" in text
+        and "## Mixture of experts: the router doctor\n\n### doctor.json\n" in text
+    )
+    assert "## Environment\n\n### profit\n" in text
 
 
 def test_runs_of_one_name_are_told_apart(profit_run, tmp_path, no_drawings):

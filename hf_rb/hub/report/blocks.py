@@ -9,9 +9,10 @@ __all__ = ["Block", "Figure", "Heading", "Table", "Text", "Tokens", "Word", "num
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading within a panel."""
+    """A heading within a panel: of a run, or at the next level of a part of it."""
 
     text: str
+    level: int = 3
 
 
 @dataclass(frozen=True)

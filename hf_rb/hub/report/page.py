@@ -71,14 +71,17 @@ def make_report(sources: Sequence[Source]) -> Report:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ImportError("Drawings need matplotlib: `pip install hf_rb[report]`.") from None
-    shown = {panel.TITLE: _built(panel, found) for panel in panels if (found := list(filter(panel.shows, sources)))}
-    shown[environment.TITLE] = environment.build(sources)
+    named = len(sources) > 1
+    shown = {
+        panel.TITLE: _built(panel, found, named) for panel in panels if (found := list(filter(panel.shows, sources)))
+    }
+    shown[environment.TITLE] = environment.build(sources, named)
     return Report(", ".join(source.name for source in sources), shown)
 
 
-def _built(panel: ModuleType, sources: Sequence[Source]) -> list[Block]:
+def _built(panel: ModuleType, sources: Sequence[Source], named: bool) -> list[Block]:
     try:
-        return panel.build(sources)
+        return panel.build(sources, named)
     except (
         KeyError,
         TypeError,
@@ -134,8 +137,8 @@ def _word(word: Word, hue: int) -> Markup:
 
 def _markdown(block: Block) -> str:
     match block:
-        case Heading(text):
-            return f"### {text}"
+        case Heading(text, level):
+            return f"{'#' * level} {text}"
         case Text(text):
             return text
         case Figure(_, caption):

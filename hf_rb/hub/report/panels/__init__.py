@@ -5,7 +5,8 @@ A panel has
 
 - `TITLE`: its heading;
 - `shows(source) -> bool`: whether it has something to show of a [`~hf_rb.hub.report.Source`]; reads what is there, draws nothing;
-- `build(sources) -> list[Block]`: its blocks, of those sources that it shows, one or more.
+- `build(sources, named) -> list[Block]`: its blocks, of those sources that it shows, one or more; with `named`, which of them a block is
+  of is said, since the page is about several.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,6 @@ __all__ = ["PANELS", "each"]
 PANELS = ("curves", "profit", "distillation", "rl", "quantization", "moe", "recover", "evaluation")
 
 
-def each(sources: Sequence[Source], build: Callable[[Source], list[Block]]) -> list[Block]:
-    """Returns the blocks of every source, under its name where there are several."""
-    headings = [[Heading(source.name)] if len(sources) > 1 else [] for source in sources]
-    return [block for heading, source in zip(headings, sources, strict=True) for block in [*heading, *build(source)]]
+def each(sources: Sequence[Source], build: Callable[[Source], list[Block]], named: bool) -> list[Block]:
+    """Returns the blocks of every source, under its name where `named`."""
+    return [block for source in sources for block in [*([Heading(source.name)] if named else []), *build(source)]]

@@ -62,7 +62,7 @@ def samples(
     rows = found[-1]["rows"]
     chosen = sorted(sorted(range(len(rows)), key=lambda index: -interest(rows[index]))[:SAMPLES])
     for snapshot in found:
-        yield Heading(f"Sequences {when(snapshot)}")
+        yield Heading(f"Sequences {when(snapshot)}", level=4)
         yield Text(explanation)
         for row in (snapshot["rows"][index] for index in chosen if index < len(snapshot["rows"])):
             yield Tokens([_word(row, place, name, shade, dropped) for place in range(len(row["tokens"]))], hue)

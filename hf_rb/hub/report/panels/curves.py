@@ -38,7 +38,7 @@ def shows(source: Source) -> bool:
     return "loss" in {key for entry in source.log for key in entry}
 
 
-def build(sources: Sequence[Source]) -> list[Block]:
+def build(sources: Sequence[Source], named: bool) -> list[Block]:
     keys = list(dict.fromkeys(key for source in sources for key in source.keys("") if _is_general(key)))
     keys = [key for key in FIRST if key in keys] + [key for key in keys if key not in FIRST]
     lines = [key for key in keys if any(len(source.series(key)[0]) > 1 for source in sources)]
@@ -53,7 +53,7 @@ def build(sources: Sequence[Source]) -> list[Block]:
         if y
     ]
     headers = ["run", "number", "first", "lowest", "highest", "last", "at step"]
-    if len(sources) == 1:
+    if not named:
         headers, rows = headers[1:], [row[1:] for row in rows]
     figures = [curves(drawn, "What the run has logged, step by step.")] if drawn else []
     return [*figures, Table(headers, rows)]

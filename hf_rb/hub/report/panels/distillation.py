@@ -29,8 +29,8 @@ def shows(source: Source) -> bool:
     return has(source, "forward_kl") or has(source, "loss") or bool(source.keys("forward_kl", "akl/", "hpd/", "gopd/"))
 
 
-def build(sources: Sequence[Source]) -> list[Block]:
-    return each(sources, _build)
+def build(sources: Sequence[Source], named: bool) -> list[Block]:
+    return each(sources, _build, named)
 
 
 def _build(source: Source) -> list[Block]:

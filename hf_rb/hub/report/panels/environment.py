@@ -15,14 +15,14 @@ TITLE = "Environment"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
-def build(sources: Sequence[Source]) -> list[Block]:
+def build(sources: Sequence[Source], named: bool) -> list[Block]:
     here = {"hf_rb": __version__} | {name: found for name in LIBRARIES if (found := _version(name))}
     where = (
         f"This report was made with Python {platform.python_version()} on {platform.system()} ({platform.machine()})"
     )
     carded = [source for source in sources if _section(source.card, "Versions")]
     return [
-        *each(carded, _card),
+        *each(carded, _card, named),
         Text(f"{where} with {', '.join(f'{name} {number}' for name, number in here.items())}."),
     ]
 

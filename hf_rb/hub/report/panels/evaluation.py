@@ -15,8 +15,8 @@ def shows(source: Source) -> bool:
     return bool(source.find("results", "size") or source.find("sweep") or source.documents.get("eval_results.json"))
 
 
-def build(sources: Sequence[Source]) -> list[Block]:
-    return each(sources, _build)
+def build(sources: Sequence[Source], named: bool) -> list[Block]:
+    return each(sources, _build, named)
 
 
 def _build(source: Source) -> list[Block]:

@@ -29,8 +29,8 @@ def shows(source: Source) -> bool:
     return bool(source.find(*KEYS)) or bool(source.keys("router/"))
 
 
-def build(sources: Sequence[Source]) -> list[Block]:
-    return each(sources, _build)
+def build(sources: Sequence[Source], named: bool) -> list[Block]:
+    return each(sources, _build, named)
 
 
 def _build(source: Source) -> list[Block]:

@@ -17,8 +17,8 @@ def shows(source: Source) -> bool:
     return has(source, "kept") or bool(source.keys("profit/"))
 
 
-def build(sources: Sequence[Source]) -> list[Block]:
-    return each(sources, _build)
+def build(sources: Sequence[Source], named: bool) -> list[Block]:
+    return each(sources, _build, named)
 
 
 def _build(source: Source) -> list[Block]:

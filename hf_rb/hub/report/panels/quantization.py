@@ -18,11 +18,11 @@ def shows(source: Source) -> bool:
     return bool(source.find(*KEYS))
 
 
-def build(sources: Sequence[Source]) -> list[Block]:
+def build(sources: Sequence[Source], named: bool) -> list[Block]:
     reports = [(source.name, report) for source in sources for report in source.find(*KEYS)]
     return [
         *_sizes(reports),
-        *each(sources, lambda source: [b for report in source.find(*KEYS) for b in _layers(report)]),
+        *each(sources, lambda source: [b for report in source.find(*KEYS) for b in _layers(report)], named),
     ]
 
 

@@ -17,8 +17,8 @@ def shows(source: Source) -> bool:
     return bool(source.find(*KEYS))
 
 
-def build(sources: Sequence[Source]) -> list[Block]:
-    return each(sources, lambda source: [block for report in source.find(*KEYS) for block in _table(report)])
+def build(sources: Sequence[Source], named: bool) -> list[Block]:
+    return each(sources, lambda source: [block for report in source.find(*KEYS) for block in _table(report)], named)
 
 
 def _table(report: Mapping[str, Any]) -> list[Block]:

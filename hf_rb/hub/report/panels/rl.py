@@ -20,8 +20,8 @@ def shows(source: Source) -> bool:
     return bool(source.completions) or bool(source.keys("shaping/", "rewards/"))
 
 
-def build(sources: Sequence[Source]) -> list[Block]:
-    return each(sources, _build)
+def build(sources: Sequence[Source], named: bool) -> list[Block]:
+    return each(sources, _build, named)
 
 
 def _build(source: Source) -> list[Block]:
