@@ -47,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="of a sweep: draw what was measured against lambda, as SVG")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", metavar="FILE", help="write everything measured, generated texts included, as JSON")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("out", "plot"):
         if (path := getattr(args, name)) and not Path(path).resolve().parent.is_dir():
             raise FileNotFoundError(f"--{name} {path}: there is no folder {Path(path).parent}.")
+        if path and Path(path).exists() and not args.overwrite:
+            raise FileExistsError(f"{path} is there already. Choose another --{name}, or pass --overwrite.")
     for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("limit", 1), ("fewshot", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: write {least} or more.")

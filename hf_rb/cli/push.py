@@ -26,13 +26,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from hf_rb import hub
 
-    results = [result for file in args.results for result in hub.read_results(file)]
-    upload = hub.plan_upload(args.folder)
+    upload, card = hub.plan_upload(args.folder), Path(args.folder, "README.md")
+    results = [one for file in args.results for one in hub.read_results(file, models=[args.folder, args.repo])]
+    if results:
+        upload.files[card.name] = len(hub.card_with_results(card, results).encode())
     if args.dry_run:
-        _show(args, upload, url=None)
+        _show(args, upload, len(results), url=None)
         return 0
     if results:
-        hub.add_results(Path(args.folder, "README.md"), results)
+        hub.add_results(card, results)
     commit = hub.push_folder(
         args.folder,
         args.repo,
@@ -40,18 +42,24 @@ def run(args: argparse.Namespace) -> int:
         revision=args.revision,
         commit_message=args.message,
     )
-    _show(args, upload, url=commit.repo_url.url)
+    _show(args, upload, len(results), url=commit.repo_url.url)
     return 0
 
 
-def _show(args: argparse.Namespace, upload, url: str | None) -> None:
+def _show(args: argparse.Namespace, upload, results: int, url: str | None) -> None:
     if args.json:
-        print(
-            json.dumps({"repo": args.repo, "url": url, "files": upload.files, "left_out": upload.left_out}, indent=1)
-        )
+        report = {
+            "repo": args.repo,
+            "url": url,
+            "files": upload.files,
+            "left_out": upload.left_out,
+            "results": results,
+        }
+        print(json.dumps(report, indent=1))
         return
     for name, size in upload.files.items():
-        print(f"{size:15,}  {name}")
+        of_card = f", with {results} results of {', '.join(args.results)}" if results and name == "README.md" else ""
+        print(f"{size:15,}  {name}{of_card}")
     print(
         f"{upload.size:15,}  bytes in {len(upload.files)} files "
         + (f"are at {url}" if url else f"would go to {args.repo}")

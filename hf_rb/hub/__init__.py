@@ -10,7 +10,7 @@ from hf_rb.hub.card import (
 )
 from hf_rb.hub.methods import METHODS, Method
 from hf_rb.hub.push import Upload, plan_upload, push_folder
-from hf_rb.hub.results import add_results, read_results
+from hf_rb.hub.results import add_results, card_with_results, read_results
 
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Result",
     "Upload",
     "add_results",
+    "card_with_results",
     "changed_hyperparameters",
     "plan_upload",
     "push_folder",

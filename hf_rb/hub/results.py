@@ -11,28 +11,47 @@ from huggingface_hub import ModelCard
 from hf_rb.hub.card import ModelCardData, Result, render_card, render_results
 
 
-__all__ = ["add_results", "read_results"]
+__all__ = ["add_results", "card_with_results", "read_results"]
 
 HEADING = "## Measured with `hf-rb eval`"
 
 
-def read_results(path: str | Path) -> list[Result]:
+def read_results(path: str | Path, models: Sequence[str | Path] = ()) -> list[Result]:
     """Reads the results in a file of `hf-rb eval --out`.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        models (`Sequence[str | Path]`, *optional*, defaults to `()`):
+            Folders or Hub ids, by the last part of which the measured model must be called; by default, it is not asked.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no such file.
+        ValueError: It is no such file, one of another model, one of a sweep, or nothing but the size was measured.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}: `hf-rb eval MODEL --out {path}` writes it.")
     names = {field.name for field in fields(Result)}
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = [] if "sweep" in document else document["results"]
         results = [Result(**{key: value for key, value in entry.items() if key in names}) for entry in entries]
         if not all(isinstance(result.value, (int, float)) for result in results):
             raise TypeError("a value is no number")
+        measured = document["model"] if models else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold what `hf-rb eval --out` writes: {error!r}.") from error
+    if "sweep" in document:
+        raise ValueError(
+            f"{path} is a sweep of several models: measure one of its folders, which have cards of their own."
+        )
+    if not results:
+        raise ValueError(f"{path}: only the size was measured. Add --task, --perplexity or --harness to `hf-rb eval`.")
+    called = {Path(model).resolve().name for model in models}
+    if models and Path(measured).resolve().name not in called:
+        raise ValueError(
+            f"{path} measures {measured}, not {models[0]}. If they are the same, write the latter as `model` in {path}."
+        )
     return results
 
 
@@ -48,6 +67,12 @@ def add_results(readme: str | Path, results: Sequence[Result]) -> Path:
     Returns:
         `Path`: The card.
     """
+    Path(readme).write_text(card_with_results(readme, results), encoding="utf-8")
+    return Path(readme)
+
+
+def card_with_results(readme: str | Path, results: Sequence[Result]) -> str:
+    """Returns what [`add_results`] writes."""
     readme = Path(readme)
     text = (
         readme.read_text(encoding="utf-8")
@@ -66,5 +91,4 @@ def add_results(readme: str | Path, results: Sequence[Result]) -> Path:
     if not found:
         head, found, tail = body.partition("\n## Versions\n")
     card.text = f"{head.rstrip()}\n{section}{found}{tail}"
-    readme.write_text(f"---\n{card.data.to_yaml()}\n---\n{card.text.rstrip()}\n", encoding="utf-8")
-    return readme
+    return f"---\n{card.data.to_yaml()}\n---\n{card.text.rstrip()}\n"

@@ -109,6 +109,19 @@ def test_bad_input_is_one_readable_line(folder, tmp_path, capsys, arguments, mes
     assert error.startswith("hf-rb eval: error: ") and message in error
 
 
+def test_what_is_there_is_replaced_only_when_asked_to(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out.json"
+    out.write_text("an hour's work")
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_rb.evaluation.model_size", None)  # refused before anything is measured
+        assert main(["eval", str(folder), "--out", str(out)]) == 2
+    assert "is there already. Choose another --out, or pass --overwrite." in capsys.readouterr().err
+    assert out.read_text() == "an hour's work"
+    assert main(["eval", str(folder), "--out", str(out), "--overwrite"]) == 0
+    with pytest.raises(ValueError, match="only the size was measured"):  # no row for a card
+        read_results(out)
+
+
 def test_help(capsys):
     assert main(["eval", "--help"]) == 0
     assert "hf-rb eval tiny:student" in capsys.readouterr().out

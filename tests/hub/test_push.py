@@ -67,6 +67,27 @@ def test_a_dry_run_lists_and_uploads_nothing(folder, capsys, monkeypatch):
     assert (folder / "README.md").read_bytes() == before
 
 
+def test_a_dry_run_counts_the_results(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(HfApi, "create_repo", None)
+    results, before = tmp_path / "eval.json", (folder / "README.md").read_bytes()
+    push = ["push", str(folder), "me/model", "--results", str(results)]
+    for model in (str(folder), "elsewhere/student", "me/model"):
+        results.write_text(json.dumps({"model": model, "results": [vars(result) for result in RESULTS]}))
+        assert main([*push, "--dry-run"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines()[:8] if "README.md" in line)
+    assert line.endswith(f"README.md, with 2 results of {results}") and (folder / "README.md").read_bytes() == before
+    assert main([*push, "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["results"] == 2
+    assert planned["files"]["README.md"] == add_results(folder / "README.md", RESULTS).stat().st_size
+
+    before = (folder / "README.md").read_bytes()
+    results.write_text(json.dumps({"model": "outputs/teacher", "results": [vars(result) for result in RESULTS]}))
+    assert main(push) == 2
+    assert f"measures outputs/teacher, not {folder}" in capsys.readouterr().err
+    assert (folder / "README.md").read_bytes() == before
+
+
 def _link(folder):
     (folder / "config.json").rename(folder.parent / "config.json")
     (folder / "config.json").symlink_to(folder.parent / "config.json")
@@ -148,7 +169,8 @@ def test_results_are_read_from_what_eval_writes(tmp_path):
 
 
 def test_everything_reaches_a_server_that_speaks_the_hubs_protocol(folder, tmp_path):
-    (tmp_path / "eval.json").write_text(json.dumps({"results": [vars(result) for result in RESULTS]}))
+    measured = {"model": "student", "results": [vars(result) for result in RESULTS]}
+    (tmp_path / "eval.json").write_text(json.dumps(measured))
     command = [sys.executable, str(Path(__file__).with_name("loopback_worker.py")), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]

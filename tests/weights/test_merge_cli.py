@@ -9,6 +9,7 @@ from random_models import save_qwen3
 from raw_models import noise, read, write
 
 from hf_rb.cli import main
+from hf_rb.hub import read_results
 
 
 @pytest.fixture
@@ -172,7 +173,10 @@ def test_a_sweep_is_evaluated_and_drawn(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out)["perplexity"] == result["perplexity"]
     svg = ElementTree.parse(drawn).getroot()
     assert len(svg.findall(".//{*}circle")) == 3 and "perplexity" in drawn.read_text()
-    assert main(["eval", folders[0], *measure, "--plot", str(drawn)]) == 2
+    with pytest.raises(ValueError, match="is a sweep of several models"):
+        read_results(out)
+    again = tmp_path / "again.svg"
+    assert main(["eval", folders[0], *measure, "--plot", str(again)]) == 2
     assert "is no sweep" in capsys.readouterr().err
-    assert main(["eval", sweep, "--plot", str(drawn)]) == 2
+    assert main(["eval", sweep, "--plot", str(again)]) == 2
     assert "is asked for none of them" in capsys.readouterr().err
