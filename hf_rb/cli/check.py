@@ -264,12 +264,23 @@ class _Checker:
 
     def _quantization(self, key: str, config: Any) -> None:
         """Checks a quantization config, if it is one of ours. It reaches its class as YAML gives it: no text is converted."""
-        if isinstance(config, dict) and config.get("quant_method") in schemas.QUANTIZATION:
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        if method in schemas.QUANTIZATION:
             before = len(self.report.errors)
-            values = self.values(config, schemas.load(config["quant_method"])["keys"], f"{key}.", from_text=False)
-            rules = QUANTIZATION_RULES[config["quant_method"]](SimpleNamespace(**values))
+            values = self.values(config, schemas.load(method)["keys"], f"{key}.", from_text=False)
+            rules = QUANTIZATION_RULES[method](SimpleNamespace(**values))
             if len(self.report.errors) == before:  # otherwise the rules would speak of defaults that nobody wrote
                 self.report.errors += [f"`{key}`: {problem}" for problem in rules]
+        elif key == "quantization_config" and isinstance(
+            config, dict
+        ):  # elsewhere it may be a method of another library
+            self.report.errors.append(
+                value_problem(f"{key}.quant_method", str(method), choices=[*schemas.QUANTIZATION])
+            )
+        elif close := get_close_matches(
+            str(method), schemas.QUANTIZATION, n=1, cutoff=0.8
+        ):  # "quanto" is further away
+            self.report.warnings.append(f"`{key}.quant_method` is {method!r}; did you mean {close[0]!r}?")
 
 
 _PYTHON = {

@@ -190,6 +190,15 @@ def test_what_the_configs_accept_passes(changes):
     assert errors(**changes) == []
 
 
+@pytest.mark.parametrize(("method", "close"), [("ptqtpp", "ptqtp"), ("quanto", None), ("gptq", None)])
+def test_a_quantization_method_of_a_trained_model_may_be_another_librarys(method, close):
+    config = {"model_init_kwargs": {"quantization_config": {"quant_method": method}}}
+    report = check(Path("recipe.yaml"), GOOD | config)
+    key = "model_init_kwargs.quantization_config.quant_method"
+    assert not report.errors
+    assert report.warnings == ([f"`{key}` is {method!r}; did you mean {close!r}?"] if close else [])
+
+
 def test_another_minor_turns_unknown_keys_into_warnings(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda library: "9.9.0")
     report = check(Path("recipe.yaml"), GOOD | {"new_key": 1, "max_steps": "x"})

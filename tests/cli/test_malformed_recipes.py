@@ -57,7 +57,27 @@ MALFORMED = [
         "`edas_no_answer` cannot be 'clusters'; did you mean 'cluster'?",
     ),
     ("ptqtp/qwen3-0.6b", {"dtype": "bf16"}, "`dtype` cannot be 'bf16'"),
+    # What the libraries say nowhere
+    (
+        "profit/tiny-cpu",
+        {"per_device_train_batch_size": 0},
+        "`per_device_train_batch_size` must be in [1, inf); got 0",
+    ),
+    ("profit/tiny-cpu", {"max_length": -4}, "`max_length` must be in [1, inf); got -4"),
+    ("profit/tiny-cpu", {"max_steps": -2}, "`max_steps` must be in [-1, inf); got -2"),
+    ("akl/tiny-cpu", {"lmbda": 1.5}, "`lmbda` must be in [0, 1]; got 1.5"),
+    ("edas/tiny-cpu", {"num_generations": 1}, "`num_generations` must be in [2, inf); got 1"),
     # Quantization configs inside a recipe
+    (
+        "ptqtp/tiny-cpu",
+        {"quantization_config": {"quant_method": "d2quants"}},
+        "`quantization_config.quant_method` cannot be 'd2quants'; did you mean 'd2quant'?",
+    ),
+    (
+        "recover/tiny-cpu",
+        {"quantization_config": {"quant_method": "awq"}},
+        "`quantization_config.quant_method` cannot be 'awq'; it must be one of 'd2quant', 'ptqtp'.",
+    ),
     ("ptqtp/tiny-cpu", {"quantization_config": {"group_sise": 64}}, "did you mean `quantization_config.group_size`?"),
     ("ptqtp/tiny-cpu", {"quantization_config": PTQTP | {"planes": 4}}, "`quantization_config.planes` cannot be 4"),
     ("ptqtp/tiny-cpu", {"quantization_config": PTQTP | {"tol": "1e-4"}}, "Write a number without quotes"),

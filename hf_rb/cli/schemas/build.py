@@ -16,6 +16,39 @@ __all__ = ["build"]
 
 _NAMES = {type(None): "null", bool: "bool", int: "int", float: "float", str: "str", dict: "dict"}
 
+# What the libraries' own fields may be, where they say it nowhere, or after models are loaded.
+_RANGES = {
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_accumulation_steps",
+            "generation_batch_size",
+            "steps_per_generation",
+            "num_iterations",
+            "num_generations_eval",
+            "max_length",
+            "max_completion_length",
+            "max_new_tokens",
+            "save_total_limit",
+            "lora_r",
+            "lora_alpha",
+        ),
+        "[1, inf)",
+    ),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "temperature"), "(0, inf)"),
+    **dict.fromkeys(
+        ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "dataloader_num_workers"),
+        "[0, inf)",
+    ),
+    **dict.fromkeys(("lora_dropout", "label_smoothing_factor"), "[0, 1)"),
+    "lmbda": "[0, 1]",
+    "max_steps": "[-1, inf)",  # -1: as many as the epochs have
+    "num_generations": "[2, inf)",
+    "top_p": "(0, 1]",
+}
+
 
 def build(name: str) -> str:
     """Returns the text of one schema."""
@@ -45,7 +78,7 @@ def _entry(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
         "types": sorted({_name(option) for option in _options(hint)}),
         "default": default.value if isinstance(default, enum.Enum) else default,
         "choices": list(field.metadata.get("choices") or _choices(hint)) or None,
-        "range": field.metadata.get("range"),
+        "range": field.metadata.get("range") or _RANGES.get(field.name),
         "help": field.metadata.get("help", "").replace("%%", "%"),
     }
     if default is dataclasses.MISSING:
