@@ -208,6 +208,7 @@ def test_profit_shows_what_was_masked(profit_run, no_drawings):
     text, page = report.markdown(), report.html()
     assert "| loss | 2 | 1 | 2 | 1 | 20 |" in text and "profit/kept_fraction | 0.9 | 0.95" in text
     assert "| at step 20 | 3 | 33.3% | 0.75 | 0.04 | 0.0% | 100.0% | 0.0% |" in text
+    assert "most dropped labels. What stands in ⟦ ⟧ left the loss." in text and "Struck out" in page
     assert "\n    Q <b>& four⟦|five⟧ <end>" in text and "| '\\|five' | 1 | 1 | 100% |" in text
     assert 'class="d"' in page and "Q &lt;b&gt;&amp;" in page and "<b>" not in page
     assert "| before training | 2 | 0.500 | 0.500 | 0.000 |" in text  # calibration: one of two right at 0.5
@@ -215,8 +216,20 @@ def test_profit_shows_what_was_masked(profit_run, no_drawings):
     assert "eval_loss | 1.5" in text
 
 
+def test_sequences_without_dropped_labels_are_left_out(profit_run, no_drawings):
+    path = profit_run / "token_samples.json"
+    samples = json.loads(path.read_text())
+    kept = token_row(["P", " six"], prob=[0.9], top_prob=[0.9], correct=[True], kept=[True])
+    samples["snapshots"][-1]["rows"].insert(0, kept)
+    path.write_text(json.dumps(samples))
+    text = make_report([read_source(profit_run)]).markdown()
+    assert "⟦|five⟧" in text and "    P six" not in text
+
+
 def test_distillation_shows_where_they_differ(kd_run, no_drawings):
-    text = make_report([read_source(kd_run)]).markdown()
+    report = make_report([read_source(kd_run)])
+    text = report.markdown()
+    assert "colour" in report.html() and "colour" not in text and "    Q a b" not in text  # colours say all of it
     assert "| KL(student ‖ teacher) | 2.6 | 2.6 |" in text and "| top-10 tokens in common | 0.5 | 0.5 |" in text
     assert "| AKL weight of the head | 0.6 | 0.6 |" in text
     assert "| before training | 50.0% | 50.0% | 50.0% | 50.0% |" in text

@@ -1,6 +1,6 @@
 """What panels are made of. Each block has one form in HTML and one in Markdown; `template.html.jinja` and `page.py` know them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -9,10 +9,9 @@ __all__ = ["Block", "Figure", "Heading", "Table", "Text", "Tokens", "Word", "num
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading within a panel: of a run, or at the next level of a part of it."""
+    """A heading within a panel."""
 
     text: str
-    level: int = 3
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,19 @@ class Word:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence of tokens, coloured in HTML; in both forms those that are dropped are marked. `hue` is in degrees."""
+    """
+    Sequences of tokens, coloured in HTML; in Markdown nothing but those that are dropped stands out.
 
-    words: Sequence[Word]
+    Args:
+        parts (`Mapping[str, Sequence[Sequence[Word]]]`): Sequences, by when they were recorded.
+        caption (`str`): What the colours mean.
+        marked (`str`, *optional*): What ⟦ ⟧ around dropped tokens mean, the caption in Markdown, which without it leaves the sequences out.
+        hue (`int`, *optional*, defaults to `210`): Of the colour, in degrees.
+    """
+
+    parts: Mapping[str, Sequence[Sequence[Word]]]
+    caption: str
+    marked: str = ""
     hue: int = 210
 
 

@@ -47,7 +47,7 @@ class Report:
         """Returns the same without the drawings."""
         parts = [f"# {self.title}"]
         for title, blocks in self.panels.items():
-            parts += [f"## {title}", *map(_markdown, blocks)]
+            parts += [f"## {title}", *filter(None, map(_markdown, blocks))]
         return "\n\n".join(parts) + "\n"
 
 
@@ -137,8 +137,8 @@ def _word(word: Word, hue: int) -> Markup:
 
 def _markdown(block: Block) -> str:
     match block:
-        case Heading(text, level):
-            return f"{'#' * level} {text}"
+        case Heading(text):
+            return f"### {text}"
         case Text(text):
             return text
         case Figure(_, caption):
@@ -147,12 +147,18 @@ def _markdown(block: Block) -> str:
             lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
             table = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
             return f"{caption}\n\n{table}" if caption else table
-        case Tokens(words):
-            return "    " + _plain(words).replace("\n", "\n    ")  # code: what a model writes may look like Markdown
+        case Tokens(parts, _, marked):
+            return "\n\n".join([marked, *map(_sequences, parts, parts.values())]) if marked else ""
 
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _sequences(when: str, sequences: Sequence[Sequence[Word]]) -> str:
+    # As code: what a model writes may look like Markdown.
+    code = ["    " + _plain(words).rstrip("\n").replace("\n", "\n    ") for words in sequences]
+    return "\n\n".join([f"#### Sequences {when}", *code])
 
 
 def _plain(words: Sequence[Word]) -> str:

@@ -1,9 +1,9 @@
 """What the panels of tokens have in common."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hf_rb.hub.report.blocks import Block, Heading, Table, Text, Tokens, Word, number
+from hf_rb.hub.report.blocks import Block, Table, Tokens, Word, number
 from hf_rb.hub.report.figures import curves
 from hf_rb.hub.report.sources import Source
 
@@ -41,31 +41,36 @@ def logged(source: Source, *prefixes: str, caption: str) -> list[Block]:
 def samples(
     found: Sequence[Mapping[str, Any]],
     name: str,
-    explanation: str,
+    caption: str,
     interest: Callable[[Mapping[str, Any]], float],
     shade: Callable[[float], float],
     dropped: Callable[[Mapping[str, Any], int], bool] = lambda row, place: False,
+    marked: str = "",
     hue: int = 210,
-) -> Iterator[Block]:
+) -> list[Block]:
     """
-    Yields sequences of every snapshot, each token coloured by a number of it: those that are of most interest in the last one.
+    Shows sequences of every snapshot, each token coloured by a number of it: those that are of most interest in the last one.
 
     Args:
         found: Snapshots.
         name: The number.
-        explanation: What the colours mean.
-        interest: Of a row, how much it is worth seeing.
+        caption: What the colours mean.
+        interest: Of a row, how much it is worth seeing; at 0 not at all.
         shade: From the number to the strength of the colour, in [0, 1].
         dropped: Whether the token at a place of a row is struck out.
-        hue: Of the colour, in degrees.
+        marked, hue: As of [`Tokens`].
     """
     rows = found[-1]["rows"]
-    chosen = sorted(sorted(range(len(rows)), key=lambda index: -interest(rows[index]))[:SAMPLES])
-    for snapshot in found:
-        yield Heading(f"Sequences {when(snapshot)}", level=4)
-        yield Text(explanation)
-        for row in (snapshot["rows"][index] for index in chosen if index < len(snapshot["rows"])):
-            yield Tokens([_word(row, place, name, shade, dropped) for place in range(len(row["tokens"]))], hue)
+    ranked = sorted(range(len(rows)), key=lambda index: -interest(rows[index]))
+    chosen = sorted(index for index in ranked[:SAMPLES] if interest(rows[index]))
+    parts = {
+        when(snapshot): [
+            [_word(row, place, name, shade, dropped) for place in range(len(row["tokens"]))]
+            for row in (snapshot["rows"][index] for index in chosen if index < len(snapshot["rows"]))
+        ]
+        for snapshot in found
+    }
+    return [Tokens(parts, caption, marked, hue)] if chosen else []
 
 
 def _word(row: Mapping[str, Any], place: int, name: str, shade: Callable, dropped: Callable) -> Word:

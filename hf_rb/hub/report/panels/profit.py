@@ -37,10 +37,12 @@ def _build(source: Source) -> list[Block]:
     )
     blocks += calibration(found)
     blocks.append(_most_dropped(found[-1]))
-    explanation = "The sequences with most dropped labels. Struck out: left the loss. The darker, the less probable; without colour: not trained on."
+    most = "The sequences with most dropped labels."
+    caption = f"{most} Struck out: left the loss. The darker, the less probable; without colour: not trained on."
     interest = lambda row: sum(passes is False for passes in row["kept"])  # noqa: E731
-    blocks += samples(found, "prob", explanation, interest, lambda p: 1 - p, lambda row, place: not row["kept"][place])
-    return blocks
+    dropped = lambda row, place: not row["kept"][place]  # noqa: E731
+    marked = f"{most} What stands in ⟦ ⟧ left the loss."
+    return blocks + samples(found, "prob", caption, interest, lambda p: 1 - p, dropped, marked)
 
 
 def _probs(snapshot, kept: bool) -> list[float]:
