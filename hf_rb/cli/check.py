@@ -7,6 +7,7 @@ two know equally many; `--for` says it outright.
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ from hf_rb._fields import Rule, value_problem
 from hf_rb._resources import find_recipe
 from hf_rb._shapers import LOCAL, pipeline_line
 from hf_rb.cli import schemas
-from hf_rb.cli.data import column_rules
+from hf_rb.cli.data import column_rules, dataset_rules, file_problem, text_problem
 from hf_rb.cli.plan import Plan, make_plan
 from hf_rb.quantizers._rules import d2quant_rules, ptqtp_rules
 from hf_rb.recover.config import recover_rules
@@ -184,7 +185,7 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Report
     if verb in TRAINED:
         report.errors += column_rules(args, verb)
     if verb == "grpo" and not report.errors:
-        report.warnings += grpo_warnings(args)
+        report.warnings += [*grpo_warnings(args), *_group_warnings(args)]
         report.notes.append(pipeline_line(args))
     if verb in TRAINED and not report.errors:
         _plan(report, args)
@@ -330,16 +331,40 @@ _FROM_TEXT = {
 
 
 def _name_rules(args: Any) -> Iterator[str]:
-    """Names of embedded assets, and paths that can only be local."""
+    """Names of embedded assets, paths that can only be local, and where the result goes."""
+    if args.output_dir and Path(args.output_dir).is_file():
+        yield f"`output_dir` names {args.output_dir!r}, which is a file: write a folder."
     keys = ("model_name_or_path", "teacher_model_name_or_path", "reference_model_name_or_path", "dataset_name")
     for key, name in ((one, name) for one in keys for name in _texts(getattr(args, one, None))):
-        if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
+        if key == "dataset_name" and (problem := file_problem(name)):
+            yield problem
+        elif name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
             yield f"`{key}` names {name!r}, which does not exist."
         if key != "dataset_name":
             try:
                 tiny.resolve(name)
             except ValueError as error:
                 yield f"`{key}`: {error}"
+
+
+def _text_rules(args: Any) -> Iterator[str]:
+    """Texts for calibration and measurement."""
+    for key in ("eval_data", "eval_text", "train_text"):
+        if (name := getattr(args, key, None)) and (problem := text_problem(key, name)):
+            yield problem
+
+
+def _calibration_rules(config: Any) -> Iterator[str]:
+    # Only here: a saved model keeps the name of a text that need not be where it is loaded.
+    yield from d2quant_rules(config)
+    if isinstance(config.dataset, str) and config.backend != "rtn":
+        yield from filter(None, [text_problem("dataset", config.dataset)])
+
+
+def _tracker_rules(args: Any) -> Iterator[str]:
+    """Names for `report_to`, of transformers."""
+    for name in _texts(args.report_to):
+        yield from filter(None, [value_problem("report_to", name, choices=TRACKERS)])
 
 
 def _precision_rules(args: Any) -> Iterator[str]:
@@ -377,6 +402,34 @@ def _reward_rules(args: Any) -> Iterator[str]:
     for key in ("correct_reward", "edas_format_reward"):
         if (name := getattr(args, key)) is not None and name not in known:
             yield f"`{key}: {name}` is none of the reward functions, {', '.join(filter(None, known))}."
+
+
+def _group_rules(args: Any) -> Iterator[str]:
+    """A generation for all processes holds whole groups."""
+    batch, number = args.generation_batch_size, args.num_generations
+    if batch and args.steps_per_generation:
+        yield "`generation_batch_size` and `steps_per_generation` say the same. Remove one."
+    elif batch and number and batch % number:
+        yield f"`num_generations: {number}` must divide `generation_batch_size: {batch}`, which holds whole groups."
+
+
+def _group_warnings(args: Any) -> Iterator[str]:
+    """How many processes it takes for batches to hold whole groups."""
+    batches = {}
+    if not args.generation_batch_size:
+        steps = args.steps_per_generation or args.gradient_accumulation_steps
+        batches["num_generations"] = args.num_generations, args.per_device_train_batch_size * steps
+    if args.eval_strategy != "no":
+        batches["num_generations_eval"] = (
+            args.num_generations_eval or args.num_generations,
+            args.per_device_eval_batch_size,
+        )
+    for key, (number, batch) in batches.items():
+        if number and (processes := number // math.gcd(number, batch)) > 1:
+            yield (
+                f"`{key}: {number}` does not divide the {batch} completions that a process generates at a time: this will run with "
+                f"{processes} processes or a multiple of them, and with no other number."
+            )
 
 
 def _shaper_rules(args: Any) -> Iterator[str]:
@@ -417,21 +470,17 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 TRAINED = ("sft", "gkd", "distillation", "grpo")
-QUANTIZATION_RULES: dict[str, Rule] = {"d2quant": d2quant_rules, "ptqtp": ptqtp_rules}
+TRACKERS = (
+    "all none azure_ml clearml codecarbon comet_ml dagshub dvclive flyte kubeflow mlflow neptune swanlab tensorboard trackio wandb"
+).split()
+_COMMON: tuple[Rule, ...] = (_precision_rules, _tracker_rules, _source_rules, dataset_rules, _name_rules)
+QUANTIZATION_RULES: dict[str, Rule] = {"d2quant": _calibration_rules, "ptqtp": ptqtp_rules}
 RULES: dict[str, tuple[Rule, ...]] = {
-    "sft": (profit_rules, graft_rules, _precision_rules, _source_rules, _name_rules),
-    "gkd": (gkd_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),
-    "distillation": (distillation_rules, _precision_rules, _source_rules, _teacher_rules, _name_rules),
-    "grpo": (
-        grpo_rules,
-        agent_rules,
-        _precision_rules,
-        _source_rules,
-        _reward_rules,
-        _shaper_rules,
-        _name_rules,
-    ),
-    "quantize": (_name_rules,),
+    "sft": (profit_rules, graft_rules, *_COMMON),
+    "gkd": (gkd_rules, _teacher_rules, *_COMMON),
+    "distillation": (distillation_rules, _teacher_rules, *_COMMON),
+    "grpo": (grpo_rules, agent_rules, _group_rules, _reward_rules, _shaper_rules, *_COMMON),
+    "quantize": (_text_rules, _name_rules),
     "upcycle": (upcycle_rules, _name_rules),
-    "recover": (recover_rules, _name_rules),
+    "recover": (recover_rules, _text_rules, _name_rules),
 }

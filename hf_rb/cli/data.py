@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_rb import tiny
+from hf_rb._fields import value_problem
 
 
-__all__ = ["column_rules", "rows"]
+__all__ = ["column_rules", "dataset_rules", "file_problem", "rows", "text_problem"]
 
 # Files are counted line by line up to so many bytes, and by the length of their first lines beyond.
 COUNTED_BYTES = 32 << 20
@@ -20,6 +21,8 @@ EMBEDDED = {
     "rubric": {"prompt", "rubric"},
     "tools": {"prompt", "messages", "tools"},
 }
+# Endings of data files, with the builder of `datasets` that reads them.
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 def rows(args: Any) -> int | None:
@@ -30,6 +33,36 @@ def rows(args: Any) -> int | None:
     if not files or any(file.suffix not in (".jsonl", ".json", ".txt", ".csv") for file in files):
         return None
     return sum(_count_lines(file) - (file.suffix == ".csv") for file in files)
+
+
+def dataset_rules(args: Any) -> Iterator[str]:
+    """Yields what is wrong with the names of embedded data, and with the splits of a mixture."""
+    if args.datasets:
+        if args.eval_strategy != "no" and args.test_split_size is None:
+            yield (
+                f"`eval_strategy: {args.eval_strategy}` needs a test split, and `datasets` has none by itself. Write "
+                "`test_split_size: 0.1`, or `eval_strategy: 'no'`."
+            )
+    elif _is_embedded(args):
+        yield from filter(None, [value_problem("dataset_name", args.dataset_name, choices=["tiny:math"])])
+        yield from filter(None, [value_problem("dataset_config", args.dataset_config, choices=tiny.CONFIGS)])
+
+
+def file_problem(name: str) -> str | None:
+    """Returns what is wrong with a data file as `dataset_name`, or `None` for other names."""
+    if Path(name).suffix not in BUILDERS:
+        return None
+    if not Path(name).is_file():
+        return f"`dataset_name` names {name!r}, which does not exist."
+    return f"`dataset_name: {name}` is a file. Write `datasets: [{{path: {BUILDERS[Path(name).suffix]}, data_files: {name}}}]`."
+
+
+def text_problem(key: str, name: str) -> str | None:
+    """Returns what is wrong with the name of a text, which is a file, an embedded dataset or one of the Hub."""
+    if name.startswith("tiny:"):
+        return value_problem(key, name, choices=["tiny:math"])
+    is_file = Path(name).suffix in (".txt", ".jsonl", ".json") or name.startswith(("/", "./", "../"))
+    return f"`{key}` names {name!r}, which does not exist." if is_file and not Path(name).exists() else None
 
 
 def column_rules(args: Any, verb: str) -> Iterator[str]:

@@ -199,6 +199,22 @@ def test_a_quantization_method_of_a_trained_model_may_be_another_librarys(method
     assert report.warnings == ([f"`{key}` is {method!r}; did you mean {close!r}?"] if close else [])
 
 
+def test_a_data_file_is_not_a_dataset_name(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.touch()
+    (error,) = errors(dataset_name=str(file))
+    assert error == f"`dataset_name: {file}` is a file. Write `datasets: [{{path: json, data_files: {file}}}]`."
+
+
+@pytest.mark.parametrize(("number", "processes"), [(8, None), (128, 2), (7, 7)])
+def test_how_many_processes_hold_whole_groups(number, processes):
+    path = find_recipe("edas/tiny-cpu")
+    report = check(path, read_recipe(path) | {"num_generations": number, "eval_strategy": "no"})
+    assert not report.errors
+    assert (report.warnings == []) == (processes is None)
+    assert all(f"this will run with {processes} processes or a multiple" in warning for warning in report.warnings)
+
+
 def test_another_minor_turns_unknown_keys_into_warnings(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda library: "9.9.0")
     report = check(Path("recipe.yaml"), GOOD | {"new_key": 1, "max_steps": "x"})

@@ -67,7 +67,14 @@ MALFORMED = [
     ("profit/tiny-cpu", {"max_steps": -2}, "`max_steps` must be in [-1, inf); got -2"),
     ("akl/tiny-cpu", {"lmbda": 1.5}, "`lmbda` must be in [0, 1]; got 1.5"),
     ("edas/tiny-cpu", {"num_generations": 1}, "`num_generations` must be in [2, inf); got 1"),
+    ("profit/tiny-cpu", {"report_to": ["wandbb"]}, "`report_to` cannot be 'wandbb'; did you mean 'wandb'?"),
+    ("edas/tiny-cpu", {"generation_batch_size": 60}, "`num_generations: 8` must divide `generation_batch_size: 60`"),
     # Quantization configs inside a recipe
+    (
+        "ptqtp/tiny-cpu",
+        {"quantization_config": D2QUANT},
+        "`quantization_config`: `dataset` names 'texts.jsonl', which does not exist",
+    ),
     (
         "ptqtp/tiny-cpu",
         {"quantization_config": {"quant_method": "d2quants"}},
@@ -147,6 +154,21 @@ MALFORMED = [
     ("edas/tiny-cpu", {"reward_funcs": REMOVED}, "no reward: write `reward_funcs: [...]`"),
     ("edas/tiny-cpu", {"reward_funcs": ["exact_anser_reward"]}, "exact_anser_reward"),
     ("profit/tiny-cpu", {"dataset_name": REMOVED}, "no dataset: write `dataset_name: ...`"),
+    (
+        "profit/tiny-cpu",
+        {"dataset_name": "tiny:maths"},
+        "`dataset_name` cannot be 'tiny:maths'; did you mean 'tiny:math'?",
+    ),
+    ("profit/tiny-cpu", {"dataset_config": "prompt_complete"}, "did you mean 'prompt_completion'?"),
+    ("profit/tiny-cpu", {"dataset_name": "mydata.jsonl"}, "names 'mydata.jsonl', which does not exist"),
+    (
+        "profit/tiny-cpu",
+        {"datasets": [{"path": "json", "data_files": "data/*.jsonl"}], "eval_strategy": "steps"},
+        "`eval_strategy: steps` needs a test split",
+    ),
+    ("profit/tiny-cpu", {"output_dir": __file__}, "which is a file: write a folder"),
+    ("ptqtp/tiny-cpu", {"eval_data": "absent.txt"}, "`eval_data` names 'absent.txt', which does not exist"),
+    ("recover/tiny-cpu", {"eval_text": "absent.txt", "train_text": __file__}, "`eval_text` names 'absent.txt'"),
     (
         "profit/tiny-cpu",
         {"dataset_config": "prompt_only"},
