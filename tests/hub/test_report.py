@@ -21,6 +21,10 @@ tags:
 
 # run
 
+Made from [a/b](https://huggingface.co/a/b) and `other` with the data `tiny:math` by [`hf_rb`](https://github.com/hf-rb/hf_rb) (`hf_rb.SFTTrainer`).
+
+- **ProFit** ([paper](https://huggingface.co/papers/2601.09195)): What it does.
+
 ## Hyper-parameters
 
 What differs from the defaults:
@@ -204,7 +208,7 @@ def test_a_drawing_has_no_date_and_no_reference(kd_run):
 
 def test_profit_shows_what_was_masked(profit_run, no_drawings):
     report = make_report([read_source(profit_run)])
-    assert list(report.panels) == ["Training", "ProFit: what was masked", "Evaluations", "Environment"]
+    assert list(report.panels) == ["Overview", "Training", "ProFit: what was masked", "Evaluations", "Environment"]
     text, page = report.markdown(), report.html()
     assert "| loss | 2 | 1 | 2 | 1 | 20 |" in text and "profit/kept_fraction | 0.9 | 0.95" in text
     assert "| at step 20 | 3 | 33.3% | 0.75 | 0.04 | 0.0% | 100.0% | 0.0% |" in text
@@ -269,6 +273,26 @@ def test_several_runs_share_their_curves(profit_run, kd_run, documents, no_drawi
         and "## Mixture of experts: the router doctor\n\n### doctor.json\n" in text
     )
     assert "## Environment\n\n### profit\n" in text
+
+
+def test_the_overview_says_what_runs_are_and_where_they_ended(profit_run, kd_run, documents, tmp_path, no_drawings):
+    short = write(
+        tmp_path / "short",
+        trainer_state={"log_history": [{"step": 3, "train_loss": 0.5}]},
+        eval_results={"eval_loss": 1.5},
+    )
+    files = [documents / f"{name}.json" for name in ("quantized", "doctor", "evaluated", "recovered")]
+    text = make_report([read_source(path) for path in (profit_run, kd_run, short, *files)]).markdown()
+    for row in (
+        "| profit | a/b and other | tiny:math | ProFit | loss 1 |",
+        "| kd | – | – | AKL | loss 0.5 |",
+        "| short | – | – | – | train_loss 0.5 |",
+        "| quantized.json | – | tiny:math | PTQTP | 3.4 bits a weight, perplexity 3.2 |",
+        "| doctor.json | m | tiny:math | – | MaxVio at most 1 |",
+        "| evaluated.json | m | tiny:math | – | exact match 0.5 |",
+        "| recovered.json | – | tiny:math | – | quantized: exact match 0.5 |",
+    ):
+        assert row in text
 
 
 def test_runs_of_one_name_are_told_apart(profit_run, tmp_path, no_drawings):
@@ -345,5 +369,5 @@ def test_without_matplotlib_the_remedy_is_told(profit_run, tmp_path, capsys, mon
 
 def test_every_panel_is_listed():
     folder = Path(_tokens.__file__).parent
-    assert {file.stem for file in folder.glob("[a-z]*.py")} == {*PANELS, "environment"}
+    assert {file.stem for file in folder.glob("[a-z]*.py")} == {*PANELS, "overview", "environment"}
     assert isinstance(make_report([]), Report)

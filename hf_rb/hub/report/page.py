@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from hf_rb.hub.report.blocks import Block, Figure, Heading, Table, Text, Tokens, Word
-from hf_rb.hub.report.panels import PANELS, environment
+from hf_rb.hub.report.panels import PANELS, environment, overview
 from hf_rb.hub.report.sources import Source, read_source
 
 
@@ -72,7 +72,8 @@ def make_report(sources: Sequence[Source]) -> Report:
     except ImportError:
         raise ImportError("Drawings need matplotlib: `pip install hf_rb[report]`.") from None
     named = len(sources) > 1
-    shown = {
+    shown = {overview.TITLE: _built(overview, sources, named)}
+    shown |= {
         panel.TITLE: _built(panel, found, named) for panel in panels if (found := list(filter(panel.shows, sources)))
     }
     shown[environment.TITLE] = environment.build(sources, named)

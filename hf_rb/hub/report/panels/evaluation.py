@@ -9,10 +9,11 @@ from hf_rb.hub.report.sources import Source
 
 
 TITLE = "Evaluations"
+KEYS = ("results", "size")
 
 
 def shows(source: Source) -> bool:
-    return bool(source.find("results", "size") or source.find("sweep") or source.documents.get("eval_results.json"))
+    return bool(source.find(*KEYS) or source.find("sweep") or source.documents.get("eval_results.json"))
 
 
 def build(sources: Sequence[Source], named: bool) -> list[Block]:
@@ -21,7 +22,7 @@ def build(sources: Sequence[Source], named: bool) -> list[Block]:
 
 def _build(source: Source) -> list[Block]:
     blocks: list[Block] = []
-    for document in source.find("results", "size"):
+    for document in source.find(*KEYS):
         rows = [[result["metric"], result["dataset"], number(result["value"])] for result in document["results"]]
         size = document["size"]
         rows += [["bytes of the weight files", "", number(size["file_bytes"])]]
