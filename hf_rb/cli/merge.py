@@ -139,27 +139,38 @@ def read_arguments(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
 
 def summary(report: "MergeReport", destination: str) -> str:
     """A table by kinds of tensors, and what a user should know."""
+    from pathlib import Path
+
     from hf_rb._tables import format_table
+    from hf_rb.weights.engine import sweep_folder
 
     kinds: dict[str, list] = {}
     for tensor in report.tensors:
         kinds.setdefault(tensor.kept or kind_of(tensor.name), []).append(tensor)
-    columns = [(name, show) for name, show in COLUMNS.items() if show(report.merged) is not None]
+    columns = [(name, show) for name, (show, _) in COLUMNS.items() if show(report.merged) is not None]
     rows = [
         [f"{kind} (kept)" if tensors[0].kept else kind, str(len(tensors)), f"{sum(t.weights for t in tensors):,}"]
         + [(show([t for t in tensors if not t.kept]) if not tensors[0].kept else None) or "-" for _, show in columns]
         for kind, tensors in [*kinds.items(), ("all merged", report.merged)]
     ]
     lines = [format_table(["tensors", "number", "weights", *(name for name, _ in columns)], rows), ""]
+    lines += [f"{name}: {COLUMNS[name][1]}" for name, _ in columns]
     if similar := report.sigma():
         lines.append(f"sigma in the layers: {similar[0]:.4f}, mean over tensors; {similar[1]:.4f}, ratio of the sums")
+        lines.append("  (the sum of |A - B| over that of |A| + |B|: 0 for equal models, at most 1)")
     if report.dropped:
         lines.append(
             f"without a place in the result: {len(report.dropped)} tensors ({', '.join(report.dropped[:3])}, …)"
         )
     lines += report.notes
     source = report.models.get(report.files_from)
-    lines.append(f"Saved in {destination}, {report.file_bytes:,} bytes of weights a model, in {report.seconds:.1f} s.")
+    lam = report.options.get("lambda")
+    sweep = lam if isinstance(lam, list) else []
+    saved = [f"{sweep_folder(Path(destination), one)} (lambda {one:g})" for one in sweep]
+    saved = saved or [destination if lam is None else f"{destination} (lambda {lam:g})"]
+    lines.append(
+        f"Saved in {', '.join(saved)}: {report.file_bytes:,} bytes of weights a model, in {report.seconds:.1f} s."
+    )
     lines.append(f"Everything else is from {source}; merge.json says what was done to each tensor.")
     return "\n".join(lines)
 
@@ -195,14 +206,20 @@ def _mean(key: str, form: str) -> Any:
 
 # Norms of all tensors of a row together, relative to another; of a sweep, the change of the last lambda.
 COLUMNS = {
-    "difference": _ratio("difference", "norm"),
-    "change": _ratio("change", "norm"),
-    "delta": _ratio("wanted", "norm"),
-    "delta lost": _ratio("error", "wanted"),
-    "erank Base": _mean("erank_base", ".1f"),
-    "erank model": _mean("erank_model", ".1f"),
-    "erank D": _mean("erank", ".1f"),
-    "k": _mean("k", ".1f"),
-    "rank": _mean("rank", ".1f"),
-    "energy kept": _mean("energy", ".4f"),
+    "difference": (_ratio("difference", "norm"), "norm of the difference of the two models, over that of the weights"),
+    "change": (
+        _ratio("change", "norm"),
+        "norm of what was changed, over that of the weights; of a sweep, at its last lambda",
+    ),
+    "delta": (_ratio("wanted", "norm"), "norm of what tuning has taught, over that of the weights"),
+    "delta lost": (_ratio("error", "wanted"), "norm of what rounding has lost of it, over its own"),
+    "erank Base": (
+        _mean("erank_base", ".1f"),
+        "effective rank, the number of directions that count, mean over matrices",
+    ),
+    "erank model": (_mean("erank_model", ".1f"), "the same of the Instruct model"),
+    "erank D": (_mean("erank", ".1f"), "the same of D, their difference"),
+    "k": (_mean("k", ".1f"), "directions of D that stay as they are; those behind are multiplied by lambda"),
+    "rank": (_mean("rank", ".1f"), "all directions of D"),
+    "energy kept": (_mean("energy", ".4f"), "share of the first k in the square of D's norm"),
 }

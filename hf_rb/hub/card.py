@@ -67,9 +67,9 @@ class ModelCardData:
             Name of the model, not a path.
         methods (`Sequence[str]`, *optional*, defaults to `()`):
             Keys of [`METHODS`], in the order in which they were applied.
-        base_model (`str`, *optional*):
-            Hub id, folder or embedded model (`"tiny:student"`). Only a Hub id is linked and enters the metadata; a folder
-            shows by its name alone.
+        base_model (`str` or `Sequence[str]`, *optional*):
+            Hub id, folder or embedded model (`"tiny:student"`), several of a merge. Only a Hub id is linked and enters the metadata;
+            a folder shows by its name alone.
         dataset_name (`str`, *optional*):
             Training data, treated like `base_model`.
         trainer (`str`, *optional*):
@@ -99,7 +99,7 @@ class ModelCardData:
 
     model_name: str
     methods: Sequence[str] = ()
-    base_model: str | None = None
+    base_model: str | Sequence[str] | None = None
     dataset_name: str | None = None
     trainer: str | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
@@ -119,10 +119,15 @@ class ModelCardData:
         if self.library_name not in ("transformers", "peft"):
             raise ValueError(f"`library_name` must be 'transformers' or 'peft', not {self.library_name!r}.")
 
+    @property
+    def base_models(self) -> list[str]:
+        return [self.base_model] if isinstance(self.base_model, str) else list(dict.fromkeys(self.base_model or ()))
+
     def metadata(self) -> huggingface_hub.ModelCardData:
         """Returns the YAML head of the card."""
+        on_hub = [model for model in self.base_models if _is_hub_id(model)]
         return huggingface_hub.ModelCardData(
-            base_model=self.base_model if _is_hub_id(self.base_model) else None,
+            base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
             datasets=self.dataset_name if _is_hub_id(self.dataset_name) else None,
             eval_results=[_to_eval_result(result) for result in self.results if isfinite(result.value)] or None,
             library_name=self.library_name,

@@ -577,12 +577,11 @@ class _Plan:
                 write_index(one, names)
             (one / "config.json").write_text(json.dumps(self._config(giver), indent=2) + "\n", encoding="utf-8")
             copy_companions(giver.folder, one)
-            shown = {role: model for role, model in report.models.items() if role != self.receiver.role}
-            shown |= report.options | ({} if lam is None else {"lambda": lam})
+            shown = report.models | report.options | ({} if lam is None else {"lambda": lam})
             card = ModelCardData(
                 name if lam is None else one.name,
                 [self.operation.method],
-                base_model=self.receiver.name,
+                base_model=[source.name for source in self.sources],
                 hyperparameters={key: value for key, value in shown.items() if value not in (None, {}, "refuse")},
                 tags=["merge"],
             )

@@ -40,6 +40,8 @@ def test_linear(three, tmp_path, capsys):
     merged = read(tmp_path / "out")
     for name, tensor in merged.items():
         assert torch.equal(tensor, read(tmp_path / ("instruct" if "embed" in name else "base"))[name])
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Made from `instruct` and `base` by" in card and "| `end` | `base` |" in card
 
 
 def test_graft(three, tmp_path, capsys):
@@ -66,6 +68,8 @@ def test_timber_sweep(three, tmp_path, capsys):
     assert main(["merge", "--method", "timber", *models, "--lambda", "0,0.5", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "erank D" in out and "energy kept" in out and "erank Base" in out
+    assert "erank D: the same of D, their difference" in out and "k: directions of D" in out  # the table explained
+    assert f"Saved in {tmp_path}/out/lambda-0 (lambda 0), {tmp_path}/out/lambda-0.5 (lambda 0.5): " in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["lambda-0", "lambda-0.5", "merge.json"]
 
 
@@ -81,7 +85,8 @@ def test_adapters(tmp_path, capsys):
     assert "the adapter, as it is" in capsys.readouterr().out
     assert main(["merge", "--method", "linear", "--start", adapter, "--end", adapter, str(tmp_path / "c")]) == 0
     assert main(["merge", "--method", "timber", "--model", adapter, str(tmp_path / "d")]) == 0
-    assert "not in the paper" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not in the paper" in out and f"Saved in {tmp_path}/d (lambda 0.2): " in out
 
 
 @pytest.mark.parametrize("name", ["overwrite", "resume", "progress", "extrapolate"])
