@@ -206,6 +206,29 @@ def test_a_drawing_has_no_date_and_no_reference(kd_run):
         assert not outside and not re.search(r"url\((?!#)", svg)
 
 
+def test_axes_say_what_they_count(profit_run, kd_run, rl_run, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        figures,
+        "_finish",
+        lambda canvas, caption: drawn.update({caption: canvas.axes[0]}) or Figure("<svg/>", caption),
+    )
+    make_report([read_source(path) for path in (profit_run, kd_run, rl_run)])
+
+    def axis(start):
+        return next(axis for caption, axis in drawn.items() if caption.startswith(start))
+
+    for start, x, y in (
+        ("Probability of the labels", "probability of the label", "labels"),
+        ("AKL's weight", "weight of the forward KL", "tokens"),
+        ("The same, counted", "advantage", "rollouts"),
+    ):
+        assert (axis(start).get_xlabel(), axis(start).get_ylabel()) == (x, y)
+    places = axis("Mean KL")
+    assert places.get_xlabel().endswith("%") and places.get_xlim() == (0, 100)
+    assert all(tick == int(tick) for tick in places.get_xticks())
+
+
 def test_profit_shows_what_was_masked(profit_run, no_drawings):
     report = make_report([read_source(profit_run)])
     assert list(report.panels) == ["Overview", "Training", "ProFit: what was masked", "Evaluations", "Environment"]

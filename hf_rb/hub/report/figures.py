@@ -37,15 +37,22 @@ def curves(groups: Mapping[str, Mapping[str, Series]], caption: str, x_label: st
 
 
 def histograms(
-    groups: Mapping[str, Mapping[str, Sequence[float]]], caption: str, bins: Any = 30, log: bool = False
+    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    caption: str,
+    x_label: str,
+    y_label: str,
+    bins: Any = 30,
+    log: bool = False,
 ) -> Figure:
-    """Draws of each title histograms by name, one over the other, with a logarithmic count on request."""
+    """Draws of each title histograms by name, one over the other, with a logarithmic count (the y axis) on request."""
     figure, axes = _canvas(len(groups))
     for axis, (title, parts) in zip(axes, groups.items(), strict=True):
         axis.hist(
             list(parts.values()), bins=bins, label=list(parts), color=COLORS[: len(parts)], stacked=True, log=log
         )
         axis.set_title(title, loc="left", fontsize=9, fontweight="bold")
+        axis.set_xlabel(x_label, fontsize=8)
+        axis.set_ylabel(y_label, fontsize=8)
         if len(parts) > 1:
             axis.legend(fontsize=7, frameon=False)
     return _finish(figure, caption)
@@ -86,10 +93,12 @@ def heat_map(
     caption: str,
     x_label: str,
     center: float | None = None,
+    span: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draws a matrix, its rows by name from the top; a value at `center` is white."""
+    """Draws a matrix, its rows by name from the top; a value at `center` is white. Columns are numbered from 0, or divide `span`."""
     import numpy as np
     from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.ticker import MaxNLocator
 
     values = np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=float)
     figure, (axis,) = _canvas(1, width=COLUMNS * WIDTH, height=0.9 + 0.28 * len(names))
@@ -97,7 +106,9 @@ def heat_map(
     if center is not None:
         norm = TwoSlopeNorm(center, min(np.nanmin(values), center - 1e-9), max(np.nanmax(values), center + 1e-9))
     colors = "Blues" if center is None else "RdBu_r"
-    image = axis.imshow(values, aspect="auto", cmap=colors, norm=norm, interpolation="nearest")
+    extent = (*(span or (-0.5, values.shape[1] - 0.5)), len(names) - 0.5, -0.5)
+    image = axis.imshow(values, aspect="auto", cmap=colors, norm=norm, interpolation="nearest", extent=extent)
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_xlabel(x_label, fontsize=8)
     axis.grid(False)

@@ -45,7 +45,8 @@ def _build(source: Source) -> list[Block]:
     blocks += _by_position(found, shade_by)
     if "akl_weight" in names:
         parts = {when(one): {"tokens": values(one, "akl_weight")} for one in found}
-        blocks.append(histograms(parts, "AKL's weight of the forward KL: 1 is forward alone, 0 reverse alone."))
+        caption = "AKL's weight of the forward KL: 1 is forward alone, 0 reverse alone."
+        blocks.append(histograms(parts, caption, "weight of the forward KL", "tokens"))
     if "hpd_w_label" in names:
         blocks.append(_branches(found))
     blocks += calibration(found)
@@ -73,15 +74,11 @@ def _by_position(found, name: str) -> list[Block]:
         rows.append([_mean(cell) for cell in cells])
     label = MEANS.get(name, "loss")
     caption = f"Mean {label} by place in the trained tokens, from their first to their last."
+    x_label = "place in the trained tokens of a sequence, %"
     if len(rows) < 2:
-        return [
-            curves(
-                {label: {when(found[0]): (range(PLACES), [cell or 0.0 for cell in rows[0]])}},
-                caption,
-                "place, in twentieths",
-            )
-        ]
-    return [heat_map(rows, [when(one) for one in found], caption, "place, in twentieths")]
+        middles = [100 * (place + 0.5) / PLACES for place in range(PLACES)]
+        return [curves({label: {when(found[0]): (middles, [cell or 0.0 for cell in rows[0]])}}, caption, x_label)]
+    return [heat_map(rows, [when(one) for one in found], caption, x_label, span=(0, 100))]
 
 
 def _branches(found) -> Table:

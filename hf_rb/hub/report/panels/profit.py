@@ -31,6 +31,8 @@ def _build(source: Source) -> list[Block]:
         histograms(
             {when(one): {"kept": _probs(one, True), "dropped": _probs(one, False)} for one in found},
             "Probability of the labels of a few sequences of the training data, counted on a logarithmic scale.",
+            "probability of the label",
+            "labels",
             bins=[i / 25 for i in range(26)],
             log=True,
         )

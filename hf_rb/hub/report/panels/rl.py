@@ -65,7 +65,7 @@ def _advantages(rows: list[Mapping[str, Any]]) -> list[Block]:
     return [
         Table(headers, table, f"Advantages of {len(rows):,} rollouts; shaping changed {changed / len(rows):.1%}."),
         scatter(columns, "Each point a rollout; on the line nothing changed.", "advantage", "shaped advantage"),
-        histograms(both, "The same, counted."),
+        histograms(both, "The same, counted.", "advantage", "rollouts"),
     ]
 
 
