@@ -10,7 +10,7 @@ from hf_rb import tiny
 from hf_rb._fields import value_problem
 
 
-__all__ = ["column_rules", "dataset_rules", "file_problem", "rows", "text_problem"]
+__all__ = ["BUILDERS", "column_rules", "dataset_rules", "file_problem", "rows", "text_problem"]
 
 # Files are counted line by line up to so many bytes, and by the length of their first lines beyond.
 COUNTED_BYTES = 32 << 20

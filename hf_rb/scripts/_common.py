@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 from hf_rb import tiny
 from hf_rb._fields import described
 from hf_rb._model_folder import check_model
+from hf_rb.cli.data import BUILDERS, file_problem
 from hf_rb.trainers._rules import only_gkd
 from hf_rb.trainers.token_samples import add_token_samples
 
@@ -231,11 +232,8 @@ def load_splits(
     elif script_args.dataset_name.startswith("tiny:"):
         name, config = script_args.dataset_name.removeprefix("tiny:"), script_args.dataset_config or "messages"
         splits = {split: tiny.load_dataset(name, config=config, split=split) for split in names}
-    elif Path(script_args.dataset_name).suffix in _BUILDERS:
-        path = script_args.dataset_name
-        raise ValueError(
-            f"`dataset_name: {path}` is a file. Write `datasets: [{{path: {_BUILDERS[Path(path).suffix]}, data_files: {path}}}]`."
-        )
+    elif problem := file_problem(script_args.dataset_name):
+        raise ValueError(problem)
     else:
         splits = datasets.load_dataset(
             script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
@@ -249,15 +247,12 @@ def load_splits(
     return splits[names[0]], splits[names[1]] if evaluation else None
 
 
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-
 def _check_files(mixture: trl.DatasetMixtureConfig) -> None:
     for entry in mixture.datasets:
         files = entry.data_files or []
         files = files.values() if isinstance(files, dict) else [files] if isinstance(files, str) else files
         for file in files:
-            is_local = entry.path in _BUILDERS.values() and "://" not in file and not set(file) & set("*?[")
+            is_local = entry.path in BUILDERS.values() and "://" not in file and not set(file) & set("*?[")
             if is_local and not Path(entry.data_dir or "", file).exists():
                 raise FileNotFoundError(f"`datasets` names the file {file}, which does not exist in {Path.cwd()}.")
 

@@ -125,6 +125,7 @@ REFUSALS = {
     "There is no dataset. Set `dataset_name`, or `datasets`": {"dataset_name": None},
     "'tiny:maths' is not a dataset": {"dataset_name": "tiny:maths"},
     "Write `datasets: [{path: json, data_files: rows.jsonl}]`": {"dataset_name": "rows.jsonl"},
+    "`dataset_name` names 'nowhere.jsonl', which does not exist": {"dataset_name": "nowhere.jsonl"},
     "`datasets` names the file nowhere.jsonl, which does not exist in": {
         "dataset_name": None, "datasets": [{"path": "json", "data_files": "nowhere.jsonl"}],
     },
