@@ -4,7 +4,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 
-__all__ = ["find_recipe", "resource_folder"]
+__all__ = ["find_recipe", "recipe_names", "resource_folder"]
 
 
 def resource_folder(name: str) -> Path:
@@ -29,10 +29,23 @@ def find_recipe(recipe: str) -> Path:
     """
     if Path(recipe).is_file():
         return Path(recipe)
+    names, name = recipe_names(), recipe.removesuffix(".yaml")
+    if name in names:
+        return names[name]
+    close = get_close_matches(name, names, n=1)
+    if name.startswith("accelerate_configs/"):
+        hint = f"it says how to launch, beside a recipe: `hf-rb sft RECIPE --accelerate_config {Path(name).name}`."
+    elif close:
+        hint = f"it is neither a file nor the name of a recipe of hf_rb; did you mean {close[0]!r}?"
+    elif name != recipe:
+        hint = "there is no such file."
+    else:
+        hint = f"it is neither a file nor the name of a recipe of hf_rb, which are: {', '.join(names)}."
+    raise FileNotFoundError(f"No recipe {recipe!r}: {hint}")
+
+
+def recipe_names() -> dict[str, Path]:
+    """Returns the recipes that ship with hf_rb: name (`profit/tiny-cpu`) to path."""
     folder = resource_folder("recipes")
-    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
-    if recipe.removesuffix(".yaml") in names:
-        return names[recipe.removesuffix(".yaml")]
-    close = get_close_matches(recipe, names, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"the recipes of hf_rb are: {', '.join(names)}."
-    raise FileNotFoundError(f"No recipe {recipe!r}: it is neither a file nor the name of a recipe of hf_rb; {hint}")
+    paths = (path for path in sorted(folder.rglob("*.yaml")) if path.parent.name != "accelerate_configs")
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}

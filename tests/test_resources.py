@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from hf_rb import _resources
-from hf_rb._resources import find_recipe, resource_folder
+from hf_rb._resources import find_recipe, recipe_names, resource_folder
 
 
 @pytest.fixture
@@ -44,5 +44,13 @@ def test_a_file_goes_before_a_name(installed, tmp_path, monkeypatch):
 def test_a_misspelt_recipe_gets_a_suggestion(installed):
     with pytest.raises(FileNotFoundError, match="'profit/tiny-cpus'.*did you mean 'profit/tiny-cpu'"):
         find_recipe("profit/tiny-cpus")
-    with pytest.raises(FileNotFoundError, match="the recipes of hf_rb are: profit/tiny-cpu"):
+    with pytest.raises(FileNotFoundError, match="name of a recipe of hf_rb, which are: profit/tiny-cpu.$"):
         find_recipe("zzz")
+    with pytest.raises(FileNotFoundError, match="No recipe 'zzz.yaml': there is no such file.$"):
+        find_recipe("zzz.yaml")
+
+
+def test_how_to_launch_is_no_recipe():
+    assert not any("accelerate" in name for name in recipe_names())
+    with pytest.raises(FileNotFoundError, match="RECIPE --accelerate_config ddp`"):
+        find_recipe("accelerate_configs/ddp")

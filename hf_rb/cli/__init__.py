@@ -36,7 +36,10 @@ VERBS = {
     "merge": ("hf_rb.cli.merge", "Make models from models: interpolate, graft (Shadow-FT), refine (Timber)."),
     "recover": ("hf_rb.cli.recover", "Quantize a model and win the loss back by distillation."),
     "eval": ("hf_rb.cli.eval", "Measure perplexity, accuracy, size and speed of a model."),
-    "report": ("hf_rb.cli.report", "Write one HTML file about runs and models: curves, tokens, advantages, errors, routers."),
+    "report": (
+        "hf_rb.cli.report",
+        "Write one HTML file about runs and models: curves, tokens, advantages, errors, routers.",
+    ),
     "push": ("hf_rb.cli.push", "Upload a model or an adapter to the Hub."),
 }
 
@@ -113,5 +116,7 @@ def parse(verb: str, module: ModuleType, argv: list[str]) -> argparse.Namespace:
         close = get_close_matches(unknown[0], options, n=1)
         parser.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     if unknown:
+        if unknown[0] == argv[0] and hasattr(args, "recipe"):  # whose value, argparse takes for the recipe
+            parser.error(f"the recipe comes first: `{parser.prog} RECIPE {argv[0]} ...`")
         args.overrides = unknown
     return args

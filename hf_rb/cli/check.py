@@ -20,7 +20,7 @@ from typing import Any
 
 from hf_rb import tiny
 from hf_rb._fields import Rule, value_problem
-from hf_rb._resources import find_recipe
+from hf_rb._resources import find_recipe, recipe_names
 from hf_rb._shapers import LOCAL, pipeline_line
 from hf_rb.cli import schemas
 from hf_rb.cli.data import column_rules, dataset_rules, file_problem, text_problem
@@ -175,9 +175,14 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Report
         verb (`str`, *optional*): What the recipe is for, one of `schemas.RECIPES`; by default it follows from the keys.
     """
     recipe = {key: value for key, value in recipe.items() if key != "env"}
-    verb = verb or max(schemas.RECIPES, key=lambda verb: len(recipe.keys() & schemas.load(verb)["keys"].keys()))
+    known = {verb: len(recipe.keys() & schemas.load(verb)["keys"].keys()) for verb in schemas.RECIPES}
+    likely = max(schemas.RECIPES, key=known.get)
+    verb = verb or likely
     schema = schemas.load(verb)
     report = Report(str(path), verb)
+    if 2 * known[verb] < known[likely]:  # one line, in place of one for every key
+        report.errors.append(f"this is a recipe for `hf-rb {likely}`, not for `hf-rb {verb}`.")
+        return report
     values = _Checker(report, schema["versions"]).values(recipe, schema["keys"])
     args = SimpleNamespace(**values)
     for rule in RULES[verb]:
@@ -235,6 +240,14 @@ class _Checker:
         if not prefix and (problem := only_gkd(key)):
             self.report.errors.append(problem)
             return
+        methods = [name for name in schemas.QUANTIZATION if key in schemas.load(name)["keys"]]
+        if methods and prefix.endswith("quantization_config."):
+            instead = _COUNTERPARTS.get(key)
+            hint = f"; this method has `{instead}` (`--{instead.replace('_', '-')}`)." if instead else "."
+            self.report.errors.append(
+                f"`{prefix}{key}` is of `quant_method: {methods[0]}` (`--method {methods[0]}`){hint}"
+            )
+            return
         close = get_close_matches(str(key), keys, n=1)
         message = f"unknown key `{prefix}{key}`" + (f"; did you mean `{prefix}{close[0]}`?" if close else ".")
         owners = [] if prefix else [f"`hf-rb {verb}`" for verb in schemas.RECIPES if key in schemas.load(verb)["keys"]]
@@ -284,6 +297,13 @@ class _Checker:
             self.report.warnings.append(f"`{key}.quant_method` is {method!r}; did you mean {close[0]!r}?")
 
 
+# Keys of quantization methods with the same meaning, each for the other.
+_COUNTERPARTS = {
+    "bits": "planes",
+    "bits_per_layer": "planes_per_layer",
+    "planes": "bits",
+    "planes_per_layer": "bits_per_layer",
+}
 _PYTHON = {
     "null": type(None),
     "bool": bool,
@@ -340,6 +360,8 @@ def _name_rules(args: Any) -> Iterator[str]:
             yield problem
         elif name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().exists():
             yield f"`{key}` names {name!r}, which does not exist."
+        elif name in recipe_names() or name.endswith((".yaml", ".yml")):
+            yield f"`{key}` names {name!r}, which is a recipe: write `--config {name}`, or the name of a model."
         if key != "dataset_name":
             try:
                 tiny.resolve(name)

@@ -75,6 +75,13 @@ def test_a_recipe_for_another_verb(tmp_path, capsys):
     )
 
 
+def test_a_recipe_of_which_most_keys_are_another_verbs():
+    path = find_recipe("profit/tiny-cpu")
+    assert check(path, read_recipe(path), "recover").errors == [
+        "this is a recipe for `hf-rb sft`, not for `hf-rb recover`."
+    ]
+
+
 @pytest.mark.parametrize("key, value", [("kd_alpha", 0.5), ("loca_alpha", 0.95), ("teacher_cache", "x")])
 @pytest.mark.parametrize("verb", ["distillation", "sft"])
 def test_what_only_gkd_can_do(key, value, verb):

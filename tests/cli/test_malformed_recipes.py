@@ -114,6 +114,11 @@ MALFORMED = [
         "`quantization_config`: `dsq_iters=3` cannot act: it needs `dsq=True`",
     ),
     (
+        "ptqtp/tiny-cpu",
+        {"quantization_config": PTQTP | {"bits": 3}},
+        "`quantization_config.bits` is of `quant_method: d2quant` (`--method d2quant`); this method has `planes` (`--planes`).",
+    ),
+    (
         "profit/tiny-cpu",
         {"model_init_kwargs": {"quantization_config": PTQTP | {"packing": "densest"}}},
         "`model_init_kwargs.quantization_config.packing` cannot be 'densest'; did you mean 'dense'?",
@@ -148,6 +153,8 @@ MALFORMED = [
     ("profit/tiny-cpu", {"model_name_or_path": REMOVED}, "no model: write `model_name_or_path: ...`"),
     ("profit/tiny-cpu", {"model_name_or_path": "tiny:pupil"}, "write one of tiny:teacher"),
     ("profit/tiny-cpu", {"model_name_or_path": "./absent"}, "names './absent', which does not exist"),
+    ("ptqtp/tiny-cpu", {"model_name_or_path": "d2quant/tiny-cpu"}, "is a recipe: write `--config d2quant/tiny-cpu`"),
+    ("mpi/tiny-cpu", {"model_name_or_path": "mine.yaml"}, "is a recipe: write `--config mine.yaml`"),
     ("akl/tiny-cpu", {"teacher_model_name_or_path": REMOVED}, "no teacher: write `teacher_model_name_or_path: ...`"),
     ("akl/tiny-cpu", {"teacher_cache": "cache", "objective": "reverse_kl"}, "needs all of them"),
     ("exopd/tiny-cpu", {"reference_model_name_or_path": "~/absent"}, "names '~/absent', which does not exist"),

@@ -57,6 +57,12 @@ def test_a_mistake_is_found_before_anything_is_launched(recipe, launched, overri
     assert not launched
 
 
+def test_the_recipe_comes_first(launched, capsys):
+    assert main(["sft", "--model_name_or_path", "tiny:student"]) == 2
+    assert "the recipe comes first: `hf-rb sft RECIPE --model_name_or_path ...`" in capsys.readouterr().err
+    assert not launched
+
+
 def one_process(code: int) -> Exception:
     return subprocess.CalledProcessError(code, "python")
 
