@@ -271,6 +271,14 @@ def test_rl_shows_shaping_and_error_classes(rl_run, no_drawings):
     assert "| 2 | 2 | 66.7% |" in text and "3 wrong rollouts." in text
 
 
+def test_without_completions_the_flag_is_told(rl_run, tmp_path, no_drawings):
+    run = write(
+        tmp_path / "unlogged", trainer_state={"log_history": log(loss=[0.1, 0.2], **{"rewards/math/mean": [0, 1]})}
+    )
+    first, second = (make_report([read_source(path)]).markdown() for path in (rl_run, run))
+    assert "log_completions: true" not in first and "log_completions: true" in second
+
+
 def test_documents_have_their_panels(documents, no_drawings):
     report = make_report([read_source(documents)])
     text = report.markdown()
@@ -370,6 +378,14 @@ def test_what_cannot_be_reported_on_is_refused(files, message, tmp_path, capsys)
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "r.html")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_source_with_nothing_to_report_on_is_left_out_of_a_comparison(profit_run, tmp_path, caplog, no_drawings):
+    models = [write(tmp_path / name, config={"model_type": "qwen3"}) for name in ("one", "two")]
+    report = make_report([read_source(path) for path in (models[0], profit_run)])
+    assert report.title == "profit" and "nothing to report on in one" in caplog.text
+    with pytest.raises(ValueError, match="nothing to report on in one, two"):
+        make_report([read_source(path) for path in models])
 
 
 def test_other_bad_input(profit_run, rl_run, tmp_path, capsys):

@@ -108,7 +108,7 @@ def heat_map(
     colors = "Blues" if center is None else "RdBu_r"
     extent = (*(span or (-0.5, values.shape[1] - 0.5)), len(names) - 0.5, -0.5)
     image = axis.imshow(values, aspect="auto", cmap=colors, norm=norm, interpolation="nearest", extent=extent)
-    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set_xlabel(x_label, fontsize=8)
     axis.grid(False)

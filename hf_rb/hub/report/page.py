@@ -1,6 +1,7 @@
 """Puts panels together and writes them, as HTML by a template and as Markdown."""
 
 import base64
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,6 +17,8 @@ from hf_rb.hub.report.sources import Source, read_source
 
 
 __all__ = ["Report", "make_report", "write_report"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,20 +56,24 @@ class Report:
 
 def make_report(sources: Sequence[Source]) -> Report:
     """
-    Asks every panel what it has to show of the sources.
+    Asks every panel what it has to show of the sources. One that has nothing to show is left out with a warning.
 
     Raises:
-        ValueError: A source has nothing that a report could show.
+        ValueError: None of the sources has anything that a report could show.
         ImportError: matplotlib is missing.
     """
     panels = [import_module(f"hf_rb.hub.report.panels.{name}") for name in PANELS]
-    for source in sources:
-        if not any(panel.shows(source) for panel in panels):
-            raise ValueError(
-                f"There is nothing to report on in {source.name}: no training log (trainer_state.json), no token samples, no completions "
-                "and no JSON of `hf-rb quantize`, `eval` or `router-report`. Give the `output_dir` of a run, or what such a verb wrote "
-                "with `--out`."
-            )
+    empty = [source for source in sources if not any(panel.shows(source) for panel in panels)]
+    if empty:
+        message = (
+            f"There is nothing to report on in {', '.join(source.name for source in empty)}: no training log (trainer_state.json), no "
+            "token samples, no completions and no JSON of `hf-rb quantize`, `eval` or `router-report`. Give the `output_dir` of a run, or "
+            "what such a verb wrote with `--out`."
+        )
+        if len(empty) == len(sources):
+            raise ValueError(message)
+        logger.warning(f"{message} The report is about the others.")
+        sources = [source for source in sources if source not in empty]
     try:
         import matplotlib  # noqa: F401
     except ImportError:

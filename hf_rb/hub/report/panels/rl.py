@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_rb.hub.report.blocks import Block, Table, number
+from hf_rb.hub.report.blocks import Block, Table, Text, number
 from hf_rb.hub.report.figures import histograms, scatter
 from hf_rb.hub.report.panels import each
 from hf_rb.hub.report.panels._tokens import logged
@@ -14,6 +14,10 @@ from hf_rb.hub.report.sources import Source
 TITLE = "Rewards and shaped advantages"
 CLASSES = 12
 PROMPT = 90  # characters of a prompt in a table
+NO_COMPLETIONS = (
+    "This run has no table of completions. With `log_completions: true` in its recipe, the advantages before and after shaping and the "
+    "largest classes of wrong answers stand here."
+)
 
 
 def shows(source: Source) -> bool:
@@ -27,6 +31,8 @@ def build(sources: Sequence[Source], named: bool) -> list[Block]:
 def _build(source: Source) -> list[Block]:
     blocks = logged(source, "rewards/", "shaping/", "completions/mean_length", caption="Rewards, shapers and lengths.")
     rows = source.completions
+    if not rows:
+        blocks.append(Text(NO_COMPLETIONS))
     shaped = [row for row in rows if _is_number(row.get("shaped_advantage")) and _is_number(row.get("advantage"))]
     if shaped:
         blocks += _advantages(shaped)
