@@ -31,9 +31,7 @@ _ROWS_OF_DATA = 64
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", required=True, metavar="RECIPE", help="a recipe of `hf-rb gkd` or `hf-rb distillation`"
-    )
+    parser.add_argument("--config", metavar="RECIPE", help="a recipe of `hf-rb gkd` or `hf-rb distillation`")
     parser.add_argument("--batches", type=int, default=2, help="batches to compare (default 2)")
     parser.add_argument("--batch_size", type=int, default=4, help="sequences of a batch (default 4)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="limit of a sampled completion (default 64)")
@@ -49,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from hf_rb._resources import find_recipe
     from hf_rb.cli.check import check, read_overrides, read_recipe
 
+    if args.config is None:
+        raise ValueError(f"Write `hf-rb audit --config {(args.overrides or ['RECIPE'])[0]}`.")
     path = find_recipe(args.config)
     recipe = read_recipe(path)
     verb = check(path, recipe).verb

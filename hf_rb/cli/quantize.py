@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rb._fields import described, validate
+from hf_rb._files import check_replaceable
 from hf_rb._resources import find_recipe
 from hf_rb.cli.check import check, read_recipe
 
@@ -178,6 +179,8 @@ def _by_pattern(text: str) -> tuple[str, int] | str:
 
 def run(args: argparse.Namespace) -> int:
     arguments = read_arguments(args)
+    if not arguments.stream:  # which may have its result, and be about to clean up
+        check_replaceable(Path(arguments.output_dir).resolve(), arguments.overwrite)
 
     from hf_rb.quantizers import measure_perplexity, quantize, quantize_checkpoint
     from hf_rb.quantizers.offline import read_text

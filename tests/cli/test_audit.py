@@ -47,6 +47,11 @@ def audit(capsys, *arguments):
     return code, {row["path"]: row for row in json.loads(output.out)["paths"]} if code != 2 else output.err
 
 
+def test_the_recipe_is_an_option(capsys):
+    assert main(["audit", "akl/tiny-cpu"]) == 2
+    assert "Write `hf-rb audit --config akl/tiny-cpu`." in capsys.readouterr().err
+
+
 COMMON = {"as trained", "tiles of 7 tokens", "one sequence at a time"}
 
 

@@ -55,6 +55,7 @@ def test_verb(data, tmp_path, capsys):
     card, config = (out / "README.md").read_text(), (out / "config.json").read_text()
     assert "2602.02546" in card and "| `group_size` | `64` |" in card and "| `dataset` | `texts.jsonl` |" in card
     assert not any(str(tmp_path) in text for text in (card, config)) and "bias_modules" not in card
+    assert "Calibrated quantization by GPTAQ to 2 bits, with a second, absorbed scale" in card
 
 
 def test_killed_and_resumed(data, tmp_path, capsys, monkeypatch):
@@ -105,6 +106,14 @@ def test_round_to_nearest_by_sensitivity_in_memory_and_streamed(tmp_path, capsys
     rows = [line.split() for line in tables[0][2:]]
     assert tables[0] == tables[1] and sorted(row[0] for row in rows) == [f"model.layers.{i}" for i in range(4)]
     assert [row[-1] for row in rows] == ["4", "4", "2", "2"]  # the most sensitive ones first
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert (
+        "Rounding without calibration to 2 and 4 bits, with a second, absorbed scale for the columns of down projections."
+        in card
+    )
+    assert (
+        "Calibrated" not in card and "| `backend` | `rtn` |" in card and "`rotate`" not in card and "`dac`" not in card
+    )
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
@@ -145,8 +154,8 @@ def test_progress(data, tmp_path, capsys, monkeypatch):
         ([], "needs calibration text: write `dataset='texts.jsonl'`"),
         (["--dataset", "tiny:math", "--stream"], "a calibrated run needs the model"),
         (["--backend", "rtn", "--no-resume"], "is for streaming and calibration"),
-        (["--dataset", "tiny:math", "--planes", "3"], "unknown key `quantization_config.planes`"),
-        (["--dataset", "no/such/texts.txt"], "There is no file no/such/texts.txt"),
+        (["--dataset", "tiny:math", "--planes", "3"], "this method has `bits` (`--bits`)."),
+        (["--dataset", "no/such/texts.txt"], "`dataset` names 'no/such/texts.txt', which does not exist"),
         (["--dataset", "tiny:math", "--seqlen", "1025"], "longer than the 1024 positions"),
         (["--dataset", "tiny:math", "--num-samples", "100000"], "Give more text, or write `num_samples="),
     ],

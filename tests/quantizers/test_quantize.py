@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,7 +136,7 @@ def test_perplexity_before_and_after(tmp_path, capsys, kind):
 def test_bad_evaluation_data_is_told_before_the_work(source, tmp_path, capsys):
     arguments = ["quantize", str(source), str(tmp_path / "out"), "--eval-data"]
     assert main([*arguments, str(tmp_path / "no.txt")]) == 2
-    assert "There is no file" in capsys.readouterr().err
+    assert "no.txt', which does not exist" in capsys.readouterr().err
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "?"}) + "\n")
     assert main([*arguments, str(tmp_path / "rows.jsonl")]) == 2
     assert "one called `text` is needed" in capsys.readouterr().err
@@ -142,6 +144,20 @@ def test_bad_evaluation_data_is_told_before_the_work(source, tmp_path, capsys):
     assert main([*arguments, str(tmp_path / "empty.txt")]) == 2
     assert "holds no text" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["quantize", "upcycle"])
+def test_what_paths_tell_costs_no_torch(tmp_path, name):
+    """A destination that is taken is refused before anything heavy is imported."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    program = (
+        "import sys; from hf_rb.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(9 if 'torch' in sys.modules else code)"
+    )
+    command = [sys.executable, "-c", program, name, "tiny:student", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "is not empty" in result.stderr
 
 
 def test_recipe_with_an_argument_over_it(source, tmp_path):
