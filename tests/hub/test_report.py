@@ -297,6 +297,8 @@ def test_several_runs_share_their_curves(profit_run, kd_run, documents, no_drawi
     report = make_report([read_source(path) for path in (profit_run, kd_run, documents / "doctor.json")])
     text = report.markdown()
     assert "# profit, kd, doctor.json" in text
+    assert "| run | model | data | method | final numbers |\n| --- | --- | --- | --- | --- |" in text
+    assert "| layer | MaxVio | of" in text and "|\n| --- | ---: | ---: |" in text
     assert "| profit | loss | 2 | 1 | 2 | 1 | 20 |" in text and "| kd | loss | 1 | 0.5 | 1 | 0.5 | 20 |" in text
     # A panel of one of them says which.
     assert (

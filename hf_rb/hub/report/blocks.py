@@ -23,11 +23,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; its cells are text. Columns after the first are set to the right."""
+    """A table; its cells are text. The first `left` columns are set to the left, those after them, of numbers, to the right."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    left: int = 1
 
 
 @dataclass(frozen=True)

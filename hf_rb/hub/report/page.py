@@ -151,8 +151,8 @@ def _markdown(block: Block) -> str:
             return text
         case Figure(_, caption):
             return f"*Drawing in the HTML file: {caption}*"
-        case Table(headers, rows, caption):
-            lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
+        case Table(headers, rows, caption, left):
+            lines = [headers, ["---"] * left + ["---:"] * (len(headers) - left), *rows]
             table = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
             return f"{caption}\n\n{table}" if caption else table
         case Tokens(parts, _, marked):

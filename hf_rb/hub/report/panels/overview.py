@@ -22,9 +22,8 @@ def build(sources: Sequence[Source], named: bool) -> list[Block]:
         [source.name, _made(source, "model"), _made(source, "data"), _method(source), ", ".join(_numbers(source))]
         for source in sources
     ]
-    return [
-        Table(["run", "model", "data", "method", "final numbers"], [[cell or "–" for cell in row] for row in rows])
-    ]
+    headers = ["run", "model", "data", "method", "final numbers"]
+    return [Table(headers, [[cell or "–" for cell in row] for row in rows], left=len(headers))]
 
 
 def _made(source: Source, part: str) -> str:
