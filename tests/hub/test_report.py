@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from hf_rb.cli import main
+from hf_rb.hub.card import ModelCardData, write_model_card
 from hf_rb.hub.report import Figure, figures, make_report, read_source, write_report
 from hf_rb.hub.report.page import Report
-from hf_rb.hub.report.panels import PANELS, _tokens
+from hf_rb.hub.report.panels import PANELS, _tokens, overview
 
 
 pytest.importorskip("matplotlib")
@@ -326,6 +327,17 @@ def test_the_overview_says_what_runs_are_and_where_they_ended(profit_run, kd_run
         "| recovered.json | – | tiny:math | – | quantized: exact match 0.5 |",
     ):
         assert row in text
+
+
+def test_the_overview_reads_our_cards(tmp_path):
+    def row(**data):
+        write_model_card(tmp_path, ModelCardData("m", **data))
+        return overview.build([read_source(tmp_path)], False)[0].rows[0][1:4]
+
+    made = row(base_model=["a/b", "/folder/c"], dataset_name="d/e", methods=["akl", "hpd"], trainer="GKDTrainer")
+    assert made == ["a/b and c", "d/e", "AKL, HPD"]
+    assert row(base_model="tiny:student", trainer="SFTTrainer") == ["tiny:student", "–", "SFT"]
+    assert row(dataset_name="tiny:math") == ["–", "tiny:math", "–"]
 
 
 def test_runs_of_one_name_are_told_apart(profit_run, tmp_path, no_drawings):
