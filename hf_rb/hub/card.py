@@ -28,6 +28,7 @@ __all__ = [
     "ModelCardData",
     "Result",
     "changed_hyperparameters",
+    "read_origin",
     "render_card",
     "render_results",
     "write_model_card",
@@ -90,6 +91,8 @@ class ModelCardData:
             License in the Hub's spelling, as `"apache-2.0"`.
         adapter (`str`, *optional*):
             Subfolder with an adapter for these weights, which the loading example adds.
+        summaries (`Mapping[str, str]`, *optional*):
+            What methods did here, by their keys, where the sentence of [`METHODS`] says more or less.
         sections (`Mapping[str, str]`, *optional*):
             More sections, Markdown by heading.
 
@@ -110,6 +113,7 @@ class ModelCardData:
     library_name: str = "transformers"
     license: str | None = None
     adapter: str | None = None
+    summaries: Mapping[str, str] = field(default_factory=dict)
     sections: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -188,11 +192,21 @@ def write_model_card(folder: str | Path, data: ModelCardData) -> Path:
     return path
 
 
+def read_origin(folder: str | Path) -> str | None:
+    """Returns what a model was made from, in Markdown, by its card of ours; `None` if it has none."""
+    path = Path(folder) / "README.md"
+    found = path.is_file() and re.search(
+        r"^Made from (.+?)(?: with the data .+)? by \[`hf_rb`\]", path.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return found[1] if found else None
+
+
 # Fields that say where and how a run was watched, saved or sped up, not what was computed.
 _SILENT_FIELDS = {
     "output_dir", "run_name", "project", "report_to", "disable_tqdm", "debug", "do_train", "do_eval", "do_predict", "local_rank",
     "push_to_hub", "resume_from_checkpoint", "use_cpu", "accelerator_config", "activation_checkpointing",
     "gradient_checkpointing", "include_num_input_tokens_seen", "pad_to_multiple_of", "trust_remote_code", "dataset_num_proc",
+    "model_init_kwargs", "teacher_model_init_kwargs",
 }  # fmt: skip
 _SILENT_PREFIXES = (
     "hub_",
@@ -249,7 +263,7 @@ def _to_eval_result(result: Result) -> huggingface_hub.EvalResult:
         dataset_type=name.replace(":", "-"),
         dataset_name=name,
         dataset_split=result.split,
-        metric_type=result.metric.replace(" ", "_"),
+        metric_type=result.metric.partition(" (")[0].replace(" ", "_"),  # without how it was measured
         metric_name=result.metric,
         metric_value=result.value,
     )

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from hf_rb._files import atomic_folder
 from hf_rb._safetensors import Checkpoint, Output, write_index, write_tensors
 from hf_rb.evaluation import Size, find_model, model_size
-from hf_rb.hub import ModelCardData, write_model_card
+from hf_rb.hub import ModelCardData, read_origin, write_model_card
 from hf_rb.quantizers.d2quant.biases import BIAS_SWITCH, biases_by_switch
 from hf_rb.quantizers.kernels.layout import Layout, unpack
 from hf_rb.quantizers.offline import check_apart, copy_companions, quantization_method
@@ -271,10 +271,12 @@ class _PackedModel:
                 (folder / "config.json").write_text(text, encoding="utf-8")
             copy_companions(self.folder, folder)
             size = model_size(folder)
-            write_model_card(
-                folder,
-                ModelCardData(self.destination.name, base_model=str(self.source), size=size, tags=[self.method]),
-            )
+            card = ModelCardData(self.destination.name, base_model=str(self.source), size=size, tags=[self.method])
+            origin, method = read_origin(self.folder) or "the original model", self.config.method
+            card.sections = {
+                "Values": f"The weights have the values that quantizing {origin} with {method} has left, and no better ones."
+            }
+            write_model_card(folder, card)
         return size
 
     def to_gptq(self, name: str) -> dict[str, Output]:

@@ -148,14 +148,17 @@ def complete_folder(
     """Adds to written weights and their config what else belongs to a model called `name`, and measures them."""
     copy_companions(source_folder, folder)
     size = model_size(folder)
-    stored, written = config.to_dict(), getattr(config, "written", ())  # a card publishes no more than config.json
-    changed = [name for name in changed_hyperparameters(config) if name in stored and name not in written]
+    stored, silent = config.to_dict(), {*getattr(config, "written", ()), *getattr(config, "idle", ())}
+    # A card publishes no more than config.json.
+    changed = [name for name in changed_hyperparameters(config) if name in stored and name not in silent]
+    summary = getattr(config, "summary", None)
     card = ModelCardData(
         name,
         [config.quant_method],
         base_model=str(source),
         hyperparameters={key: stored[key] for key in changed},
         size=size,
+        summaries={config.quant_method: summary} if summary else {},
     )
     write_model_card(folder, card)
     return size

@@ -112,6 +112,12 @@ def test_odd_values_cannot_break_the_card():
     assert 'from_pretrained("a | b\\n---' in text
 
 
+def test_metrics_have_the_names_that_the_hub_compares():
+    text = render_card(full(results=[Result("exact match (20 problems)", 0.5, "tiny:math")]))
+    (result,) = ModelCard(text).data.eval_results
+    assert (result.metric_type, result.metric_name) == ("exact_match", "exact match (20 problems)")
+
+
 def test_numbers_that_the_hub_cannot_read_stay_in_the_text():
     text = render_card(full(results=[Result("perplexity", float("inf"), "tiny:math"), RESULTS[0]]))
     assert "| perplexity | `tiny:math` | test | – | inf |" in text
@@ -158,6 +164,7 @@ def test_changed_hyperparameters_of_a_trainer_config(tmp_path):
     config = SFTConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, learning_rate=1e-3, max_steps=7, report_to="none"
     )
+    config.model_init_kwargs = {"revision": "main", "dtype": "float32"}
     assert changed_hyperparameters(config) == {"learning_rate": 1e-3, "max_steps": 7, "bf16": False}
 
 

@@ -149,8 +149,11 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path):
 
 def test_verbs(tmp_path, capsys):
     folder = make_quantized(tmp_path, scale_mode="tied")
+    (folder / "README.md").write_text("Made from `first` by [`hf_rb`](https://github.com/hf-rb/hf_rb).\n")
     assert main(["dequantize", str(folder), str(tmp_path / "plain"), "--dtype", "float16"]) == 0
     assert "16." in capsys.readouterr().out
+    card = (tmp_path / "plain/README.md").read_text()
+    assert f"Made from `{folder.name}`" in card and "the values that quantizing `first` with PTQTP has left" in card
     assert main(["export", str(folder), str(tmp_path / "gptq"), "--format", "gptq"]) == 0
     said = capsys.readouterr().out
     assert "bits per weight" in said and "Tried on a CPU alone" in said and "vLLM" not in said

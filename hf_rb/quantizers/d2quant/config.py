@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from transformers.utils import logging
 
 from hf_rb._fields import described, validate
-from hf_rb.quantizers._rules import d2quant_rules
+from hf_rb.quantizers._rules import NSDS_RANGES, d2quant_rules
 from hf_rb.quantizers.config import FORMAT_VERSION, PackedConfig
 
 
@@ -172,6 +172,26 @@ class D2QuantConfig(PackedConfig):
     def calibrated(self) -> bool:
         """Whether the model is run on text to quantize it."""
         return self.backend != "rtn"
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Fields without effect, which a model card does not show."""
+        return () if self.calibrated else ("dac", "rotate", "dataset", "num_samples", "seqlen", "batch_size", "seed")
+
+    @property
+    def summary(self) -> str:
+        """What is done to a model, in a sentence."""
+        how = (
+            f"Calibrated quantization by {self.backend.upper()}" if self.calibrated else "Rounding without calibration"
+        )
+        by_layer = self.bits_per_layer or {}
+        widths = sorted(
+            NSDS_RANGES["bits_per_layer"] if isinstance(by_layer, str) else {self.bits, *by_layer.values()}
+        )
+        parts = ["a second, absorbed scale for the columns of down projections"] * (self.dsq and widths[0] < 4)
+        parts += ["a correction of the mean shift behind attention"] * self.dac
+        more = f", with {' and '.join(parts)}" if parts else ""
+        return f"{how} to {' and '.join(map(str, widths))} bits{more}."
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what is stored in `config.json`: no text, and no folder's name."""
