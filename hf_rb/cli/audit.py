@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     from hf_rb.cli.check import check, read_overrides, read_recipe
 
     if args.config is None:
-        raise ValueError(f"Write `hf-rb audit --config {(args.overrides or ['RECIPE'])[0]}`.")
+        given = args.overrides[:1]
+        raise ValueError(f"Write `hf-rb audit --config {given[0] if given and given[0][0] != '-' else 'RECIPE'}`.")
     path = find_recipe(args.config)
     recipe = read_recipe(path)
     verb = check(path, recipe).verb

@@ -47,9 +47,12 @@ def audit(capsys, *arguments):
     return code, {row["path"]: row for row in json.loads(output.out)["paths"]} if code != 2 else output.err
 
 
-def test_the_recipe_is_an_option(capsys):
-    assert main(["audit", "akl/tiny-cpu"]) == 2
-    assert "Write `hf-rb audit --config akl/tiny-cpu`." in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("given", "shown"), [(["akl/tiny-cpu"], "akl/tiny-cpu"), (["--lmbda", "0"], "RECIPE"), ([], "RECIPE")]
+)
+def test_the_recipe_is_an_option(given, shown, capsys):
+    assert main(["audit", *given]) == 2
+    assert f"Write `hf-rb audit --config {shown}`." in capsys.readouterr().err
 
 
 COMMON = {"as trained", "tiles of 7 tokens", "one sequence at a time"}
