@@ -321,7 +321,7 @@ def test_the_overview_says_what_runs_are_and_where_they_ended(profit_run, kd_run
         "| profit | a/b and other | tiny:math | ProFit | loss 1 |",
         "| kd | – | – | AKL | loss 0.5 |",
         "| short | – | – | – | train_loss 0.5 |",
-        "| quantized.json | – | tiny:math | PTQTP | 3.4 bits a weight, perplexity 3.2 |",
+        "| quantized.json | – | tiny:math | PTQTP | 3.4 bits a weight; perplexity 3.2 |",
         "| doctor.json | m | tiny:math | – | MaxVio at most 1 |",
         "| evaluated.json | m | tiny:math | – | exact match 0.5 |",
         "| recovered.json | – | tiny:math | – | quantized: exact match 0.5 |",

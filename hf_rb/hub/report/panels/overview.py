@@ -19,7 +19,7 @@ REFERENCE = re.compile(r"\[(.+?)\]\(.+?\)|`(.+?)`")
 
 def build(sources: Sequence[Source], named: bool) -> list[Block]:
     rows = [
-        [source.name, _made(source, "model"), _made(source, "data"), _method(source), ", ".join(_numbers(source))]
+        [source.name, _made(source, "model"), _made(source, "data"), _method(source), "; ".join(_numbers(source))]
         for source in sources
     ]
     headers = ["run", "model", "data", "method", "final numbers"]
