@@ -182,6 +182,7 @@ def run(args: argparse.Namespace) -> int:
     if not arguments.stream:  # which may have its result, and be about to clean up
         check_replaceable(Path(arguments.output_dir).resolve(), arguments.overwrite)
 
+    from hf_rb.hub import add_section
     from hf_rb.quantizers import measure_perplexity, quantize, quantize_checkpoint
     from hf_rb.quantizers.offline import read_text
 
@@ -195,6 +196,8 @@ def run(args: argparse.Namespace) -> int:
         report = quantize(*models, arguments.quantization_config, resume=arguments.resume, **options)
     if arguments.eval_data:
         measure_perplexity(report, *models, arguments.eval_data)
+    if measured := report.markdown():
+        add_section(Path(arguments.output_dir, "README.md"), "Measured by `hf-rb quantize`", measured)
     found = json.dumps(asdict(report) | {"verdict": report.verdict()}, indent=2)
     Path(arguments.output_dir, "report.json").write_text(found + "\n", encoding="utf-8")  # for `hf-rb report`
     if args.json:

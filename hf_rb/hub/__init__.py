@@ -11,7 +11,7 @@ from hf_rb.hub.card import (
 )
 from hf_rb.hub.methods import METHODS, Method
 from hf_rb.hub.push import Upload, plan_upload, push_folder
-from hf_rb.hub.results import add_results, card_with_results, read_results
+from hf_rb.hub.results import add_results, add_section, card_with_results, read_results
 
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Result",
     "Upload",
     "add_results",
+    "add_section",
     "card_with_results",
     "changed_hyperparameters",
     "plan_upload",

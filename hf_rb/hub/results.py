@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from hf_rb.hub.card import ModelCardData, Result, render_card, render_results
 
 
-__all__ = ["add_results", "card_with_results", "read_results"]
+__all__ = ["add_results", "add_section", "card_with_results", "read_results"]
 
 HEADING = "## Measured with `hf-rb eval`"
 
@@ -85,10 +85,20 @@ def card_with_results(readme: str | Path, results: Sequence[Result]) -> str:
     card.data.eval_results = list((old | {(one.dataset_name, one.metric_name): one for one in new}).values()) or None
     card.data.model_name = card.data.model_name or readme.resolve().parent.name  # the Hub's model-index needs one
 
-    body = re.sub(rf"\n*{re.escape(HEADING)}\n.*?(?=\n## |\Z)", "\n", card.text, flags=re.DOTALL)
-    section = f"\n{HEADING}\n\n{render_results(results)}\n"
+    text = with_section(card.text, HEADING, render_results(results))
+    return f"---\n{card.data.to_yaml()}\n---\n{text.rstrip()}\n"
+
+
+def add_section(readme: str | Path, heading: str, markdown: str) -> None:
+    """Writes a section into a model card, in place of the one with the same heading."""
+    text = with_section(Path(readme).read_text(encoding="utf-8"), f"## {heading}", markdown)
+    Path(readme).write_text(text, encoding="utf-8")
+
+
+def with_section(card: str, heading: str, markdown: str) -> str:
+    """Returns the card with a section before what it says of hyper-parameters and versions."""
+    body = re.sub(rf"\n*{re.escape(heading)}\n.*?(?=\n## |\Z)", "\n", card, flags=re.DOTALL)
     head, found, tail = body.partition("\n## Hyper-parameters\n")
     if not found:
         head, found, tail = body.partition("\n## Versions\n")
-    card.text = f"{head.rstrip()}\n{section}{found}{tail}"
-    return f"---\n{card.data.to_yaml()}\n---\n{card.text.rstrip()}\n"
+    return f"{head.rstrip()}\n\n{heading}\n\n{markdown}\n{found}{tail}"

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 __all__ = ["BlockReport", "LayerAllocation", "LayerReport", "Report"]
 
+NOT_COMPARED = "Not compared with 4-bit rounding"
+
 
 @dataclass
 class LayerReport:
@@ -164,13 +166,23 @@ class Report:
         """Error over all quantized weights, like that of [`~Report.error_by_kind`]."""
         return _mean(self.layers, which)
 
+    def markdown(self) -> str:
+        """What a model card says of the measurements; nothing if there are none."""
+        sentences = []
+        if self.eval_data:
+            before, after = self.perplexity_before, self.perplexity_after
+            sentences.append(f"Perplexity on `{self.eval_data}`: **{after:.4g}**, before quantization {before:.4g}.")
+        if not self.verdict().startswith(NOT_COMPARED):
+            sentences.append(self.verdict())
+        return "\n\n".join(sentences)
+
     def verdict(self) -> str:
         """One sentence on how 4-bit round-to-nearest with groups of 128 would compare, in bytes and error."""
         if self.blocks:  # the errors of weights say little about a method that makes up for them
-            return "Not compared with 4-bit rounding: measure the perplexity (`--eval-data`)."
+            return f"{NOT_COMPARED}: measure the perplexity (`--eval-data`)."
         ours, theirs = self.error(), self.error("baseline_error")
         if theirs is None or self.baseline_file_bytes is None:
-            return "Not compared with 4-bit rounding."
+            return f"{NOT_COMPARED}."
         accuracy = "more accurate" if theirs < ours else "no more accurate"
         errors = f"relative error {theirs:.4f} against {ours:.4f}"
         more = self.baseline_file_bytes / self.file_bytes - 1

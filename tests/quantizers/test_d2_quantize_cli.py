@@ -55,6 +55,7 @@ def test_verb(data, tmp_path, capsys):
     card, config = (out / "README.md").read_text(), (out / "config.json").read_text()
     assert "2602.02546" in card and "| `group_size` | `64` |" in card and "| `dataset` | `texts.jsonl` |" in card
     assert not any(str(tmp_path) in text for text in (card, config)) and "bias_modules" not in card
+    assert card.count("## Measured by `hf-rb quantize`\n\nPerplexity on `") == 1 and "Not compared" not in card
     assert "Calibrated quantization by GPTAQ to 2 bits, with a second, absorbed scale" in card
 
 

@@ -65,6 +65,8 @@ def test_verb(source, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "gate_proj" in printed and "true bits per weight" in printed and "2 down_proj, " in printed
     assert "4-bit rounding (group 128) would be" in printed
+    measured = (out / "README.md").read_text().partition("## Measured by `hf-rb quantize`\n\n")[2]
+    assert "4-bit rounding (group 128) would be" in measured.partition("\n\n## ")[0]
     names = quantized_modules(out)
     assert names and not any(name.endswith(("q_proj", "k_proj", "down_proj")) for name in names)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
