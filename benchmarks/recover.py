@@ -134,7 +134,8 @@ def render(result: dict) -> str:
             title = key[0] if key[0] != "full precision" else f"full precision ({name})"
             broken = f" ({rows[0]['failing']} broken)" if rows[0]["failing"] else ""
             trained = f"{key[1]}, {key[2]}{broken}" if key[1] else "-"
-            whole = f"{runs[0]['processor_s']:.0f}" if key[1] and rows[0] in runs[0]["rows"] else "-"
+            seconds = runs[0]["processor_s"] if key[1] and rows[0] in runs[0]["rows"] else None
+            whole = "-" if seconds is None else f"{seconds:.0f}"
             lines.append(
                 f"| {title} | {trained} | {len(rows) if key[1] else '-'} | {rows[0]['bytes']:,} | {spread(rows, 'exact_match', '.1%')} | "
                 f"{spread(rows, 'regained', '.0%')} | {spread(rows, 'perplexity', '.4g')} | {spread(rows, 'seconds', '.0f')} | {whole} |"
