@@ -279,7 +279,7 @@ class _Checker:
     def _quantization(self, key: str, config: Any) -> None:
         """Checks a quantization config, if it is one of ours. It reaches its class as YAML gives it: no text is converted."""
         method = config.get("quant_method") if isinstance(config, dict) else None
-        if method in schemas.QUANTIZATION:
+        if method in [*schemas.QUANTIZATION]:  # compared, not hashed: it may be anything
             before = len(self.report.errors)
             values = self.values(config, schemas.load(method)["keys"], f"{key}.", from_text=False)
             rules = QUANTIZATION_RULES[method](SimpleNamespace(**values))
@@ -437,20 +437,19 @@ def _group_rules(args: Any) -> Iterator[str]:
 
 def _group_warnings(args: Any) -> Iterator[str]:
     """How many processes it takes for batches to hold whole groups."""
-    batches = {}
+    steps = args.steps_per_generation or args.gradient_accumulation_steps
+    batches = []
     if not args.generation_batch_size:
-        steps = args.steps_per_generation or args.gradient_accumulation_steps
-        batches["num_generations"] = args.num_generations, args.per_device_train_batch_size * steps
+        batches.append((args.num_generations, args.per_device_train_batch_size * steps, "training"))
     if args.eval_strategy != "no":
-        batches["num_generations_eval"] = (
-            args.num_generations_eval or args.num_generations,
-            args.per_device_eval_batch_size,
+        batches.append(
+            (args.num_generations_eval or args.num_generations, args.per_device_eval_batch_size, "evaluation")
         )
-    for key, (number, batch) in batches.items():
+    for number, batch, what in batches:
         if number and (processes := number // math.gcd(number, batch)) > 1:
             yield (
-                f"`{key}: {number}` does not divide the {batch} completions that a process generates at a time: this will run with "
-                f"{processes} processes or a multiple of them, and with no other number."
+                f"groups of {number} do not fill the {batch} completions that a process generates at a time in {what}: this will run "
+                f"with {processes} processes or a multiple of them, and with no other number."
             )
 
 

@@ -44,8 +44,10 @@ def dataset_rules(args: Any) -> Iterator[str]:
                 "`test_split_size: 0.1`, or `eval_strategy: 'no'`."
             )
     elif _is_embedded(args):
-        yield from filter(None, [value_problem("dataset_name", args.dataset_name, choices=["tiny:math"])])
-        yield from filter(None, [value_problem("dataset_config", args.dataset_config, choices=tiny.CONFIGS)])
+        choices = {"dataset_name": ["tiny:math"], "dataset_config": tiny.CONFIGS, "dataset_train_split": [*tiny.SIZES]}
+        if args.eval_strategy != "no":
+            choices["dataset_test_split"] = [*tiny.SIZES]
+        yield from filter(None, (value_problem(key, getattr(args, key), choices=choices[key]) for key in choices))
 
 
 def file_problem(name: str) -> str | None:

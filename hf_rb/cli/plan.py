@@ -130,7 +130,9 @@ def _run(args: Any, verb: str, device: str, half: bool, model: Architecture) -> 
     kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     size = DTYPES.get(_dtype({"dtype": args.dtype} | kwargs, model), 4)
     length = (
-        args.max_completion_length + PROMPT_TOKENS if verb in ("grpo", "distillation") else args.max_length or 1024
+        (args.max_completion_length or 1024) + PROMPT_TOKENS
+        if verb in ("grpo", "distillation")
+        else args.max_length or 1024
     )
     generated = 0
     if verb in ("grpo", "distillation") and not args.use_vllm:

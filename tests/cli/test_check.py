@@ -185,6 +185,7 @@ def test_one_mistake_is_one_error(changes, message):
         {"report_to": "none"},
         {"report_to": ["wandb"]},
         {"resume_from_checkpoint": True},
+        {"dataset_test_split": "not read"},
         {"model_init_kwargs": {"attn_implementation": "eager"}},
         {"model_init_kwargs": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}},
         {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}},
@@ -197,7 +198,9 @@ def test_what_the_configs_accept_passes(changes):
     assert errors(**changes) == []
 
 
-@pytest.mark.parametrize(("method", "close"), [("ptqtpp", "ptqtp"), ("quanto", None), ("gptq", None)])
+@pytest.mark.parametrize(
+    ("method", "close"), [("ptqtpp", "ptqtp"), (["ptqtp"], None), ("quanto", None), ("gptq", None)]
+)
 def test_a_quantization_method_of_a_trained_model_may_be_another_librarys(method, close):
     config = {"model_init_kwargs": {"quantization_config": {"quant_method": method}}}
     report = check(Path("recipe.yaml"), GOOD | config)
@@ -220,6 +223,8 @@ def test_how_many_processes_hold_whole_groups(number, processes):
     assert not report.errors
     assert (report.warnings == []) == (processes is None)
     assert all(f"this will run with {processes} processes or a multiple" in warning for warning in report.warnings)
+    evaluated = check(path, read_recipe(path) | {"num_generations_eval": number, "eval_strategy": "steps"})
+    assert all(" in evaluation: " in warning for warning in evaluated.warnings)
 
 
 def test_another_minor_turns_unknown_keys_into_warnings(monkeypatch):

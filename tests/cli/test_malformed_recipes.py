@@ -166,6 +166,7 @@ MALFORMED = [
         {"dataset_name": "tiny:maths"},
         "`dataset_name` cannot be 'tiny:maths'; did you mean 'tiny:math'?",
     ),
+    ("profit/tiny-cpu", {"dataset_train_split": "trian"}, "`dataset_train_split` cannot be 'trian'; did you mean"),
     ("profit/tiny-cpu", {"dataset_config": "prompt_complete"}, "did you mean 'prompt_completion'?"),
     ("profit/tiny-cpu", {"dataset_name": "mydata.jsonl"}, "names 'mydata.jsonl', which does not exist"),
     (

@@ -43,6 +43,12 @@ def planned(name, **changes):
     return report.plan
 
 
+@pytest.mark.parametrize("name", ["edas/tiny-cpu", "exopd/tiny-cpu"])
+def test_completions_without_a_limit(name):
+    plan = planned(name, max_completion_length=None)
+    assert plan.tokens is None and plan.peak > 0
+
+
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_weights_are_counted_in_the_files_and_follow_from_the_widths(name):
     model = Architecture.read(tiny.path(name))

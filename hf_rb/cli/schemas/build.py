@@ -37,7 +37,7 @@ _RANGES = {
         ),
         "[1, inf)",
     ),
-    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "temperature"), "(0, inf)"),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "temperature", "test_split_size"), "(0, inf)"),
     **dict.fromkeys(
         ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "dataloader_num_workers"),
         "[0, inf)",
