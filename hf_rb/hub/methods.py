@@ -256,8 +256,8 @@ METHODS = {
                 "Xingwu Sun",
                 "Yulun Zhang",
             ),
-            summary="Calibrated quantization to 2 or 3 bits, with a second, absorbed scale for the columns of down projections and a "
-            "correction of the mean shift behind attention.",
+            summary="Quantization to 2 or 3 bits, with a second, absorbed scale for the columns of down projections and, where it is "
+            "calibrated on text, a correction of the mean shift behind attention.",
         ),
         Method(
             key="recover",
