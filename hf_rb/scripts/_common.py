@@ -77,11 +77,19 @@ def run(prepare: Callable, build: Callable, argv: Sequence[str] | None = None, n
         argv (`Sequence[str]`, *optional*):
             Arguments. Defaults to those of the process.
         name (`str`, *optional*):
-            The script as a program of its own, which ends with one line on stderr where `prepare` raises.
+            The script as a program of its own, which ends with one line on stderr where `prepare` raises, or where there is no such
+            model or teacher.
     """
     with readable_errors(name) if name else nullcontext():
         script_args, args, model_args, mixture, splits = prepare(argv)
-    trainer = build(script_args, args, model_args, mixture, splits)
+    try:
+        trainer = build(script_args, args, model_args, mixture, splits)
+    except OSError:  # of a model that is nowhere, in many lines
+        with readable_errors(name) if name else nullcontext():
+            check_model(model_args.model_name_or_path, model_args.model_revision)
+            if teacher := getattr(args, "teacher_model_name_or_path", None):
+                check_model(teacher, getattr(args, "teacher_model_revision", None))
+        raise
     if script_args.token_samples:
         add_token_samples(trainer)
     train_and_save(trainer, script_args, model_args, mixture)
@@ -116,15 +124,11 @@ def read(parser: trl.TrlParser, argv: Sequence[str] | None = None) -> tuple:
     Raises:
         ValueError: A key or an argument is unknown, or there is no model.
         FileExistsError: `output_dir` holds an earlier run.
-        FileNotFoundError: There is no such model or teacher.
     """
     script_args, args, model_args, mixture = parse(parser, argv)
     if model_args.model_name_or_path is None:
         raise ValueError("There is no model. Set `model_name_or_path` to a Hub id, a folder or `tiny:student`.")
     check_output_dir(args, script_args.overwrite)
-    check_model(model_args.model_name_or_path, model_args.model_revision)
-    if getattr(args, "teacher_model_name_or_path", None):
-        check_model(args.teacher_model_name_or_path, getattr(args, "teacher_model_revision", None))
     return script_args, args, model_args, mixture
 
 

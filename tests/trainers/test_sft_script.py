@@ -121,7 +121,6 @@ REFUSALS = {
     "`zzz` in recipe.yaml is not an option. Remove it.": {"zzz": 1},
     "`profit_threshold` must be in [0, 1]": {"profit_threshold": 3},
     "There is no model. Set `model_name_or_path`": {"model_name_or_path": None},
-    "There is no folder nobody/nothing, and the Hub has no such model": {"model_name_or_path": "nobody/nothing"},
     "There is no dataset. Set `dataset_name`, or `datasets`": {"dataset_name": None},
     "'tiny:maths' is not a dataset": {"dataset_name": "tiny:maths"},
     "Write `datasets: [{path: json, data_files: rows.jsonl}]`": {"dataset_name": "rows.jsonl"},
@@ -145,6 +144,11 @@ def test_refusals_come_before_the_model(no_model, message, keys):
         sft.main(recipe(**keys))
     assert message in str(error.value)
     assert not Path("out").exists()
+
+
+def test_a_model_that_is_nowhere():
+    with pytest.raises(FileNotFoundError, match="There is no folder nobody/nothing, and the Hub has no such model"):
+        sft.main(recipe(model_name_or_path="nobody/nothing"))
 
 
 def test_arguments_are_strict_too(no_model):
