@@ -7,15 +7,11 @@ contestants are those of `ptqtp_kernels.py`.
 """
 
 import argparse
-import json
-import os
-import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from ptqtp_kernels import DECODE, GROUP_SIZE, bandwidth, copies, race
+from ptqtp_kernels import DECODE, GROUP_SIZE, copies, environment, race, write
 
 from hf_rb import _native
 from hf_rb.quantizers import kernels
@@ -24,7 +20,6 @@ from hf_rb.quantizers.kernels import cpu
 from hf_rb.quantizers.kernels.layout import Layout
 
 
-RESULTS = Path(__file__).parent / "results"
 KINDS = {
     "2 bits": (2, False),
     "2 bits, DSQ": (2, True),
@@ -41,20 +36,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    environment = {
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "instructions": _native.variant(),
-        "threads": args.threads,
-        "load": os.getloadavg()[0],
-        "gigabytes_per_second": bandwidth(args.threads) / 1e9,
-    }
+    where = environment(args.threads)
     with torch.inference_mode():
         rows = [decode(model, name, shape, args.threads) for model, name, shape, _ in DECODE]
-    result = {"environment": environment, "decode": rows, "bars": bars(rows)}
-    name = "d2quant_kernels" if args.threads == 1 else f"d2quant_kernels_{args.threads}_threads"
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(render(result), encoding="utf-8")
+    result = {"environment": where, "decode": rows, "bars": bars(rows)}
+    write("d2quant_kernels", result, render(result))
 
 
 def contestants(shape: tuple[int, int]) -> dict[str, Callable]:

@@ -19,6 +19,7 @@ from itertools import count
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,24 +58,33 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    result = {
-        "environment": {
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "instructions": _native.variant(),
-            "threads": args.threads,
-            "load": os.getloadavg()[0],
-            "gigabytes_per_second": bandwidth(args.threads) / 1e9,
-        }
-    }
+    result = {"environment": environment(args.threads)}
     with torch.inference_mode():
         result["decode"] = [decode(*row, args.threads, result["environment"]) for row in DECODE]
         result["batches"] = [row for shape in ((4096, 4096), (3072, 1024)) for row in batches(shape, args.threads)]
     result["bars"] = bars(result["decode"])
-    name = "ptqtp_kernels" if args.threads == 1 else f"ptqtp_kernels_{args.threads}_threads"
+    write("ptqtp_kernels", result, render(result))
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    return {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "instructions": _native.variant(),
+        "threads": threads,
+        "load": os.getloadavg()[0],
+        "gigabytes_per_second": bandwidth(threads) / 1e9,
+    }
+
+
+def write(name: str, result: dict[str, Any], text: str) -> None:
+    """Writes the figures and their table; those of several threads beside those of one."""
+    threads = result["environment"]["threads"]
+    name = name if threads == 1 else f"{name}_{threads}_threads"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (RESULTS / f"{name}.md").write_text(render(result), encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def bandwidth(threads: int) -> float:

@@ -26,3 +26,16 @@ def same_files(one, other):
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in other.iterdir())
     return filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
+
+
+def train(adapted, steps):
+    """Trains an adapter on the input of these tests; returns the losses."""
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = adapted(INPUT, labels=INPUT).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from round_trips import INPUT, load, logits, same_files
+from round_trips import load, logits, same_files, train
 from transformers import PhiConfig, PhiForCausalLM
 from transformers.utils import logging
 
@@ -156,14 +156,7 @@ def test_adapters_on_a_calibrated_model(source, tmp_path):
     model = load(tmp_path / "model")
     packed = {name: tensor.clone() for name, tensor in model.named_parameters() if "weight_" in name or "bias" in name}
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights="gaussian"))
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss = adapted(INPUT, labels=INPUT).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(adapted, 4)
     assert losses[-1] < losses[0] - 0.1
     after = {name.replace(".base_layer", ""): tensor for name, tensor in adapted.base_model.model.named_parameters()}
     assert any("bias" in name for name in packed)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from round_trips import INPUT, load, logits, same_files
+from round_trips import load, logits, same_files, train
 from safetensors.torch import load_file, save_file
 
 from hf_rb import D2QuantConfig
@@ -99,14 +99,7 @@ def test_adapters(make_moe, architecture):
     model = load(make_moe(architecture), rtn(), dtype=torch.float32)
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", target_parameters=targets, r=4))
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(6):
-        loss = adapted(INPUT, labels=INPUT).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(adapted, 6)
     assert losses[-1] < losses[0]
     expected = logits(adapted)
     adapted.dequantize()

@@ -22,7 +22,7 @@ from checkpoints import (
     without_head,
 )
 from peft import LoraConfig, get_peft_model
-from round_trips import INPUT, load, logits, same_files
+from round_trips import INPUT, load, logits, same_files, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, OPTConfig, OPTForCausalLM
 from transformers.utils import logging
@@ -315,14 +315,7 @@ def test_adapters(make_model):
     model = load(make_model(dtype=torch.float32), rtn(modules_to_not_convert=["layers.0.mlp.up_proj"]))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights="gaussian"))
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss = adapted(INPUT, labels=INPUT).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(adapted, 4)
     assert losses[-1] < losses[0] - 0.1
     after = {name: tensor for name, tensor in adapted.state_dict().items() if tensor.dtype == torch.uint8}
     assert all(torch.equal(*pair) for pair in zip(before.values(), after.values(), strict=True))
