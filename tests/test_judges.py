@@ -1,3 +1,4 @@
+import asyncio
 import json
 import threading
 import time
@@ -94,8 +95,6 @@ def test_an_endpoint_is_asked_and_answers(serve, monkeypatch):
 
 
 def test_it_works_where_an_event_loop_runs_already(serve):
-    import asyncio
-
     async def notebook():
         return Judge(lambda request: VERDICTS)([request()])
 
@@ -149,14 +148,16 @@ def test_junk_is_no_verdict(serve, reply, caplog):
 
 
 def test_one_that_hangs_costs_only_its_own_question(serve):
+    hung = threading.Event()
+
     def script(body, count):
         if "slow" in body["messages"][1]["content"]:
-            time.sleep(2)
+            hung.wait(60)
         return 200, json.dumps(VERDICTS)
 
-    server, start = serve(script), time.monotonic()
-    assert judge_at(server, timeout=0.5, retries=0)([request("slow"), request()]) == [None, VERDICTS]
-    assert time.monotonic() - start < 1.9
+    judge = judge_at(serve(script), timeout=2.0, retries=0)
+    assert judge([request("slow"), request()]) == [None, VERDICTS]
+    hung.set()
 
 
 def test_nobody_listens(serve, caplog):
@@ -166,18 +167,20 @@ def test_nobody_listens(serve, caplog):
     assert "given up after the failures of the others" in caplog.text
 
 
-def test_an_endpoint_that_dies_in_the_middle_of_a_batch(serve, caplog):
+def test_an_endpoint_that_dies_in_the_middle_of_a_batch(caplog):
     """What it answered counts; the rest is not waited for, each with all its attempts."""
+    asked = []
 
-    def script(body, count):
-        if count > 3:
-            time.sleep(2)
-        return 200, json.dumps(VERDICTS)
+    async def ask(request):
+        asked.append(request)
+        if len(asked) > 3:
+            await asyncio.Event().wait()
+        return VERDICTS
 
-    server, start = serve(script), time.monotonic()
-    replies = judge_at(server, timeout=0.2, retries=1, concurrency=2)([request()] * 40)
+    replies = Judge(ask, timeout=0.05, retries=1, concurrency=2, pause=0.01)([request()] * 40)
     assert replies == [VERDICTS] * 3 + [None] * 37
-    assert time.monotonic() - start < 5 and len(server.requests) <= 3 + 2 * 6
+    # Four are silent, and one more may be open by then: two attempts each.
+    assert len(asked) <= 3 + 2 * 5
     assert "given up after the failures of the others" in caplog.text
 
 
@@ -226,17 +229,19 @@ def test_functions_sync_and_async():
 
 
 def test_functions_that_raise_or_hang():
+    hung = threading.Event()
+
     def ask(asked):
         if asked.solution == "hang":
-            time.sleep(3)
+            hung.wait(60)
         if asked.solution == "raise":
             raise ZeroDivisionError
         return VERDICTS
 
-    start = time.monotonic()
-    judge = Judge(ask, timeout=0.2, retries=1, pause=0.01)
+    judge, start = Judge(ask, timeout=1.0, retries=1, pause=0.01), time.monotonic()
     assert judge([request("hang"), request("raise"), request()]) == [None, None, VERDICTS]
-    assert time.monotonic() - start < 2.5
+    assert time.monotonic() - start < 30  # and not until they wake up
+    hung.set()
 
 
 # What a policy writes
@@ -391,7 +396,7 @@ def test_the_tiny_judge_reads_anything(solution):
 
 def config(**fields):
     fields = {"srar_judge_model": "m", "srar_judge_api_key_env": None, "srar_judge_kwargs": None} | fields
-    return SimpleNamespace(**fields, srar_judge_timeout=3.0, srar_judge_retries=1, srar_judge_concurrency=2)
+    return SimpleNamespace(**fields, srar_judge_timeout=30.0, srar_judge_retries=1, srar_judge_concurrency=2)
 
 
 def test_judges_of_a_config(serve):
@@ -401,7 +406,7 @@ def test_judges_of_a_config(serve):
     ]
     server = serve(lambda body, count: (200, json.dumps(VERDICTS)))
     judge = judge_from_config(config(srar_judge=server.url, srar_judge_kwargs={"temperature": 0.5}))
-    assert (judge.timeout, judge.retries, judge.concurrency) == (3.0, 1, 2)
+    assert (judge.timeout, judge.retries, judge.concurrency) == (30.0, 1, 2)
     assert judge([request()]) == [VERDICTS] and server.requests[0].body["temperature"] == 0.5
 
 

@@ -484,9 +484,12 @@ def test_speed():
         if call is solve and native.solver(weight) is None:
             continue
         call(weight[:16])
-        start = time.process_time()
-        call(weight)
-        assert weight.numel() / (time.process_time() - start) > floor
+        seconds = []
+        for _ in range(3):
+            start = time.process_time()
+            call(weight)
+            seconds.append(time.process_time() - start)
+        assert weight.numel() / min(seconds) > floor
 
 
 def memory(which):
