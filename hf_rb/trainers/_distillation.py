@@ -15,16 +15,20 @@ from hf_rb.objectives.loca import loca_calibrate
 from hf_rb.ops.backbone import backbone_output
 from hf_rb.ops.lm_head import Rule
 from hf_rb.ops.rules import DivergenceRule, GopdRule, HpdRule
+from hf_rb.trainers.token_samples import certainty
 
 
 __all__ = [
     "build_rule",
     "check_finite",
+    "compared_rows",
     "dense_losses",
+    "dense_stats",
     "init_kwargs_of",
     "last_hidden",
     "log_prob",
     "log_token_metrics",
+    "sampled_stats",
 ]
 
 
@@ -79,6 +83,48 @@ def dense_losses(
         return losses
     nll = cross_entropy(student_logits.float(), labels, reduction="none")
     return rule.kd_alpha * losses + (1 - rule.kd_alpha) * nll
+
+
+@torch.no_grad()
+def dense_stats(
+    rule: Rule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Returns what a rule reports of every token, its loss among them, from all logits. Arguments as for [`dense_losses`]."""
+    log_q, log_p = (logits.float().log_softmax(-1) for logits in (student_logits, teacher_logits))
+    term = rule(log_q, log_p, log_q, tokens)
+    return {"loss": term.loss, **term.stats}
+
+
+def compared_rows(
+    args: Any, teacher_logits: torch.Tensor, reference_logits: torch.Tensor | None, tokens: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """
+    Returns the logits `(N, V)` that a config's objective compares the student's with, those of the teacher or G-OPD's mixture, and
+    adds to `tokens` what the sampled G-OPD reads of teacher and reference.
+    """
+    if args.objective != "gopd":
+        return teacher_logits
+    if not args.gopd_full_vocab:
+        tokens["teacher_logp"] = log_prob(teacher_logits, tokens["labels"])
+        if reference_logits is not None:
+            tokens["reference_logp"] = log_prob(reference_logits, tokens["labels"])
+    elif reference_logits is not None:
+        return args.reward_scale * teacher_logits.float() + (1 - args.reward_scale) * reference_logits.float()
+    return teacher_logits
+
+
+def sampled_stats(
+    rule: Rule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """
+    Returns the numbers of [`~hf_rb.trainers.token_samples.TokenStats`]: what the rule reports of every token, how sure the student
+    is of it, and as `top10` which share of their ten most probable tokens the two have in common.
+    """
+    count = min(10, student_logits.shape[-1])
+    top, teacher_top = (logits.topk(count).indices for logits in (student_logits, teacher_logits))
+    overlap = (top.unsqueeze(-1) == teacher_top.unsqueeze(-2)).float().sum((-1, -2)) / count
+    stats = dense_stats(rule, student_logits, teacher_logits, tokens)
+    return {**certainty(student_logits, tokens["labels"]), "top10": overlap, **stats}
 
 
 def init_kwargs_of(args: Any) -> dict[str, Any]:

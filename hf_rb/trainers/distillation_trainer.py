@@ -15,10 +15,18 @@ from hf_rb.ops.backbone import gathered_head, head_of, width_of
 from hf_rb.ops.lm_head import Teacher as TeacherLogits
 from hf_rb.ops.lm_head import lm_head_loss
 from hf_rb.teachers import LocalTeacher, ModelTeacher, build_teacher
-from hf_rb.trainers._distillation import build_rule, check_finite, init_kwargs_of, log_token_metrics
+from hf_rb.trainers._distillation import (
+    build_rule,
+    check_finite,
+    compared_rows,
+    init_kwargs_of,
+    log_token_metrics,
+    sampled_stats,
+)
 from hf_rb.trainers._gopd import RoutedTeacher, given_reference, make_reference, share_vocabulary, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers.distillation_config import DistillationConfig
+from hf_rb.trainers.token_samples import TokenStats
 
 
 __all__ = ["DistillationTrainer"]
@@ -231,11 +239,7 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
 
     def _score(self, inputs, mask) -> tuple[dict[str, torch.Tensor], list[TeacherLogits] | None]:
         """Returns what the rule reads about each trained token, and the teacher's logits, in two parts with a reference."""
-        seen = whole_sequences(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
-        if "route" in inputs:
-            seen["route"] = inputs["route"]
-        seen_by_reference = whole_sequences(inputs, "prompt") if self.reference and self.reference_is_start else seen
-        keep, reference_keep = (_keep(mask, batch["input_ids"].shape[1]) for batch in (seen, seen_by_reference))
+        (seen, keep), (seen_by_reference, reference_keep) = self._seen(inputs, mask)
         if self.args.objective != "gopd":
             return {}, self.teacher.score(seen, keep)
         scale = self.args.reward_scale
@@ -251,6 +255,37 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
         if self._sampler is not None:
             tokens["sampler_logp"] = inputs["sampler_logp"][mask]
         return tokens, None
+
+    def _seen(self, inputs, mask) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """Returns what teacher and reference read, each with the positions that predict the trained tokens."""
+        seen = whole_sequences(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
+        if "route" in inputs:
+            seen["route"] = inputs["route"]
+        seen_by_reference = whole_sequences(inputs, "prompt") if self.reference and self.reference_is_start else seen
+        return [(batch, _keep(mask, batch["input_ids"].shape[1])) for batch in (seen, seen_by_reference)]
+
+    @property
+    def has_token_stats(self) -> bool:
+        return hasattr(self.teacher, "logits")  # not several teachers
+
+    def token_stats(self, inputs: Mapping[str, Any]) -> TokenStats:
+        """Returns of every token that is trained on what the objective reports of it, and how alike student and teacher are there."""
+        mask, own = loss_mask(inputs), whole_sequences(inputs, "prompt")
+        keep = _keep(mask, own["input_ids"].shape[1])
+        (seen, seen_keep), (seen_by_reference, reference_keep) = self._seen(inputs, mask)
+
+        def rows(logits, keep):
+            return logits[:, :-1][keep][..., : self._vocabulary] / self.temperature
+
+        student_rows = rows(self.model_wrapped(**own, use_cache=False).logits, keep)
+        teacher_rows, reference_rows = rows(self.teacher.logits(seen), seen_keep), None
+        if self.reference is not None:
+            reference_rows = rows(self.reference.logits(seen_by_reference), reference_keep)
+        tokens = {"labels": inputs["completion_ids"][mask]}
+        if self._sampler is not None:
+            tokens["sampler_logp"] = inputs["sampler_logp"][mask]
+        teacher_rows = compared_rows(self.args, teacher_rows, reference_rows, tokens)
+        return TokenStats(own["input_ids"], keep, sampled_stats(self._rule, student_rows, teacher_rows, tokens))
 
 
 def _teacher(

@@ -28,17 +28,19 @@ from hf_rb.teachers import CachedTeacher, Teacher, build_teacher
 from hf_rb.trainers._distillation import (
     build_rule,
     check_finite,
+    compared_rows,
     dense_losses,
+    dense_stats,
     init_kwargs_of,
     last_hidden,
-    log_prob,
     log_token_metrics,
+    sampled_stats,
 )
 from hf_rb.trainers._gopd import given_reference, make_reference, share_vocabulary, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers._rules import cache_rules
 from hf_rb.trainers.gkd_config import GKDConfig
-from hf_rb.trainers.token_samples import TokenStats, certainty
+from hf_rb.trainers.token_samples import TokenStats
 
 
 __all__ = ["GKDTrainer"]
@@ -358,15 +360,8 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         logits, aux_loss = outputs.logits[..., shared], outputs.aux_loss if router else None
 
         rows, teacher_rows = logits[:, :-1][keep], teacher_logits[:, :-1][keep]
-        if self.args.objective == "gopd" and self.reference is not None:
-            reference_rows = reference_logits[:, :-1][keep]
-            if self.args.gopd_full_vocab:
-                scale = self.args.reward_scale
-                teacher_rows = scale * teacher_rows.float() + (1 - scale) * reference_rows.float()
-            else:
-                tokens["reference_logp"] = log_prob(reference_rows, tokens["labels"])
-        if self.args.objective == "gopd" and not self.args.gopd_full_vocab:
-            tokens["teacher_logp"] = log_prob(teacher_rows, tokens["labels"])
+        reference_rows = None if self.reference is None else reference_logits[:, :-1][keep]
+        teacher_rows = compared_rows(self.args, teacher_rows, reference_rows, tokens)
         if self.args.objective == "jsd" and self.args.kd_alpha == 1 and self.args.loca_alpha is None:
             loss = self.generalized_jsd_loss(
                 logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:], self.beta, num_items_in_batch=items
@@ -374,13 +369,7 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         else:
             losses = dense_losses(self._rule, rows, teacher_rows, tokens)
             loss = (self._weights(keep, items) * losses).sum()
-        return loss, self._dense_stats(rows, teacher_rows, tokens), aux_loss
-
-    @torch.no_grad()
-    def _dense_stats(self, rows, teacher_rows, tokens) -> dict[str, torch.Tensor]:
-        log_q, log_p = (x.float().log_softmax(-1) for x in (rows, teacher_rows))
-        term = self._rule(log_q, log_p, log_q, tokens)
-        return {"loss": term.loss, **term.stats}
+        return loss, dense_stats(self._rule, rows, teacher_rows, tokens), aux_loss
 
     @property
     def has_token_stats(self) -> bool:
@@ -403,15 +392,8 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
                 *([] if self.reference is None else [self.reference.logits(inputs)]),
             )
         )
-        if self.args.objective == "gopd":
-            tokens["teacher_logp"] = log_prob(teacher_rows, tokens["labels"])
-            if reference_rows:
-                tokens["reference_logp"] = log_prob(reference_rows[0], tokens["labels"])
-        count = min(10, rows.shape[-1])
-        top, teacher_top = (one.topk(count).indices for one in (rows, teacher_rows))
-        overlap = (top.unsqueeze(-1) == teacher_top.unsqueeze(-2)).float().sum((-1, -2)) / count
-        stats = self._dense_stats(rows, teacher_rows, tokens)
-        return TokenStats(inputs["input_ids"], keep, {**certainty(rows, tokens["labels"]), "top10": overlap, **stats})
+        teacher_rows = compared_rows(self.args, teacher_rows, reference_rows[0] if reference_rows else None, tokens)
+        return TokenStats(inputs["input_ids"], keep, sampled_stats(self._rule, rows, teacher_rows, tokens))
 
     def _log_tokens(self, inputs, labels, keep, stats) -> None:
         mask = inputs.get("attention_mask")

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_rb._unfinished import write_json
 
 
-__all__ = ["TOKEN_SAMPLES", "TokenSamplesCallback", "TokenStats", "add_token_samples"]
+__all__ = ["TOKEN_SAMPLES", "CompletionSamplesCallback", "TokenSamplesCallback", "TokenStats", "add_token_samples"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class TokenSamplesCallback(TrainerCallback):
         except torch.OutOfMemoryError:  # a picture is not worth a training
             logger.warning(f"There was no memory for the token samples of `hf-rb report` at step {step}.")
             return
-        if not self.trainer.is_world_process_zero():
+        if not rows or not self.trainer.is_world_process_zero():
             return
         path = Path(self.trainer.args.output_dir, TOKEN_SAMPLES)
         earlier = json.loads(path.read_text(encoding="utf-8"))["snapshots"] if step and path.is_file() else []
@@ -82,16 +82,68 @@ class TokenSamplesCallback(TrainerCallback):
         training = trainer.model.training
         trainer.model.eval()
         try:
-            for example in islice(trainer.train_dataset, self.rows):
-                inputs = trainer._prepare_inputs(trainer.data_collator([example]))
-                inputs = {name: self._cut(value) for name, value in inputs.items()}
+            for inputs in islice(self._inputs(), self.rows):
                 with torch.no_grad():
                     yield _row(trainer.token_stats(inputs), trainer._tokenizer)
         finally:
             trainer.model.train(training)
 
+    def _inputs(self) -> Iterator[dict[str, Any]]:
+        """Yields what the trainer's `token_stats` takes, a sequence at a time."""
+        for example in self.trainer.train_dataset:
+            inputs = self.trainer._prepare_inputs(self.trainer.data_collator([example]))
+            yield {name: self._cut(value) for name, value in inputs.items()}
+
     def _cut(self, value: Any) -> Any:
         return value[:, : self.tokens] if isinstance(value, torch.Tensor) and value.ndim == 2 else value
+
+
+class CompletionSamplesCallback(TokenSamplesCallback):
+    """
+    The same for trainers on the student's own completions: of those that the first optimizer step is made from, before it is made,
+    and of those of the last step, when training ends. Nothing is generated for it.
+
+    Args:
+        trainer, rows:
+            As for [`TokenSamplesCallback`].
+        tokens (`int`, *optional*, defaults to `256`):
+            Tokens of a completion, from its start.
+    """
+
+    _begun = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begun = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._begun:
+            self._begun = True
+            self._record(state.global_step)
+
+    def _inputs(self) -> Iterator[dict[str, Any]]:
+        # TRL's buffer: what it has generated for an optimizer step, in the step's micro-batches.
+        for batch in self.trainer._buffered_inputs or ():
+            if "num_images" in batch:  # `token_stats` reads text
+                return
+            for index in range(len(batch["completion_ids"])):
+                row = {name: value[index : index + 1] for name, value in batch.items() if _is_batched(value)}
+                for prompt in ("prompt", "teacher_prompt"):  # without the padding, which is on the left
+                    if (mask := row.get(f"{prompt}_mask")) is not None:
+                        keep = mask[0].bool()
+                        row |= {name: row[name][:, keep] for name in (f"{prompt}_ids", f"{prompt}_mask")}
+                length = min(int(row["completion_mask"].sum()), self.tokens)
+                for name in ("completion_ids", "completion_mask", "tool_mask", "sampler_logp"):
+                    if name in row:
+                        row[name] = row[name][:, :length]
+                yield row
+
+
+def _is_batched(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
 def _row(stats: TokenStats, tokenizer: Any) -> dict[str, Any]:
@@ -109,7 +161,8 @@ def _row(stats: TokenStats, tokenizer: Any) -> dict[str, Any]:
 def add_token_samples(trainer: Trainer) -> None:
     """Adds the callback to a trainer that has something to say of tokens, which depends on its flags."""
     if getattr(trainer, "has_token_stats", False):
-        trainer.add_callback(TokenSamplesCallback(trainer))
+        generates = hasattr(trainer, "_buffered_inputs")
+        trainer.add_callback((CompletionSamplesCallback if generates else TokenSamplesCallback)(trainer))
 
 
 def certainty(logits: torch.Tensor, labels: torch.Tensor) -> Mapping[str, torch.Tensor]:

@@ -5,9 +5,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_rb import GKDConfig, GKDTrainer, SFTConfig, SFTTrainer, tiny
+from hf_rb import DistillationConfig, DistillationTrainer, GKDConfig, GKDTrainer, SFTConfig, SFTTrainer, tiny
 from hf_rb.objectives import reverse_kl
-from hf_rb.trainers.token_samples import TOKEN_SAMPLES, TokenSamplesCallback, add_token_samples
+from hf_rb.trainers.token_samples import (
+    TOKEN_SAMPLES,
+    CompletionSamplesCallback,
+    TokenSamplesCallback,
+    add_token_samples,
+)
 
 
 def data(config="prompt_completion", size=8):
@@ -101,3 +106,48 @@ def test_the_divergence_is_that_of_the_two_models(student, config):
         logits = [model.eval()(input_ids=inputs["input_ids"]).logits[:, :-1] for model in (trainer.model, teacher)]
     expected = reverse_kl(*(one[stats.is_label] for one in logits))
     torch.testing.assert_close(stats.values["reverse_kl"], expected, rtol=1e-3, atol=1e-4)
+
+
+def on_policy(student, config, **options):
+    options = {"max_completion_length": 8, "learning_rate": 1e-3, "gradient_accumulation_steps": 2} | options
+    args = DistillationConfig(**config | options)
+    return DistillationTrainer(str(student), str(tiny.path("teacher")), args, data("prompt_only"))
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        (dict(objective="jsd"), {"forward_kl", "reverse_kl"}),
+        (dict(objective="akl", temperature=0.8), {"akl_weight", "forward_kl", "reverse_kl"}),
+        (dict(objective="gopd", reward_scale=1.25), {"advantage", "reward"}),
+        (dict(objective="gopd", reward_scale=1.25, gopd_full_vocab=True), {"reverse_kl"}),
+    ],
+)
+def test_completions_that_a_step_is_made_from(student, config, options, columns):
+    trained = []
+    for sampled in (False, True):
+        trainer = on_policy(student, config, **options)
+        if sampled:
+            add_token_samples(trainer)
+        trainer.train()
+        trained.append(weights(trainer))
+    assert all(map(torch.equal, *trained))
+
+    snapshots = read(config["output_dir"])["snapshots"]
+    batch = 2 * config["per_device_train_batch_size"]
+    assert [(one["step"], len(one["rows"])) for one in snapshots] == [(0, batch), (2, batch)]
+    for row in (row for snapshot in snapshots for row in snapshot["rows"]):
+        assert columns | {"top10", "prob", "correct", "loss"} <= row.keys()
+        assert row["tokens"][0] == "<|im_start|>" and all(len(values) == len(row["tokens"]) for values in row.values())
+        is_trained = [value is not None for value in row["loss"]]
+        assert 0 < sum(is_trained) <= 8 and all(is_trained[-sum(is_trained) :])  # the completion, without padding
+
+
+def test_the_loss_of_the_sampled_completions_is_the_trainers(student, config):
+    """Before the first step, on the tokens that the first loss is the mean of."""
+    trainer = on_policy(student, config, objective="akl", logging_steps=1, max_steps=1)
+    trainer.add_callback(CompletionSamplesCallback(trainer))
+    trainer.train()
+    first, _ = read(config["output_dir"])["snapshots"]
+    losses = [value for row in first["rows"] for value in row["loss"] if value is not None]
+    assert sum(losses) / len(losses) == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-3, abs=1e-4)
