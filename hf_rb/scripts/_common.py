@@ -19,6 +19,7 @@ from hf_rb import tiny
 from hf_rb._fields import described
 from hf_rb._model_folder import check_model
 from hf_rb.cli.data import BUILDERS, file_problem
+from hf_rb.trainers._routers import add_router_doctor
 from hf_rb.trainers._rules import only_gkd
 from hf_rb.trainers.token_samples import add_token_samples
 
@@ -48,6 +49,9 @@ class ScriptArguments(trl.ScriptArguments):
         token_samples (`bool`, *optional*, defaults to `True`):
             Whether to write what a method does to the tokens of the first 16 sequences of the training data into `output_dir`, as
             text and numbers, for `hf-rb report`.
+        router_doctor (`str`, *optional*):
+            What is logged of a mixture's routers, for `hf-rb report` and the trackers: `"mean"`, the mean over the layers of load,
+            dead experts, entropies and λ, or `"layers"`, every layer's too.
     """
 
     overwrite: bool = field(
@@ -61,6 +65,14 @@ class ScriptArguments(trl.ScriptArguments):
         metadata=described(
             "Whether to write what a method does to the tokens of the first 16 sequences of the training data into `output_dir`, as text "
             "and numbers, for `hf-rb report`."
+        ),
+    )
+    router_doctor: str | None = field(
+        default=None,
+        metadata=described(
+            "What is logged of a mixture's routers, for `hf-rb report` and the trackers: `mean`, the mean over the layers of load, dead "
+            "experts, entropies and λ, or `layers`, every layer's too.",
+            choices=["mean", "layers"],
         ),
     )
 
@@ -92,6 +104,8 @@ def run(prepare: Callable, build: Callable, argv: Sequence[str] | None = None, n
         raise
     if script_args.token_samples:
         add_token_samples(trainer)
+    if script_args.router_doctor:
+        add_router_doctor(trainer, per_layer=script_args.router_doctor == "layers")
     train_and_save(trainer, script_args, model_args, mixture)
 
 

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from hf_rb.models.mpi.callbacks import MPICallback
+from hf_rb.models.mpi.callbacks import MPICallback, RouterDoctorCallback
 from hf_rb.models.mpi.conversion import routers
 from hf_rb.models.mpi.losses import auxiliary_loss, check_z_loss
 
 
-__all__ = ["has_mpi", "prepare_routers"]
+__all__ = ["add_router_doctor", "has_mpi", "prepare_routers"]
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +34,7 @@ def prepare_routers(trainer: Trainer) -> None:
         else:
             logger.warning(
                 f"{type(trainer).__name__} has no auxiliary loss, as its TRL parent: nothing balances the experts of this "
-                "mixture. Watch their load (`RouterDoctorCallback`), or use a trainer that has one (SFT, GKD, GRPO)."
+                "mixture. Watch their load (`router_doctor: mean`), or use a trainer that has one (SFT, GKD, GRPO)."
             )
 
 
@@ -45,6 +45,20 @@ def _check_auxiliary_loss(model: PreTrainedModel, config: Any) -> None:
             "them. Routers with a bias, as DeepSeek-V3's, are balanced by `hf_rb.models.mpi.callbacks.LossFreeBalanceCallback`."
         )
     check_z_loss(config)
+
+
+def add_router_doctor(trainer: Trainer, per_layer: bool = False) -> None:
+    """
+    Lets a trainer log what the doctor sees, before its reporters are called.
+
+    Raises:
+        ValueError: The model has no routers.
+    """
+    if not any(True for _ in routers(trainer.model)):
+        raise ValueError(
+            f"`router_doctor` looks at the routers of a mixture of experts, and {type(trainer.model).__name__} has none. Remove it."
+        )
+    trainer.callback_handler.callbacks.insert(0, RouterDoctorCallback(per_layer=per_layer))
 
 
 def has_mpi(model: nn.Module | None) -> bool:

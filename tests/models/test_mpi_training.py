@@ -31,11 +31,17 @@ from hf_rb import (
     SFTTrainer,
     tiny,
 )
+from hf_rb._resources import resource_folder
+from hf_rb.cli import main
+from hf_rb.hub.report import make_report, read_source
 from hf_rb.models.mpi import apply_mpi, fold_mpi
 from hf_rb.models.mpi.callbacks import MPICallback
 from hf_rb.models.mpi.conversion import routers
+from hf_rb.scripts import sft
+from hf_rb.trainers._routers import add_router_doctor
 
 
+RECIPES = resource_folder("recipes") / "mpi"
 SIZES = dict(
     vocab_size=1024, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
     moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, eos_token_id=2, pad_token_id=0,
@@ -287,3 +293,24 @@ def test_a_step_on_rows_without_a_chat_template(tokenizer, tmp_path):
     data = Dataset.from_dict({"text": ["one two three four five six"] * 4})
     trainer = train_sft(mixture(), tokenizer, tmp_path, data=data)
     assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_the_recipes_and_what_the_doctor_logs_of_them(tmp_path, monkeypatch):
+    """The two commands of the recipes, and the map of `hf-rb report`."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["upcycle", "--config", str(RECIPES / "tiny-cpu.yaml")]) == 0
+    recipe = ["--config", str(RECIPES / "tiny-cpu-sft.yaml"), "--max_steps", "2", "--logging_steps", "1"]
+    sft.main([*recipe, "--router_doctor", "layers"])
+    log = json.loads((tmp_path / "outputs/mpi-tiny/trainer_state.json").read_text())["log_history"]
+    assert {"router/max_vio", "router/dead", "router/lambda_effective", "router/model.layers.0.mlp/max_vio"} <= log[
+        1
+    ].keys()
+    report = make_report([read_source("outputs/mpi-tiny")])
+    assert "MaxVio of every layer at 2 logs" in report.markdown()
+
+
+def test_a_doctor_for_a_dense_model_is_refused(tokenizer, tmp_path):
+    model = MPIQwen3MoeForCausalLM(MPIQwen3MoeConfig(**SIZES, mlp_only_layers=[0, 1]))
+    trainer = SFTTrainer(model, args=SFTConfig(str(tmp_path), **RUN), train_dataset=rows(), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="`router_doctor` looks at the routers .* has none"):
+        add_router_doctor(trainer)
