@@ -22,6 +22,7 @@ from statistics import mean
 RESULTS = Path(__file__).parent / "results"
 D2QUANT = {"quant_method": "d2quant", "bits": 2}
 CALIBRATED = D2QUANT | {"dataset": "tiny:math", "num_samples": 32, "seqlen": 256, "batch_size": 8}
+TRAIN_TEXT = "{train_text}"  # the file that is trained on
 TINY = {
     "model_name_or_path": "tiny:teacher",
     "task": "tiny:math",
@@ -47,7 +48,13 @@ CELLS = {
         "D²Quant, 2 bits": {"quantization_config": CALIBRATED, "eval_problems": 500},
         "D²Quant, 2 bits, without data": {"quantization_config": D2QUANT | {"backend": "rtn"}, "eval_problems": 500},
     },
-    "text": {"PTQTP, 2 planes": {"quantization_config": {"quant_method": "ptqtp"}, "baseline": True}},
+    "text": {
+        "PTQTP, 2 planes": {"quantization_config": {"quant_method": "ptqtp"}, "baseline": True},
+        # Without rotation, which would store the tied embeddings twice.
+        "D²Quant, 2 bits": {
+            "quantization_config": D2QUANT | {"dataset": TRAIN_TEXT, "num_samples": 16, "seqlen": 512, "rotate": False}
+        },
+    },
 }
 HELD_OUT = 12_000  # letters
 
@@ -103,7 +110,8 @@ def run(recipe: dict, seed: int, objectives: list[str], folder: Path) -> dict:
 
     path = folder.with_suffix(".yaml")
     recipe = recipe | {"seed": seed, "objectives": objectives, "output_dir": str(folder)}
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    written = yaml.safe_dump(recipe).replace(TRAIN_TEXT, recipe.get("train_text", ""))
+    path.write_text(written, encoding="utf-8")
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "hf_rb.cli", "recover", str(path)], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
