@@ -159,7 +159,7 @@ def _row(stats: TokenStats, tokenizer: Any) -> dict[str, Any]:
 
 
 def add_token_samples(trainer: Trainer) -> None:
-    """Adds the callback to a trainer that has something to say of tokens, which depends on its flags."""
+    """Adds the fitting callback to a trainer that has something to say of tokens, which depends on its flags. For before it trains."""
     if getattr(trainer, "has_token_stats", False):
         generates = hasattr(trainer, "_buffered_inputs")
         trainer.add_callback((CompletionSamplesCallback if generates else TokenSamplesCallback)(trainer))
