@@ -43,11 +43,11 @@ VERBS = {
     "push": ("hf_rb.cli.push", "Upload a model or an adapter to the Hub."),
 }
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130  # 128 and the number of the signal, as shells have it
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line and returns its exit code: 0 is success, 2 is bad input, 1 is anything else."""
+    """Runs one command line and returns its exit code: 0 is success, 2 is bad input, 130 is Ctrl-C, 1 is anything else."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         verb = _overview().parse_args(argv[:1] or ["--help"]).verb
@@ -74,6 +74,11 @@ def run(module: ModuleType, args: argparse.Namespace) -> int:
             traceback.print_exc()
         print(f"{args.command}: error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        if args.debug:
+            traceback.print_exc()
+        print(f"{args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _verb(name: str) -> str:

@@ -192,6 +192,8 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Report
     if verb == "grpo" and not report.errors:
         report.warnings += [*grpo_warnings(args), *_group_warnings(args)]
         report.notes.append(pipeline_line(args))
+    if verb == "recover" and not report.errors:
+        report.errors += dict.fromkeys(_training_rules(args))
     if verb in TRAINED and not report.errors:
         _plan(report, args)
     return report
@@ -271,7 +273,7 @@ class _Checker:
         if key == "quantization_config":
             self._quantization(key, {"quant_method": "ptqtp"} | value)  # the default of `hf-rb quantize`
         elif key == "training":  # of `hf-rb recover`
-            self.values(value, schemas.load("gkd")["keys"], "training.", from_text=False)
+            self.values(value, schemas.load("training")["keys"], "training.", from_text=False)
         elif isinstance(value, dict):
             self._quantization(f"{key}.quantization_config", value.get("quantization_config"))
         return value
@@ -328,6 +330,8 @@ def _convert(key: str, value: Any, types: list[str], from_text: bool) -> Any:
     expected, hint = " or ".join(types), ""
     if isinstance(value, bool):
         hint = " YAML reads no, off, yes and on as booleans: write it in quotes."
+    elif any(kind.startswith("list") and _is([value], kind) for kind in types):
+        hint = f" Write `{key}: [{value}]`."
     elif isinstance(value, str) and "float" in types:
         hint = " Write a number without quotes; YAML reads one such as 1e-4 as text, and 1.0e-4 as a number."
     raise ValueError(f"`{key}` must be {expected}; got {value!r} ({type(value).__name__}).{hint}")
@@ -471,6 +475,14 @@ def _shaper_rules(args: Any) -> Iterator[str]:
             "`advantage_shapers: [calibadv]` reads what tools return, and there are none: write `environment: search`, or "
             "`calibadv_soft: false` to balance answers only."
         )
+
+
+def _training_rules(args: Any) -> Iterator[str]:
+    """The fields of `training` go with every objective of `hf-rb recover`; plain fine-tuning takes those that it has."""
+    defaults = {key: entry.get("default") for key, entry in schemas.load("training")["keys"].items()}
+    for objective in (one for one in args.objectives if one != "sft"):
+        config = SimpleNamespace(**defaults | args.training | {"objective": objective, "lmbda": 0.0})
+        yield from (f"`training`: {problem}" for problem in gkd_rules(config))
 
 
 def upcycle_rules(args: Any) -> Iterator[str]:

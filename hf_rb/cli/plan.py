@@ -67,7 +67,8 @@ class Plan:
             listed = ", ".join(f"{part} {_size(self.memory[part])}" for part in parts if self.memory[part])
             yield f"memory: about {_size(self.peak)} a process, without sharding; the largest part is {self.largest} ({listed})"
         elif self.missing:
-            yield f"memory: not estimated, as {' and '.join(self.missing)} is not on this machine"
+            verb = "is" if len(self.missing) == 1 else "are"
+            yield f"memory: not estimated, as {' and '.join(self.missing)} {verb} not on this machine"
 
     def problems(self) -> Iterator[str]:
         """What may stop the run on this machine."""
@@ -116,7 +117,7 @@ def make_plan(args: Any, verb: str) -> Plan:
     names = [args.model_name_or_path, *(name for name, _ in frozen_names)]
     folders = [local_folder(name) for name in names]
     plan = Plan(device, cpu_arguments, precision, steps, sequences, length, tokens, None, None, [])
-    plan.missing = [name for name, folder in zip(names, folders, strict=True) if folder is None]
+    plan.missing = [name for name, folder in dict(zip(names, folders, strict=True)).items() if folder is None]
     if not plan.missing:
         model, *frozen = map(Architecture.read, folders)
         run = _run(args, verb, "cpu" if device == "cpu" else "cuda", half, model)

@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from hf_rb import hub
 
+    hub.check_repo_id(args.repo)
     upload, card = hub.plan_upload(args.folder), Path(args.folder, "README.md")
     results = [one for file in args.results for one in hub.read_results(file, models=[args.folder, args.repo])]
     if results:

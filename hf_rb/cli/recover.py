@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from hf_rb._resources import find_recipe
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
     from hf_rb.recover import recover
 
-    report = recover(config, lambda line: print(line, file=sys.stderr, flush=True))
+    with redirect_stdout(sys.stderr):  # the trainers print what they log
+        report = recover(config, lambda line: print(line, flush=True))
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

@@ -10,7 +10,7 @@ from hf_rb.hub.card import (
     write_model_card,
 )
 from hf_rb.hub.methods import METHODS, Method
-from hf_rb.hub.push import Upload, plan_upload, push_folder
+from hf_rb.hub.push import Upload, check_repo_id, plan_upload, push_folder
 from hf_rb.hub.results import add_results, add_section, card_with_results, read_results
 
 
@@ -24,6 +24,7 @@ __all__ = [
     "add_section",
     "card_with_results",
     "changed_hyperparameters",
+    "check_repo_id",
     "plan_upload",
     "push_folder",
     "read_origin",

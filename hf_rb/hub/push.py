@@ -15,7 +15,7 @@ from hf_rb._model_folder import ADAPTER_CONFIG, COMPANIONS
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-__all__ = ["Upload", "plan_upload", "push_folder"]
+__all__ = ["Upload", "check_repo_id", "plan_upload", "push_folder"]
 
 # Weights, configuration, tokenizer, card, code and measurements. Optimizer state, random states, pickles, caches, checkpoints
 # and hidden files match nothing here.
@@ -93,6 +93,14 @@ def plan_upload(folder: str | Path) -> Upload:
     return Upload({file.relative_to(folder).as_posix(): file.stat().st_size for file in chosen}, left_out)
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raises a `ValueError` for a name that no repository can have."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository, such as me/my-model: {error}") from error
+
+
 def push_folder(
     folder: str | Path,
     repo_id: str,
@@ -126,21 +134,25 @@ def push_folder(
 
     Raises:
         FileNotFoundError, ValueError: As [`plan_upload`], or a name that no repository can have.
+        OSError: The Hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository, such as me/my-model: {error}") from error
+    check_repo_id(repo_id)
     upload, api = plan_upload(folder), HfApi(token=token)
-    if create:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=str(folder),
-        allow_patterns=[escape(name) for name in upload.files],
-        revision=revision,
-        commit_message=commit_message or f"Upload {Path(folder).resolve().name}",
-        **kwargs,
-    )
+    try:
+        if create:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(folder),
+            allow_patterns=[escape(name) for name in upload.files],
+            revision=revision,
+            commit_message=commit_message or f"Upload {Path(folder).resolve().name}",
+            **kwargs,
+        )
+    except HTTPError as error:
+        if isinstance(error, OSError):  # what the Hub has answered
+            raise
+        raise ConnectionError(f"The Hub at {api.endpoint} cannot be reached: {error}") from error

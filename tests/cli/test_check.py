@@ -294,7 +294,7 @@ def test_a_mistake_costs_neither_torch_nor_a_second(recipe, verb, arguments, cod
     assert result.returncode == code and result.stdout.endswith("set()\n")
 
 
-@pytest.mark.parametrize("name", [*schemas.RECIPES, *schemas.QUANTIZATION])
+@pytest.mark.parametrize("name", [*schemas.RECIPES, *schemas.QUANTIZATION, *schemas.PARTS])
 def test_schemas_are_in_step_with_the_configs(name):
     from hf_rb.cli.schemas.build import build
 

@@ -73,6 +73,15 @@ def test_bad_input_is_one_message(verb, error, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_ctrl_c_is_one_line(verb, capsys):
+    def run(args):
+        raise KeyboardInterrupt
+
+    verb.run = run
+    assert main(["fail"]) == 130
+    assert capsys.readouterr().err == "hf-rb fail: interrupted\n"
+
+
 def test_another_error_is_not_hidden(verb):
     def run(args):
         raise RuntimeError("a defect of ours")

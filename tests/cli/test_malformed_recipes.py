@@ -35,6 +35,8 @@ MALFORMED = [
     ("llm_neo/tiny-cpu", {"lora_target_modules": "all-linear"}, "`lora_target_modules` must be list[str] or null"),
     ("llm_neo/tiny-cpu", {"lora_r": True}, "`lora_r` must be int; got True (bool)"),
     ("edas/tiny-cpu", {"advantage_shapers": [1]}, "`advantage_shapers` must be"),
+    ("edas/tiny-cpu", {"advantage_shapers": "edas"}, "got 'edas' (str). Write `advantage_shapers: [edas]`."),
+    ("recover/tiny-cpu", {"examples": 332}, "got 332 (int). Write `examples: [332]`."),
     ("edas/tiny-cpu", {"num_generations": 8.5}, "`num_generations` must be int or null; got 8.5"),
     ("ptqtp/tiny-cpu", {"quantization_config": "ptqtp"}, "`quantization_config` must be dict; got 'ptqtp' (str)"),
     ("ptqtp/tiny-cpu", {"output_dir": REMOVED}, "`output_dir` is missing"),
@@ -147,6 +149,8 @@ MALFORMED = [
     ("edas/tiny-cpu", {"advantage_shapers": [], "edas_alpha": 0.5}, "has no effect without the shaper 'edas'"),
     ("edas/tiny-cpu", {"advantage_shapers": ["eads"]}, "did you mean 'edas'?"),
     ("edas/tiny-cpu", {"advantage_shapers": ["edas", "edas"]}, "has a shaper twice"),
+    ("recover/tiny-cpu", {"training": {"use_peft": True}}, "unknown key `training.use_peft`"),
+    ("recover/tiny-cpu", {"training": {"akl_mu": 0.7}}, "`training`: `akl_mu: 0.7` acts on `objective: akl` only"),
     ("edas/tiny-cpu", {"correct_reward": REMOVED}, "needs to know which completions are wrong"),
     ("edas/tiny-cpu", {"correct_reward": "exact_anser"}, "is none of the reward functions, exact_answer_reward"),
     # Models, teachers, rewards, data

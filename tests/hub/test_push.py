@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HTTPError
 from random_models import save_qwen3
 
 from hf_rb import _files
@@ -123,14 +124,28 @@ def test_what_is_no_whole_model_stays_here(folder, change, message, capsys, monk
     [
         (["{tmp}/absent", "me/x"], "There is no folder"),
         (["{folder}", "me/x y"], "'me/x y' is no name of a repository"),
+        (["{folder}", "me/x y", "--dry-run"], "'me/x y' is no name of a repository"),
+        (["{folder}", "me/x y", "--results", "{tmp}/eval.json"], "'me/x y' is no name of a repository"),
         (["{folder}", "me/x", "--results", "{tmp}/absent.json"], "`hf-rb eval MODEL --out"),
         (["{folder}", "me/x", "--results", "{folder}/config.json"], "does not hold what `hf-rb eval --out` writes"),
     ],
 )
 def test_bad_input(folder, tmp_path, arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(HfApi, "create_repo", None)
+    results = [vars(result) for result in RESULTS]
+    (tmp_path / "eval.json").write_text(json.dumps({"model": "me/x y", "results": results}))
+    before = (folder / "README.md").read_bytes()
     assert main(["push", *(argument.format(tmp=tmp_path, folder=folder) for argument in arguments)]) == 2
-    assert message in capsys.readouterr().err
+    assert message in capsys.readouterr().err and (folder / "README.md").read_bytes() == before
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(folder, capsys, monkeypatch):
+    def refused(*_, **__):
+        raise HTTPError("Connection refused")
+
+    monkeypatch.setattr(HfApi, "create_repo", refused)
+    assert main(["push", str(folder), "me/x"]) == 2
+    assert "cannot be reached: Connection refused" in capsys.readouterr().err
 
 
 RESULTS = [Result("exact match", 0.5, "tiny:math"), Result("perplexity", 9.25, "text.txt")]

@@ -128,6 +128,18 @@ def test_every_stage_is_done_once(done, tmp_path, capsys):
     assert err.count("done before") == 5 and " …" not in err.replace("package …", "")
 
 
+def test_what_the_trainers_print_is_not_in_the_json(done, tmp_path, capsys, monkeypatch):
+    def talk(config, say):
+        say("a stage")
+        print({"loss": 1.0})
+        return done[1]
+
+    monkeypatch.setattr("hf_rb.recover.recover", talk)
+    assert main(["recover", write_recipe(tmp_path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == done[1].to_dict() and "a stage" in err and "loss" in err
+
+
 def test_another_base_is_refused(done, tmp_path):
     other = tmp_path / "other"
     AutoModelForCausalLM.from_pretrained(tiny.path("student")).save_pretrained(other)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["QUANTIZATION", "RECIPES", "load"]
+__all__ = ["PARTS", "QUANTIZATION", "RECIPES", "load"]
 
 # What a recipe may be for, the verb that runs it, and where its keys come from: a dataclass, or a function that makes a
 # parser of dataclasses. Where two know a recipe's keys equally well, the first wins.
@@ -27,8 +27,10 @@ QUANTIZATION = {
     "d2quant": "hf_rb:D2QuantConfig",
     "ptqtp": "hf_rb:PTQTPConfig",
 }
+# What a key of a recipe holds the fields of.
+PARTS = {"training": "hf_rb:GKDConfig"}
 
 
 def load(name: str) -> dict[str, Any]:
-    """Returns the schema of a recipe (`"sft"`) or of a quantization config (`"ptqtp"`)."""
+    """Returns the schema of a recipe (`"sft"`), of a quantization config (`"ptqtp"`) or of a part (`"training"`)."""
     return json.loads(Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8"))

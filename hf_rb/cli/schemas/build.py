@@ -52,7 +52,7 @@ _RANGES = {
 
 def build(name: str) -> str:
     """Returns the text of one schema."""
-    module, _, attribute = (schemas.RECIPES | schemas.QUANTIZATION)[name].partition(":")
+    module, _, attribute = (schemas.RECIPES | schemas.QUANTIZATION | schemas.PARTS)[name].partition(":")
     source = getattr(import_module(module), attribute)
     configs = [source] if dataclasses.is_dataclass(source) else source().dataclass_types
     versions = {library: _minor(library) for library in ("transformers", "trl")}
