@@ -4,9 +4,11 @@ import argparse
 import json
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from hf_rb._resources import find_recipe
+from hf_rb.cli import schemas
 from hf_rb.cli.check import check, read_overrides, read_recipe
 
 
@@ -16,6 +18,8 @@ EXAMPLE = "hf-rb recover recover/tiny-cpu --output_dir outputs/recovered --objec
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe of hf_rb")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    listed = "\n".join(f"{key:<20} {_shown(entry)}" for key, entry in schemas.load("recover")["keys"].items())
+    parser.add_argument_group("keys, in the recipe or as `--key value`", listed)
     parser.set_defaults(overrides=[])
     parser.usage = f"{parser.prog} RECIPE [--json] [--key value ...]"
 
@@ -39,12 +43,24 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
-        print("\n".join([report.table(), "", *report.notes, f"Everything is in {config.output_dir}."]))
+        model = Path(config.output_dir, "model")
+        where = f"The model is in {model}, and its card says how to load it." if model.is_dir() else ""
+        print("\n".join([report.table(), "", *report.notes, where]).rstrip())
     return 0
+
+
+def _shown(entry: dict[str, Any]) -> str:
+    default = json.dumps(entry["default"]) if "default" in entry else "must be given"
+    return entry["help"] if default in ("null", "{}") else f"{entry['help'].rstrip('.')} ({default})."
 
 
 def _from_text(value: Any) -> Any:
     """What YAML makes of an argument."""
     import yaml
 
-    return [_from_text(one) for one in value] if isinstance(value, list) else yaml.safe_load(str(value))
+    if isinstance(value, list):
+        return [_from_text(one) for one in value]
+    try:
+        return yaml.safe_load(str(value))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{value!r} is not valid YAML: {error}") from error

@@ -20,6 +20,7 @@ from hf_rb.quantizers.texts import read_texts
 
 __all__ = [
     "complete_folder",
+    "describe",
     "measure_perplexity",
     "open_source",
     "quantization_method",
@@ -148,17 +149,17 @@ def complete_folder(
     """Adds to written weights and their config what else belongs to a model called `name`, and measures them."""
     copy_companions(source_folder, folder)
     size = model_size(folder)
+    card = ModelCardData(name, [config.quant_method], base_model=str(source), size=size, **describe(config))
+    write_model_card(folder, card)
+    return size
+
+
+def describe(config: QuantizationConfigMixin) -> dict[str, dict[str, Any]]:
+    """Returns what a model card says of a quantization config: `hyperparameters` and `summaries`, as [`ModelCardData`] has them."""
     stored, silent = config.to_dict(), {*getattr(config, "written", ()), *getattr(config, "idle", ())}
     # A card publishes no more than config.json.
     changed = [name for name in changed_hyperparameters(config) if name in stored and name not in silent]
-    summary = getattr(config, "summary", None)
-    card = ModelCardData(
-        name,
-        [config.quant_method],
-        base_model=str(source),
-        hyperparameters={key: stored[key] for key in changed},
-        size=size,
-        summaries={config.quant_method: summary} if summary else {},
-    )
-    write_model_card(folder, card)
-    return size
+    return {
+        "hyperparameters": {key: stored[key] for key in changed},
+        "summaries": {config.quant_method: config.summary},
+    }

@@ -1,15 +1,18 @@
 """The folder that is published: packed base, adapter, card and report; or an ordinary model with the adapter merged in."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from peft import PeftModel
+from transformers.quantizers import AutoQuantizationConfig
 
 from hf_rb._files import atomic_folder
 from hf_rb._model_folder import copy_companions
 from hf_rb._unfinished import write_json
 from hf_rb.evaluation import load_model, model_size
-from hf_rb.hub import ModelCardData, write_model_card
+from hf_rb.hub import ModelCardData, Result, write_model_card
+from hf_rb.quantizers.offline import describe
 from hf_rb.recover.config import RecoverConfig
 from hf_rb.recover.measuring import ADAPTER
 from hf_rb.recover.report import RecoverReport
@@ -18,6 +21,9 @@ from hf_rb.recover.report import RecoverReport
 __all__ = ["merged_model", "write_package"]
 
 METHODS = {"forward_kl": ["llm_neo"], "akl": ["akl"], "hpd": ["hpd"], "sft": []}
+SUMMARIES = {
+    "llm_neo": "Distillation into LoRA; here by the forward KL alone, from the model itself in full precision.",
+}
 
 
 def merged_model(base: Path, trained: Path, destination: Path, dtype: str) -> None:
@@ -37,6 +43,7 @@ def write_package(
     """Writes the folder: a copy of `weights`, the adapter of `trained` if there is one, card and report."""
     name = f"{Path(config.model_name_or_path.replace(':', '-')).name}-recovered"
     packed = [config.quantization_config["quant_method"]] if trained else []  # a merged model is in no packed format
+    quantization = describe(AutoQuantizationConfig.from_dict(dict(config.quantization_config)))
     with atomic_folder(destination, overwrite=True) as folder:
         shutil.copytree(weights, folder, dirs_exist_ok=True)
         if trained:
@@ -47,6 +54,7 @@ def write_package(
             [*packed, *METHODS[config.objectives[0]], "recover"],
             base_model=config.model_name_or_path,
             hyperparameters={
+                "quantization_config": quantization["hyperparameters"],
                 "objective": config.objectives[0],
                 "examples": config.examples[0],
                 "lora_r": config.lora_r,
@@ -56,6 +64,21 @@ def write_package(
             },
             size=model_size(folder),
             adapter=ADAPTER if trained else None,
+            adapter_bytes=(folder / ADAPTER / "adapter_model.safetensors").stat().st_size if trained else None,
+            results=list(_results(report, merged=trained is None)),
+            summaries=quantization["summaries"] | SUMMARIES,
             sections={"Recovered": report.markdown()},
         )
         write_model_card(folder, card)
+
+
+def _results(report: RecoverReport, merged: bool) -> Iterator[Result]:
+    """What was measured of the model in the folder, and of the one in full precision."""
+    full = report.rows[0]
+    row = report.rows[-1] if merged else next(row for row in report.rows if row.objective)
+    if report.task:
+        yield Result(
+            f"exact match ({report.problems} problems)", row.exact_match, report.task, before=full.exact_match
+        )
+    measure = "perplexity" if report.text else "perplexity (worked solutions)"
+    yield Result(measure, row.perplexity, report.text or report.task, before=full.perplexity)

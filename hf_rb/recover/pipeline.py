@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from hf_rb._files import check_replaceable, sha256_file
+from hf_rb._model_folder import companions
 from hf_rb._safetensors import weight_files
 from hf_rb._unfinished import file_stamps, write_json
 from hf_rb.evaluation import load_task
@@ -84,8 +85,9 @@ class _Pipeline:
         task = load_task(config.task, config.eval_problems) if config.task else []
         pool = load_task(config.pool, config.pool_problems, split="train") if config.pool else []
         texts = read_texts(config.eval_text, split="test") if config.eval_text else []
-        failures.check_apart(failures.prompts(pool), failures.prompts(task), "problems")
-        failures.check_apart(failures.lines(self.ordinary_texts), failures.lines(texts), "lines of text")
+        held_out = failures.prompts(task) + failures.lines(texts)
+        failures.check_apart(failures.prompts(pool), held_out, "problems")
+        failures.check_apart(failures.lines(self.ordinary_texts), held_out, "lines of text")
         return Questions(task, pool, "\n\n".join(texts) or None, config.max_new_tokens, config.eval_batch_size)
 
     @cached_property
@@ -108,6 +110,8 @@ class _Pipeline:
                 self._recover(base, full)
             self.say("package …")
             self._package(*package)
+        else:
+            shutil.rmtree(self.output / MODEL, ignore_errors=True)  # of another recipe
         write_json(self.output / "report.json", self.report.to_dict())
         return self.report
 
@@ -131,7 +135,7 @@ class _Pipeline:
         """Adds the rows of one quantized model; returns its folder, and that of the first adapter."""
         folder = self.stages.run(
             base.name,
-            {"model": self._source_stamp(), "quantization": base.config},
+            {"model": self._source_stamp(), "quantization": base.config} | _calibration_stamp(base.config),
             lambda folder: quantize(self.source, folder / MODEL, dict(base.config), overwrite=True),
         )
         weights, sha256 = folder / MODEL, fingerprint(folder / MODEL)
@@ -229,7 +233,7 @@ class _Pipeline:
         return failures.digest(asdict(self.questions))
 
     def _source_stamp(self) -> dict[str, Any]:
-        return file_stamps([self.source / "config.json", *weight_files(self.source)])
+        return file_stamps([self.source / "config.json", *weight_files(self.source), *companions(self.source)])
 
     def _note(self, note: str) -> None:
         if note not in self.report.notes:
@@ -264,6 +268,12 @@ class _Pipeline:
         measured = self.stages.run("merged-measured", self._measuring(inputs), self._measures(merged / MODEL))
         self._add("merged into an ordinary model", measured)
         write_package(destination, merged / MODEL, None, config, self.report)
+
+
+def _calibration_stamp(config: dict[str, Any]) -> dict[str, str]:
+    """The contents of a calibration text, of which the config has no more than the name."""
+    data = config.get("dataset")
+    return {"calibration": sha256_file(data)} if isinstance(data, str) and Path(data).is_file() else {}
 
 
 def _title(config: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from importlib.metadata import version
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_rb import __version__
+from hf_rb import PTQTPConfig, __version__
 from hf_rb.evaluation import Size
 from hf_rb.hub import METHODS, ModelCardData, Result, changed_hyperparameters, render_card, write_model_card
 
@@ -71,6 +71,15 @@ def test_a_bare_card_has_no_holes():
         assert f'from_pretrained("path/to/{data.model_name}")' in text
         ModelCard(text, ignore_metadata_errors=False)
     assert "base_model" not in render_card(ModelCardData("student"))
+
+
+def test_the_size_of_an_adapter_counts():
+    text = render_card(full(adapter="adapter", adapter_bytes=6_544))
+    assert "The adapter takes 6,544 bytes more: 10.4 bits per weight with it." in text
+    summaries = {"ptqtp": PTQTPConfig(planes=1, planes_per_layer={"down_proj": 3}).summary}
+    text = render_card(full(summaries=summaries))
+    assert "to one ternary plane or a sum of three ternary planes, each" in text and "log2(9)" not in text
+    assert PTQTPConfig().summary == METHODS["ptqtp"].summary
 
 
 def test_an_ordinary_checkpoint_says_that_the_import_is_optional():

@@ -1,6 +1,7 @@
 """`hf-rb recover` from end to end on a real, tiny model: what it leaves, how it goes on, and what it refuses."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hf_rb.cli import main
 from hf_rb.evaluation import Completion, decode_speed, generation
 from hf_rb.hub import plan_upload
 from hf_rb.recover import RecoverConfig, load_recovered, measuring, recover
+from hf_rb.recover.pipeline import _calibration_stamp, _Pipeline
 from hf_rb.recover.stages import fingerprint
 from hf_rb.recover.training import make_trainer
 
@@ -91,6 +93,10 @@ def test_it_loads_in_two_lines(done):
         "PTQTP, 1 plane + LoRA",
         "exact match on 12 problems of tiny:math",
         "peft",
+        "to one ternary plane",
+        "bits per weight with it",
+        "| exact match (12 problems) | `tiny:math` | test |",
+        "| `quantization_config` | `{'planes': 1}` |",
     ):
         assert expected in card
     assert str(done[0]) not in card + (folder / "adapter/adapter_config.json").read_text()
@@ -155,6 +161,8 @@ def test_a_quantized_model_is_refused(done, tmp_path, capsys):
 def test_nothing_broken(tmp_path, capsys, monkeypatch):
     row = [Completion("#### 1", True)]
     monkeypatch.setattr(generation, "generate", lambda model, tokenizer, prompts, *_: [row] * len(prompts))
+    for name in ("stages", "model"):  # of an earlier recipe
+        (tmp_path / "out" / name).mkdir(parents=True)
     assert main(["recover", write_recipe(tmp_path, baseline=True)]) == 0
     out, err = capsys.readouterr()
     assert "quantization has broken none of the 48 problems of the pool" in out and "+ LoRA" not in out
@@ -210,6 +218,31 @@ def test_held_out_problems_are_not_learned(tmp_path, capsys):
     pool.write_text("".join(json.dumps(row) + "\n" for row in rows[2:]))
     assert main(["recover", write_recipe(tmp_path, task=str(task), pool=str(pool))]) == 2
     assert "3 of the 7 problems to learn from are in the evaluation set too" in capsys.readouterr().err
+
+
+def test_held_out_problems_are_not_learned_as_text(tmp_path, capsys):
+    question = "A shop that sells three kinds of apples and four kinds of pears has how many kinds of fruit?"
+    task, text = tmp_path / "task.jsonl", tmp_path / "train.txt"
+    task.write_text(json.dumps({"question": question, "answer": "3 + 4 = 7 #### 7"}) + "\n")
+    text.write_text(f"Something else.\n{question}\n")
+    path = write_recipe(tmp_path, task=str(task), pool="tiny:math", train_text=str(text))
+    assert main(["recover", path]) == 2
+    assert "1 of the 1 lines of text to learn from are in the evaluation set too" in capsys.readouterr().err
+
+
+def test_what_a_stage_depends_on(tmp_path):
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(tiny.path("student"), model)
+    config = RecoverConfig(**RECIPE | {"model_name_or_path": str(model), "output_dir": str(tmp_path / "out")})
+    pipeline = _Pipeline(config, print)
+    before = pipeline._source_stamp()
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} < set(before) and pipeline._source_stamp() != before
+    stamps = []
+    for content in ("one", "two"):
+        text.write_text(content)
+        stamps.append(_calibration_stamp({"dataset": str(text)}))
+    assert stamps[0] != stamps[1] and not _calibration_stamp({"dataset": "tiny:math"}) and not _calibration_stamp({})
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):

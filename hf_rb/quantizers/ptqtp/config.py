@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hf_rb._fields import described, validate
-from hf_rb.quantizers._rules import ptqtp_rules
+from hf_rb.quantizers._rules import NSDS_RANGES, ptqtp_rules
 from hf_rb.quantizers.config import FORMAT_VERSION, PackedConfig
 
 
@@ -108,3 +108,14 @@ class PTQTPConfig(PackedConfig):
     def __post_init__(self):
         super().__post_init__()
         validate(self, ptqtp_rules)
+
+    @property
+    def summary(self) -> str:
+        """What is done to a model, in a sentence."""
+        by_layer = self.planes_per_layer or {}
+        numbers = NSDS_RANGES["planes_per_layer"] if isinstance(by_layer, str) else {self.planes, *by_layer.values()}
+        sums = ("one ternary plane", "a sum of two ternary planes", "a sum of three ternary planes")
+        return (
+            f"Post-training quantization, without calibration data, of every group of {self.group_size} weights to "
+            f"{' or '.join(sums[number - 1] for number in sorted(numbers))}, each with its own scale."
+        )
