@@ -37,8 +37,9 @@ def value_problem(name: str, value: Any, *, choices: Sequence | None = None, ran
     if value is None:
         return None
     if choices is not None and value not in choices:
-        close = get_close_matches(str(value), map(str, choices), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(map(repr, choices))}."
+        names = {str(choice).casefold(): str(choice) for choice in choices}
+        close = get_close_matches(str(value).casefold(), names, n=1)
+        hint = f"did you mean {names[close[0]]!r}?" if close else f"it must be one of {', '.join(map(repr, choices))}."
         return f"`{name}` cannot be {value!r}; {hint}"
     if range is not None and not (isinstance(value, (int, float)) and _inside(value, range)):
         return f"`{name}` must be in {range}; got {value!r}."

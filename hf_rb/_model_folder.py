@@ -12,6 +12,7 @@ from hf_rb import tiny
 __all__ = [
     "ADAPTER_CONFIG",
     "COMPANIONS",
+    "adapter_beside",
     "check_apart",
     "check_model",
     "companions",
@@ -120,6 +121,12 @@ def check_apart(source: Path, destination: Path) -> None:
 def weight_bytes(folder: Path) -> int:
     """Returns the bytes of a folder's weight files."""
     return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+
+
+def adapter_beside(folder: Path) -> Path | None:
+    """Returns the weights of the adapter in a folder of `hf-rb recover`; of any other folder nothing."""
+    adapter = folder / "adapter"
+    return adapter / "adapter_model.safetensors" if (adapter / "base.json").is_file() else None
 
 
 def companions(folder: Path) -> list[Path]:

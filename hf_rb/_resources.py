@@ -32,11 +32,11 @@ def find_recipe(recipe: str) -> Path:
     names, name = recipe_names(), recipe.removesuffix(".yaml")
     if name in names:
         return names[name]
-    close = get_close_matches(name, names, n=1)
+    close = [one for one in names if one.startswith(f"{name}/")] or get_close_matches(name, names, n=1)
     if name.startswith("accelerate_configs/"):
         hint = f"it says how to launch, beside a recipe: `hf-rb sft RECIPE --accelerate_config {Path(name).name}`."
     elif close:
-        hint = f"it is neither a file nor the name of a recipe of hf_rb; did you mean {close[0]!r}?"
+        hint = f"it is neither a file nor the name of a recipe of hf_rb; did you mean {' or '.join(map(repr, close))}?"
     elif name != recipe:
         hint = "there is no such file."
     else:

@@ -44,6 +44,8 @@ def test_a_file_goes_before_a_name(installed, tmp_path, monkeypatch):
 def test_a_misspelt_recipe_gets_a_suggestion(installed):
     with pytest.raises(FileNotFoundError, match="'profit/tiny-cpus'.*did you mean 'profit/tiny-cpu'"):
         find_recipe("profit/tiny-cpus")
+    with pytest.raises(FileNotFoundError, match="did you mean 'profit/tiny-cpu'"):
+        find_recipe("profit")
     with pytest.raises(FileNotFoundError, match="name of a recipe of hf_rb, which are: profit/tiny-cpu.$"):
         find_recipe("zzz")
     with pytest.raises(FileNotFoundError, match="No recipe 'zzz.yaml': there is no such file.$"):

@@ -250,7 +250,7 @@ class _Checker:
                 f"`{prefix}{key}` is of `quant_method: {methods[0]}` (`--method {methods[0]}`){hint}"
             )
             return
-        close = get_close_matches(str(key), keys, n=1)
+        close = [_ALSO_CALLED[key]] if _ALSO_CALLED.get(key) in keys else get_close_matches(str(key), keys, n=1)
         message = f"unknown key `{prefix}{key}`" + (f"; did you mean `{prefix}{close[0]}`?" if close else ".")
         owners = [] if prefix else [f"`hf-rb {verb}`" for verb in schemas.RECIPES if key in schemas.load(verb)["keys"]]
         if owners:
@@ -305,6 +305,25 @@ _COUNTERPARTS = {
     "bits_per_layer": "planes_per_layer",
     "planes": "bits",
     "planes_per_layer": "bits_per_layer",
+}
+# Names that keys have elsewhere, or had before.
+_ALSO_CALLED = {
+    "batch_size": "per_device_train_batch_size",
+    "dataset": "dataset_name",
+    "epochs": "num_train_epochs",
+    "group_by_length": "train_sampling_strategy",
+    "lora_rank": "lora_r",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "no_cuda": "use_cpu",
+    "num_epochs": "num_train_epochs",
+    "overwrite_output_dir": "overwrite",
+    "teacher": "teacher_model_name_or_path",
+    "teacher_model": "teacher_model_name_or_path",
+    "torch_dtype": "dtype",
+    "train_batch_size": "per_device_train_batch_size",
 }
 _PYTHON = {
     "null": type(None),

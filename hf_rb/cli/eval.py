@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hf_rb._model_folder import adapter_beside
+
 
 EXAMPLE = "hf-rb eval tiny:student --task tiny:math --limit 200 --speed"
 
@@ -131,14 +133,13 @@ def _measure(folder: Path, args: argparse.Namespace, rows: list | None, text: st
 
 
 def _load(folder: Path, dtype: str) -> tuple:
-    if not (folder / "adapter" / "base.json").is_file():
+    if not adapter_beside(folder):
         from hf_rb.evaluation import load_model
 
         return load_model(folder, dtype)
     from hf_rb.recover import load_recovered  # a folder of `hf-rb recover` is a base with its adapter
 
-    size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
-    print(f"Measured with {folder}/adapter, {size:,} bytes more than those of the weight files.", file=sys.stderr)
+    print(f"Measured with the adapter in {folder}, whose bytes count.", file=sys.stderr)
     return load_recovered(folder, dtype=dtype)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_rb._model_folder import adapter_beside
 from hf_rb._safetensors import Checkpoint
 
 
@@ -21,7 +22,7 @@ class Size:
     """Size of a saved model.
 
     Attributes:
-        file_bytes (`int`): Bytes of all weight files, headers included.
+        file_bytes (`int`): Bytes of all weight files, headers and the adapter of a recovered model included.
         weights (`int`): Weights of the model these files describe, before any packing; tied weights count once.
         bits_per_weight (`float`): `8 * file_bytes / weights`.
         quantized_weights (`int`): Weights of the layers stored in packed form.
@@ -52,7 +53,9 @@ def model_size(folder: str | Path) -> Size:
     """
     folder = Path(folder)
     checkpoint = Checkpoint(folder)
-    file_bytes, weights = sum(file.stat().st_size for file in checkpoint.files), _logical_weights(folder)
+    adapter = adapter_beside(folder)
+    files = [*checkpoint.files, *([adapter] if adapter else [])]
+    file_bytes, weights = sum(file.stat().st_size for file in files), _logical_weights(folder)
 
     tensors = checkpoint.entries
     packed = {name for name, entry in tensors.items() if entry.dtype == torch.uint8 and f"{name}_scale" in tensors}

@@ -91,8 +91,6 @@ class ModelCardData:
             License in the Hub's spelling, as `"apache-2.0"`.
         adapter (`str`, *optional*):
             Subfolder with an adapter for these weights, which the loading example adds.
-        adapter_bytes (`int`, *optional*):
-            Bytes of that adapter's file, which `size` leaves out.
         summaries (`Mapping[str, str]`, *optional*):
             What methods did here, by their keys, where the sentence of [`METHODS`] says more or less.
         sections (`Mapping[str, str]`, *optional*):
@@ -115,7 +113,6 @@ class ModelCardData:
     library_name: str = "transformers"
     license: str | None = None
     adapter: str | None = None
-    adapter_bytes: int | None = None
     summaries: Mapping[str, str] = field(default_factory=dict)
     sections: Mapping[str, str] = field(default_factory=dict)
 

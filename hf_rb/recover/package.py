@@ -64,7 +64,6 @@ def write_package(
             },
             size=model_size(folder),
             adapter=ADAPTER if trained else None,
-            adapter_bytes=(folder / ADAPTER / "adapter_model.safetensors").stat().st_size if trained else None,
             results=list(_results(report, merged=trained is None)),
             summaries=quantization["summaries"] | SUMMARIES,
             sections={"Recovered": report.markdown()},

@@ -27,6 +27,8 @@ MALFORMED = [
     ("profit/tiny-cpu", {"max_prompt_length": 64}, "unknown key `max_prompt_length`"),
     ("profit/tiny-cpu", {"kd_alpha": 0.5}, "Use `GKDTrainer` (`hf-rb gkd`)"),
     ("exopd/tiny-cpu", {"loss_impl": "dense"}, "`loss_impl` is a key of `hf-rb gkd`"),
+    ("profit/tiny-cpu", {"torch_dtype": "float32"}, "unknown key `torch_dtype`; did you mean `dtype`?"),
+    ("akl/tiny-cpu", {"batch_size": 8}, "unknown key `batch_size`; did you mean `per_device_train_batch_size`?"),
     # Types
     ("profit/tiny-cpu", {"max_steps": "many"}, "`max_steps` must be int; got 'many' (str)"),
     ("profit/tiny-cpu", {"learning_rate": "fast"}, "`learning_rate` must be float; got 'fast' (str)"),
@@ -49,6 +51,7 @@ MALFORMED = [
         "`lr_scheduler_type` cannot be 'cosin'; did you mean 'cosine'?",
     ),
     ("akl/tiny-cpu", {"objective": "alk"}, "`objective` cannot be 'alk'; did you mean 'akl'?"),
+    ("akl/tiny-cpu", {"objective": "AKL"}, "`objective` cannot be 'AKL'; did you mean 'akl'?"),
     ("akl/tiny-cpu", {"akl_mu": 0.0}, "`akl_mu` must be in (0, 1]; got 0.0"),
     ("akl/gpt2", {"akl_head_rule": "papers"}, "`akl_head_rule` cannot be 'papers'; did you mean 'paper'?"),
     ("llm_neo/tiny-cpu", {"kd_alpha": 1.2}, "`kd_alpha` must be in [0, 1]; got 1.2"),

@@ -157,7 +157,8 @@ def documents(tmp_path):
         "size": {"file_bytes": 4000}, "exact_match": {"by_kind": {"add": 0.75, "buy": 0.25}}, "speed": {"batch_size": 1, "tokens_per_second": 12.0},
     }  # fmt: skip
     measured = {"model": "quantized", "bytes": 10, "exact_match": 0.5, "perplexity": 3.0, "tokens_per_second": 5.0}
-    recovered = {"task": "tiny:math", "problems": 300, "failures": {}, "rows": [measured], "notes": []}
+    failures = {"quantized": {"flipped": 5, "flipped_by_kind": {"ledger": 4, "share": 1}}}
+    recovered = {"task": "tiny:math", "problems": 300, "failures": failures, "rows": [measured], "notes": []}
     return write(tmp_path / "documents", quantized=quantized, doctor=doctor, evaluated=evaluated, recovered=recovered)
 
 
@@ -325,6 +326,7 @@ def test_the_overview_says_what_runs_are_and_where_they_ended(profit_run, kd_run
         "| doctor.json | m | tiny:math | – | MaxVio at most 1 |",
         "| evaluated.json | m | tiny:math | – | exact match 0.5 |",
         "| recovered.json | – | tiny:math | – | quantized: exact match 0.5 |",
+        "| ledger | 4 |",
     ):
         assert row in text
 
@@ -338,6 +340,9 @@ def test_the_overview_reads_our_cards(tmp_path):
     assert made == ["a/b and c", "d/e", "AKL, HPD"]
     assert row(base_model="tiny:student", trainer="SFTTrainer") == ["tiny:student", "–", "SFT"]
     assert row(dataset_name="tiny:math") == ["–", "tiny:math", "–"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "README.md").rename(tmp_path / "model/README.md")  # as `hf-rb recover` leaves it
+    assert overview.build([read_source(tmp_path)], False)[0].rows[0][2] == "tiny:math"
 
 
 def test_runs_of_one_name_are_told_apart(profit_run, tmp_path, no_drawings):

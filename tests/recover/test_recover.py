@@ -94,7 +94,7 @@ def test_it_loads_in_two_lines(done):
         "exact match on 12 problems of tiny:math",
         "peft",
         "to one ternary plane",
-        "bits per weight with it",
+        f"The weight files hold {done[1].rows[2].bytes:,} bytes",
         "| exact match (12 problems) | `tiny:math` | test |",
         "| `quantization_config` | `{'planes': 1}` |",
     ):
@@ -207,7 +207,8 @@ def test_it_is_evaluated_with_its_adapter(done, tmp_path, capsys):
     out = tmp_path / "out.json"
     evaluate = ["eval", str(done[0] / "model"), "--task", "tiny:math", "--limit", "12", "--max-new-tokens", "64"]
     assert main([*evaluate, "--dtype", "float32", "--out", str(out)]) == 0
-    assert "bytes more than those of the weight files" in capsys.readouterr().err
+    assert "Measured with the adapter in" in capsys.readouterr().err
+    assert json.loads(out.read_text())["size"]["file_bytes"] == done[1].rows[2].bytes
     assert json.loads(out.read_text())["exact_match"]["accuracy"] == done[1].rows[2].exact_match
 
 

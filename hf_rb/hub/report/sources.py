@@ -82,8 +82,9 @@ def read_source(path: str | Path) -> Source:
     if state is not None:
         source.log = _log(state, _object(state))
     source.completions = _completions(path / "completions")
-    if (path / "README.md").is_file():
-        text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
+    # `hf-rb recover` leaves the card with its result, in `model`.
+    if card := next((file for file in (path / "README.md", path / "model" / "README.md") if file.is_file()), None):
+        text = card.read_text(encoding="utf-8", errors="replace")
         source.card = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     return source
 

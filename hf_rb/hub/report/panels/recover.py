@@ -31,6 +31,9 @@ def _table(report: Mapping[str, Any]) -> list[Block]:
         ]
         for row in report["rows"]
     ]
+    kinds = report["failures"].get("quantized", {}).get("flipped_by_kind", {})
+    broken = [[kind, number(count)] for kind, count in kinds.items()]
     headers = ["model", "trained with", "examples", "bytes", "exact match", "regained", "perplexity", "tokens/s"]
     caption = f"{report['problems']:,} held-out problems" + (f" of {report['task']}." if report.get("task") else ".")
-    return [Table(headers, rows, caption), *(Text(note) for note in report.get("notes", []))]
+    blocks = [Table(headers, rows, caption, left=2), *(Text(note) for note in report.get("notes", []))]
+    return [*blocks, Table(["problems of the pool that broke", "number"], broken)] if broken else blocks
