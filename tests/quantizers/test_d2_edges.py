@@ -14,6 +14,8 @@ from transformers.utils import logging
 from hf_rb import D2QuantConfig
 from hf_rb.cli import quantize as verb
 from hf_rb.quantizers.d2quant import gptq, pipeline
+from hf_rb.quantizers.d2quant.biases import set_bias
+from hf_rb.quantizers.d2quant.block import Block
 from hf_rb.quantizers.d2quant.packing import code_bits, is_dual
 from hf_rb.quantizers.report import BlockReport, Report
 
@@ -149,6 +151,25 @@ def test_copies_of_norms_with_biases(source):
     assert type(model.model.norm).__name__ == "LlamaRMSNormWithBias"
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(other), logits(model)) and type(other.model.norm) is type(model.model.norm)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm(8, bias=False), torch.nn.RMSNorm(8), torch.nn.LayerNorm(8)])
+def test_biases_count_once(norm):
+    bias, inputs, new = torch.arange(8.0), torch.randn(3, 8), getattr(norm, "bias", None) is None
+    before = norm(inputs)
+    assert set_bias(norm, bias) is new
+    torch.testing.assert_close(norm(inputs), before + bias)
+
+
+def test_a_layer_gets_its_types_back():
+    layer = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+    layer.register_buffer("scale", torch.ones(1, dtype=torch.bfloat16))
+    layer.register_buffer("frequencies", torch.ones(1))
+    before = {name: tensor.dtype for name, tensor in layer.state_dict().items()}
+    block = Block("layers.0", layer, {})
+    assert {tensor.dtype for tensor in layer.state_dict().values()} == {torch.float32}
+    block.close()
+    assert {name: tensor.dtype for name, tensor in layer.state_dict().items()} == before
 
 
 def test_adapters_on_a_calibrated_model(source, tmp_path):

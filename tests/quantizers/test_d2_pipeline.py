@@ -1,10 +1,13 @@
 """D²Quant on calibration text, through `from_pretrained`."""
 
+import copy
+
 import pytest
 import torch
 from round_trips import load, logits, same_files
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
+from transformers.utils import logging
 
 from hf_rb import D2QuantConfig, tiny
 from hf_rb.quantizers.d2quant import gptq, pipeline
@@ -65,21 +68,73 @@ def test_round_trip(make_model, tmp_path, model, options):
     assert bool(stored.bias_modules) is options.get("dac", True)
 
 
-def test_other_architectures(tmp_path):
-    """A ReLU MLP absorbs column scales; beside a GELU they stay, and parallel attention shifts no MLP."""
+def test_other_architectures(tmp_path, caplog):
+    """A ReLU MLP absorbs column scales; beside a GELU they stay, and parallel attention shifts no MLP. Norms are LayerNorms."""
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY)
-    opt = OPTForCausalLM(OPTConfig(ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64, **sizes))
-    neox = GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=128, max_position_embeddings=64, **sizes))
-    for name, model in {"opt": opt, "neox": neox}.items():
+    sizes |= dict(max_position_embeddings=64)
+    models = {
+        "opt": OPTForCausalLM(OPTConfig(ffn_dim=128, word_embed_proj_dim=64, **sizes)),
+        "projected": OPTForCausalLM(OPTConfig(ffn_dim=128, word_embed_proj_dim=32, **sizes)),
+        "neox": GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=128, **sizes)),
+    }
+    logging.enable_propagation()
+    for name, model in models.items():
         for path, parameter in model.named_parameters():
             if "norm" not in path:
                 torch.nn.init.normal_(parameter, std=0.1)
-        model.save_pretrained(tmp_path / name)
+        model.bfloat16().save_pretrained(tmp_path / name)
         quantized = load(tmp_path / name, config(rotate=False))
         kept = quantized.config.quantization_config.column_modules
-        assert (kept is None) if name == "opt" else len(kept) == 2
+        assert len(kept) == 2 if name == "neox" else kept is None
+        # Between the last norm of the second and its head there is a projection.
+        assert (
+            (quantized.lm_head.bias is None) == (name == "projected") == ("`dac_final=True` corrects" in caplog.text)
+        )
+        caplog.clear()
         quantized.save_pretrained(tmp_path / f"{name}-quantized")
         assert torch.equal(logits(load(tmp_path / f"{name}-quantized")), logits(quantized))
+    logging.disable_propagation()
+
+
+def test_codes_and_corrections_from_outside(make_model):
+    """Every matrix by what it reads in both models, every correction by what the original projections would have given."""
+    source = make_model("llama", tied=False, bias=True, dtype=torch.float32)
+    plain, model = load(source), load(source, config(rotate=False, dsq=False, dac_mode="norm_bias"))
+    tokens = pipeline.calibration_tokens(config(), Tokens())
+    names = [name for name, module in model.named_modules() if isinstance(module, D2QuantLinear)]
+
+    @torch.no_grad()
+    def outputs(model, names, of_input=False):
+        seen = {}
+        for name in names:
+            module = model.get_submodule(name)
+            module.register_forward_hook(
+                lambda _, args, out, name=name: seen.update({name: args[0] if of_input else out})
+            )
+        model(tokens)
+        return seen
+
+    read, originals = (outputs(copy.deepcopy(one), names, of_input=True) for one in (model, plain))
+    assert len(names) == 14
+    for name in names:
+        statistics = gptq.InputStatistics(read[name].shape[-1], cross=True)
+        statistics.add(read[name], originals[name])
+        weight = plain.get_submodule(name).weight
+        expected, _ = gptq.quantize(weight, statistics.hessian, statistics.cross, bits=2, group_size=64)
+        different = (model.get_submodule(name).dequantize() - expected.dequantize()).abs() > 1e-3
+        assert different.float().mean() < 0.03, name
+
+    attention, mlp = (names[i : i + 4] for i in (0, 7)), names[11:]
+    norms = [f"model.layers.{i}.post_attention_layernorm" for i in (0, 1)]
+    for norm, replaced in zip([*norms, "model.norm"], [*attention, mlp], strict=True):
+        student = copy.deepcopy(model)
+        bias = student.get_submodule(norm).bias.data.clone()
+        student.get_submodule(norm).bias.data.zero_()
+        teacher = copy.deepcopy(student)
+        for name in replaced:
+            teacher.set_submodule(name, copy.deepcopy(plain.get_submodule(name)))
+        lost = outputs(teacher, [norm])[norm].double() - outputs(student, [norm])[norm]
+        torch.testing.assert_close(bias.double(), lost.mean((0, 1)), atol=1e-6, rtol=1e-4)
 
 
 def test_the_correction_lowers_the_error_by_the_square_of_the_mean(make_model):

@@ -22,7 +22,7 @@ def set_bias(module: nn.Module, bias: Tensor) -> bool:
         `bool`: Whether it had none, so that [`add_biases`] has to make a place for it when the model is loaded.
     """
     new = getattr(module, "bias", None) is None
-    if new and not isinstance(module, nn.Linear):
+    if new and not isinstance(module, (nn.Linear, nn.LayerNorm)):  # these add their bias themselves
         module.__class__ = _with_bias(type(module))
     module.bias = nn.Parameter(bias.to(module.weight), requires_grad=False)
     return new

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,15 +49,15 @@ class Decoder:
 
     def enter(self, ids: Tensor) -> Tensor:
         """Returns the hidden state with which a batch of token ids enters the first layer; no layer computes."""
-        calls, in_tuple, outputs = [], [], {}
+        calls, in_tuple, made = [], [], []
         with ExitStack() as patches:
             for layer in self.layers:
                 patches.enter_context(_recorded(layer, calls, in_tuple))
             for part in self.module.children():
-                hook = part.register_forward_hook(lambda part, _, output: outputs.update({id(output): part}))
+                hook = part.register_forward_hook(lambda *call: made.append(call))
                 patches.callback(hook.remove)
             result = self.module(input_ids=ids.to(self.module.device), use_cache=False)
-        hidden = calls[0][0][0]
+        hidden, last = calls[0][0][0], calls[-1][0][0]
         calls = [(args[1:], kwargs) for args, kwargs in calls]
         known = self._calls.setdefault(len(ids), calls)
         if len(calls) != len(self.layers) or not _same(known, calls):
@@ -64,7 +65,10 @@ class Decoder:
                 f"The layers of {type(self.model).__name__} get more than a hidden state and positions, so that they cannot be "
                 "calibrated one by one. Use `backend='rtn'`, which needs no calibration."
             )
-        self.final_norm = outputs.get(id(result.last_hidden_state))
+        makes_output = (
+            part for part, args, output in made if output is result.last_hidden_state and args and args[0] is last
+        )
+        self.final_norm = next(makes_output, None)
         return hidden
 
     def block(self, index: int) -> "Block":
@@ -91,16 +95,16 @@ class Block:
             f"{name}.{path}": module for path, module in layer.named_modules() if isinstance(module, nn.Linear)
         }
         self._calls = {size: _wide(call) for size, call in calls.items()}
-        self._dtypes = {id(parameter): parameter.dtype for parameter in layer.parameters()}
+        self._dtypes = {name: tensor.dtype for name, tensor in _tensors(layer)}
         self._handles: list[RemovableHandle] = []
         layer.float()
 
     def close(self) -> None:
-        """Gives the parameters their types back, and removes the hooks."""
+        """Gives parameters and buffers their types back, and removes the hooks."""
         for handle in self._handles:
             handle.remove()
-        for parameter in self.layer.parameters():
-            parameter.data = parameter.data.to(self._dtypes.get(id(parameter), parameter.dtype))
+        for name, tensor in _tensors(self.layer):
+            tensor.data = tensor.data.to(self._dtypes[name])
 
     @property
     def device(self) -> torch.device:
@@ -167,6 +171,10 @@ class _Stop(Exception):
 
 def _stop(module: nn.Module, args: tuple) -> None:
     raise _Stop(args[0])
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(module.named_parameters(), module.named_buffers())
 
 
 @contextmanager

@@ -17,6 +17,7 @@ or, for a moment while it rotates, 8 bytes for each number of the embeddings; ti
 these beside what was measured.
 """
 
+import copy
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
@@ -178,6 +179,10 @@ class _Calibration:
                 f"`dac=True` corrects nothing in {len(self.uncorrected)} layers ({self.uncorrected[0]}, …): no linear layers of an MLP "
                 "read the hidden state behind the attention there."
             )
+        if self.config.dac and self.config.dac_final and self.decoder.final_norm is None:
+            logger.warning(
+                "`dac_final=True` corrects nothing: no norm makes the model's output out of its last layer's."
+            )
         self.config.bias_modules = self.bias_modules or None
 
     def _layer(self, index: int) -> Result:
@@ -306,8 +311,9 @@ class _Calibration:
         return bias
 
     def _final(self, outputs: Iterable[Tensor]) -> list[Tensor]:
-        norm = self.decoder.final_norm
-        return [self._keep(norm(output.to(norm.weight.device)), "The final norm's output") for output in outputs]
+        norm = copy.deepcopy(self.decoder.final_norm).float()  # as the layers; a LayerNorm takes no mixture of types
+        outputs = (output.to(next(norm.parameters(), output).device, torch.float32) for output in outputs)
+        return [self._keep(norm(output), "The final norm's output") for output in outputs]
 
     def _final_shift(self) -> tuple[Tensor, BlockReport]:
         report = BlockReport(self._name_of(self.decoder.final_norm))
