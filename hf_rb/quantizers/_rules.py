@@ -49,6 +49,8 @@ def d2quant_rules(config: Any) -> Iterator[str]:
     if block != "auto" and not (type(block) is int and block > 0 and block & (block - 1) == 0):
         yield f"`rotation_block` must be 'auto' or a power of two such as 64; got {block!r}."
     for name, (default, other, values) in _ACTS_ONLY.items():
+        if other in ("dac", "rotate") and config.backend == "rtn":  # which has neither, whatever the config says
+            other, values = "backend", ("gptaq", "gptq")
         if getattr(config, name) != default and getattr(config, other) not in values:
             needed = " or ".join(f"`{other}={value!r}`" for value in values)
             yield f"`{name}={getattr(config, name)!r}` cannot act: it needs {needed}."
@@ -58,7 +60,7 @@ def d2quant_rules(config: Any) -> Iterator[str]:
             yield "`dataset` as a list must hold texts, at least one; an item that is no `str`, or none at all, was found."
     elif not isinstance(data, (str, NoneType)):
         yield f"`dataset` must be a name, a file or a list of texts; got {type(data).__name__}."
-    if data is None and config.backend != "rtn" and not config.dequantize:
+    if data in (None, "") and config.backend != "rtn" and not config.dequantize:
         yield (
             f"D²Quant with `backend={config.backend!r}` needs calibration text: write `dataset='texts.jsonl'`, a dataset of the "
             "Hub or a list of texts; or `backend='rtn'`, which needs none."

@@ -60,9 +60,16 @@ def test_embedded_problems(tokenizer):
     [
         (["  ", "\n"], {}, ValueError, "The calibration text is empty"),
         (TEXTS, {"num_samples": 4000}, ValueError, r"4000 sequences of 16 need 64,000. .* or write `num_samples=\d+`"),
-        (["one two three"], {"seqlen": 1024}, ValueError, r"has \d+ tokens; .* or write `seqlen=\d`"),
+        (["one two three"] * 3, {"seqlen": 1024}, ValueError, r"has \d+ tokens; .* or write `seqlen=\d`"),
+        (["one two three"], {"seqlen": 1024}, ValueError, r"has \d tokens; .* need 4,096. Give more text\.$"),
         ("no/such/file.txt", {}, FileNotFoundError, "There is no file no/such/file.txt"),
         ("2 texts, sha256 00ff", {}, ValueError, "is the fingerprint of a list. Give the texts themselves"),
+        (
+            "a farmer has hens " * 99,
+            {},
+            ValueError,
+            r"'a farmer .* is no file .* goes into a list: `dataset=\[text\]`",
+        ),
     ],
 )
 def test_refusals(tokenizer, dataset, options, error, message):
@@ -70,17 +77,28 @@ def test_refusals(tokenizer, dataset, options, error, message):
         tokens(tokenizer, dataset, **options)
 
 
-def test_a_column_is_missing(tokenizer, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"question": "one"}\n')
-    with pytest.raises(ValueError, match="has the columns question; one called `text` is needed"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question": "one"}\n', "has the columns question; one called `text` is needed"),
+        ('{"text": "one"}\n{"text": null}\n', "has None in row 1; expected text"),
+        ('{"text": "one"}\n{text}\n', "rows.jsonl holds no JSON lines: JSON parse error"),
+        ("", "rows.jsonl holds no text"),
+        ("\n\n", "rows.jsonl holds no text"),
+    ],
+)
+def test_damaged_files(tokenizer, tmp_path, content, message):
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
         tokens(tokenizer, str(tmp_path / "rows.jsonl"))
 
 
-def test_the_remedy_says_what_fits(tokenizer):
+@pytest.mark.parametrize(("option", "place"), [("num_samples", 0), ("seqlen", 1)])
+def test_the_remedy_says_what_fits(tokenizer, option, place):
     with pytest.raises(ValueError) as error:
-        tokens(tokenizer, num_samples=4000)
-    fits = int(str(error.value).rpartition("=")[2].strip("`."))
-    assert len(tokens(tokenizer, num_samples=fits)) == fits
+        tokens(tokenizer, **{option: 4000})
+    found, _, fits = str(error.value).rpartition("`")[0].rpartition("`")[2].partition("=")
+    assert found == option and tokens(tokenizer, **{option: int(fits)}).shape[place] == int(fits)
 
 
 def test_tokenizers(tokenizer, tmp_path):

@@ -35,6 +35,10 @@ from hf_rb import D2QuantConfig
         ),
         ({"dataset": "x", "backend": "gptq", "asym_alpha": 0.5}, r"cannot act: it needs `backend='gptaq'`"),
         ({"backend": "rtn", "percdamp": 0.1}, r"it needs `backend='gptaq'` or `backend='gptq'`"),
+        ({"backend": "rtn", "dac_clip": 5.0}, r"`dac_clip=5.0` cannot act: it needs `backend='gptaq'` or"),
+        ({"backend": "rtn", "rotation_seed": 1}, r"`rotation_seed=1` cannot act: it needs `backend='gptaq'` or"),
+        ({"dataset": ""}, r"needs calibration text: write `dataset='texts.jsonl'`"),
+        ({"dataset": "x", "act_order": "asc"}, r"`act_order` cannot be 'asc'; it must be one of 'gar', None"),
         ({"dataset": "x", "bits_per_layer": {"down_proj": 5}}, r"`bits_per_layer\['down_proj'\]` must be 2, 3 or 4"),
         ({"dataset": "x", "modules_to_not_convert": "mlp"}, r"must be a list; got 'mlp', so write \['mlp'\]"),
         ({"dataset": "x", "seqlen": 1}, r"`seqlen` must be in \[2, inf\)"),
@@ -81,6 +85,8 @@ def test_a_file_is_stored_by_its_name(tmp_path):
     file.write_text("text")
     assert D2QuantConfig(dataset=str(file)).to_dict()["dataset"] == "texts.txt"
     assert D2QuantConfig(dataset="allenai/c4:en").to_dict()["dataset"] == "allenai/c4:en"
+    text = "a text where a name is expected " * 100
+    assert D2QuantConfig(dataset=text).to_dict()["dataset"] == text  # refused when it is read
 
 
 def test_loading_needs_no_data():

@@ -1,9 +1,10 @@
 """Calibration text as sequences of tokens."""
 
 import hashlib
+import os
 import random
 from itertools import chain
-from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -54,10 +55,11 @@ def calibration_tokens(config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase
             break
     sequences = len(ids) // config.seqlen
     if sequences < config.num_samples:
-        fits = f"`num_samples={sequences}`" if sequences else f"`seqlen={max(2, len(ids) // config.num_samples)}`"
+        length = len(ids) // config.num_samples
+        fits = f"num_samples={sequences}" if sequences else f"seqlen={length}" if length > 1 else None
         raise ValueError(
             f"The calibration text has {len(ids):,} tokens; {config.num_samples} sequences of {config.seqlen} need {needed:,}. "
-            f"Give more text, or write {fits}."
+            f"Give more text{f', or write `{fits}`' if fits else ''}."
         )
     chosen = draws.sample(range(sequences), config.num_samples)
     return torch.tensor(ids[: sequences * config.seqlen]).view(sequences, config.seqlen)[chosen]
@@ -71,8 +73,13 @@ def load_texts(config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     if data.startswith("tiny:"):
         rows = tiny.load_dataset(data.removeprefix("tiny:"), config="messages", split="train", size=TINY_ROWS)
         return [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
-    if ", sha256 " in data and not Path(data).exists():
-        raise ValueError(f"`dataset={data!r}` is the fingerprint of a list. Give the texts themselves.")
+    if not os.path.exists(data):  # `Path.exists` refuses names that are too long
+        if ", sha256 " in data:
+            raise ValueError(f"`dataset={data!r}` is the fingerprint of a list. Give the texts themselves.")
+        if any(map(str.isspace, data)):
+            raise ValueError(
+                f"`dataset={shorten(data, 40)!r}` is no file and no name of a dataset. A text itself goes into a list: `dataset=[text]`."
+            )
     return read_texts(data, split="train")
 
 
@@ -87,7 +94,7 @@ def load_tokenizer(config: D2QuantConfig, model: Any) -> PreTrainedTokenizerBase
     if isinstance(given, PreTrainedTokenizerBase):
         return given
     try:
-        return AutoTokenizer.from_pretrained(find_model(given))
+        return AutoTokenizer.from_pretrained(find_model(str(given)))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"There is no tokenizer in {given or 'a model without a name'}, and calibration text needs one: give "

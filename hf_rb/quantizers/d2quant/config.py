@@ -1,6 +1,7 @@
 """The configuration of D²Quant, importable without its maths and without torch."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,7 +136,7 @@ class D2QuantConfig(PackedConfig):
     clip_search: bool = field(default=True, metadata=described("Search the range of each group's grid."))
     percdamp: float = field(default=0.01, metadata=described("Damping of Hessians.", range="(0, inf)"))
     asym_alpha: float = field(default=0.25, metadata=described("Strength of GPTAQ's term.", range="[0, 1]"))
-    act_order: str | None = field(default="gar", metadata=described("Order of columns.", choices=("gar",)))
+    act_order: str | None = field(default="gar", metadata=described("Order of columns.", choices=("gar", None)))
     dataset: str | list[str] | None = field(default=None, metadata=described("Calibration text."))
     tokenizer: str | None = field(default=None, metadata=described("Tokenizer, if not that of the model."))
     num_samples: int = field(default=128, metadata=described("Sequences of calibration text.", range="[1, inf)"))
@@ -199,7 +200,7 @@ class D2QuantConfig(PackedConfig):
         del stored["tokenizer"], stored["resume_dir"]
         if isinstance(self.dataset, (list, tuple)):
             stored["dataset"] = text_fingerprint(self.dataset)
-        elif self.dataset is not None and Path(self.dataset).is_file():
+        elif self.dataset is not None and os.path.isfile(self.dataset):  # `Path.is_file` refuses long names
             stored["dataset"] = Path(self.dataset).name
         return stored
 
