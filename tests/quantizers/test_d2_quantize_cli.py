@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_rb import D2QuantConfig, tiny
 from hf_rb._resources import resource_folder
-from hf_rb.cli import main
+from hf_rb.cli import INTERRUPTED, main
 from hf_rb.cli import quantize as verb
 from hf_rb.quantizers import offline
 from hf_rb.quantizers.d2quant import pipeline
@@ -65,9 +65,9 @@ def test_killed_and_resumed(data, tmp_path, capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(pipeline._Calibration, "_final_shift", stop)  # in the last layer
-        quantize("tiny:student", out, *arguments)
+        assert quantize("tiny:student", out, *arguments) == INTERRUPTED
     kept = tmp_path / ".out.partial"
     assert len(list(kept.glob("layer-*.safetensors"))) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"private", kept.name}  # nothing else to be left by a kill
