@@ -6,7 +6,15 @@ import pytest
 import torch
 from round_trips import load, logits, same_files
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 from transformers.utils import logging
 
 from hf_rb import D2QuantConfig, tiny
@@ -94,6 +102,21 @@ def test_other_architectures(tmp_path, caplog):
         quantized.save_pretrained(tmp_path / f"{name}-quantized")
         assert torch.equal(logits(load(tmp_path / f"{name}-quantized")), logits(quantized))
     logging.disable_propagation()
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+def test_models_without_a_head(make_model, tmp_path, kind):
+    source = make_model("llama")
+    with pytest.raises(ValueError, match="it has no head that could undo the rotation. Use `rotate=False`"):
+        kind.from_pretrained(source, quantization_config=config())
+    model = kind.from_pretrained(source, quantization_config=config(rotate=False))
+    assert (
+        len(model.config.quantization_config.bias_modules) == 4
+    )  # gate and up: what reads the final norm is not known
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        outputs = [one(torch.arange(1, 13)[None])[0] for one in (model, kind.from_pretrained(tmp_path))]
+    assert torch.equal(*outputs)
 
 
 def test_codes_and_corrections_from_outside(make_model):

@@ -27,7 +27,8 @@ class Decoder:
     Attributes:
         name (`str`): Full name of the list of layers.
         layers (`nn.ModuleList`): The layers.
-        final_norm (`nn.Module`, *optional*): What makes the output out of the last layer's, once [`~Decoder.enter`] has run.
+        final_norm (`nn.Module`, *optional*): What makes of the last layer's output what the head reads, if there is a head and once
+            [`~Decoder.enter`] has run.
 
     Raises:
         ValueError: There is no such list.
@@ -68,7 +69,7 @@ class Decoder:
         makes_output = (
             part for part, args, output in made if output is result.last_hidden_state and args and args[0] is last
         )
-        self.final_norm = next(makes_output, None)
+        self.final_norm = next(makes_output, None) if self.model.get_output_embeddings() is not None else None
         return hidden
 
     def block(self, index: int) -> "Block":

@@ -181,7 +181,7 @@ class _Calibration:
             )
         if self.config.dac and self.config.dac_final and self.decoder.final_norm is None:
             logger.warning(
-                "`dac_final=True` corrects nothing: no norm makes the model's output out of its last layer's."
+                "`dac_final=True` corrects nothing: there is no norm right between the last layer and a head."
             )
         self.config.bias_modules = self.bias_modules or None
 

@@ -138,6 +138,8 @@ def _parts(model: PreTrainedModel) -> _Parts:
     """Returns the parts of a model, or raises a `ValueError` that names what it does not know."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     embeddings, norms, writers, head_norms = model.get_input_embeddings(), [], [], []
+    if head is None:
+        raise ValueError(_unknown(model, "it has no head that could undo the rotation"))
     try:
         for layer in decoder.layers:
             for norm, branch in BRANCHES:
