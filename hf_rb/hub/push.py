@@ -80,7 +80,8 @@ def plan_upload(folder: str | Path) -> Upload:
             raise ValueError(f"{file} is a link to a file outside the folder. Copy the model to a folder of its own.")
     names = {file.relative_to(folder).as_posix() for file in chosen}
     if not names & {"config.json", ADAPTER_CONFIG}:
-        raise ValueError(f"{folder} holds no model: it has neither config.json nor {ADAPTER_CONFIG}.")
+        inside = f" {folder / 'model'} is one." if (folder / "model" / "config.json").is_file() else ""
+        raise ValueError(f"{folder} holds no model: it has neither config.json nor {ADAPTER_CONFIG}.{inside}")
     if "config.json" in names:
         from hf_rb._safetensors import weight_files
 

@@ -119,6 +119,12 @@ def test_what_is_no_whole_model_stays_here(folder, change, message, capsys, monk
     assert message in capsys.readouterr().err
 
 
+def test_the_folder_of_a_recovery_names_its_model(folder, capsys):
+    folder.rename(folder.parent / "model")
+    assert main(["push", str(folder.parent), "me/student", "--dry-run"]) == 2
+    assert f"{folder.parent / 'model'} is one." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

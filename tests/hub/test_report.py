@@ -208,6 +208,19 @@ def test_a_drawing_has_no_date_and_no_reference(kd_run):
         assert not outside and not re.search(r"url\((?!#)", svg)
 
 
+def test_names_are_neither_formulas_nor_markup(tmp_path):
+    image = "<img src=x.png> ![x](x.png)"
+    measured = {"model": image, "bytes": 10, "exact_match": 0.5, "perplexity": 3.0, "tokens_per_second": 5.0}
+    recovered = {"task": image, "problems": 3, "failures": {}, "rows": [measured], "notes": [image]}
+    runs = [
+        write(tmp_path / name, trainer_state={"log_history": log(loss=[2.0, 1.0])}, report=recovered)
+        for name in ("a$x_$", "_b")
+    ]
+    html, markdown = write_report(runs, tmp_path / "r.html")
+    assert "<img src=x" not in html.read_text() and "&lt;img src=x.png&gt;" in html.read_text()
+    assert "<img" not in markdown.read_text() and "![" not in markdown.read_text()
+
+
 def test_axes_say_what_they_count(profit_run, kd_run, rl_run, monkeypatch):
     drawn = {}
     monkeypatch.setattr(

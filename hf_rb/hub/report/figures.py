@@ -26,7 +26,8 @@ def curves(groups: Mapping[str, Mapping[str, Series]], caption: str, x_label: st
     for axis, (title, lines) in zip(axes, groups.items(), strict=True):
         for name, (x, y) in lines.items():
             marker = "o" if len(x) < 3 else None
-            axis.plot(x, y, color=colors[name], label=name, linewidth=1.4, marker=marker, markersize=3)
+            label = f" {name}" if name.startswith("_") else name  # which matplotlib would leave out of the legend
+            axis.plot(x, y, color=colors[name], label=label, linewidth=1.4, marker=marker, markersize=3)
         if all(isinstance(place, int) for x, _ in lines.values() for place in x):
             axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.set_title(title, loc="left", fontsize=9, fontweight="bold")

@@ -48,7 +48,7 @@ class Report:
 
     def markdown(self) -> str:
         """Returns the same without the drawings."""
-        parts = [f"# {self.title}"]
+        parts = [f"# {_inline(self.title)}"]
         for title, blocks in self.panels.items():
             parts += [f"## {title}", *filter(None, map(_markdown, blocks))]
         return "\n\n".join(parts) + "\n"
@@ -75,14 +75,15 @@ def make_report(sources: Sequence[Source]) -> Report:
         logger.warning(f"{message} The report is about the others.")
         sources = [source for source in sources if source not in empty]
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib
     except ImportError:
         raise ImportError("Drawings need matplotlib: `pip install hf_rb[report]`.") from None
     named = len(sources) > 1
     shown = {overview.TITLE: _built(overview, sources, named)}
-    shown |= {
-        panel.TITLE: _built(panel, found, named) for panel in panels if (found := list(filter(panel.shows, sources)))
-    }
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name with dollars is no formula
+        for panel in panels:
+            if found := list(filter(panel.shows, sources)):
+                shown[panel.TITLE] = _built(panel, found, named)
     shown[environment.TITLE] = environment.build(sources, named)
     return Report(", ".join(source.name for source in sources), shown)
 
@@ -146,21 +147,26 @@ def _word(word: Word, hue: int) -> Markup:
 def _markdown(block: Block) -> str:
     match block:
         case Heading(text):
-            return f"### {text}"
+            return f"### {_inline(text)}"
         case Text(text):
-            return text
+            return _inline(text)
         case Figure(_, caption):
-            return f"*Drawing in the HTML file: {caption}*"
+            return f"*Drawing in the HTML file: {_inline(caption)}*"
         case Table(headers, rows, caption, left):
             lines = [headers, ["---"] * left + ["---:"] * (len(headers) - left), *rows]
             table = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-            return f"{caption}\n\n{table}" if caption else table
+            return f"{_inline(caption)}\n\n{table}" if caption else table
         case Tokens(parts, _, marked):
             return "\n\n".join([marked, *map(_sequences, parts, parts.values())]) if marked else ""
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return _inline(" ".join(text.split()).replace("|", "\\|"))
+
+
+def _inline(text: str) -> str:
+    """Text that is neither HTML nor an image, which a viewer would fetch."""
+    return text.replace("<", "&lt;").replace("![", "!\\[")
 
 
 def _sequences(when: str, sequences: Sequence[Sequence[Word]]) -> str:

@@ -30,7 +30,7 @@ def _build(source: Source) -> list[Block]:
             rows.append(
                 [f"decoding, batch {speed['batch_size']}, tokens/s", "", number(speed["tokens_per_second"], 3)]
             )
-        blocks.append(Table(["measure", "data", "value"], rows, f"hf-rb eval {document.get('model', '')}"))
+        blocks.append(Table(["measure", "data", "value"], rows, f"hf-rb eval {document.get('model', '')}", left=2))
         blocks += _wrong(document)
     for document in source.find("sweep"):
         blocks += _sweep(document["sweep"])
