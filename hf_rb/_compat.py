@@ -84,6 +84,7 @@ TABLE: dict[str, Entry] = {
         "transformers.trainer", "Trainer._push_from_checkpoint", ("checkpoint_folder",)
     ),
     "Trainer._save_checkpoint": Entry("transformers.trainer", "Trainer._save_checkpoint", ("model", "trial")),
+    "PushInProgress": Entry("transformers.utils", "PushInProgress", ("jobs",)),
     "rotate_checkpoints": Entry(
         "transformers.trainer_utils",
         "rotate_checkpoints",

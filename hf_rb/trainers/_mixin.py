@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 from collections import defaultdict
 from concurrent.futures import Future
 from dataclasses import fields
@@ -11,13 +12,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_rb import _compat
 from hf_rb._files import MANIFEST, start_manifest, verify_manifest, write_manifest
-from hf_rb.hub import METHODS, ModelCardData, Result, changed_hyperparameters, push_folder, write_model_card
+from hf_rb.hub import (
+    METHODS,
+    ModelCardData,
+    Result,
+    changed_hyperparameters,
+    plan_upload,
+    push_folder,
+    write_model_card,
+)
 from hf_rb.trainers._routers import has_mpi, prepare_routers
 
 
@@ -243,8 +252,8 @@ class TrainerMixin:
         self.accelerator.wait_for_everyone()  # every process writes files of its own
         if self.args.should_save:
             write_manifest(folder)
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(folder))
+        if self.args.push_to_hub and self.is_world_process_zero():
+            self._push_checkpoint(folder)
         if self.args.should_save:
             _compat.rotate_checkpoints(
                 output_dir=run_folder,
@@ -254,7 +263,36 @@ class TrainerMixin:
             )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Does nothing: the parent pushes before the manifest is written, and `_save_checkpoint` afterwards."""
+        """Does nothing: the parent pushes before the manifest is written, and all that lies in `args.output_dir`."""
+
+    def _push_checkpoint(self, folder: Path) -> None:
+        """
+        Uploads the model of a checkpoint in the background, and no more than [`~hf_rb.hub.plan_upload`] lists. A `hub_strategy` that asks for
+        checkpoints gets the checkpoint too, with optimizer state and all.
+        """
+        args, running = self.args, getattr(self, "push_in_progress", None)
+        busy = running is not None and not running.is_done()
+        if args.hub_strategy == HubStrategy.END or (busy and not args.hub_always_push):
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        how = {"token": args.hub_token, "revision": args.hub_revision, "run_as_future": True}
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            for name in plan_upload(folder).files:
+                if name != "README.md":  # PEFT's, which is empty
+                    shutil.copyfile(folder / name, Path(args.output_dir, name))
+            jobs = [push_folder(args.output_dir, self.hub_model_id, commit_message=message, create=False, **how)]
+        except (OSError, ValueError) as error:  # shards of FSDP are no model; the run goes on
+            logger.warning(f"{folder} is not uploaded: {error}")
+            return
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            how |= {"repo_id": self.hub_model_id, "commit_message": f"{message}, checkpoint"}
+            name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
+            jobs.append(HfApi().upload_folder(folder_path=str(folder), path_in_repo=name, **how))
+        if busy:
+            running.jobs.extend(jobs)
+        else:
+            self.push_in_progress = _compat.PushInProgress(jobs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """

@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 import trl
 from huggingface_hub import HfApi
 from peft import LoraConfig
-from transformers import Trainer
 
 from hf_rb import SFTConfig, SFTTrainer, _files, tiny
 from hf_rb.trainers import _mixin
@@ -117,17 +117,31 @@ def test_old_checkpoints_outlive_the_manifest_of_the_new_one(make, monkeypatch):
     assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-4"]
 
 
-def test_a_checkpoint_is_pushed_with_its_manifest(make, monkeypatch):
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_what_is_pushed_while_training(make, monkeypatch, strategy):
     pushed = []
-    monkeypatch.setattr(
-        Trainer,
-        "_push_from_checkpoint",
-        lambda self, folder: pushed.append((Path(folder).name, _files.verify_manifest(folder))),
-    )
-    trainer = make(max_steps=2, hub_strategy="checkpoint")
-    trainer.args.push_to_hub = True  # after the start, which would make a repository
+
+    def upload(self, folder_path, path_in_repo=None, allow_patterns=None, **kwargs):
+        if path_in_repo:
+            assert not _files.verify_manifest(folder_path)
+        pushed.append((Path(folder_path).name, path_in_repo, allow_patterns))
+        done = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    trainer = make(max_steps=2, hub_strategy=strategy)
+    trainer.args.push_to_hub, trainer.hub_model_id = True, "me/model"  # after the start, which would make a repository
+    output = Path(trainer.args.output_dir)
+    output.mkdir(exist_ok=True)
+    (output / "token_samples.json").write_text("{}")
     trainer.train()
-    assert pushed == [("checkpoint-1", []), ("checkpoint-2", [])]
+    models = [patterns for _, path, patterns in pushed if path is None]
+    assert len(models) == 2 and all("model.safetensors" in names for names in models)
+    assert not {"token_samples.json", "training_args.bin", "trainer_state.json"} & set(models[1])
+    checkpoints = [(folder, path) for folder, path, _ in pushed if path]
+    assert checkpoints == [(f"checkpoint-{step}", "last-checkpoint") for step in (1, 2)] * (strategy == "checkpoint")
+    assert (output / "model.safetensors").read_bytes() == (output / "checkpoint-2/model.safetensors").read_bytes()
 
 
 def test_model_only_and_adapter_checkpoints(make):
