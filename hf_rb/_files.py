@@ -13,6 +13,7 @@ from pathlib import Path
 __all__ = [
     "MANIFEST",
     "atomic_folder",
+    "check_new_file",
     "check_replaceable",
     "fsync_file",
     "fsync_folder",
@@ -114,6 +115,20 @@ def check_replaceable(destination: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{destination} is not empty. Choose another folder, or pass `--overwrite` to replace it."
         )
+
+
+def check_new_file(path: str | os.PathLike, option: str, overwrite: bool) -> None:
+    """Refuses a file that cannot be written, or that is there and is not to be replaced; `option` is the argument that names it.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        FileExistsError: The file is there and `overwrite` is `False`.
+    """
+    path = Path(path)
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} is there already. Choose another {option}, or pass --overwrite.")
 
 
 def _move_into_place(folder: Path, destination: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hf_rb._files import check_new_file
 from hf_rb._model_folder import adapter_beside
 
 
@@ -57,10 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if args.perplexity and not Path(args.perplexity).is_file():
         raise FileNotFoundError(f"There is no text file {args.perplexity}.")
     for name in ("out", "plot"):
-        if (path := getattr(args, name)) and not Path(path).resolve().parent.is_dir():
-            raise FileNotFoundError(f"--{name} {path}: there is no folder {Path(path).parent}.")
-        if path and Path(path).exists() and not args.overwrite:
-            raise FileExistsError(f"{path} is there already. Choose another --{name}, or pass --overwrite.")
+        if path := getattr(args, name):
+            check_new_file(path, f"--{name}", args.overwrite)
     for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("limit", 1), ("fewshot", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: write {least} or more.")

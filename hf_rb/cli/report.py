@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from hf_rb._files import check_new_file
+
 
 EXAMPLE = "hf-rb report outputs/profit-tiny outputs/profit-tiny-lower --out report.html"
 
@@ -28,11 +30,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--out {args.out}: the report is an HTML file, with Markdown beside it; write {out.with_suffix('.html')}."
         )
-    if not out.resolve().parent.is_dir():
-        raise FileNotFoundError(f"--out {args.out}: there is no folder {out.parent}.")
-    existing = [path for path in (out, out.with_suffix(".md")) if path.exists()]
-    if existing and not args.overwrite:
-        raise FileExistsError(f"{existing[0]} is there already. Choose another --out, or pass --overwrite.")
+    for path in (out, out.with_suffix(".md")):
+        check_new_file(path, "--out", args.overwrite)
 
     from hf_rb.hub.report import write_report
 

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_rb._files import check_new_file
+
 
 if TYPE_CHECKING:
     from hf_rb.models.doctor import RouterReport
@@ -26,14 +28,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", metavar="FILE", help="write the JSON to a file too")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
 
 def run(args: argparse.Namespace) -> int:
     for name, least in (("tokens", 2), ("window", 2), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: write {least} or more.")
-    if args.out and not Path(args.out).resolve().parent.is_dir():
-        raise FileNotFoundError(f"--out {args.out}: there is no folder {Path(args.out).parent}.")
+    if args.out:
+        check_new_file(args.out, "--out", args.overwrite)
 
     import torch
     from tqdm import tqdm

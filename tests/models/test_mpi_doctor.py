@@ -145,6 +145,9 @@ def test_the_verb_prints_a_table_and_json(tmp_path, capsys):
 
 
 def test_the_verb_refuses_what_cannot_be_looked_at(tmp_path, capsys):
+    (tmp_path / "there.json").touch()
+    assert main(["router-report", "tiny:moe", "tiny:math", "--out", str(tmp_path / "there.json")]) == 2
+    assert "there.json is there already" in capsys.readouterr().err
     assert main(["router-report", "tiny:student", "tiny:math"]) == 2
     assert "no mixture of experts" in capsys.readouterr().err
     assert main(["router-report", "tiny:moe", str(tmp_path / "none.txt")]) == 2
