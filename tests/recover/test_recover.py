@@ -12,7 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from hf_rb import tiny
+from hf_rb._resources import find_recipe
 from hf_rb.cli import main
+from hf_rb.cli.check import read_recipe
 from hf_rb.evaluation import Completion, decode_speed, generation
 from hf_rb.hub import plan_upload
 from hf_rb.recover import RecoverConfig, load_recovered, measuring, recover
@@ -21,10 +23,9 @@ from hf_rb.recover.stages import fingerprint
 from hf_rb.recover.training import make_trainer
 
 
-RECIPE = {
+# The recipe that ships with the package, made smaller.
+RECIPE = read_recipe(find_recipe("recover/tiny-cpu")) | {
     "model_name_or_path": "tiny:student",
-    "quantization_config": {"quant_method": "ptqtp", "planes": 1},
-    "task": "tiny:math",
     "eval_problems": 12,
     "pool_problems": 48,
     "max_new_tokens": 64,
@@ -32,9 +33,9 @@ RECIPE = {
     "lora_r": 4,
     "lora_alpha": 8,
     "training": {"learning_rate": 2e-3, "num_train_epochs": 1, "disable_tqdm": True},
-    "dtype": "float32",
     "baseline": False,
 }
+del RECIPE["output_dir"]
 IDS = torch.arange(24).view(1, -1) + 300
 
 
@@ -123,6 +124,13 @@ def test_training_leaves_the_packed_bytes_alone(done):
     after = trainer.model.state_dict()
     assert len(before) == 28 and all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert any(parameter.any() for name, parameter in trainer.model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.slow
+def test_the_shipped_recipe_brings_back_most_of_what_was_lost(tmp_path, capsys):
+    assert main(["recover", "recover/tiny-cpu", "--output_dir", str(tmp_path), "--no_baseline", "--json"]) == 0
+    full, quantized, recovered = json.loads(capsys.readouterr().out)["rows"]
+    assert full["exact_match"] - quantized["exact_match"] > 0.2 and recovered["regained"] >= 0.5
 
 
 def test_every_stage_is_done_once(done, tmp_path, capsys):
