@@ -39,6 +39,8 @@ def test_statistics(problem):
     expected = 2 / 512 * (original - quantized).T @ quantized
     torch.testing.assert_close(statistics.cross, expected, rtol=1e-3, atol=1e-2)
     assert InputStatistics(4).cross is None
+    with pytest.raises(ValueError, match="statistics have been read, so nothing can be added"):
+        statistics.add(quantized, original)
 
 
 # Against the algorithm column by column, in float64, with the same scales.
@@ -186,6 +188,8 @@ def test_inverse_factor():
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(16)
     torch.testing.assert_close(upper.T @ upper, damped.inverse())
     assert percdamp == 0.01 and torch.equal(upper, upper.triu())
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(inverse_factor(hessian, 0.01, order)[0], inverse_factor(hessian[order][:, order], 0.01)[0])
 
 
 def test_inputs_that_are_always_zero(problem):
@@ -219,7 +223,7 @@ def test_refusals(problem):
     weight, statistics, _, _ = problem
     with pytest.raises(ValueError, match=r"`hessian` must be \(80, 80\) .* got \(4, 4\)"):
         quantize(weight, torch.eye(4), bits=2)
-    broken = statistics.hessian
+    broken = statistics.hessian.clone()
     broken[3, 3] = torch.inf
     with pytest.raises(ValueError, match="`hessian` has a NaN or an infinite value: so had the inputs"):
         quantize(weight, broken, bits=2)

@@ -56,7 +56,7 @@ class InputStatistics:
     """
 
     def __init__(self, in_features: int, cross: bool = False, device: torch.device | str | None = None):
-        self.tokens = 0
+        self.tokens, self._finished = 0, False
         self._hessian = torch.zeros(in_features, in_features, device=device)
         self._cross = torch.zeros_like(self._hessian) if cross else None
 
@@ -70,6 +70,10 @@ class InputStatistics:
             original (`torch.Tensor`, *optional*):
                 Inputs of the same tokens in the original model; needed if C is gathered.
         """
+        if self._finished:
+            raise ValueError(
+                "These statistics have been read, so nothing can be added to them. Gather all tokens first."
+            )
         inputs = inputs.reshape(-1, inputs.shape[-1]).to(self._hessian)
         self.tokens += len(inputs)
         self._hessian.addmm_(inputs.T, inputs)
@@ -78,13 +82,23 @@ class InputStatistics:
 
     @property
     def hessian(self) -> Tensor:
-        """H, `(in_features, in_features)`."""
-        return self._hessian * (2 / self.tokens)
+        """H, `(in_features, in_features)`. Nothing can be added afterwards."""
+        self._finish()
+        return self._hessian
 
     @property
     def cross(self) -> Tensor | None:
-        """C, `(in_features, in_features)`, if it was gathered."""
-        return None if self._cross is None else self._cross * (2 / self.tokens)
+        """C, `(in_features, in_features)`, if it was gathered. Nothing can be added afterwards."""
+        self._finish()
+        return self._cross
+
+    def _finish(self) -> None:
+        """Turns sums into means, in their place: of the largest matrices that there are, one copy counts."""
+        if not self._finished and self.tokens:
+            for total in (self._hessian, self._cross):
+                if total is not None:
+                    total.mul_(2 / self.tokens)
+            self._finished = True
 
 
 class Stats(NamedTuple):
@@ -161,7 +175,7 @@ def quantize(
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     groups, order = group_aware_order(diagonal, group_size, act_order)
-    factor, percdamp = inverse_factor(hessian[order][:, order].float(), percdamp)
+    factor, percdamp = inverse_factor(hessian.float(), percdamp, order)
     residual = None if cross is None else _residual_factor(cross[order][:, order].float(), factor, asym_alpha)
 
     weights = factor.diagonal().pow(-2) if dsq_weighting == "hessian" else None
@@ -183,6 +197,7 @@ def quantize(
         if extra is not None:
             rest[later].addmm_(extra[:, later].T, block)
         first += length
+    del factor, residual, extra, rest  # each as large as H or the weight
     quantized = matrix.finish(order)
     return quantized, _stats(original, quantized.dequantize(), hessian.float(), percdamp, int(dead.sum()))
 
@@ -214,24 +229,35 @@ def group_aware_order(
     return [(group, len(parts[group])) for group in outer], torch.cat([inner[group] for group in outer])
 
 
-def inverse_factor(hessian: Tensor, percdamp: float) -> tuple[Tensor, float]:
+def inverse_factor(hessian: Tensor, percdamp: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """
     Returns U with `U'U = (H + damping)^-1`, upper triangular, and the share of the diagonal's mean that damps it.
 
     Inputs that are always zero, with a row of zeros in H, come out as if they were independent of all others.
 
+    Args:
+        hessian (`torch.Tensor`):
+            H, `(in_features, in_features)`.
+        percdamp (`float`):
+            Share to begin with.
+        order (`torch.Tensor`, *optional*):
+            Order in which U has the columns; by default theirs.
+
     Raises:
         ValueError: No damping helps.
     """
-    diagonal = hessian.diagonal()
+    order = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    diagonal, back = hessian.diagonal()[order], order.flip(0)
     live = diagonal > 0
     mean = diagonal[live].mean() if live.any() else diagonal.new_ones(())
     while True:
-        damped = hessian + torch.diag(torch.where(live, percdamp * mean, mean))
         # With the order reversed, H is A A' for an upper triangular A, and U its inverse: one factorization, no inverse of H.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        factor = hessian[back][:, back]
+        factor.diagonal().add_(torch.where(live, percdamp * mean, mean).flip(0))
+        factor, failed = torch.linalg.cholesky_ex(factor)
         if not failed:
-            upper = _invert_upper(lower.flip(0, 1))
+            factor = factor.flip(0, 1)  # a matrix this large is not kept longer than it is needed
+            upper = _invert_upper(factor)
             if upper.isfinite().all():
                 return upper, percdamp
         if percdamp >= MOST_DAMPING:
@@ -253,14 +279,16 @@ def _invert_upper(matrix: Tensor) -> Tensor:
 
 def _residual_factor(cross: Tensor, factor: Tensor, asym_alpha: float) -> Tensor:
     """Returns P, in blocks of columns and without what a triangle has of zeros: a quarter of the work."""
-    size, inner, result = len(cross), torch.zeros_like(cross), torch.zeros_like(cross)
+    size, result = len(cross), torch.zeros_like(cross)
     for first in range(0, size, BLOCK):
         last = min(first + BLOCK, size)
-        inner[:last, first:last] = cross[:last, first:] @ factor[first:last, first:].T
-    inner.triu_(1).mul_(asym_alpha)
-    for first in range(0, size, BLOCK):
+        result[:last, first:last] = cross[:last, first:] @ factor[first:last, first:].T
+    result.triu_(1).mul_(asym_alpha)
+    for first in reversed(
+        range(0, size, BLOCK)
+    ):  # in place: what a block of columns reads lies before it, or is itself
         last = min(first + BLOCK, size)
-        result[:last, first:last] = inner[:last, :last] @ factor[:last, first:last]
+        result[:last, first:last] = result[:last, :last] @ factor[:last, first:last]
     return result
 
 

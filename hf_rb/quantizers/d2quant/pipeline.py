@@ -11,10 +11,11 @@ calibration text, hidden size H and intermediate size I, the work needs beside t
 
     T x (7 H + I) numbers of the model's type         two streams, what the groups read in the original model, teacher and student of the
                                                       mean shift; 2 H without `dac` and with `backend="gptq"`, where only streams are kept
-    4 bytes x (5 I^2 + weights of a layer)            Hessian, cross matrix and their factors for the down projection; a layer in float32
+    4 bytes x (6 I^2 + weights of a layer)            Hessian, cross matrix and their factors for the down projection; a layer in float32
 
-or, for a moment while it rotates, 8 bytes for each number of the embeddings; tied embeddings are two afterwards. `model_cards/d2quant.md` has
-these beside what was measured.
+or, for a moment while it rotates, 8 bytes for each number of the embeddings; tied embeddings are two afterwards. Folding the correction
+of the final norm takes 4 bytes for each number of the head, for a moment in the last layer. `model_cards/d2quant.md` has these beside what
+was measured.
 """
 
 import copy
