@@ -98,6 +98,14 @@ def test_a_correction_that_cannot_act_is_said(tmp_path, caplog):
     assert model.config.quantization_config.bias_modules is None
 
 
+def test_a_layer_that_stays_gets_no_biases(source):
+    model = load(source, config(modules_to_not_convert=["model.layers.0"]))
+    first = model.hf_quantizer.report.blocks[0]
+    assert (first.hidden_error, first.shift_before, first.shift_after) == (0, 0, 0)
+    biases = model.config.quantization_config.bias_modules
+    assert len(biases) == 3 and not any(name.startswith("model.layers.0.") for name in biases)
+
+
 def test_sensitive_layers_get_more_bits(source, tmp_path):
     model = load(source, config(bits_per_layer="nsds:3.0"))
     bits = {layer.name: layer.given for layer in model.hf_quantizer.report.allocation}

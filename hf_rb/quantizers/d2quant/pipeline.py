@@ -381,6 +381,8 @@ class _Calibration:
         return next(name for name, one in self.model.named_modules() if one is module)
 
     def _set_shift(self, shift: Tensor, readers: tuple[str, ...], norm: str | None, codes: dict) -> None:
+        if not shift.any():  # behind an attention that stays as it is
+            return
         if norm is not None:
             module = self.model.get_submodule(norm)
             biases = {norm: shift if getattr(module, "bias", None) is None else module.bias + shift}
