@@ -31,6 +31,27 @@ def test_the_shaper_of_the_readme(tmp_path, monkeypatch):
     assert logged["shaping/brevity/flipped"] == pytest.approx(0)
 
 
+@pytest.mark.parametrize(
+    ("start", "shortened"),
+    [
+        ("from hf_rb import SFTConfig", {"max_steps=20": "max_steps=1", "size=2000": "size=20"}),
+        ("from hf_rb import GKDConfig, GKDTrainer, tiny", {"max_steps=20": "max_steps=1", "size=2000": "size=20"}),
+        (
+            "from transformers import AutoModelForCausalLM\nfrom hf_rb import MPI",
+            {"layers=4": "layers=1, vocab_size=99"},
+        ),
+    ],
+    ids=["ProFit", "AKL", "MPI"],
+)
+def test_short_examples_of_the_readme(start, shortened, tmp_path, monkeypatch):
+    (code,) = re.findall(rf"```python\n({re.escape(start)}.*?)```", README.read_text(), re.DOTALL)
+    for long, short in shortened.items():
+        assert long in code
+        code = code.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+
+
 @pytest.fixture
 def one_thread():
     """Sums in one order: on two threads, calibration ends 5 % away from the figures of one."""
