@@ -178,8 +178,9 @@ class Report:
 
     def verdict(self) -> str:
         """One sentence on how 4-bit round-to-nearest with groups of 128 would compare, in bytes and error."""
-        if self.blocks:  # the errors of weights say little about a method that makes up for them
-            return f"{NOT_COMPARED}: measure the perplexity (`--eval-data`)."
+        if self.blocks:
+            advice = "" if self.eval_data else "; measure the perplexity (`--eval-data`)"
+            return f"{NOT_COMPARED}: errors of weights say little about a method that makes up for them{advice}."
         ours, theirs = self.error(), self.error("baseline_error")
         if theirs is None or self.baseline_file_bytes is None:
             return f"{NOT_COMPARED}."

@@ -49,6 +49,7 @@ def test_verb(data, tmp_path, capsys):
         "perplexity",
     ):
         assert expected in printed
+    assert "that makes up for them.\n" in printed  # and no advice to measure what has been
     assert "solved a second time" not in printed and not list(tmp_path.glob(".*.partial"))
     model = AutoModelForCausalLM.from_pretrained(out)
     assert sum(isinstance(module, D2QuantLinear) for module in model.modules()) == 28
