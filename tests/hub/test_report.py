@@ -373,6 +373,12 @@ def test_routers_in_the_log_become_a_map(tmp_path, no_drawings):
     assert "MaxVio of every layer at 2 logs" in text and "| router/max_vio | 1 | 0.5 |" in text
 
 
+def test_numbers_of_a_method_are_no_curves_of_the_run(tmp_path, no_drawings):
+    logs = log(loss=[2, 1], eval_loss=[2, 1], eval_forward_kl=[0.2, 0.1], eval_num_tokens=[1, 2])
+    text = make_report([read_source(write(tmp_path / "run", trainer_state={"log_history": logs}))]).markdown()
+    assert "| eval_loss | 2 |" in text and "eval_forward_kl" not in text and "eval_num_tokens" not in text
+
+
 def test_a_run_that_has_not_ended_is_read_from_its_last_checkpoint(tmp_path, no_drawings):
     for step in (2, 10):
         write(tmp_path / "run" / f"checkpoint-{step}", trainer_state={"log_history": log(loss=[float(step)] * 2)})

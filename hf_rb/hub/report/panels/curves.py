@@ -60,4 +60,8 @@ def build(sources: Sequence[Source], named: bool) -> list[Block]:
 
 
 def _is_general(key: str) -> bool:
-    return "/" not in key and key not in NEVER and not key.endswith(("_runtime", "_per_second", "train_loss"))
+    return (
+        "/" not in key
+        and key.removeprefix("eval_") not in NEVER
+        and not key.endswith(("_runtime", "_per_second", "train_loss"))
+    )
