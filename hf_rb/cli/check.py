@@ -24,7 +24,7 @@ from hf_rb._resources import find_recipe, recipe_names
 from hf_rb._shapers import LOCAL, pipeline_line
 from hf_rb.cli import schemas
 from hf_rb.cli.data import column_rules, dataset_rules, file_problem, text_problem
-from hf_rb.cli.plan import Plan, make_plan
+from hf_rb.cli.plan import Plan, make_plan, recover_lines
 from hf_rb.quantizers._rules import d2quant_rules, ptqtp_rules
 from hf_rb.recover.config import recover_rules
 from hf_rb.rewards import reward_name, reward_problem
@@ -194,6 +194,7 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Report
         report.notes.append(pipeline_line(args))
     if verb == "recover" and not report.errors:
         report.errors += dict.fromkeys(_training_rules(args))
+        report.notes += recover_lines(args) if not report.errors else ()
     if verb in TRAINED and not report.errors:
         _plan(report, args)
     return report

@@ -11,9 +11,10 @@ from typing import Any
 from hf_rb import tiny
 from hf_rb.cli import data
 from hf_rb.cli.memory import DTYPES, Architecture, Run, estimate, peak
+from hf_rb.recover.config import TRAINING
 
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "recover_lines"]
 
 # Tokens of a prompt where a recipe bounds the completion alone.
 PROMPT_TOKENS = 256
@@ -125,6 +126,20 @@ def make_plan(args: Any, verb: str) -> Plan:
         plan.memory = estimate(model, run, list(zip(frozen, sizes, strict=True)))
         plan.peak = peak(plan.memory, run.accumulates)
     return plan
+
+
+def recover_lines(args: Any) -> Iterator[str]:
+    """What a recipe for `hf-rb recover` will do on this machine, for a reader."""
+    given = {"gradient_accumulation_steps": 1, "max_steps": -1} | TRAINING | args.training
+    device = _device()
+    half = "float16" if given.get("fp16") else "bfloat16" if given.get("bf16", device != "cpu") else None
+    where = "cpu (no GPU was found)" if device == "cpu" else device
+    yield f"device: {where}; adapters are trained in {half + ' autocast' if half else 'float32'}"
+    batch = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
+    for size in args.examples:
+        steps = given["max_steps"] if given["max_steps"] > 0 else math.ceil(size / batch) * given["num_train_epochs"]
+        bases = " on both bases, quantized and 3 bits" if args.baseline else ""
+        yield f"plan: {' and '.join(args.objectives)} on {size:,} examples, {math.ceil(steps):,} steps of {batch:,} sequences each{bases}"
 
 
 def _run(args: Any, verb: str, device: str, half: bool, model: Architecture) -> Run:

@@ -13,7 +13,7 @@ from transformers import Trainer, set_seed
 
 from hf_rb import GKDConfig, GKDTrainer, SFTConfig, SFTTrainer
 from hf_rb._unfinished import write_json
-from hf_rb.recover.config import RecoverConfig
+from hf_rb.recover.config import TRAINING, RecoverConfig
 from hf_rb.recover.measuring import ADAPTER, BASE
 from hf_rb.recover.stages import fingerprint
 from hf_rb.teachers import cache_teacher
@@ -21,17 +21,6 @@ from hf_rb.teachers import cache_teacher
 
 __all__ = ["capture", "make_config", "make_trainer", "train"]
 
-# Ours; the papers' rates are between 1e-5 and 2e-4, their runs of one to three epochs.
-DEFAULTS = {
-    "learning_rate": 2e-4,
-    "num_train_epochs": 3,
-    "per_device_train_batch_size": 8,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-    "logging_steps": 10,
-    "save_strategy": "no",
-    "report_to": "none",
-}
 ON_CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
 
 
@@ -42,7 +31,7 @@ def make_config(config: RecoverConfig, objective: str, folder: Path, **options: 
     Raises:
         ValueError, TypeError: The recipe's `training` is no such config.
     """
-    options = DEFAULTS | ({} if torch.cuda.is_available() else ON_CPU) | config.training | options
+    options = TRAINING | ({} if torch.cuda.is_available() else ON_CPU) | config.training | options
     options |= {"output_dir": str(folder / "run"), "seed": config.seed}
     options["model_init_kwargs"] = {"dtype": config.dtype} | options.get("model_init_kwargs", {})
     if objective == "sft":

@@ -194,3 +194,21 @@ def test_every_key_that_a_plan_reads_is_in_every_schema():
         values = {key: entry.get("default") for key, entry in schemas.load(verb)["keys"].items()}
         names = {"model_name_or_path": "tiny:student", "teacher_model_name_or_path": "tiny:teacher"}
         assert plan.make_plan(SimpleNamespace(**(values | names)), verb).peak
+
+
+def test_a_recovery_is_planned(monkeypatch):
+    def notes(**changes):
+        path = find_recipe("recover/tiny-cpu")
+        return check(path, read_recipe(path) | changes).notes
+
+    monkeypatch.setattr(plan, "_device", lambda: "cpu")
+    assert notes(examples=[332, 40], objectives=["forward_kl", "sft"]) == [
+        "device: cpu (no GPU was found); adapters are trained in float32",
+        "plan: forward_kl and sft on 332 examples, 42 steps of 16 sequences each on both bases, quantized and 3 bits",
+        "plan: forward_kl and sft on 40 examples, 6 steps of 16 sequences each on both bases, quantized and 3 bits",
+    ]
+    monkeypatch.setattr(plan, "_device", lambda: "cuda")
+    assert notes(training={"max_steps": 7}, baseline=False) == [
+        "device: cuda; adapters are trained in bfloat16 autocast",
+        "plan: forward_kl on 332 examples, 7 steps of 8 sequences each",
+    ]
