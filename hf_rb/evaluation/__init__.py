@@ -3,7 +3,7 @@
 from hf_rb._tables import format_table
 from hf_rb.evaluation.generation import Completion, ExactMatch, PassAtK, exact_match, generate, pass_at_k
 from hf_rb.evaluation.harness import HarnessScore, run_harness
-from hf_rb.evaluation.likelihood import Perplexity, perplexity
+from hf_rb.evaluation.likelihood import Perplexity, beginning, perplexity
 from hf_rb.evaluation.loading import find_model, load_model
 from hf_rb.evaluation.plot import plot_curves
 from hf_rb.evaluation.size import Size, model_size
@@ -19,6 +19,7 @@ __all__ = [
     "Perplexity",
     "Size",
     "Speed",
+    "beginning",
     "decode_speed",
     "exact_match",
     "find_model",

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Perplexity", "beginning", "perplexity"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class Perplexity:
     tokens: int
     window: int
     stride: int
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int = 16_384) -> str:
+    """Returns what the first so many tokens of a text are made of: as much of it as verbs measure unasked."""
+    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"][:tokens]
+    return text[: max(end for _, end in offsets)]  # tokens at the end that stand for no text end at 0
 
 
 @torch.no_grad()

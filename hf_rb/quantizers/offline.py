@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_rb._files import atomic_folder, check_replaceable
 from hf_rb._model_folder import check_apart, copy_companions, find_model, weight_bytes
 from hf_rb._unfinished import STATE, partial_folder
-from hf_rb.evaluation import Size, load_model, load_task, model_size, perplexity, solutions
+from hf_rb.evaluation import Size, beginning, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
 from hf_rb.quantizers.report import Report
 from hf_rb.quantizers.texts import read_texts
@@ -28,7 +28,7 @@ __all__ = [
     "read_text",
 ]
 
-EVAL_TOKENS, EVAL_PROBLEMS = 16_384, 200
+EVAL_PROBLEMS = 200
 
 
 def quantize(
@@ -111,8 +111,7 @@ def measure_perplexity(report: Report, source: str | Path, destination: str | Pa
             texts, contexts = solutions(tokenizer, load_task(data, EVAL_PROBLEMS))
             measured = perplexity(model, tokenizer, texts, contexts=contexts)
         else:
-            ends = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-            measured = perplexity(model, tokenizer, text[: ends[:EVAL_TOKENS][-1][1]])
+            measured = perplexity(model, tokenizer, beginning(tokenizer, text))
         values.append(measured.perplexity)
         del model
     report.eval_data = data if data.startswith("tiny:") else Path(data).name

@@ -10,7 +10,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_rb._model_folder import find_model
 from hf_rb._unfinished import write_json
-from hf_rb.evaluation import ExactMatch, decode_speed, exact_match, load_model, model_size, perplexity, solutions
+from hf_rb.evaluation import (
+    ExactMatch,
+    beginning,
+    decode_speed,
+    exact_match,
+    load_model,
+    model_size,
+    perplexity,
+    solutions,
+)
 from hf_rb.recover.stages import fingerprint
 
 
@@ -18,7 +27,6 @@ __all__ = ["ADAPTER", "Measured", "Questions", "load_recovered", "measure"]
 
 ADAPTER = "adapter"
 BASE = "base.json"
-EVAL_TOKENS = 16_384
 MEASURED, POOL = "measured.json", "pool.json"
 
 
@@ -66,8 +74,7 @@ class Questions:
         if self.text is None:
             texts, contexts = solutions(tokenizer, self.task)
             return perplexity(model, tokenizer, texts, contexts=contexts).perplexity
-        ends = tokenizer(self.text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-        return perplexity(model, tokenizer, self.text[: ends[:EVAL_TOKENS][-1][1]]).perplexity
+        return perplexity(model, tokenizer, beginning(tokenizer, self.text)).perplexity
 
 
 def load_recovered(

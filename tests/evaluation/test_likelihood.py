@@ -1,9 +1,11 @@
+import copy
 import math
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from hf_rb.evaluation import load_task, perplexity, solutions
+from hf_rb.evaluation import beginning, load_task, perplexity, solutions
 
 
 TEXTS = [
@@ -25,6 +27,15 @@ def naive(model, ids, window, stride, skip=0):
         if start + window >= len(ids):
             break
     return list(nats.values())
+
+
+def test_the_beginning_of_a_text(tokenizer):
+    text = TEXTS[0]
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer(beginning(tokenizer, text, 5))["input_ids"] == ids[:5] and beginning(tokenizer, text) == text
+    ending = copy.deepcopy(tokenizer)  # as tokenizers have it that add a token at the end
+    ending.backend_tokenizer.post_processor = TemplateProcessing("$A <|im_end|>", None, [("<|im_end|>", 1)])
+    assert len(ending(text)["input_ids"]) == len(ids) + 1 and beginning(ending, text) == text
 
 
 @pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 3), (8, 1), (16, 5), (256, 256), (7, 7)])
