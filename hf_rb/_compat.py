@@ -130,7 +130,8 @@ TABLE: dict[str, Entry] = {
     "should_convert_module": Entry(
         "transformers.quantizers.quantizers_utils", "should_convert_module", ("full_name", "patterns")
     ),
-    # `accelerate launch` without a shell (hf_rb/cli/_launch.py).
+    # `accelerate launch` without a shell (hf_rb/cli/train.py).
+    "default_config_file": Entry("accelerate.commands.config", "default_config_file"),
     "launch_command": Entry("accelerate.commands.launch", "launch_command", ("args",)),
     "launch_command_parser": Entry("accelerate.commands.launch", "launch_command_parser"),
 }

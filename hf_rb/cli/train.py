@@ -7,10 +7,13 @@ from pathlib import Path
 from hf_rb import _compat
 from hf_rb._resources import find_recipe, resource_folder
 from hf_rb._shapers import LOCAL
+from hf_rb.cli import schemas
 from hf_rb.cli.check import check, read_overrides, read_recipe
 
 
 EXAMPLE = "hf-rb {verb} recipe.yaml --accelerate_config fsdp2 --learning_rate 1e-5"
+# What accelerate would take on a CPU anyway, after a warning of six lines.
+CPU_DEFAULTS = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
             metavar="MODULE:ATTRIBUTE",
             help="a reward function or shaper of your own that the recipe names, and that may be imported",
         )
+    keys = "keys of hf_rb beside those of TRL, in the recipe or as `--key value`"
+    parser.add_argument_group(keys, schemas.listing(parser.get_default("verb")))
     parser.set_defaults(overrides=[])
     parser.usage = f"{parser.prog} RECIPE [--accelerate_config FILE] [--num_processes N] [--key value ...]"
 
@@ -41,13 +46,15 @@ def run(args: argparse.Namespace) -> int:
     if report.errors:
         return 2
 
+    launch = ["--config_file", str(_accelerate_config(args.accelerate_config))] if args.accelerate_config else []
     if report.plan and not args.accelerate_config:  # which may know of devices that this machine shows nowhere
         args.overrides = [*args.overrides, *report.plan.cpu_arguments]
-    launch = ["--config_file", str(_accelerate_config(args.accelerate_config))] if args.accelerate_config else []
-    launch += ["--num_processes", args.num_processes] if args.num_processes else []
-    launch += ["--module", f"hf_rb.scripts.{args.verb}", "--config", str(recipe), *args.overrides]
-    launch += [part for name in local_code for part in ("--allow_local_code", name)]
-    return _launch(launch)
+        if report.plan.device == "cpu" and not Path(_compat.default_config_file).is_file():
+            launch = CPU_DEFAULTS
+    processes = ["--num_processes", args.num_processes] if args.num_processes else []
+    script = ["--module", f"hf_rb.scripts.{args.verb}", "--config", str(recipe), *args.overrides]
+    script += [part for name in local_code for part in ("--allow_local_code", name)]
+    return _launch([*launch, *processes, *script])
 
 
 def _launch(arguments: list[str]) -> int:

@@ -24,12 +24,18 @@ def launched(monkeypatch) -> list:
     return calls
 
 
-def test_the_recipe_and_the_overrides_reach_the_script(recipe, launched):
+def test_the_recipe_and_the_overrides_reach_the_script(recipe, launched, monkeypatch):
+    monkeypatch.setattr(_compat, "default_config_file", "none", raising=False)
     assert main(["sft", recipe, "--learning_rate", "1e-3", "--packing"]) == 0
     (call,) = launched
     assert call.module and call.training_script == "hf_rb.scripts.sft"
     assert call.training_script_args == ["--config", recipe, "--learning_rate", "1e-3", "--packing"]
     assert call.config_file is None
+    assert (call.num_processes, call.num_machines, call.mixed_precision) == (
+        1,
+        1,
+        "no",
+    )  # so that accelerate need not warn
 
 
 def test_accelerate_config_by_name_by_file_and_missing(recipe, launched, tmp_path, capsys):
