@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args
 
 
-__all__ = ["Rule", "described", "validate", "value_problem"]
+__all__ = ["Rule", "described", "is_described", "validate", "value_problem"]
 
 Rule = Callable[[Any], Iterable[str]]
 
@@ -30,6 +30,11 @@ def described(help: str, *, choices: Sequence | None = None, range: str | None =
     """Returns the metadata of a dataclass field; `%` in the help is written `%%`, as argparse wants it."""
     given = {"help": help, "choices": choices, "range": range}
     return _Metadata({key: value for key, value in given.items() if value is not None})
+
+
+def is_described(field: dataclasses.Field) -> bool:
+    """Says whether a field of a config is ours, with the metadata of [`described`]."""
+    return isinstance(field.metadata.copy(), _Metadata)
 
 
 def value_problem(name: str, value: Any, *, choices: Sequence | None = None, range: str | None = None) -> str | None:
@@ -76,8 +81,8 @@ def _problems(config: Any, rules: Iterable[Rule]) -> Iterator[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         limits = {key: field.metadata[key] for key in ("choices", "range") if key in field.metadata}
-        described_here = isinstance(field.metadata.copy(), _Metadata)  # others are checked by the library they are of
-        problem = described_here and _type_problem(field, value) or value_problem(field.name, value, **limits)
+        # Others are checked by the library they are of.
+        problem = is_described(field) and _type_problem(field, value) or value_problem(field.name, value, **limits)
         if problem:
             yield problem
     for rule in rules:

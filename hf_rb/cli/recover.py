@@ -18,8 +18,7 @@ EXAMPLE = "hf-rb recover recover/tiny-cpu --output_dir outputs/recovered --objec
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe of hf_rb")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    listed = "\n".join(f"{key:<20} {_shown(entry)}" for key, entry in schemas.load("recover")["keys"].items())
-    parser.add_argument_group("keys, in the recipe or as `--key value`", listed)
+    parser.add_argument_group("keys, in the recipe or as `--key value`", schemas.listing("recover"))
     parser.set_defaults(overrides=[])
     parser.usage = f"{parser.prog} RECIPE [--json] [--key value ...]"
 
@@ -47,11 +46,6 @@ def run(args: argparse.Namespace) -> int:
         where = f"The model is in {model}, and its card says how to load it." if model.is_dir() else ""
         print("\n".join([report.table(), "", *report.notes, where]).rstrip())
     return 0
-
-
-def _shown(entry: dict[str, Any]) -> str:
-    default = json.dumps(entry["default"]) if "default" in entry else "must be given"
-    return entry["help"] if default in ("null", "{}") else f"{entry['help'].rstrip('.')} ({default})."
 
 
 def _from_text(value: Any) -> Any:

@@ -36,6 +36,22 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
     assert "--debug" in output
 
 
+@pytest.mark.parametrize(
+    ("verb", "keys"),
+    [
+        ("sft", ["profit_threshold", "graft_onto"]),
+        ("gkd", ["objective", "loca_alpha"]),
+        ("distillation", ["objective", "gopd_tis_cap"]),
+        ("grpo", ["advantage_shapers", "hidden_align_coef"]),
+        ("recover", ["examples", "model_name_or_path"]),
+    ],
+)
+def test_verbs_of_recipes_list_the_keys_that_are_ours(verb, keys, capsys):
+    assert main([verb, "--help"]) == 0
+    listed = capsys.readouterr().out.partition("or as `--key value`:")[2]
+    assert all(f"\n  {key} " in listed for key in keys) and "\n  learning_rate " not in listed
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"hf_rb {__version__}\n"

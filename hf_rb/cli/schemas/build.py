@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from importlib import import_module, metadata
 from typing import Any
 
+from hf_rb._fields import is_described
 from hf_rb.cli import schemas
 
 
@@ -80,6 +81,7 @@ def _entry(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
         "choices": list(field.metadata.get("choices") or _choices(hint)) or None,
         "range": field.metadata.get("range") or _RANGES.get(field.name),
         "help": field.metadata.get("help", "").replace("%%", "%"),
+        "own": is_described(field) or None,
     }
     if default is dataclasses.MISSING:
         del entry["default"]
