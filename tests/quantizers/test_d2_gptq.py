@@ -201,10 +201,10 @@ def test_inputs_that_are_always_zero(problem):
     for dual in (False, True):
         codes, stats = quantize(weight, statistics.hessian, bits=2, group_size=32, dual=dual)
         assert stats.dead == 2 and stats.percdamp == 0.01
-        assert codes.dequantize()[:, [3, 40]].abs().max() < 2e-3
+        assert not codes.dequantize()[:, [3, 40]].any()
         assert stats.output_error < 0.3
     # The others in a group of theirs are of ordinary size, so that up projections can absorb them.
-    assert codes.column_scale[[3, 40]].tolist() == [2.0**-9] * 2 and 0.05 < codes.column_scale[:3].min() < 20
+    assert 0.05 < codes.column_scale[:3].min() < 20
     _, stats = quantize(weight, torch.zeros(80, 80), bits=2, group_size=32)
     assert (stats.dead, stats.output_error) == (80, 0)
 

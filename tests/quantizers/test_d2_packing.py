@@ -117,6 +117,8 @@ def test_scaling_rows(bits):
     scaled = packing.from_kernels(layout, memory | {"_scale": packing.scale_rows(layout, memory["_scale"], factor)})
     assert torch.equal(scaled.codes, made.codes) and torch.equal(scaled.zero, made.zero)
     assert torch.equal(scaled.scale, (made.scale.float() * factor[:, None]).half())
+    nothing = packing.scale_rows(layout, memory["_scale"], factor * torch.tensor([1, 0, 1, 1, 1, 1]))
+    assert not packing.from_kernels(layout, memory | {"_scale": nothing}).dequantize()[1].any()
     for beyond in (1e8, 1e-9):
         with pytest.raises(ValueError, match="out of the range of float16"):
             packing.scale_rows(layout, memory["_scale"], factor * beyond)

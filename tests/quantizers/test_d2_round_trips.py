@@ -24,7 +24,7 @@ from checkpoints import (
 from peft import LoraConfig, get_peft_model
 from round_trips import INPUT, load, logits, same_files, train
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, OPTConfig, OPTForCausalLM
+from transformers import AutoModel, OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 from hf_rb import D2QuantConfig, tiny
@@ -133,10 +133,18 @@ def relu(folder):
     model.bfloat16().save_pretrained(folder)
 
 
+def smaller_neuron(folder, factor=0.0):
+    """As a pruned model has it, or one that was padded."""
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    model.model.layers[0].mlp.down_proj.weight.data[:, 7] *= factor
+    model.save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("make", "options"),
     [
         (qwen3, dict()),
+        (smaller_neuron, dict()),
         (qwen3, dict(bits=3, modules_to_not_convert=["up_proj"])),
         (untied_with_biases, dict(bits_per_layer={"up_proj": 4})),
         (relu, dict(group_size=64)),
@@ -156,6 +164,19 @@ def test_streaming_writes_the_same_tensors(tmp_path, make, options):
     assert (tmp_path / "b" / "config.json").read_text() == (tmp_path / "a" / "config.json").read_text()
     assert [layer.name for layer in streamed.layers] == [layer.name for layer in in_memory.layers]
     assert torch.equal(logits(load(tmp_path / "b")), logits(load(tmp_path / "a")))
+
+
+def test_columns_of_any_size(tmp_path):
+    """A column of zeros is absorbed; one that is nearly zero stays, which only the model as a whole can have."""
+    smaller_neuron(tmp_path / "pruned")
+    model = load(tmp_path / "pruned", rtn())
+    assert model.config.quantization_config.column_modules is None
+    assert not model.model.layers[0].mlp.up_proj.dequantize()[7].any()
+    smaller_neuron(tmp_path / "small", 1e-5)
+    model = load(tmp_path / "small", rtn())
+    assert model.config.quantization_config.column_modules == ["model.layers.0.mlp.down_proj"]
+    with pytest.raises(ValueError, match=r"up_proj.* out of the range .* stay with model.layers.0.mlp.down_proj"):
+        quantize_checkpoint(tmp_path / "small", tmp_path / "out", rtn())
 
 
 def test_streaming_in_any_order(tmp_path, monkeypatch):

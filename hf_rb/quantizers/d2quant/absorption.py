@@ -1,7 +1,7 @@
 r"""Where the column scales of a down projection can go, and how they get there.
 
 An MLP computes  W_down (a(x) * W_up x)  or  W_down r(W_up x)  with a positively homogeneous r such as ReLU. There column j of
-W_down, its scale c_j > 0 included, meets nothing but row j of W_up, so that
+W_down, its scale c_j >= 0 included, meets nothing but row j of W_up, so that
 
     W_down diag(c) (a * W_up x) = W_down (a * diag(c) W_up x)
 

@@ -2,7 +2,7 @@ r"""Dual-scale quantization (DSQ, https://huggingface.co/papers/2602.02546): sig
 
 A block X of G neighbouring columns, one quantization group of every row, becomes
 
-    X[i, j]  ~  c[j] * sum_k r[i, k] B[k, i, j],    B in {-1, +1},    r >= 0,    c > 0
+    X[i, j]  ~  c[j] * sum_k r[i, k] B[k, i, j],    B in {-1, +1},    r >= 0,    c >= 0
 
 with K planes: 2^K levels a row, symmetric and not equally spaced. The row scales r are stored; the column scales c multiply the
 input of the matrix, and in a gated MLP they move into the scales of the projection before it, where they cost nothing.
@@ -17,8 +17,8 @@ The error may count each column with a weight g[j] of its own, sum_ij g[j] (X - 
 change. The paper and its code count all columns alike; weights are ours.
 
 A row whose planes are linearly dependent keeps its scales in step 1 (the released code divides by a clamped determinant
-there). Scaling c by a factor and r by its inverse changes nothing; stored columns have a geometric mean of 1 over each group,
-those of zeros apart.
+there). Scaling c by a factor and r by its inverse changes nothing; stored columns have a geometric mean of 1 over each group.
+Sign planes have no zero: a column of zeros has the scale 0, and counts in no mean.
 
 This file is the reference, in torch, for any device and type. `solver.c` has the fit for float32 in main memory.
 
@@ -72,7 +72,7 @@ class DualCodes:
         row_scale (`torch.Tensor`):
             float16 `(out_features, groups, planes)`.
         column_scale (`torch.Tensor`):
-            float32 `(in_features,)`, of geometric mean 1 over each group.
+            float32 `(in_features,)`, of geometric mean 1 over each group; 0 for columns of zeros.
         group_size (`int`):
             Neighbouring weights of a row that share row scales; the last group of a row may be shorter.
     """
@@ -247,7 +247,7 @@ def _error(block: Tensor, columns: Tensor, rows: Tensor, signs: Tensor, weights:
 
 def fit_levels(block: Tensor, planes: int, iters: int = 15, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
-    Returns the scales of a block as they are stored: column scales of geometric mean 1, row scales rounded.
+    Returns the scales of a block as they are stored: column scales of geometric mean 1 or 0, row scales rounded.
 
     Takes the arguments of [`fit_dsq`].
 
@@ -261,10 +261,10 @@ def fit_levels(block: Tensor, planes: int, iters: int = 15, weights: Tensor | No
         rows, columns = solver.fit_dual(block.T, first, planes, iters, weights, DEPENDENT, SMALLEST_COLUMN)
     else:
         rows, columns, *_ = fit_dsq(block, planes, iters, weights)
-    live = columns > SMALLEST_COLUMN  # a column of zeros would make the others huge
+    live = columns > SMALLEST_COLUMN
     live |= ~live.any(-1, keepdim=True)
     factor = (columns.log().mul_(live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True)).exp()
-    return (rows * factor.unsqueeze(-1)).half(), (columns / factor).float()
+    return (rows * factor.unsqueeze(-1)).half(), (columns / factor).masked_fill_(~live, 0).float()
 
 
 def round_to_nearest(weight: Tensor, planes: int, group_size: int = 128, iters: int = 15) -> DualCodes:

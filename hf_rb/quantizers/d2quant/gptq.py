@@ -37,9 +37,6 @@ ACT_ORDERS = ("gar", None)
 # A matrix that has no Cholesky factor is damped ten times as much, until the damping is as large as what it damps.
 MORE_DAMPING, MOST_DAMPING, SOME_DAMPING = 10.0, 1.0, 1e-3
 BLOCK = 256
-# Sign planes have no zero. A column whose input is always zero gets a scale that makes it small, and that an up projection's
-# float16 scales can still absorb.
-DEAD_COLUMN = 2.0**-9
 
 
 class InputStatistics:
@@ -376,7 +373,7 @@ class _DualMatrix:
     def fit(self, group: int, place: slice, block: Tensor) -> _DualColumns:
         weights = None if self.weights is None else self.weights[place] / self.weights[place].amax()
         rows, columns = fit_levels(block.T, self.planes, self.iters, weights)
-        columns = columns.masked_fill(self.dead[place], DEAD_COLUMN)
+        columns = columns.masked_fill(self.dead[place], 0)
         self.row_scale[:, group], self.column_scale[place] = rows, columns
         return _DualColumns(Levels(rows.float()), columns)
 

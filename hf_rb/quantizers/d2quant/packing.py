@@ -113,7 +113,8 @@ def _grids(scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def scale_rows(layout: Layout, scale: Tensor, factor: Tensor) -> Tensor:
     """
-    Returns the scales of an affine matrix whose rows are multiplied with positive factors; codes and zero points stay.
+    Returns the scales of an affine matrix whose rows are multiplied with factors, none of them negative; codes stay, and so do
+    zero points but where the factor is 0.
 
     Args:
         layout ([`~hf_rb.quantizers.kernels.layout.Layout`]):

@@ -153,8 +153,13 @@ class D2QuantQuantizer(PackingQuantizer):
             wanted = range(*self.partners[name].rows.indices(getattr(module, parameter.rpartition(".")[2]).shape[-2]))
             here = [row - place.first for row in wanted if row in rows]
             if here:
-                column = self._column(self.partners[name].down, place)
-                tensors["_scale"][here] = scale_rows(layout, tensors["_scale"][here], column)
+                down = self.partners[name].down
+                try:
+                    tensors["_scale"][here] = scale_rows(layout, tensors["_scale"][here], self._column(down, place))
+                except ValueError as error:
+                    raise ValueError(
+                        f"{error} Quantize without `stream=True` (`--stream`): then column scales stay with {down}."
+                    ) from error
         return self.to_file(layout, tensors)
 
     def _column(self, down: str, place: "Place") -> Tensor:
