@@ -89,6 +89,13 @@ def test_a_file_is_stored_by_its_name(tmp_path):
     assert D2QuantConfig(dataset=text).to_dict()["dataset"] == text  # refused when it is read
 
 
+def test_summary():
+    second = "with a second scale for the columns of down projections, absorbed where that is exact"
+    assert f"2 bits, {second}, and a correction of the mean shift" in D2QuantConfig(dataset="x").summary
+    assert D2QuantConfig(backend="rtn").summary.endswith(f"2 bits, {second}.")
+    assert D2QuantConfig(backend="rtn", bits=4).summary == "Rounding without calibration to 4 bits."
+
+
 def test_loading_needs_no_data():
     config = D2QuantConfig(dequantize=True)
     assert config.get_loading_attributes() == {"dequantize": True}

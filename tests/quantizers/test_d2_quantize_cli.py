@@ -57,7 +57,7 @@ def test_verb(data, tmp_path, capsys):
     assert "2602.02546" in card and "| `group_size` | `64` |" in card and "| `dataset` | `texts.jsonl` |" in card
     assert not any(str(tmp_path) in text for text in (card, config)) and "bias_modules" not in card
     assert card.count("## Measured by `hf-rb quantize`\n\nPerplexity on `") == 1 and "Not compared" not in card
-    assert "Calibrated quantization by GPTAQ to 2 bits, with a second, absorbed scale" in card
+    assert "Calibrated quantization by GPTAQ to 2 bits, with a second scale" in card
 
 
 def test_killed_and_resumed(data, tmp_path, capsys, monkeypatch):
@@ -110,8 +110,8 @@ def test_round_to_nearest_by_sensitivity_in_memory_and_streamed(tmp_path, capsys
     assert [row[-1] for row in rows] == ["4", "4", "2", "2"]  # the most sensitive ones first
     card = (tmp_path / "one" / "README.md").read_text()
     assert (
-        "Rounding without calibration to 2 and 4 bits, with a second, absorbed scale for the columns of down projections."
-        in card
+        "Rounding without calibration to 2 and 4 bits, with a second scale for the columns of down projections, absorbed where "
+        "that is exact." in card
     )
     assert (
         "Calibrated" not in card and "| `backend` | `rtn` |" in card and "`rotate`" not in card and "`dac`" not in card

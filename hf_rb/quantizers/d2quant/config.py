@@ -189,9 +189,10 @@ class D2QuantConfig(PackedConfig):
         widths = sorted(
             NSDS_RANGES["bits_per_layer"] if isinstance(by_layer, str) else {self.bits, *by_layer.values()}
         )
-        parts = ["a second, absorbed scale for the columns of down projections"] * (self.dsq and widths[0] < 4)
+        columns = "a second scale for the columns of down projections, absorbed where that is exact,"
+        parts = [columns] * (self.dsq and widths[0] < 4)
         parts += ["a correction of the mean shift behind attention"] * self.dac
-        more = f", with {' and '.join(parts)}" if parts else ""
+        more = f", with {' and '.join(parts).rstrip(',')}" if parts else ""
         return f"{how} to {' and '.join(map(str, widths))} bits{more}."
 
     def to_dict(self) -> dict[str, Any]:
