@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from round_trips import load, logits, same_files, train
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import OlmoConfig, OlmoForCausalLM, PhiConfig, PhiForCausalLM
 from transformers.utils import logging
 
 from hf_rb import D2QuantConfig
@@ -96,6 +96,14 @@ def test_a_correction_that_cannot_act_is_said(tmp_path, caplog):
     logging.disable_propagation()
     assert "`dac=True` corrects nothing in 1 layers (model.layers.0, …): no linear layers of an MLP" in caplog.text
     assert model.config.quantization_config.bias_modules is None
+
+
+def test_a_norm_without_a_weight_keeps_no_bias(tmp_path):
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)
+    OlmoForCausalLM(OlmoConfig(**sizes)).save_pretrained(tmp_path)
+    model = load(tmp_path, config(rotate=False, dac_mode="norm_bias"))
+    folded = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "lm_head"]
+    assert model.config.quantization_config.bias_modules == folded
 
 
 def test_a_layer_that_stays_gets_no_biases(source):

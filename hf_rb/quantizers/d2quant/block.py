@@ -141,11 +141,11 @@ class Block:
         raise ValueError(f"{name} did not run.")
 
     def norm_of(self, name: str, hidden: Tensor) -> str | None:
-        """Returns the full name of the module, not a linear layer, whose output is what a linear layer reads."""
+        """Returns the full name of the norm whose output a linear layer reads: of a module with a weight that is no linear layer."""
         made: dict[int, tuple[str, Tensor]] = {}
         with ExitStack() as hooks:
             for path, module in self.layer.named_modules():
-                if path and not list(module.children()) and not isinstance(module, nn.Linear):
+                if getattr(module, "weight", None) is not None and not isinstance(module, nn.Linear):
                     hook = module.register_forward_hook(
                         lambda _, __, output, path=path: made.update({id(output): (path, output)})
                     )

@@ -371,8 +371,9 @@ class _Calibration:
             self._set_shift(result.shift, shifted, norm, result.codes)
         if result.final_shift is not None:
             reader = self._name_of(self.model.get_output_embeddings())
-            final = self._name_of(self.decoder.final_norm) if self.config.dac_mode == "norm_bias" else None
-            self._set_shift(result.final_shift, (reader,), final, {})
+            last = self.decoder.final_norm
+            keeps = self.config.dac_mode == "norm_bias" and getattr(last, "weight", None) is not None
+            self._set_shift(result.final_shift, (reader,), self._name_of(last) if keeps else None, {})
         for name, codes in result.codes.items():
             linear = self.model.get_submodule(name)
             self.model.set_submodule(name, D2QuantLinear.from_codes(codes, linear.bias))
