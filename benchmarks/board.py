@@ -125,9 +125,14 @@ def quantized() -> Iterator[Row]:
         "PTQTP, 3 planes": ("--method ptqtp --planes 3 --group-size 64", False),
         "PTQTP": ("--method ptqtp --group-size 64", False),
         "PTQTP, 1 plane": ("--method ptqtp --planes 1 --group-size 64", False),
+        "D²Quant, 2 and 4 bits by NSDS": (f"--method d2quant --bits-per-layer nsds:3.0 {data}", False),
+        "PTQTP, 2 and 3 planes by NSDS": ("--method ptqtp --planes-per-layer nsds:2.5 --group-size 64", False),
     }
     for name, (flags, peer) in settings.items():
         yield Row(name, flags, (f"quantize tiny:student {{out}} {flags}",), peer)
+    flags = "--baseline false --eval_problems 100"
+    recover = f"recover recover/tiny-cpu --model_name_or_path tiny:student --output_dir {{work}} {flags}"
+    yield Row("PTQTP, 1 plane in groups of 128, recovered", flags, (recover, packaged))
 
 
 def trl_gkd(out: Path, work: Path, steps: int) -> None:
@@ -159,6 +164,11 @@ def merged(out: Path, work: Path) -> None:
 
     AutoPeftModelForCausalLM.from_pretrained(work).merge_and_unload().save_pretrained(out)
     AutoTokenizer.from_pretrained(work).save_pretrained(out)
+
+
+def packaged(out: Path, work: Path) -> None:
+    """What `hf-rb recover` leaves to publish."""
+    (work / "model").rename(out)
 
 
 def run(row: Row, problems: int) -> dict[str, Any]:
@@ -194,15 +204,18 @@ def train(verb: str, arguments: list[str]) -> None:
 
 def measure(model_folder: str | Path, problems: int) -> dict[str, Any]:
     from hf_rb import evaluation
+    from hf_rb.recover import load_recovered
 
-    model, tokenizer = evaluation.load_model(evaluation.find_model(str(model_folder)), "float32")
+    found = evaluation.find_model(str(model_folder))
+    load = load_recovered if Path(found, "adapter").is_dir() else evaluation.load_model
+    model, tokenizer = load(found, dtype="float32")
     rows = evaluation.load_task("tiny:math", problems)
     texts, contexts = evaluation.solutions(tokenizer, rows)
     tokenizer.padding_side = "left"
     return {
         "exact_match": evaluation.exact_match(model, tokenizer, rows, max_new_tokens=96).accuracy,
         "perplexity": evaluation.perplexity(model, tokenizer, texts, contexts=contexts, batch_size=32).perplexity,
-        "megabytes": evaluation.model_size(evaluation.find_model(str(model_folder))).file_bytes / 1e6,
+        "megabytes": evaluation.model_size(found).file_bytes / 1e6,
     }
 
 

@@ -45,7 +45,14 @@ TEXT = {
 CELLS = {
     "tiny": {
         "PTQTP, 1 plane": {"quantization_config": {"quant_method": "ptqtp", "planes": 1}, "baseline": True},
-        "D²Quant, 2 bits": {"quantization_config": CALIBRATED, "eval_problems": 500},
+        # It loses so little that it takes many problems to see it, a large pool to find what broke, and a lower rate.
+        "D²Quant, 2 bits": {
+            "quantization_config": CALIBRATED,
+            "eval_problems": 1500,
+            "pool_problems": 6000,
+            "examples": [545],
+            "training": TINY["training"] | {"learning_rate": 1e-3},
+        },
         "D²Quant, 2 bits, without data": {"quantization_config": D2QUANT | {"backend": "rtn"}, "eval_problems": 500},
     },
     "text": {
