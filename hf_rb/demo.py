@@ -248,7 +248,8 @@ tokens/s      one sequence, with a cache; without kernels, PTQTP unpacks a layer
 A model this small shows that everything works, not how much the methods gain: see model_cards/ for that."""
     )
     print(
-        f"\nIn {output}: student-profit, student-profit-ptqtp and teacher-ptqtp with their cards; demo.json; train.log"
+        f"\nIn {output}: student-profit, student-profit-ptqtp and teacher-ptqtp with their cards; demo.json; train.log\n"
+        f"`hf-rb report {output}/student-profit --out report.html` draws what ProFit masked (pip install 'hf_rb[report]')"
     )
     print("\nSeconds by stage")
     for index, (title, value) in enumerate(seconds.items(), start=1):
