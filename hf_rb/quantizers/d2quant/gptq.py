@@ -281,9 +281,8 @@ def _residual_factor(cross: Tensor, factor: Tensor, asym_alpha: float) -> Tensor
         last = min(first + BLOCK, size)
         result[:last, first:last] = cross[:last, first:] @ factor[first:last, first:].T
     result.triu_(1).mul_(asym_alpha)
-    for first in reversed(
-        range(0, size, BLOCK)
-    ):  # in place: what a block of columns reads lies before it, or is itself
+    # In place, from the last: what a block of columns reads lies before it, or is itself.
+    for first in reversed(range(0, size, BLOCK)):
         last = min(first + BLOCK, size)
         result[:last, first:last] = result[:last, :last] @ factor[:last, first:last]
     return result
