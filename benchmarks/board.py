@@ -204,10 +204,11 @@ def train(verb: str, arguments: list[str]) -> None:
 
 def measure(model_folder: str | Path, problems: int) -> dict[str, Any]:
     from hf_rb import evaluation
+    from hf_rb._model_folder import adapter_beside
     from hf_rb.recover import load_recovered
 
     found = evaluation.find_model(str(model_folder))
-    load = load_recovered if Path(found, "adapter").is_dir() else evaluation.load_model
+    load = load_recovered if adapter_beside(found) else evaluation.load_model
     model, tokenizer = load(found, dtype="float32")
     rows = evaluation.load_task("tiny:math", problems)
     texts, contexts = evaluation.solutions(tokenizer, rows)

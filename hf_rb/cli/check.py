@@ -288,15 +288,11 @@ class _Checker:
             rules = QUANTIZATION_RULES[method](SimpleNamespace(**values))
             if len(self.report.errors) == before:  # otherwise the rules would speak of defaults that nobody wrote
                 self.report.errors += [f"`{key}`: {problem}" for problem in rules]
-        elif key == "quantization_config" and isinstance(
-            config, dict
-        ):  # elsewhere it may be a method of another library
-            self.report.errors.append(
-                value_problem(f"{key}.quant_method", str(method), choices=[*schemas.QUANTIZATION])
-            )
-        elif close := get_close_matches(
-            str(method), schemas.QUANTIZATION, n=1, cutoff=0.8
-        ):  # "quanto" is further away
+        elif key == "quantization_config" and isinstance(config, dict):
+            problem = value_problem(f"{key}.quant_method", str(method), choices=[*schemas.QUANTIZATION])
+            self.report.errors.append(problem)
+        # Elsewhere it may be a method of another library; "quanto" is further away than this.
+        elif close := get_close_matches(str(method), schemas.QUANTIZATION, n=1, cutoff=0.8):
             self.report.warnings.append(f"`{key}.quant_method` is {method!r}; did you mean {close[0]!r}?")
 
 

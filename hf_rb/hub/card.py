@@ -192,13 +192,15 @@ def write_model_card(folder: str | Path, data: ModelCardData) -> Path:
     return path
 
 
+# The sentence of the template that says what a model was made from and with.
+MADE = re.compile(r"^Made(?: from (?P<model>.+?))?(?: with the data (?P<data>.+?))? by \[`hf_rb`\]", re.MULTILINE)
+
+
 def read_origin(folder: str | Path) -> str | None:
     """Returns what a model was made from, in Markdown, by its card of ours; `None` if it has none."""
     path = Path(folder) / "README.md"
-    found = path.is_file() and re.search(
-        r"^Made from (.+?)(?: with the data .+)? by \[`hf_rb`\]", path.read_text(encoding="utf-8"), re.MULTILINE
-    )
-    return found[1] if found else None
+    found = path.is_file() and MADE.search(path.read_text(encoding="utf-8"))
+    return found["model"] if found else None
 
 
 # Fields that say where and how a run was watched, saved or sped up, not what was computed.

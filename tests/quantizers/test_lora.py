@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from round_trips import INPUT, logits
+from round_trips import INPUT, logits, train
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -42,18 +42,6 @@ def packed(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
 
 
-def train(model, steps=4):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(INPUT, labels=INPUT).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 def test_all_linear_trains(base):
     with torch.inference_mode():
         base(INPUT)  # what a kernel keeps from here must not stop training
@@ -64,7 +52,7 @@ def test_all_linear_trains(base):
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert len([name for name in trained if "lora_B" in name]) == 14 and all("lora" in name for name in trained)
     model.zero_grad()
-    losses = train(model)
+    losses = train(model, 4)
     assert losses[-1] < losses[0] - 0.1
     after = packed(model)
     assert len(after) == len(before) == 14

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from hf_rb.hub.card import MADE
 from hf_rb.hub.methods import METHODS
 from hf_rb.hub.report.blocks import Block, Table, number
 from hf_rb.hub.report.panels import evaluation, moe, quantization, recover
@@ -12,8 +13,7 @@ from hf_rb.hub.report.sources import Source
 TITLE = "Overview"
 # Of a run's log; the mean over the run where it was too short to log a loss.
 LOGGED = ("loss", "eval_loss", "reward", "mean_token_accuracy", "eval_mean_token_accuracy")
-# The sentence of a model card, and a reference in it.
-MADE = re.compile(r"^Made(?: from (?P<model>.+?))?(?: with the data (?P<data>.+?))? by \[`hf_rb`\]", re.MULTILINE)
+# A reference in the sentence of a model card.
 REFERENCE = re.compile(r"\[(.+?)\]\(.+?\)|`(.+?)`")
 
 
