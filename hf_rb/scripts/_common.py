@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from hf_rb import tiny
 from hf_rb._fields import described
 from hf_rb._model_folder import check_model
+from hf_rb._renamed import former_key, nearest_key
 from hf_rb.cli.data import BUILDERS, file_problem
 from hf_rb.trainers._routers import add_router_doctor
 from hf_rb.trainers._rules import only_gkd
@@ -120,11 +120,23 @@ def readable_errors(module: str) -> Iterator[None]:
         sys.exit(2)
 
 
+class RecipeParser(trl.TrlParser):
+    """TRL's parser, for which a scalar in a recipe is a list of one where the key takes a list, as on the command line."""
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        for action in self._actions:
+            value = values.get(action.dest)
+            is_scalar = isinstance(value, str | int | float) and not isinstance(value, bool)
+            if action.nargs == "+" and action.type in (str, int, float) and is_scalar:
+                values[action.dest] = [action.type(value)]
+        return super().set_defaults_with_config(**values)
+
+
 def make_parser(
     config_class: type[TrainingArguments], name: str, script_arguments: type[ScriptArguments] = ScriptArguments
 ) -> trl.TrlParser:
     """Returns the parser of a recipe's keys, for the script of that name."""
-    return trl.TrlParser(
+    return RecipeParser(
         (script_arguments, config_class, trl.ModelConfig, trl.DatasetMixtureConfig),
         prog=f"python -m hf_rb.scripts.{name}",
         allow_abbrev=False,
@@ -172,10 +184,10 @@ def parse(parser: trl.TrlParser, argv: Sequence[str] | None = None) -> tuple:
 def _refuse_unknown(keys: Iterable[str], known: list[str], where: str) -> None:
     for key in keys:
         if key not in known:
-            if problem := only_gkd(key):
+            if problem := former_key(key, known) or only_gkd(key):
                 raise ValueError(f"{where}: {problem}")
-            nearest = get_close_matches(key, known, n=1)
-            remedy = f"Did you mean `{nearest[0]}`?" if nearest else "Remove it."
+            nearest = nearest_key(key, known)
+            remedy = f"Did you mean `{nearest}`?" if nearest else "Remove it."
             raise ValueError(f"`{key}` in {where} is not an option. {remedy}")
 
 
