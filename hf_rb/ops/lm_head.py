@@ -122,7 +122,12 @@ class Term(NamedTuple):
 
 
 class Rule(Protocol):
-    """A loss by token. `log_q` and `log_p` are `(n, E)`; `log_probs` are the student's over the whole vocabulary, `(n, V)`."""
+    """
+    A loss by token. `log_q` and `log_p` are `(n, E)`; `log_probs` are the student's over the whole vocabulary, `(n, V)`.
+
+    With a cached teacher, `tokens["rest"]` holds the teacher's log-probability of the last event, `(n,)`. That event is all tokens
+    that are not stored: a rule that takes a maximum or an order over the events must not take it for a token.
+    """
 
     def __call__(
         self,
@@ -243,6 +248,8 @@ def _loop(
             here = {name: tensor[rows_of] for name, tensor in tokens.items()}
             log_probs = torch.log_softmax(logits[block], dim=-1)
             events = _events(log_probs, teacher, teacher_logits, rows_of, block)
+            if events.ids is not None:
+                here["rest"] = events.log_p[:, -1]
             term = rule(events.log_q, events.log_p, log_probs, here)
             total += (term.loss * weights[rows_of]).sum()
             for name, value in {"loss": term.loss, **term.stats}.items():

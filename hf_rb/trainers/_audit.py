@@ -249,7 +249,10 @@ class _CachedPaths(_GkdPaths):
         events = trainer.teacher.score(batch, keep)
         logits = trainer.model(**model_inputs(batch), use_cache=False).logits[:, :-1][keep]
         tokens = {"labels": (events.ids == labels[keep].unsqueeze(-1)).int().argmax(-1)}
-        losses = dense_losses(trainer._rule, *_on_events(logits[:, : trainer.teacher.vocabulary], events), tokens)
+        log_q, log_p = _on_events(logits[:, : trainer.teacher.vocabulary], events)
+        if log_p.shape[-1] > events.ids.shape[-1]:
+            tokens["rest"] = events.rest
+        losses = dense_losses(trainer._rule, log_q, log_p, tokens)
         return (trainer._weights(keep, batch["items"].clamp(min=1)) * losses).sum()
 
 

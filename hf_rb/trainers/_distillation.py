@@ -62,7 +62,7 @@ def dense_losses(
         tokens (`Mapping[str, torch.Tensor]`):
             What the rule reads, N rows each.
     """
-    labels = tokens["labels"]
+    labels, has_rest = tokens["labels"], "rest" in tokens
     if isinstance(rule, HpdRule):
         samples = inverse_cdf_sample(student_logits.detach().float().softmax(-1), tokens["uniforms"])
         return hpd_loss(student_logits, teacher_logits, labels, samples, rule.sample, rule.reinforce)
@@ -72,12 +72,14 @@ def dense_losses(
         advantage = gopd_advantage(log_q, teacher, reference, rule.reward_scale)
         return -advantage * (log_q - log_q.detach()).exp()
     if rule.loca_alpha is not None:
-        teacher_logits = loca_calibrate(teacher_logits.float().softmax(-1), labels, rule.loca_alpha).log()
+        teacher_logits = loca_calibrate(teacher_logits.float().softmax(-1), labels, rule.loca_alpha, has_rest).log()
     losses = {
         "jsd": lambda: jsd(student_logits, teacher_logits, rule.beta),
         "forward_kl": lambda: forward_kl(student_logits, teacher_logits),
         "reverse_kl": lambda: reverse_kl(student_logits, teacher_logits),
-        "akl": lambda: adaptive_kl(student_logits, teacher_logits, rule.akl_mu, rule.akl_head_rule),
+        "akl": lambda: adaptive_kl(
+            student_logits, teacher_logits, rule.akl_mu, rule.akl_head_rule, has_rest=has_rest
+        ),
     }[rule.objective]()
     if rule.kd_alpha == 1:
         return losses
