@@ -53,8 +53,9 @@ class _Worker:
             raise OSError(f"the process could not be started, in {MAX_FAILED_STARTS} attempts.")
         self.stop()
         self.failed_starts += 1
+        script = Path(__file__).with_name("_math_worker.py")
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("_math_worker.py"))],  # -P: packages before this folder
+            [sys.executable, "-P", str(script)],  # -P: the script's folder is not searched for modules
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -27,7 +27,7 @@ __all__ = ["check_gold", "gold_answer", "is_readable", "math_equivalent", "requi
 _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}")
 _SPELLINGS = {r"\$": "$", r"\%": "%", "{,}": ",", r"\,": ",", r"\!": "", "−": "-"}
 _NUMBER = re.compile(
-    r"(?P<sign>[-+]?)\s*(?P<before>[$€£¥]?)\s*(?P<minus>-?)"
+    r"(?P<sign>[-+]?)\s*(?:(?P<before>[$€£¥])\s*)?(?P<minus>-?)"
     r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?P<fraction>(?:\.[0-9]*)?)(?P<exponent>(?:[eE][-+]?[0-9]{1,3})?)"
     r"\s*(?P<after>[$€£¥%]?)"
 )
@@ -61,7 +61,7 @@ def same_answer(first: Any, second: Any) -> bool:
         return False
     text, other_text = _plain(one), _plain(other)
     if text.lower() == other_text.lower():
-        return True
+        return bool(text)
     amount, other_amount = _amount(text), _amount(other_text)
     if amount and other_amount:
         if amount.value == other_amount.value and _fits(amount.unit, other_amount.unit):

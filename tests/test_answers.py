@@ -76,7 +76,15 @@ def test_texts_and_numbers(first, second, same, installed, monkeypatch):
 
 @pytest.mark.parametrize(
     "first, second",
-    [("3/4", "0.75"), (r"\frac{1}{2}", "0.5"), ("1,2", "(1,2)"), ("50%", "50"), ("50%", "1/2"), ("x=5", "5"), ("x and y", "y and x")],
+    [
+        ("3/4", "0.75"),
+        (r"\frac{1}{2}", "0.5"),
+        ("1,2", "(1,2)"),
+        ("50%", "50"),
+        ("50%", "1/2"),
+        ("x=5", "5"),
+        ("x and y", "y and x"),
+    ],
 )
 def test_what_math_verify_adds(first, second, monkeypatch):
     if find_spec("math_verify") is not None:
@@ -146,9 +154,7 @@ class TestWorker:
         assert rewards == [0.0]
         assert seconds <= time.monotonic() - start < 10
         (message,) = [record.getMessage() for record in caplog.records]
-        assert message == (
-            f"math-verify has no reply after {seconds:.0f} s, so different from all others: {TOWER!r}"
-        )
+        assert message == (f"math-verify has no reply after {seconds:.0f} s, so different from all others: {TOWER!r}")
 
     def test_it_is_paid_once_and_long_answers_are_not_printed(self, quick, caplog):
         long = "(" * 5000 + "1" + ")" * 5000 + TOWER
@@ -226,7 +232,10 @@ print(mine)
         with caplog.at_level(logging.WARNING):
             assert not same_answer(r"\frac{1}{2}", "0.5") and not same_answer(r"\frac{1}{3}", "0.5")
         (record,) = caplog.records
-        assert "Answers are compared as texts and numbers only, without math-verify: the process ended" in record.getMessage()
+        assert (
+            "Answers are compared as texts and numbers only, without math-verify: the process ended"
+            in record.getMessage()
+        )
         assert same_answer("1,080", 1080)
         message = "`this test` needs math-verify, which runs in a process of its own. That failed: the process"
         for _ in range(2):
@@ -243,5 +252,7 @@ print(mine)
             {"what": "read", "answers": [""], "seconds": 5},
         ]
         lines = "".join(json.dumps(one) + "\n" for one in asked)
-        output = subprocess.run([sys.executable, "-P", script], input=lines, capture_output=True, text=True, timeout=60)
+        output = subprocess.run(
+            [sys.executable, "-P", script], input=lines, capture_output=True, text=True, timeout=60
+        )
         assert output.stdout == "ready\ntrue\nfalse\nfalse\n"

@@ -146,7 +146,9 @@ def test_rewards_and_evaluation_agree(completion, gold, reward):
 def test_a_list_is_no_answer(reward):
     if reward is math_accuracy_reward:
         pytest.importorskip("math_verify")
-    with pytest.raises(TypeError, match=r"An answer is text or a number, and \"\['5', 'five'\]\" is of type list. Write one"):
+    with pytest.raises(
+        TypeError, match=r"An answer is text or a number, and \"\['5', 'five'\]\" is of type list. Write one"
+    ):
         reward([r"\boxed{5}"], [["5", "five"]])
 
 

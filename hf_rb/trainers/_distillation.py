@@ -77,9 +77,7 @@ def dense_losses(
         "jsd": lambda: jsd(student_logits, teacher_logits, rule.beta),
         "forward_kl": lambda: forward_kl(student_logits, teacher_logits),
         "reverse_kl": lambda: reverse_kl(student_logits, teacher_logits),
-        "akl": lambda: adaptive_kl(
-            student_logits, teacher_logits, rule.akl_mu, rule.akl_head_rule, has_rest=has_rest
-        ),
+        "akl": lambda: adaptive_kl(student_logits, teacher_logits, rule.akl_mu, rule.akl_head_rule, has_rest=has_rest),
     }[rule.objective]()
     if rule.kd_alpha == 1:
         return losses

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from hf_rb._shapers import pipeline_line
 from hf_rb.advantages import SrarShaper, build_shapers, check_shapers, run_pipeline
 from hf_rb.advantages.pipeline import Shaper
+from hf_rb.answers import check_gold, require_math_verify, same_answer
 from hf_rb.hub import METHODS
 from hf_rb.ops.backbone import recorded_hidden
-from hf_rb.answers import check_gold, require_math_verify, same_answer
 from hf_rb.rewards import EXTRACTORS, GOLD_COLUMNS
 from hf_rb.trainers import _hidden_align
 from hf_rb.trainers._mixin import TrainerMixin, own_config
@@ -260,11 +260,14 @@ def _check_rubrics(shapers: Sequence[Shaper], datasets: list) -> None:
 
 
 def _check_answers(reward_funcs: Any, datasets: list) -> None:
-    functions = reward_funcs if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str) else [reward_funcs]
+    functions = (
+        reward_funcs if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str) else [reward_funcs]
+    )
     for function in functions:
-        column = GOLD_COLUMNS.get(getattr(function, "func", function))  # of a partial: that of its function
-        for data in datasets if column else ():
-            check_gold(column, data)
+        function = getattr(function, "func", function)  # that of a partial
+        for known, column in GOLD_COLUMNS.items():
+            for data in datasets if function is known else ():
+                check_gold(column, data)
 
 
 def _environment(args: GRPOConfig) -> Callable | None:

@@ -137,8 +137,8 @@ def test_cached_teacher_of_the_whole_vocabulary(models, whole, tmp_path, name):
 @pytest.mark.parametrize(
     "keys, exact",
     [
-        ({"objective": "akl", "akl_mu": 0.02}, ["akl/head_size"]),
-        ({"objective": "akl", "akl_mu": 0.05, "akl_head_rule": "code"}, ["akl/head_size"]),
+        ({"objective": "akl", "akl_mu": 0.15}, ["akl/head_size"]),
+        ({"objective": "akl", "akl_mu": 0.15, "akl_head_rule": "code"}, ["akl/head_size"]),
         ({"objective": "forward_kl", "loca_alpha": 0.95}, ["loca/scale", "loca/corrected_fraction"]),
     ],
     ids=["akl", "akl, code", "loca"],
@@ -151,7 +151,8 @@ def test_a_cache_of_few_tokens_of_a_flat_teacher(models, tmp_path, keys, exact):
             GKDTrainer, "train", lambda trainer, **_: cache_teacher(trainer, tmp_path / "cache", k=6, dtype="float32")
         )
         gkd_cases.train(models, **keys)
-    assert json.loads((tmp_path / "cache/manifest.json").read_text())["shards"]["0"]["tail_mass"] > 0.5
+    shard = json.loads((tmp_path / "cache/manifest.json").read_text())["shards"]["0"]
+    assert shard["tail_mass"] / shard["tokens"] > 0.7
     (found, *_), _ = gkd_cases.train(models, teacher=CachedTeacher(tmp_path / "cache"), **keys)
     (expected, *_), _ = gkd_cases.train(models, **keys)
     assert [found[key] for key in exact] == pytest.approx([expected[key] for key in exact], rel=1e-5)

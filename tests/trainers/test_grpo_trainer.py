@@ -361,7 +361,9 @@ def test_numbers_are_one_error_however_they_are_written(make, monkeypatch):
     shaped = generate(make(texts=texts))["advantages"]
     base = generate(make({}, texts=texts))["advantages"]
     assert (base[:2] > 0).all() and (base[2:6] < 0).all()
-    torch.testing.assert_close(shaped, edas(base, 6, [True] * 2 + [False] * 4 + [True] * 2 + [False] * 4, list("77aabc") * 2))
+    torch.testing.assert_close(
+        shaped, edas(base, 6, [True] * 2 + [False] * 4 + [True] * 2 + [False] * 4, list("77aabc") * 2)
+    )
 
 
 def test_names_of_rewards():
@@ -424,7 +426,11 @@ class NeedsRubric(SequenceShaper):
             {},
             "'calibadv' needs the dataset column 'scores'",
         ),
-        ({"correct_reward": "x"}, {"reward_funcs": None}, "`correct_reward: x` names no reward function, because none was given"),
+        (
+            {"correct_reward": "x"},
+            {"reward_funcs": None},
+            "`correct_reward: x` names no reward function, because none was given",
+        ),
         (
             {"hidden_align_coef": 0.1, "correct_reward": "exact_answer_reward"},
             {"answer_extractor": str.strip},
