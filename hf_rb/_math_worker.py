@@ -1,7 +1,8 @@
 """The process in which `math-verify` runs; `hf_rb._math_verify` starts it as a script, so that nothing of hf_rb or torch is imported.
 
-One JSON object a line in, one out: {"read": [answer]} says whether it can be read, {"equal": [first, second]} whether they are
-equal. `seconds` is how long the whole may take; the other side ends this process when they are over.
+A question is a line of JSON: {"what": "read", "answers": [answer], "seconds": 5} asks whether an answer can be read, {"what": "equal",
+"answers": [first, second], "seconds": 5} whether two are equal. The reply is a line with true or false. When the seconds are over, the
+other side ends this process.
 """
 
 import json
@@ -11,11 +12,10 @@ import sys
 from functools import lru_cache
 
 
-logging.disable(logging.CRITICAL)  # math-verify logs what it cannot read, in full
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, which goes to the trainer as well
-
-
 def main() -> None:
+    """Answers until there are no more questions."""
+    logging.disable(logging.CRITICAL)  # math-verify logs what it cannot read, in full
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, which goes to the trainer as well
     requests, replies = sys.stdin, sys.stdout
     sys.stdout = sys.stderr  # what a library prints is no reply
     from math_verify import parse, verify
