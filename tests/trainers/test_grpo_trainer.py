@@ -287,7 +287,7 @@ def test_a_column_that_comes_late(make, data):
 def test_the_pipeline_is_printed(make, capsys):
     make({**EDAS, "hidden_align_coef": 0.1}).train()
     assert (
-        "advantages: GRPO over groups of 6 -> edas (alpha 0.4, beta 0.3, kappa 2.0, no_answer cluster, equivalence string, "
+        "advantages: GRPO over groups of 6 -> edas (alpha 0.4, beta 0.3, kappa 2.0, no_answer cluster, equivalence auto, "
         "warmup_start 0, warmup_steps 0) -> dapo loss + 0.1 hidden-align\n"
     ) in capsys.readouterr().out
 
