@@ -112,7 +112,7 @@ def is_correct(text: str, answer: str | float | None, lenient: bool = False) -> 
         text (`str`):
             Completion of a model.
         answer (`str` or number):
-            Reference answer, or a text that ends in `#### <answer>`. Nothing is `None`.
+            Reference answer, or a text that ends in `#### <answer>`. With `None` nothing is correct.
         lenient (`bool`, *optional*, defaults to `False`):
             Takes the last number of a text without `####` as its answer.
     """
