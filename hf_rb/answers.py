@@ -109,7 +109,9 @@ def check_gold(column: str, dataset: Any) -> None:
     feature = (getattr(dataset, "features", None) or {}).get(column)
     try:
         if isinstance(feature, (list, dict)) or hasattr(feature, "feature"):  # several values a row
-            raise TypeError(f"An answer is text or a number, and the column holds {feature!r}. Write one answer in each row.")
+            raise TypeError(
+                f"An answer is text or a number, and the column holds {feature!r}. Write one answer in each row."
+            )
         gold_answer(next(iter(dataset), {}).get(column))
     except TypeError as error:
         raise ValueError(f"The column `{column}` of the dataset has no answers to compare with. {error}") from error
