@@ -39,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
         check_new_file(args.out, "--out", args.overwrite)
 
     import torch
-    from tqdm import tqdm
 
     from hf_rb import evaluation
+    from hf_rb._progress import tqdm
+    from hf_rb._special_tokens import cut, special_tokens
     from hf_rb.models.doctor import examine
     from hf_rb.quantizers.texts import read_texts
 
@@ -50,9 +51,11 @@ def run(args: argparse.Namespace) -> int:
     if texts is None:
         pairs = evaluation.solutions(tokenizer, evaluation.load_task(args.data))
         texts = [context + solution for solution, context in zip(*pairs, strict=True)]
-    ids = torch.tensor(tokenizer("\n\n".join(texts), verbose=False)["input_ids"][: args.tokens])
-    window = min(args.window, len(ids))
-    rows = ids[: len(ids) // window * window].view(-1, window).to(model.device)
+    added = special_tokens(tokenizer)
+    ids = added.around(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])[
+        : args.tokens
+    ]
+    rows = torch.tensor(list(cut(ids, added.head, min(args.window, len(ids))))).to(model.device)
     batches = tqdm(rows.split(args.batch_size), desc="router-report", delay=2, leave=False, disable=None)
     report = examine(model, ({"input_ids": batch} for batch in batches), args.seed)
 

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
 from hf_rb._files import atomic_folder
+from hf_rb._progress import tqdm
 from hf_rb._safetensors import SINGLE, Checkpoint, Entry, Output, write_index, write_tensors
 from hf_rb.evaluation import find_model
 from hf_rb.hub import ModelCardData, write_model_card

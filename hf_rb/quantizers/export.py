@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.utils import logging
 
 from hf_rb._files import atomic_folder
+from hf_rb._progress import tqdm
 from hf_rb._safetensors import Checkpoint, Output, write_index, write_tensors
 from hf_rb.evaluation import Size, find_model, model_size
 from hf_rb.hub import ModelCardData, read_origin, write_model_card

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
@@ -37,6 +36,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_rb import __version__, _compat
 from hf_rb._files import check_replaceable, publish_folder
 from hf_rb._model_folder import weight_bytes
+from hf_rb._progress import tqdm
 from hf_rb._safetensors import SINGLE, Checkpoint, Entry, Output, read_header, write_index, write_tensors
 from hf_rb._unfinished import STATE, file_stamps, finish, partial_folder, unfinished, write_json
 from hf_rb.evaluation import model_size

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_rb import __version__
 from hf_rb._files import check_replaceable, publish_folder
 from hf_rb._model_folder import check_apart, companions, copy_companions, find_model
+from hf_rb._progress import tqdm
 from hf_rb._safetensors import INDEX, SINGLE, Checkpoint, Entry, TensorFile, write_index
 from hf_rb._unfinished import STATE, file_stamps, finish, partial_folder, unfinished, write_json
 from hf_rb.hub import ModelCardData, write_model_card
