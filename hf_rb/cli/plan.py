@@ -4,13 +4,13 @@ import math
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hf_rb import tiny
 from hf_rb.cli import data
-from hf_rb.cli.memory import DTYPES, Architecture, Run, estimate, peak
+from hf_rb.cli.memory import DTYPES, Architecture, Run, estimate, estimate_audit, peak
 from hf_rb.recover.config import TRAINING
 
 
@@ -35,6 +35,7 @@ class Plan:
         memory (`dict[str, int]`, *optional*): Bytes by what they are for, where the model is on this machine.
         peak (`int`, *optional*): Highest sum of what is there at one moment, in bytes.
         missing (`list[str]`): Models without which memory cannot be estimated.
+        estimated (`tuple`, *optional*): What the memory was estimated from, the arguments of [`estimate`].
     """
 
     device: str
@@ -47,9 +48,19 @@ class Plan:
     memory: dict[str, int] | None
     peak: int | None
     missing: list[str]
+    estimated: tuple[Architecture, Run, list] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"largest": self.largest}
+        shown = asdict(self) | {"largest": self.largest}
+        del shown["estimated"]
+        return shown
+
+    def audit(self) -> "Plan":
+        """Returns the plan of `hf-rb audit` for the same recipe."""
+        if self.estimated is None:
+            return self
+        parts = estimate_audit(*self.estimated)
+        return replace(self, memory=parts, peak=peak(parts, accumulates=False))
 
     @property
     def largest(self) -> str | None:
@@ -63,6 +74,10 @@ class Plan:
         bound = "" if self.length is None else f" of at most {self.length:,} tokens"
         whole = "" if self.tokens is None else f": at most {self.tokens:,} tokens"
         yield f"plan: {steps} of {self.sequences:,} sequences{bound}{whole} (one process)"
+        yield from self.memory_lines()
+
+    def memory_lines(self) -> Iterator[str]:
+        """What of the plan is about memory."""
         if self.memory:
             parts = sorted(self.memory, key=self.memory.get, reverse=True)
             listed = ", ".join(f"{part} {_size(self.memory[part])}" for part in parts if self.memory[part])
@@ -74,9 +89,10 @@ class Plan:
     def problems(self) -> Iterator[str]:
         """What may stop the run on this machine."""
         if self.device == "cpu" and not self.cpu_arguments and self.peak and self.peak > (memory := _machine_memory()):
+            part = max(_REMEDIES, key=lambda name: self.memory.get(name, 0))
             yield (
-                f"the run needs about {_size(self.peak)} and this machine has {_size(memory)}. The largest part is {self.largest}: "
-                f"{_REMEDIES[self.largest]}."
+                f"the run needs about {_size(self.peak)} and this machine has {_size(memory)}. The largest part that a recipe decides is "
+                f"{part}: {_REMEDIES[part]}."
             )
 
 
@@ -88,7 +104,8 @@ _REMEDIES = {
     "logits": "lower `per_device_train_batch_size`",
     "teacher": "write `teacher_model_init_kwargs: {dtype: bfloat16}`, or train from `hf-rb cache-teacher`",
     "cache": "lower `per_device_train_batch_size` or `max_completion_length`",
-    "runtime": "close other programs",
+    "loading": "save the model once in the type that the run loads it in",
+    "comparison": "lower `--batch_size`, or audit a smaller student",
 }
 
 
@@ -123,7 +140,8 @@ def make_plan(args: Any, verb: str) -> Plan:
         model, *frozen = map(Architecture.read, folders)
         run = _run(args, verb, "cpu" if device == "cpu" else "cuda", half, model)
         sizes = [DTYPES.get(_dtype(kwargs, one), 4) for one, (_, kwargs) in zip(frozen, frozen_names, strict=True)]
-        plan.memory = estimate(model, run, list(zip(frozen, sizes, strict=True)))
+        plan.estimated = model, run, list(zip(frozen, sizes, strict=True))
+        plan.memory = estimate(*plan.estimated)
         plan.peak = peak(plan.memory, run.accumulates)
     return plan
 
