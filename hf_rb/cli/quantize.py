@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,9 @@ def _configure_d2quant(parser: argparse._ArgumentGroup) -> None:
         "--backend", choices=["gptaq", "gptq", "rtn"], help="rtn: round to nearest, without data (default gptaq)"
     )
     parser.add_argument(
-        "--dataset", metavar="TEXT", help="calibration text: a file, a dataset (NAME:CONFIG) or tiny:math"
+        "--dataset",
+        metavar="TEXT",
+        help="calibration text: a file, a dataset (NAME:CONFIG), wikitext2, c4, c4-new or tiny:math",
     )
     parser.add_argument("--num-samples", type=int, help="sequences of calibration text (default 128)")
     parser.add_argument("--seqlen", type=int, help="tokens of a sequence (default 2048)")
@@ -198,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
         measure_perplexity(report, *models, arguments.eval_data)
     if measured := report.markdown():
         add_section(Path(arguments.output_dir, "README.md"), "Measured by `hf-rb quantize`", measured)
-    found = json.dumps(asdict(report) | {"verdict": report.verdict()}, indent=2)
+    found = json.dumps(report.to_dict(), indent=2)
     Path(arguments.output_dir, "report.json").write_text(found + "\n", encoding="utf-8")  # for `hf-rb report`
     if args.json:
         print(found)
@@ -291,16 +293,32 @@ def _summary(report: "Report", folder: str) -> str:
         ["the same at 4 bits, rounded", f"{report.baseline_file_bytes:,} bytes"],
     ]
     if report.eval_data:
+        windows = f"; each window begins with {report.begins_with}" if report.begins_with else ""
         before, after = report.perplexity_before, report.perplexity_after
-        facts.append([f"perplexity, {report.eval_data}", f"{after:.4g}; before {before:.4g}"])
+        facts.append([f"perplexity, {report.eval_data}", f"{after:.4g}; before {before:.4g}{windows}"])
+        if report.perplexity_rounded is not None:
+            rounded = f"{report.perplexity_rounded:.4g}; measured in {report.rounding_seconds:.1f} s"
+            facts.append(["  the same at 4 bits, rounded", rounded])
+    elif report.begins_with:
+        facts.append(["calibration", f"each sequence begins with {report.begins_with}"])
     width = max(len(name) for name, _ in facts)
     lines = [f"{name.ljust(width)}  {value}" for name, value in facts]
     table = format_table(["layers", "number", "weights", "relative error", "4-bit rounding"], rows)
     blocks = ["", *_blocks(report)] if report.blocks else []
     if report.allocation:
         blocks += ["", _allocation(report)]
+    quality = [str(report.quality())] * (report.quality() is not None)
     return "\n".join(
-        [table, *blocks, "", *lines, "", report.verdict(), f"\nSaved in {folder}. Load it after `import hf_rb`."]
+        [
+            table,
+            *blocks,
+            "",
+            *lines,
+            "",
+            *quality,
+            report.verdict(),
+            f"\nSaved in {folder}. Load it after `import hf_rb`.",
+        ]
     )
 
 

@@ -44,7 +44,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         model = Path(config.output_dir, "model")
         where = f"The model is in {model}, and its card says how to load it." if model.is_dir() else ""
-        print("\n".join([report.table(), "", *report.notes, where]).rstrip())
+        if report.begins_with:
+            print(f"Perplexity on {report.text}: each window begins with {report.begins_with}.\n")
+        if report.rounding_seconds is not None:
+            where = f"4-bit rounding was measured in {report.rounding_seconds:.1f} s. {where}"
+        print("\n".join([report.table(), "", *report.sentences(), where]).rstrip())
     return 0
 
 

@@ -1,11 +1,12 @@
 """Quantizes a model folder into another one."""
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -14,6 +15,7 @@ from hf_rb._model_folder import check_apart, copy_companions, find_model, weight
 from hf_rb._unfinished import STATE, partial_folder
 from hf_rb.evaluation import Size, beginning, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
+from hf_rb.quantizers.baseline import round_weights
 from hf_rb.quantizers.report import Report
 from hf_rb.quantizers.texts import read_texts
 
@@ -88,7 +90,8 @@ def quantize(
 
 def measure_perplexity(report: Report, source: str | Path, destination: str | Path, data: str) -> None:
     """
-    Fills in the perplexities of a report, of the model before and of the saved quantized one.
+    Fills in the perplexities of a report: of the model before, of the same model with its layers rounded to 4 bits, and of the
+    saved quantized one.
 
     Args:
         report ([`Report`]):
@@ -104,18 +107,26 @@ def measure_perplexity(report: Report, source: str | Path, destination: str | Pa
         FileNotFoundError, ValueError: There is no such data, or it has no column `text`.
     """
     text = None if data.startswith("tiny:") else read_text(data)
-    values = []
-    for folder in (find_model(str(source)), destination):
-        model, tokenizer = load_model(folder)
+
+    def measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
         if text is None:
             texts, contexts = solutions(tokenizer, load_task(data, EVAL_PROBLEMS))
-            measured = perplexity(model, tokenizer, texts, contexts=contexts)
+            found = perplexity(model, tokenizer, texts, contexts=contexts)
         else:
-            measured = perplexity(model, tokenizer, beginning(tokenizer, text))
-        values.append(measured.perplexity)
-        del model
+            found = perplexity(model, tokenizer, beginning(tokenizer, text))
+        report.begins_with = found.begins_with
+        return found.perplexity
+
     report.eval_data = data if data.startswith("tiny:") else Path(data).name
-    report.perplexity_before, report.perplexity_after = values
+    model, tokenizer = load_model(find_model(str(source)))
+    report.bits_before = 8 * model.dtype.itemsize
+    report.perplexity_before = measured(model, tokenizer)
+    start = time.perf_counter()
+    if round_weights(model, [layer.name for layer in report.layers]):
+        report.perplexity_rounded = measured(model, tokenizer)
+        report.rounding_seconds = time.perf_counter() - start
+    del model
+    report.perplexity_after = measured(*load_model(destination))
 
 
 def read_text(data: str) -> str:
