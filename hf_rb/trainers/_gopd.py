@@ -157,6 +157,8 @@ class RoutedTeacher:
     def prepare(self, trainer: Trainer) -> None:
         for teacher in self.teachers.values():
             teacher.prepare(trainer)
+            if isinstance(teacher, LocalTeacher):
+                teacher.is_head()  # of which all processes have to agree, and later not each of them runs every teacher
         # Where processes hold parts of a teacher, all of them must take part in each of its forward passes.
         self._in_step = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
 

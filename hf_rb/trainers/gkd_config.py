@@ -27,7 +27,8 @@ class GKDConfig(GopdArguments, ObjectiveArguments, _compat.GKDConfig):
             (https://huggingface.co/papers/2602.12125), with `lmbda=1` and `temperature=1`.
         loss_impl (`str`, *optional*, defaults to `"chunked"`):
             `"chunked"` goes through the LM heads tile by tile and keeps no logits; `"dense"` is the formula on all logits, the
-            reference that the other is tested against. Both give the same losses and gradients.
+            reference that the other is tested against. Both give the same losses and gradients: the first step compares each model's
+            own logits with its hidden states through its LM head, and where they differ, its own logits are used, with a warning.
         kd_alpha (`float`, *optional*, defaults to `1.0`):
             The loss is `(1 - kd_alpha) · cross-entropy + kd_alpha · divergence`. Below 1 it needs `lmbda=0`. LLM-Neo
             (https://huggingface.co/papers/2411.06839) is `objective="forward_kl"` with this and LoRA.
@@ -72,7 +73,8 @@ class GKDConfig(GopdArguments, ObjectiveArguments, _compat.GKDConfig):
         default="chunked",
         metadata=described(
             "How the loss is computed: tile by tile without keeping logits (`chunked`), or by its formula on all logits "
-            "(`dense`). Both give the same losses and gradients.",
+            "(`dense`). Both give the same losses and gradients; a model with an LM head of another kind gets its own logits computed "
+            "in both, and a warning says so.",
             choices=["chunked", "dense"],
         ),
     )

@@ -22,7 +22,8 @@ from transformers import (
 from hf_rb import _compat
 from hf_rb._fields import validate
 from hf_rb.ops import lm_head
-from hf_rb.ops.backbone import gathered_head, head_of, model_inputs, width_of
+from hf_rb.ops.backbone import model_inputs, width_of
+from hf_rb.ops.logit_source import LogitSource
 from hf_rb.ops.sequences import Sequences
 from hf_rb.teachers import CachedTeacher, Teacher, build_teacher
 from hf_rb.trainers._distillation import (
@@ -108,6 +109,7 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         self.lmbda, self.beta, self.seq_kd, self.temperature = args.lmbda, args.beta, args.seq_kd, args.temperature
         self._rule = build_rule(args)
         self._forward_redirection = _compat.ForwardRedirection()
+        self._student_logits = LogitSource()
         self.generation_kwargs = self._generation_kwargs()
         self.generation_config = GenerationConfig(**self.generation_kwargs)
 
@@ -320,11 +322,11 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
     def _chunked_loss(self, student, inputs, keep, tokens, items):
         with self.accelerator.autocast():
             teacher = self._score(inputs, keep, tokens)
-            hidden, aux_loss = last_hidden(student, inputs, self.aux_loss_enabled)
-            with gathered_head(student):
+            hidden, aux_loss = last_hidden(self._student_logits, student, inputs, self.aux_loss_enabled)
+            with self._student_logits.head(student) as head:
                 scored = lm_head.lm_head_loss(
                     hidden[:, :-1][keep],
-                    head_of(student),
+                    head,
                     self._rule,
                     tokens,
                     teacher,
