@@ -50,8 +50,13 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"layer_types": ["linear_attention", "linear_attention"]},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 4, "n_mamba_heads": 2,
-              "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 4,
+        "n_mamba_heads": 2,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -105,7 +110,9 @@ def _shrunk_value(key: str, value: Any, layers: set, fields: Mapping[str, Any]) 
     return value
 
 
-def build_tiny(model_class: type[PreTrainedModel], model_type: str | None = None, seed: int = 0, **fields: Any) -> PreTrainedModel:
+def build_tiny(
+    model_class: type[PreTrainedModel], model_type: str | None = None, seed: int = 0, **fields: Any
+) -> PreTrainedModel:
     """
     Returns a tiny model of a class, in evaluation mode, in which no parameter has a special value.
 

@@ -34,7 +34,11 @@ def why_not_head(model: PreTrainedModel) -> str | None:
     """
     layer = model.get_output_embeddings()
     if getattr(layer, "weight", None) is None:
-        return f"its output layer, {type(layer).__name__}, has no weight" if layer is not None else "it has no output layer"
+        return (
+            f"its output layer, {type(layer).__name__}, has no weight"
+            if layer is not None
+            else "it has no output layer"
+        )
     try:
         others = _other_trained(model)
         if others:
@@ -69,7 +73,9 @@ def head_difference(model: PreTrainedModel) -> tuple[float, float]:
             ours = lm_head_logits(hidden, head)
         logits, types = _logits(model, hidden)
         if logits.shape != (1, *ours.shape):
-            raise ValueError(f"its logits have the shape {tuple(logits.shape)}, and those of the head {(1, *ours.shape)}")
+            raise ValueError(
+                f"its logits have the shape {tuple(logits.shape)}, and those of the head {(1, *ours.shape)}"
+            )
         unit = max(SMALLEST_UNIT, *map(_unit, [head.weight.dtype, *types, logits.dtype]))
         theirs = logits[0].to(ours.device, torch.float32)
         difference = ((theirs - ours).norm(dim=-1) / ours.norm(dim=-1)).max().item()
@@ -81,7 +87,8 @@ def _hidden(head: Head) -> torch.Tensor:
     if not head.weight.is_floating_point() or head.weight.ndim != 2:
         raise ValueError(f"the weight of the LM head is packed ({head.weight.dtype}, {tuple(head.weight.shape)})")
     width = head.weight.shape[1]
-    hidden = torch.randn(len(MAGNITUDES), width, generator=torch.Generator().manual_seed(0)).to(head.weight.device)
+    hidden = torch.randn(len(MAGNITUDES), width, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    hidden = hidden.to(head.weight.device)
     size = lm_head_logits(hidden, Head(head.weight, scale=head.scale)).square().mean(-1, keepdim=True).sqrt()
     if not (size > 0).all():
         raise ValueError("the LM head is zero")
@@ -124,7 +131,9 @@ def _giving(module: torch.nn.Module, hidden: torch.Tensor) -> Iterator[list[torc
     def replace(module, args, output):
         states = output.last_hidden_state
         if states.shape != (1, *hidden.shape):
-            raise ValueError(f"its hidden states have the shape {tuple(states.shape)}, and its LM head reads {(1, *hidden.shape)}")
+            raise ValueError(
+                f"its hidden states have the shape {tuple(states.shape)}, and its LM head reads {(1, *hidden.shape)}"
+            )
         types.append(states.dtype)
         if torch.is_autocast_enabled(states.device.type):
             types.append(torch.get_autocast_dtype(states.device.type))

@@ -43,7 +43,9 @@ class LogitSource:
                 logger.warning(_notice(model, reason or "so it is on another process"))
         return self._is_head
 
-    def output(self, model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: Any) -> tuple[torch.Tensor, ModelOutput]:
+    def output(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: Any
+    ) -> tuple[torch.Tensor, ModelOutput]:
         """
         Runs a model as far as the loop needs it.
 

@@ -52,7 +52,9 @@ class _ModelTeacher:
     ) -> tuple[torch.Tensor, Head]:
         hidden = self._source.output(model, inputs)[0][:, :-1]
         with self._source.head(model) as head:
-            if is_deepspeed_zero3_enabled() and head.weight is not None:  # it takes the whole head away when the context ends
+            if (
+                is_deepspeed_zero3_enabled() and head.weight is not None
+            ):  # it takes the whole head away when the context ends
                 bias = None if head.bias is None else head.bias.clone()
                 head = replace(head, weight=head.weight.clone(), bias=bias)
         # A model split by `device_map` may end on another device than the one the batch is on.
