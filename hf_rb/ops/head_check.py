@@ -42,8 +42,8 @@ def why_not_head(model: PreTrainedModel) -> str | None:
     try:
         others = _other_trained(model)
         if others:
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            return f"`{others[0]}`{more} in it would get no gradient"
+            more = f" and {len(others) - 1} more of its parameters" if len(others) > 1 else ""
+            return f"`{others[0]}`{more} would get no gradient"
         difference, tolerance = head_difference(model)
     except torch.OutOfMemoryError:
         raise

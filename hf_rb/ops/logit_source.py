@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -29,19 +30,22 @@ class LogitSource:
     as with `loss_impl: dense`, for the memory of all logits.
 
     Under DDP, FSDP or DeepSpeed, call everything here inside the wrapper's forward, on all processes: they agree on the outcome.
+
+    Attributes:
+        outcome (`bool`, *optional*): What the comparison has found, `None` before it.
     """
 
     def __init__(self) -> None:
-        self._is_head: bool | None = None
+        self.outcome: bool | None = None
 
     def is_head(self, model: PreTrainedModel) -> bool:
         """Returns whether a model's logits are its last hidden states through its LM head; compares them in the first call."""
-        if self._is_head is None:
+        if self.outcome is None:
             reason = why_not_head(model)
-            self._is_head = not _on_any_process(reason is not None, model.device)
-            if not self._is_head and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+            self.outcome = not _on_any_process(reason is not None)
+            if not self.outcome and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
                 logger.warning(_notice(model, reason or "so it is on another process"))
-        return self._is_head
+        return self.outcome
 
     def output(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: Any
@@ -89,10 +93,10 @@ class LogitSource:
             yield head_of(model)
 
 
-def _on_any_process(found: bool, device: torch.device) -> bool:
+def _on_any_process(found: bool) -> bool:
     if not torch.distributed.is_initialized():
         return found
-    flag = torch.tensor(int(found), device=device)
+    flag = torch.tensor(int(found), device=PartialState().device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return bool(flag)
 

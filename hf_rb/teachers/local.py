@@ -32,7 +32,7 @@ class _ModelTeacher:
 
     def is_head(self) -> bool:
         """Returns whether the model's logits are its last hidden states through its LM head. See [`~hf_rb.ops.logit_source.LogitSource`]."""
-        return self._run(self._source.is_head)
+        return self._run(self._source.is_head) if self._source.outcome is None else self._source.outcome
 
     def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> list[Teacher]:
         return self._run(lambda model: [Teacher(*self._hidden_and_head(model, inputs, keep))])

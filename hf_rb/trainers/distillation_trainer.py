@@ -232,13 +232,14 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
         tokens, teacher = self._score(inputs, mask)
         with self._student_logits.head(unwrapped_student) as head:
             # With the model split by `device_map`, the backbone may end on another device than the head.
+            states = hidden[mask.to(hidden.device)].to(head.device)
             scored = lm_head_loss(
-                hidden[mask.to(hidden.device)].to(head.device),
+                states,
                 head,
                 self._rule,
                 tokens,
                 teacher,
-                weights[mask].to(head.device),
+                weights[mask].to(states.device),
                 self.temperature,
                 self._vocabulary,
             )

@@ -58,10 +58,10 @@ FAST = (
     "Qwen3MoeForCausalLM",
 )
 ODD = {
-    "BertLMHeadModel": "`cls.predictions.transform.dense.weight` and 3 more in it would get no gradient",
+    "BertLMHeadModel": "`cls.predictions.transform.dense.weight` and 3 more of its parameters would get no gradient",
     "Gemma3ForConditionalGeneration": "the two differ by",  # its class has no cap, where its configuration has one
     "Llama4ForCausalLM": "its forward does not call its backbone, which is taken to be Llama4ForCausalLM",
-    "ModernBertDecoderForCausalLM": "`lm_head.dense.weight` and 1 more in it would get no gradient",
+    "ModernBertDecoderForCausalLM": "`lm_head.dense.weight` and 1 more of its parameters would get no gradient",
     "MptForCausalLM": "the two differ by",  # its class has no scale, where its configuration has one
     "MusicgenForCausalLM": "its output layer, ModuleList, has no weight",
     "RecurrentGemmaForCausalLM": "the two differ by",
@@ -171,7 +171,7 @@ def test_bias_of_zero_behind_the_backbone(tied):
     model = tiny("LlamaForCausalLM", tie_word_embeddings=tied)
     assert why_not_head(model) is None
     model.extra = torch.nn.Parameter(torch.zeros(128))
-    assert why_not_head(model) == "`extra` in it would get no gradient"
+    assert why_not_head(model) == "`extra` would get no gradient"
     model.extra.requires_grad_(False)
     assert why_not_head(model) is None
 
