@@ -48,6 +48,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp": {"layer_types": ["linear_attention", "linear_attention"]},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "linear_attention"]},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

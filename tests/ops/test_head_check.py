@@ -13,7 +13,7 @@ from tiny_zoo import build_tiny
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_rb import PTQTPConfig
-from hf_rb.ops.backbone import model_inputs
+from hf_rb.ops.backbone import model_inputs, recorded_hidden
 from hf_rb.ops.head_check import head_difference, why_not_head
 from hf_rb.ops.lm_head import lm_head_logits
 from hf_rb.ops.logit_source import LogitSource
@@ -36,8 +36,6 @@ CANNOT_BE_BUILT = {
     "Gemma4AssistantForCausalLM",
     "Gemma4UnifiedAssistantForCausalLM",
 }
-# Their forward gives logits of several codebooks, which are no distribution of the next token.
-REFUSED = {"MusicgenForCausalLM", "MusicgenMelodyForCausalLM"}
 # For their speed, these must not fall back. They are the kinds of scale, cap, bias and backbone that `head_of` knows.
 FAST = (
     "CohereForCausalLM",
@@ -69,8 +67,9 @@ ODD = {
 }
 
 
-def inputs_of(model, rows=2):
-    ids = torch.randint(5, 100, (rows, 6), generator=torch.Generator().manual_seed(1))
+def inputs_of(model):
+    """Four rows, as MusicGen takes them for its codebooks."""
+    ids = torch.randint(5, 100, (4, 6), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -80,7 +79,7 @@ def logits_of(model, source=None):
     with torch.no_grad():
         states, _ = source.output(model, inputs)
     with source.head(model) as head:
-        return lm_head_logits(states.flatten(0, 1), head).unflatten(0, (2, 6))
+        return lm_head_logits(states.flatten(0, 1), head).unflatten(0, (4, 6))
 
 
 def own_logits(model):
@@ -96,7 +95,7 @@ def tiny(name, **fields):
     return build_tiny(getattr(transformers, name), **FIELDS | fields)
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name not in CANNOT_BE_BUILT | REFUSED])
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in CANNOT_BE_BUILT])
 def test_logits_are_the_models_own(name):
     model, source = tiny(name), LogitSource()
     assert_close(logits_of(model, source), own_logits(model))
@@ -112,11 +111,19 @@ def test_the_list_of_what_cannot_be_built_is_true(name):
         tiny(name)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_logits_of_several_codebooks_are_refused(name):
-    model = tiny(name)
-    with pytest.raises(ValueError, match=f"{name} gives logits of shape .* Use a causal language model as student"):
-        LogitSource().output(model, inputs_of(model, rows=4))
+def test_logits_that_are_not_over_the_vocabulary_are_refused():
+    model = tiny("xLSTMForCausalLM")
+    model.config.vocab_size = 130
+    with pytest.raises(
+        ValueError, match=r"xLSTMForCausalLM gives logits of shape \(4, 6, 128\) for .* of 130, so that no"
+    ):
+        logits_of(model)
+    with pytest.raises(
+        ValueError, match="a Llama4ForCausalLM, returns no `last_hidden_state`, which Hidden-Align reads"
+    ):
+        model = tiny("Llama4ForCausalLM")
+        with recorded_hidden(model):
+            own_logits(model)
 
 
 @pytest.mark.parametrize("name, reason", ODD.items(), ids=ODD)
