@@ -40,8 +40,8 @@ class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
     """
     Trainer for distillation on the student's own completions. Takes what [`~trl.DistillationTrainer`] takes; with
     `objective="jsd"` it is that trainer, unless the logits of student or teacher are not hidden states times LM head, which TRL's
-    loss takes them for: the first step compares the two, and such a model gets its own logits, with a warning. Generation (transformers or vLLM), tools, masks and batches are the parent's in every
-    case.
+    loss takes them for: the first step compares the two, and such a model gets its own logits, with a warning. Generation
+    (transformers or vLLM), tools, masks and batches are the parent's in every case.
 
     `DistillationConfig(objective="gopd", reward_scale=1.25)` trains with ExOPD, generalized on-policy distillation with an
     extrapolated reward (https://huggingface.co/papers/2602.12125): of the tokens that the student has drawn, those that the
