@@ -116,6 +116,7 @@ TABLE: dict[str, Entry] = {
     # How transformers maps the tensors of files to parameters (hf_rb/quantizers/streaming.py).
     "Concatenate": Entry("transformers.core_model_loading", "Concatenate", ("dim",)),
     "MergeModulelist": Entry("transformers.core_model_loading", "MergeModulelist", ("dim",)),
+    "PreTrainedModel._from_config": Entry("transformers", "PreTrainedModel._from_config", ("config",)),
     "PreTrainedModel._get_dtype_plan": Entry("transformers", "PreTrainedModel._get_dtype_plan", ("dtype",)),
     "WeightConverter": Entry("transformers.core_model_loading", "WeightConverter"),
     "WeightRenaming": Entry("transformers.core_model_loading", "WeightRenaming"),

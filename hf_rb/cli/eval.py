@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_rb._files import check_new_file
-from hf_rb._model_folder import adapter_beside
+from hf_rb._model_folder import adapter_beside, find_model
 
 
 EXAMPLE = "hf-rb eval tiny:student --task tiny:math --limit 200 --speed"
@@ -57,6 +57,10 @@ def run(args: argparse.Namespace) -> int:
     # What can be wrong without a model is looked at before one is loaded.
     if args.perplexity and not Path(args.perplexity).is_file():
         raise FileNotFoundError(f"There is no text file {args.perplexity}.")
+    if args.task and not args.task.startswith("tiny:") and not Path(args.task).is_file():
+        raise FileNotFoundError(
+            f"There is no task file {args.task}: write tiny:math or the path of a JSON-lines file."
+        )
     for name in ("out", "plot"):
         if path := getattr(args, name):
             check_new_file(path, f"--{name}", args.overwrite)
@@ -67,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) not in (None, False) and not args.harness:
             raise ValueError(f"--{name.replace('_', '-')} is for --harness: add --harness TASK, or leave it out.")
 
-    from hf_rb import evaluation
     from hf_rb.weights.sweep import read_sweep
 
     sweep = read_sweep(args.model)
+    folders = sweep or {None: find_model(args.model)}
     if args.plot and (sweep is None or not (args.task or args.perplexity or args.speed)):
         raise ValueError(
             f"--plot draws what --task, --perplexity or --speed measures against lambda, and {args.model} "
@@ -80,11 +84,13 @@ def run(args: argparse.Namespace) -> int:
                 else "is no sweep: `hf-rb merge ... --lambda 0.2,0.5,0.8` writes one."
             )
         )
+
+    from hf_rb import evaluation
+
     rows = evaluation.load_task(args.task, args.limit) if args.task else None
     text = Path(args.perplexity).read_text(encoding="utf-8") if args.perplexity else None
     if not (rows or text or args.speed or args.harness):
         print("Only the size was measured; add --task, --perplexity, --harness or --speed for more.", file=sys.stderr)
-    folders = sweep or {None: evaluation.find_model(args.model)}
     measured = {lam: _measure(folder, args, rows, text) for lam, folder in folders.items()}
 
     everything = {"model": args.model, "task": args.task}
