@@ -156,7 +156,9 @@ def find_packed(source: str | Path, destination: str | Path, overwrite: bool) ->
     method = quantization_method(folder)
     if method not in PACKED:
         found = f"quantized with {method}" if method else "not quantized"
-        raise ValueError(f"{source} is {found}. Give the folder of a model that was quantized with {' or '.join(PACKED)}.")
+        raise ValueError(
+            f"{source} is {found}. Give the folder of a model that was quantized with {' or '.join(PACKED)}."
+        )
     check_replaceable(destination.resolve(), overwrite)
     return folder
 
