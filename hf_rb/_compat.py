@@ -131,6 +131,8 @@ TABLE: dict[str, Entry] = {
     "should_convert_module": Entry(
         "transformers.quantizers.quantizers_utils", "should_convert_module", ("full_name", "patterns")
     ),
+    # Which class is for which task of the Hub (hf_rb/hub/loading.py).
+    "TASK_MAPPING": Entry("transformers.modelcard", "TASK_MAPPING"),
     # `accelerate launch` without a shell (hf_rb/cli/train.py).
     "default_config_file": Entry("accelerate.commands.config", "default_config_file"),
     "launch_command": Entry("accelerate.commands.launch", "launch_command", ("args",)),

@@ -4,6 +4,7 @@ Only the standard library is imported at the top, so that a tool which streams w
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ __all__ = [
     "copy_companions",
     "find_model",
     "find_packed",
+    "local_folder",
+    "public_name",
     "quantization_method",
     "weight_bytes",
 ]
@@ -83,6 +86,21 @@ def find_model(name: str, adapter: bool = False) -> Path:
         raise FileNotFoundError(_NOWHERE.format(name)) from error
 
 
+def local_folder(name: str) -> Path | None:
+    """Returns a model's folder if it is on this machine, in the Hub's cache too."""
+    folder = Path(tiny.resolve(name)).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cached = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
+    try:
+        folder = cached / "snapshots" / (cached / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    return folder if (folder / "config.json").is_file() else None
+
+
 def check_model(name: str, revision: str | None = None) -> None:
     """
     Looks for a model, or an adapter, without loading it or downloading its weights.
@@ -131,6 +149,14 @@ def check_apart(source: Path, destination: Path) -> None:
         raise ValueError(
             f"{destination} holds the model that the result is made from. Choose another folder for the result."
         )
+
+
+def public_name(name: str) -> str:
+    """Returns what may be published of a name: of a path its last part, a Hub id and an embedded model as they are."""
+    if not (os.path.isabs(name) or name.startswith(("~", "./", "../")) or os.path.exists(name)):
+        return name
+    path = Path(os.path.abspath(name))
+    return f"tiny:{path.name}" if path.parent == tiny.ASSETS else path.name
 
 
 def quantization_method(folder: Path) -> str | None:

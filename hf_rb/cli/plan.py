@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_rb import tiny
+from hf_rb._model_folder import local_folder
 from hf_rb.cli import data
 from hf_rb.cli.memory import DTYPES, Architecture, Run, estimate, peak
 from hf_rb.recover.config import TRAINING
@@ -235,21 +235,6 @@ def _steps(args: Any, verb: str, sequences: int) -> int | None:
     if verb == "grpo":
         count *= (args.num_generations or 1) * args.num_iterations
     return math.ceil(math.ceil(count / sequences) * args.num_train_epochs)
-
-
-def local_folder(name: str) -> Path | None:
-    """Returns a model's folder if it is on this machine, in the Hub's cache too."""
-    folder = Path(tiny.resolve(name)).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    cached = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
-    try:
-        folder = cached / "snapshots" / (cached / "refs" / "main").read_text().strip()
-    except OSError:
-        return None
-    return folder if (folder / "config.json").is_file() else None
 
 
 def _device() -> str:

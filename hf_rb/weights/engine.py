@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hf_rb import __version__
 from hf_rb._files import check_replaceable, publish_folder
-from hf_rb._model_folder import check_apart, companions, copy_companions, find_model
+from hf_rb._model_folder import check_apart, companions, copy_companions, find_model, public_name
 from hf_rb._safetensors import INDEX, SINGLE, Checkpoint, Entry, TensorFile, write_index
 from hf_rb._unfinished import STATE, file_stamps, finish, partial_folder, unfinished, write_json
 from hf_rb.hub import ModelCardData, write_model_card
@@ -613,11 +613,6 @@ def vocabulary_problem(one: Source, other: Source) -> str | None:
         f"{one.role} and {other.role} have different vocabularies: id {conflict} is {ours[conflict]!r} in one and "
         f"{theirs[conflict]!r} in the other"
     )
-
-
-def public_name(name: str) -> str:
-    """A Hub id or an embedded model as it is; of a folder its name alone."""
-    return Path(name).name if Path(name).exists() else name
 
 
 def content(file: Path) -> Any:
