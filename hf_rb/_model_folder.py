@@ -156,7 +156,7 @@ def public_name(name: str) -> str:
     if not (os.path.isabs(name) or name.startswith(("~", "./", "../")) or os.path.exists(name)):
         return name
     path = Path(os.path.abspath(name))
-    return f"tiny:{path.name}" if path.parent == tiny.ASSETS else path.name
+    return next((f"tiny:{member}" for member in tiny.MODELS if tiny.path(member) == path), path.name)
 
 
 def quantization_method(folder: Path) -> str | None:

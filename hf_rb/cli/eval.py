@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_rb._files import check_new_file
-from hf_rb._model_folder import adapter_beside, find_model
+from hf_rb._model_folder import adapter_beside, find_model, public_name
 
 
 EXAMPLE = "hf-rb eval tiny:student --task tiny:math --limit 200 --speed"
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         print("Only the size was measured; add --task, --perplexity, --harness or --speed for more.", file=sys.stderr)
     measured = {lam: _measure(folder, args, rows, text) for lam, folder in folders.items()}
 
-    everything = {"model": args.model, "task": args.task}
+    everything = {"model": public_name(args.model), "task": args.task and public_name(args.task)}
     results = {lam: {key: _plain(value) for key, value in values.items()} for lam, values in measured.items()}
     if sweep:
         everything["sweep"] = [{"lambda": lam} | result for lam, result in results.items()]

@@ -102,6 +102,8 @@ def read_loading(folder: str | Path) -> Loading:
     """Returns how the model or the adapter in a folder is loaded; a base that is not on this machine counts as ordinary."""
     folder = Path(folder)
     config, adapter = read_json(folder / "config.json"), read_json(folder / ADAPTER_CONFIG)
+    if not config and not adapter:
+        return Loading()  # the card comes before the model
     base = adapter.get("base_model_name_or_path")
     if not config and base and (found := local_folder(base)):
         config = read_json(found / "config.json")

@@ -16,9 +16,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -150,7 +151,16 @@ def export_gptq(
             f"The rows of {len(short)} layers ({short[0]}, …) end in a group shorter than {packed.config.group_size}. Few loaders "
             'of the format take that; transformers does with `GPTQConfig(bits=4, backend="gptq_torch")`.'
         )
-    return packed.rewrite(packed.to_gptq, packed.gptq_config(), None, overwrite, progress)
+    card = {
+        "tags": [packed.method, "gptq", "4-bit"],
+        "load_with": 'GPTQConfig(bits=4, backend="gptq_torch")' if short else None,
+        "sections": {
+            "Format": "GPTQ: symmetric 4-bit codes, which hold the nine levels of two tied ternary planes of PTQTP exactly, with a scale for "
+            f"each group of {packed.config.group_size} weights. transformers loads it where `optimum` and `gptqmodel` are installed; it was "
+            "tried with 2.3 and 7.7, on a CPU."
+        },
+    }
+    return packed.rewrite(packed.to_gptq, packed.gptq_config(), None, overwrite, progress, card)
 
 
 @dataclass(frozen=True)
@@ -240,8 +250,12 @@ class _PackedModel:
         dtype: torch.dtype | None,
         overwrite: bool,
         progress: bool,
+        card: Mapping[str, Any] = MappingProxyType({}),
     ) -> Size:
-        """Writes the checkpoint again with `convert(name)` in the place of packed tensors and `dtype` for the others."""
+        """
+        Writes the checkpoint again with `convert(name)` in the place of packed tensors and `dtype` for the others. `card` are more fields
+        of its [`~hf_rb.hub.ModelCardData`].
+        """
         beside = {name + suffix for name in self.weights for suffix in self.quantizer.suffixes}
         total = sum(entry.nbytes for entry in self.checkpoint.entries.values())
         bar = tqdm(total=total, unit="B", unit_scale=True, desc="write", disable=None if progress else True)
@@ -265,12 +279,13 @@ class _PackedModel:
                 (folder / "config.json").write_text(text, encoding="utf-8")
             copy_companions(self.folder, folder)
             size = model_size(folder)
-            card = ModelCardData(self.destination.name, base_model=str(self.source), size=size, tags=[self.method])
             origin, method = read_origin(self.folder) or "the original model", self.config.method
-            card.sections = {
-                "Values": f"The weights have the values that quantizing {origin} with {method} has left, and no better ones."
-            }
-            write_model_card(folder, card)
+            values = (
+                f"The weights have the values that quantizing {origin} with {method} has left, and no better ones."
+            )
+            card = {"tags": [self.method], **card, "sections": {"Values": values, **card.get("sections", {})}}
+            data = ModelCardData(self.destination.name, base_model=str(self.source), size=size, **card)
+            write_model_card(folder, data)
         return size
 
     def to_gptq(self, name: str) -> dict[str, Output]:

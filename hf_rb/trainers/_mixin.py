@@ -22,7 +22,9 @@ from hf_rb.hub import (
     METHODS,
     ModelCardData,
     Result,
+    adapter_settings,
     changed_hyperparameters,
+    model_loading,
     plan_upload,
     push_folder,
     write_model_card,
@@ -152,6 +154,8 @@ class TrainerMixin:
 
     # Model card
 
+    _carded: dict[str, Any] = {}  # what `create_model_card` was given last
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -174,24 +178,44 @@ class TrainerMixin:
         """
         if not self.is_world_process_zero():
             return
+        self._carded = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags, "base_model": base_model}
+        self._write_card(self.args.output_dir, **self._carded)
+
+    def _write_card(
+        self,
+        folder: str,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        base_model: str | None = None,
+    ) -> None:
         tags = [tags] if isinstance(tags, str) else tags or []
+        adapters = self.model.peft_config.values() if is_peft_model(self.model) else ()
+        settings = [adapter_settings(config.to_dict()) for config in adapters]
         own_tags = {"hf_rb", *self._all_methods}  # the card adds these itself
         evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
         write_model_card(
-            self.args.output_dir,
+            folder,
             ModelCardData(
                 model_name=model_name or Path(self.args.output_dir).name,
                 methods=self._all_methods,
                 base_model=base_model or self.model.config._name_or_path or None,
                 dataset_name=dataset_name,
                 trainer=type(self).__name__,
-                hyperparameters=changed_hyperparameters(self.args),
+                hyperparameters=changed_hyperparameters(self.args) | (settings[0] if settings else {}),
                 results=_results(evaluations[-1], dataset_name) if evaluations else (),
                 repo_id=self.hub_model_id,
                 tags=[tag for tag in dict.fromkeys([*self._tag_names, *tags]) if tag not in own_tags],
-                library_name="peft" if is_peft_model(self.model) else "transformers",
+                library_name="peft" if adapters else "transformers",
+                loading=model_loading(self.model, self.processing_class),
             ),
         )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if is_peft_model(self.model) and self.is_world_process_zero():
+            # In place of PEFT's, which says nothing but where the base lies on this machine.
+            self._write_card(output_dir or self.args.output_dir, **self._carded)
 
     def push_to_hub(
         self,
@@ -278,9 +302,8 @@ class TrainerMixin:
         how = {"token": args.hub_token, "revision": args.hub_revision, "run_as_future": True}
         message = f"Training in progress, step {self.state.global_step}"
         try:
-            for name in plan_upload(folder).files:
-                if name != "README.md":  # PEFT's, which is empty
-                    shutil.copyfile(folder / name, Path(args.output_dir, name))
+            for name, path in plan_upload(folder).paths.items():
+                shutil.copyfile(path, Path(args.output_dir, name))
             jobs = [push_folder(args.output_dir, self.hub_model_id, commit_message=message, create=False, **how)]
         except (OSError, ValueError) as error:  # shards of FSDP are no model; the run goes on
             logger.warning(f"{folder} is not uploaded: {error}")

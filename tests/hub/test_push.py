@@ -51,6 +51,7 @@ def test_only_the_model_is_uploaded(folder):
     upload = plan_upload(folder)
     assert set(upload.files) == UPLOADED
     assert upload.size == sum((folder / name).stat().st_size for name in UPLOADED)
+    assert upload.card == (folder / "README.md").read_text() and upload.repo_type == "model"
     assert {"checkpoint-5/", "teacher_cache/", ".cache/", "optimizer.pt", "optimizer.safetensors", ".env"} < set(
         upload.left_out
     )
@@ -80,7 +81,8 @@ def test_a_dry_run_counts_the_results(folder, tmp_path, capsys, monkeypatch):
     assert main([*push, "--dry-run", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["results"] == 2
-    assert planned["files"]["README.md"] == add_results(folder / "README.md", RESULTS).stat().st_size
+    written = add_results(folder / "README.md", RESULTS).read_text().replace("path/to/student", "me/model")
+    assert planned["files"]["README.md"] == len(written.encode())
 
     before = (folder / "README.md").read_bytes()
     results.write_text(json.dumps({"model": "outputs/teacher", "results": [vars(result) for result in RESULTS]}))
