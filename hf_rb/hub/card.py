@@ -97,6 +97,8 @@ class ModelCardData:
             License in the Hub's spelling, as `"apache-2.0"`.
         adapter (`str`, *optional*):
             Subfolder with an adapter for these weights, which the loading example adds.
+        made_here (`bool`, *optional*, defaults to `True`):
+            Whether hf_rb has made the model, and not only its card.
         summaries (`Mapping[str, str]`, *optional*):
             What methods did here, by their keys, where the sentence of [`METHODS`] says more or less.
         sections (`Mapping[str, str]`, *optional*):
@@ -121,6 +123,7 @@ class ModelCardData:
     load_with: str | None = None
     license: str | None = None
     adapter: str | None = None
+    made_here: bool = True
     summaries: Mapping[str, str] = field(default_factory=dict)
     sections: Mapping[str, str] = field(default_factory=dict)
 
@@ -146,7 +149,7 @@ class ModelCardData:
             license=self.license,
             model_name=self.model_name,
             pipeline_tag=(self.loading or Loading()).task,
-            tags=["hf_rb", *self.methods, *self.tags],
+            tags=["hf_rb"] * self.made_here + [*self.methods, *self.tags],
         )
 
 

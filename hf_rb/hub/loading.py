@@ -109,11 +109,11 @@ def read_loading(folder: str | Path) -> Loading:
         config = read_json(found / "config.json")
     named = (adapter.get("auto_mapping") or {}).get("base_model_class")
     architecture = (config.get("architectures") or [named or Loading.architecture])[0]
-    chat = any(folder.glob("chat_template*")) or "chat_template" in read_json(folder / "tokenizer_config.json")
+    chat = any(folder.glob("chat_template*")) or read_json(folder / "tokenizer_config.json").get("chat_template")
     has = {"AutoProcessor": "*processor_config.json", "AutoTokenizer": "tokenizer*"}
     return Loading(
         architecture,
-        chat,
+        bool(chat),
         next((reader for reader, pattern in has.items() if any(folder.glob(pattern))), ""),
         (config.get("quantization_config") or {}).get("quant_method"),
         str(config.get("model_type")).startswith("mpi_"),
@@ -138,8 +138,8 @@ def model_loading(model: Any, reader: Any) -> Loading:
 
 # What an adapter's configuration says of its place, its use and its loading, and not of what was trained.
 _SILENT = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type", "peft_version", "revision",
-    "task_type",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "revision", "task_type",
 }  # fmt: skip
 
 

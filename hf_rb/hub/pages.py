@@ -34,14 +34,16 @@ def model_card(folder: Path) -> str:
     if not (config or adapter) and any(folder.glob("*.gguf")):
         return _gguf_card(folder, name)
     loading = read_loading(folder)
+    methods = [loading.method] if config and loading.method in PACKED else ["mpi"] if config and loading.mpi else []
     data = ModelCardData(
         name,
-        methods=[loading.method] if config and loading.method in PACKED else ["mpi"] if config and loading.mpi else [],
+        methods,
         base_model=adapter.get("base_model_name_or_path"),
         hyperparameters=adapter_settings(adapter) if adapter else {},
         tags=[loading.method] if config and loading.method and loading.method not in PACKED else [],
         library_name="peft" if adapter and not config else "transformers",
         loading=loading,
+        made_here=bool(methods),
     )
     return render_card(data)
 
