@@ -18,17 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_rb import _compat
 from hf_rb._files import MANIFEST, start_manifest, verify_manifest, write_manifest
-from hf_rb.hub import (
-    METHODS,
-    ModelCardData,
-    Result,
-    adapter_settings,
-    changed_hyperparameters,
-    model_loading,
-    plan_upload,
-    push_folder,
-    write_model_card,
-)
+from hf_rb.hub import METHODS, plan_upload, push_folder
+from hf_rb.trainers._card import write_card
 from hf_rb.trainers._routers import has_mpi, prepare_routers
 
 
@@ -154,7 +145,7 @@ class TrainerMixin:
 
     # Model card
 
-    _carded: dict[str, Any] = {}  # what `create_model_card` was given last
+    _carded: dict[str, Any] = {}  # what `create_model_card` was given
 
     def create_model_card(
         self,
@@ -178,44 +169,15 @@ class TrainerMixin:
         """
         if not self.is_world_process_zero():
             return
-        self._carded = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags, "base_model": base_model}
-        self._write_card(self.args.output_dir, **self._carded)
-
-    def _write_card(
-        self,
-        folder: str,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        base_model: str | None = None,
-    ) -> None:
-        tags = [tags] if isinstance(tags, str) else tags or []
-        adapters = self.model.peft_config.values() if is_peft_model(self.model) else ()
-        settings = [adapter_settings(config.to_dict()) for config in adapters]
-        own_tags = {"hf_rb", *self._all_methods}  # the card adds these itself
-        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
-        write_model_card(
-            folder,
-            ModelCardData(
-                model_name=model_name or Path(self.args.output_dir).name,
-                methods=self._all_methods,
-                base_model=base_model or self.model.config._name_or_path or None,
-                dataset_name=dataset_name,
-                trainer=type(self).__name__,
-                hyperparameters=changed_hyperparameters(self.args) | (settings[0] if settings else {}),
-                results=_results(evaluations[-1], dataset_name) if evaluations else (),
-                repo_id=self.hub_model_id,
-                tags=[tag for tag in dict.fromkeys([*self._tag_names, *tags]) if tag not in own_tags],
-                library_name="peft" if adapters else "transformers",
-                loading=model_loading(self.model, self.processing_class),
-            ),
-        )
+        given = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags, "base_model": base_model}
+        self._carded = self._carded | {key: value for key, value in given.items() if value is not None}
+        write_card(self, self.args.output_dir, **given)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if is_peft_model(self.model) and self.is_world_process_zero():
             # In place of PEFT's, which says nothing but where the base lies on this machine.
-            self._write_card(output_dir or self.args.output_dir, **self._carded)
+            write_card(self, output_dir or self.args.output_dir, **self._carded)
 
     def push_to_hub(
         self,
@@ -388,12 +350,6 @@ def complete_checkpoint(output_dir: str, resume: str | bool) -> str:
 
 def _listed(problems: list[str]) -> str:
     return problems[0] if len(problems) == 1 else f"{problems[0]} (and {len(problems) - 1} more)"
-
-
-def _results(evaluation: dict[str, float], dataset_name: str | None) -> list[Result]:
-    names = {"eval_loss": "loss", "eval_mean_token_accuracy": "token accuracy", "eval_reward": "reward"}
-    dataset = dataset_name or "evaluation data"
-    return [Result(name, evaluation[key], dataset) for key, name in names.items() if key in evaluation]
 
 
 def own_config(
