@@ -44,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from hf_rb._model_folder import check_models
     from hf_rb._resources import find_recipe
     from hf_rb.cli.check import check, read_overrides, read_recipe
 
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if report.errors:
         report.show()
         return 2
+    check_models(recipe | ({"teacher_model_name_or_path": captured} if captured else {}))
     for note in make_small(recipe, verb, args.batch_size, args.max_new_tokens):
         print(note, file=sys.stderr)
     if plan := check(path, recipe, verb).plan:  # of the smaller recipe

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_rb._files import check_new_file
-from hf_rb._model_folder import adapter_beside
+from hf_rb._model_folder import adapter_beside, find_model, public_name
 
 
 EXAMPLE = "hf-rb eval tiny:student --task tiny:math --limit 200 --speed"
@@ -67,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
     # What can be wrong without a model is looked at before one is loaded.
     if args.perplexity and not Path(args.perplexity).is_file():
         raise FileNotFoundError(f"There is no text file {args.perplexity}.")
+    if args.task and not args.task.startswith("tiny:") and not Path(args.task).is_file():
+        raise FileNotFoundError(
+            f"There is no task file {args.task}: write tiny:math or the path of a JSON-lines file."
+        )
     for name in ("out", "plot"):
         if path := getattr(args, name):
             check_new_file(path, f"--{name}", args.overwrite)
@@ -79,10 +83,10 @@ def run(args: argparse.Namespace) -> int:
     if args.baseline and not args.perplexity:
         raise ValueError("--baseline is compared by perplexity: add --perplexity FILE, or leave it out.")
 
-    from hf_rb import evaluation
     from hf_rb.weights.sweep import read_sweep
 
     sweep = read_sweep(args.model)
+    folders = sweep or {None: find_model(args.model)}
     if args.plot and (sweep is None or not (args.task or args.perplexity or args.speed)):
         raise ValueError(
             f"--plot draws what --task, --perplexity or --speed measures against lambda, and {args.model} "
@@ -92,17 +96,19 @@ def run(args: argparse.Namespace) -> int:
                 else "is no sweep: `hf-rb merge ... --lambda 0.2,0.5,0.8` writes one."
             )
         )
+
+    from hf_rb import evaluation
+
     rows = evaluation.load_task(args.task, args.limit) if args.task else None
     text = Path(args.perplexity).read_text(encoding="utf-8") if args.perplexity else None
     if not (rows or text or args.speed or args.harness):
         print("Only the size was measured; add --task, --perplexity, --harness or --speed for more.", file=sys.stderr)
-    folders = sweep or {None: evaluation.find_model(args.model)}
     baseline = _baseline(args, text, folders.values()) if args.baseline else None
     measured = {lam: _measure(folder, args, rows, text, baseline) for lam, folder in folders.items()}
 
-    everything = {"model": args.model, "task": args.task}
+    everything = {"model": public_name(args.model), "task": args.task and public_name(args.task)}
     if baseline:
-        everything["baseline"] = {"model": args.baseline} | asdict(baseline)
+        everything["baseline"] = {"model": public_name(args.baseline)} | asdict(baseline)
     results = {lam: {key: _plain(value) for key, value in values.items()} for lam, values in measured.items()}
     if sweep:
         everything["sweep"] = [{"lambda": lam} | result for lam, result in results.items()]

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_rb import tiny
+from hf_rb._model_folder import local_folder
 from hf_rb.cli import data
 from hf_rb.cli.memory import DTYPES, Architecture, Run, estimate, estimate_audit, peak
 from hf_rb.recover.config import TRAINING
 
 
-__all__ = ["Plan", "make_plan", "recover_lines"]
+__all__ = ["Plan", "cpu_arguments", "make_plan", "recover_lines"]
 
 # Tokens of a prompt where a recipe bounds the completion alone.
 PROMPT_TOKENS = 256
@@ -109,6 +109,14 @@ _REMEDIES = {
 }
 
 
+def cpu_arguments(use_cpu: bool | None, fp16: bool | None, bf16: bool | None) -> list[str]:
+    """Returns what the values of a recipe lack to run where there is no GPU: bfloat16 is possible, float16 is not."""
+    if use_cpu:
+        return []
+    plain = ["--fp16", "false"] * bool(fp16) + ["--bf16", "false"] if fp16 or bf16 is None else []
+    return ["--use_cpu", "true", *plain]
+
+
 def make_plan(args: Any, verb: str) -> Plan:
     """Plans a run.
 
@@ -117,10 +125,9 @@ def make_plan(args: Any, verb: str) -> Plan:
         verb (`str`): `"sft"`, `"gkd"`, `"distillation"` or `"grpo"`.
     """
     device = "cpu" if args.use_cpu else _device()
-    cpu_arguments = [] if args.use_cpu or device != "cpu" else ["--use_cpu", "true"]
+    added = cpu_arguments(args.use_cpu, args.fp16, args.bf16) if device == "cpu" else []
     fp16, bf16 = args.fp16, not args.fp16 if args.bf16 is None else args.bf16  # bfloat16 is TRL's default
-    if cpu_arguments and (fp16 or args.bf16 is None):
-        cpu_arguments += ["--fp16", "false"] * fp16 + ["--bf16", "false"]
+    if "--bf16" in added:
         fp16 = bf16 = False
     half = fp16 or bf16
     precision = "float16 autocast" if fp16 else "bfloat16 autocast" if bf16 else "float32"
@@ -134,7 +141,7 @@ def make_plan(args: Any, verb: str) -> Plan:
     frozen_names = _frozen(args, verb)
     names = [args.model_name_or_path, *(name for name, _ in frozen_names)]
     folders = [local_folder(name) for name in names]
-    plan = Plan(device, cpu_arguments, precision, steps, sequences, length, tokens, None, None, [])
+    plan = Plan(device, added, precision, steps, sequences, length, tokens, None, None, [])
     plan.missing = [name for name, folder in dict(zip(names, folders, strict=True)).items() if folder is None]
     if not plan.missing:
         model, *frozen = map(Architecture.read, folders)
@@ -246,21 +253,6 @@ def _steps(args: Any, verb: str, sequences: int) -> int | None:
     if verb == "grpo":
         count *= (args.num_generations or 1) * args.num_iterations
     return math.ceil(math.ceil(count / sequences) * args.num_train_epochs)
-
-
-def local_folder(name: str) -> Path | None:
-    """Returns a model's folder if it is on this machine, in the Hub's cache too."""
-    folder = Path(tiny.resolve(name)).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    cached = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
-    try:
-        folder = cached / "snapshots" / (cached / "refs" / "main").read_text().strip()
-    except OSError:
-        return None
-    return folder if (folder / "config.json").is_file() else None
 
 
 def _device() -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_rb._fields import described, validate
 from hf_rb._files import check_replaceable
+from hf_rb._model_folder import find_model
 from hf_rb._resources import find_recipe
 from hf_rb.cli.check import check, read_recipe
 
@@ -181,14 +182,17 @@ def _by_pattern(text: str) -> tuple[str, int] | str:
 
 def run(args: argparse.Namespace) -> int:
     arguments = read_arguments(args)
+    find_model(arguments.model_name_or_path)
     if not arguments.stream:  # which may have its result, and be about to clean up
         check_replaceable(Path(arguments.output_dir).resolve(), arguments.overwrite)
 
     from hf_rb.hub import add_section
     from hf_rb.quantizers import measure_perplexity, quantize, quantize_checkpoint
-    from hf_rb.quantizers.offline import read_text
+    from hf_rb.quantizers.offline import check_measurable, read_text
 
     models = arguments.model_name_or_path, arguments.output_dir
+    if arguments.eval_data:
+        check_measurable(arguments.model_name_or_path)
     if arguments.eval_data and not arguments.eval_data.startswith("tiny:"):
         read_text(arguments.eval_data)  # a wrong name is told before the work
     options = {"overwrite": arguments.overwrite, "dtype": arguments.dtype}

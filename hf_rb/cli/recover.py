@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from hf_rb._model_folder import check_models
 from hf_rb._resources import find_recipe
 from hf_rb.cli import schemas
 from hf_rb.cli.check import check, read_overrides, read_recipe
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         found.show()
         return 2
     config = RecoverConfig(**recipe)
+    check_models(recipe)
 
     from hf_rb.recover import recover
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from hf_rb._model_class import skeleton
 from hf_rb._model_folder import adapter_beside
 from hf_rb._safetensors import Checkpoint
 
@@ -79,6 +80,4 @@ def _logical_weights(folder: Path) -> int:
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the shapes of the model as it was before packing
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in skeleton(config).parameters())

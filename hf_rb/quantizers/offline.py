@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb._files import atomic_folder, check_replaceable
-from hf_rb._model_folder import check_apart, copy_companions, find_model, weight_bytes
+from hf_rb._model_class import check_causal, model_class
+from hf_rb._model_folder import check_apart, copy_companions, find_model, quantization_method, weight_bytes
 from hf_rb._unfinished import STATE, partial_folder
 from hf_rb.evaluation import Size, beginning, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
@@ -21,11 +22,11 @@ from hf_rb.quantizers.texts import read_texts
 
 
 __all__ = [
+    "check_measurable",
     "complete_folder",
     "describe",
     "measure_perplexity",
     "open_source",
-    "quantization_method",
     "quantize",
     "read_text",
 ]
@@ -43,7 +44,7 @@ def quantize(
     resume: bool = True,
 ) -> Report:
     """
-    Quantizes a causal language model and saves it with its tokenizer, chat template, generation config and a model card.
+    Quantizes a model, of the class that its config names, and saves it with its tokenizer or processor, chat template, generation config and a model card.
 
     The folder appears at `destination` in one step when it is complete. The whole model is in memory at a time;
     [`quantize_checkpoint`] writes the same tensors with the memory of one. A method that runs the model on calibration text
@@ -79,7 +80,8 @@ def quantize(
         if not resume:
             (Path(config.resume_dir) / STATE).unlink(missing_ok=True)
     check_replaceable(destination.resolve(), overwrite)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    kind = model_class(AutoConfig.from_pretrained(folder))
+    model = kind.from_pretrained(folder, quantization_config=config, dtype=dtype)
     with atomic_folder(destination, overwrite) as result:  # only now: a run that is killed leaves its temporary folder
         model.save_pretrained(result)
         size = complete_folder(result, folder, source, destination.name, config)
@@ -129,6 +131,11 @@ def measure_perplexity(report: Report, source: str | Path, destination: str | Pa
     report.perplexity_after = measured(*load_model(destination))
 
 
+def check_measurable(source: str | Path) -> None:
+    """Refuses a model for [`measure_perplexity`] before it is quantized: with a `ValueError` if it is no causal language model."""
+    check_causal(AutoConfig.from_pretrained(find_model(str(source))), "Perplexity (`--eval-data`)")
+
+
 def read_text(data: str) -> str:
     """Returns the text of a file or a dataset (see [`measure_perplexity`])."""
     return "\n\n".join(read_texts(data, split="test"))
@@ -145,12 +152,6 @@ def open_source(
     if method := quantization_method(folder):
         raise ValueError(f"{folder} is quantized with {method} already. Quantize the model it was made from.")
     return folder, destination, config
-
-
-def quantization_method(folder: Path) -> str | None:
-    """Returns the method with which a saved model is quantized."""
-    stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
-    return stored and stored.get("quant_method", "something")
 
 
 def complete_folder(

@@ -28,13 +28,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb import __version__, _compat
 from hf_rb._files import check_replaceable, publish_folder
+from hf_rb._model_class import skeleton
 from hf_rb._model_folder import weight_bytes
 from hf_rb._progress import tqdm
 from hf_rb._safetensors import SINGLE, Checkpoint, Entry, Output, read_header, write_index, write_tensors
@@ -160,8 +161,7 @@ class _Plan:
         self.quantizer.validate_environment(device_map=None, weights_only=True)
         model_config = AutoConfig.from_pretrained(folder)
         self.dtype = self.quantizer.update_dtype(_load_dtype(model_config, checkpoint, dtype))
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(model_config, dtype=self.dtype)
+        self.model = skeleton(model_config, self.dtype)
         self.needs_generation_config = self.model.can_generate() and not (folder / "generation_config.json").is_file()
         self.shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         needed = {name for name, _ in self.model.named_parameters()}

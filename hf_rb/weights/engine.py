@@ -26,13 +26,14 @@ from torch import Tensor
 
 from hf_rb import __version__
 from hf_rb._files import check_replaceable, publish_folder
-from hf_rb._model_folder import check_apart, companions, copy_companions, find_model
+from hf_rb._model_folder import check_apart, companions, copy_companions, find_model, public_name
 from hf_rb._progress import tqdm
 from hf_rb._safetensors import INDEX, SINGLE, Checkpoint, Entry, TensorFile, write_index
 from hf_rb._unfinished import STATE, file_stamps, finish, partial_folder, unfinished, write_json
 from hf_rb.hub import ModelCardData, write_model_card
 from hf_rb.weights.patterns import matcher, select
 from hf_rb.weights.report import MergeReport, TensorReport
+from hf_rb.weights.sweep import REPORT, sweep_folder
 
 
 __all__ = [
@@ -47,13 +48,11 @@ __all__ = [
     "merge",
     "pieces",
     "public_name",
-    "sweep_folder",
     "vocabulary_problem",
 ]
 
 logger = logging.getLogger(__name__)
 
-REPORT = "merge.json"
 ELEMENTS = 1 << 18  # of a piece: small enough for a processor's cache
 SYNC_BYTES, SYNC_SECONDS = 1 << 26, 10.0
 TIED = ("embed_tokens.weight", "wte.weight", "embed_in.weight"), ("lm_head.weight", "embed_out.weight")
@@ -614,16 +613,6 @@ def vocabulary_problem(one: Source, other: Source) -> str | None:
         f"{one.role} and {other.role} have different vocabularies: id {conflict} is {ours[conflict]!r} in one and "
         f"{theirs[conflict]!r} in the other"
     )
-
-
-def sweep_folder(folder: Path, lam: float) -> Path:
-    """Where the model of one lambda lies in the folder of a sweep."""
-    return folder / f"lambda-{lam:g}"
-
-
-def public_name(name: str) -> str:
-    """A Hub id or an embedded model as it is; of a folder its name alone."""
-    return Path(name).name if Path(name).exists() else name
 
 
 def content(file: Path) -> Any:
