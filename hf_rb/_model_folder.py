@@ -15,10 +15,10 @@ __all__ = [
     "adapter_beside",
     "check_apart",
     "check_model",
+    "check_plain",
     "companions",
     "copy_companions",
     "find_model",
-    "weight_bytes",
 ]
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -44,7 +44,7 @@ COMPANIONS = (
 )
 
 
-def find_model(name: str, adapter: bool = False) -> Path:
+def find_model(name: str, adapter: bool = False, subfolder: str = "") -> Path:
     """Returns the folder of a model, downloading a Hub model that is not cached.
 
     Args:
@@ -52,11 +52,13 @@ def find_model(name: str, adapter: bool = False) -> Path:
             `"tiny:student"` and the like, a folder that `save_pretrained` wrote, or a Hub id.
         adapter (`bool`, *optional*, defaults to `False`):
             Whether a folder with an adapter will do too.
+        subfolder (`str`, *optional*, defaults to `""`):
+            Where in the folder or the repository the model is.
 
     Raises:
         FileNotFoundError: None of the three.
     """
-    folder = Path(tiny.resolve(name))
+    folder = Path(tiny.resolve(name), subfolder)
     if (folder / "config.json").is_file():
         return folder
     if (folder / ADAPTER_CONFIG).is_file():
@@ -70,7 +72,8 @@ def find_model(name: str, adapter: bool = False) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        return Path(snapshot_download(name, allow_patterns=patterns), subfolder)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(_NOWHERE.format(name)) from error
 
@@ -110,17 +113,21 @@ def check_model(name: str, revision: str | None = None) -> None:
         raise FileNotFoundError(_NOWHERE.format(name)) from error
 
 
+def check_plain(folder: Path) -> None:
+    """Refuses a model folder with an adapter in it, which `from_pretrained` would add to the weights."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds an adapter beside the model ({ADAPTER_CONFIG}), and `from_pretrained` loads both. Merge the adapter into the "
+            "model with PEFT's `merge_and_unload` and save that, or move the adapter's files out of the folder to leave it out."
+        )
+
+
 def check_apart(source: Path, destination: Path) -> None:
     """Refuses a destination that would replace the model it is made from."""
     if source.resolve().is_relative_to(destination.resolve()):
         raise ValueError(
             f"{destination} holds the model that the result is made from. Choose another folder for the result."
         )
-
-
-def weight_bytes(folder: Path) -> int:
-    """Returns the bytes of a folder's weight files."""
-    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
 
 
 def adapter_beside(folder: Path) -> Path | None:

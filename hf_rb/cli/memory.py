@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from hf_rb._weight_files import weight_files
+
 
 __all__ = ["Architecture", "Run", "estimate", "peak"]
 
@@ -126,9 +128,13 @@ class Architecture:
 
 
 def _tensors(folder: Path) -> list[tuple[str, int]]:
-    """Type and number of elements of every tensor in a folder's safetensors files."""
+    """Type and number of elements of every tensor in the model's safetensors files; of a folder without them nothing."""
+    try:
+        files = weight_files(folder).files
+    except (FileNotFoundError, ValueError):
+        return []
     found = []
-    for file in folder.glob("*.safetensors"):
+    for file in files:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         found += [(entry["dtype"], prod(entry["shape"])) for name, entry in header.items() if name != "__metadata__"]

@@ -10,6 +10,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_rb._files import MANIFEST, verify_manifest
 from hf_rb._model_folder import ADAPTER_CONFIG, COMPANIONS
+from hf_rb._weight_files import published_names
 
 
 if TYPE_CHECKING:
@@ -17,14 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Upload", "check_repo_id", "plan_upload", "push_folder"]
 
-# Weights, configuration, tokenizer, card, code and measurements. Optimizer state, random states, pickles, caches, checkpoints
+# Configuration, tokenizer, card, code and measurements, beside the weights that somebody can load. Optimizer state, random states, pickles, caches, checkpoints
 # and hidden files match nothing here.
 UPLOADED = (
     "README.md",
     "config.json",
     ADAPTER_CONFIG,
-    "model*.safetensors",
-    "model*.safetensors.index.json",
     "adapter_model*.safetensors",
     "modeling_*.py",
     "configuration_*.py",
@@ -70,7 +69,12 @@ def plan_upload(folder: str | Path) -> Upload:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     entries = sorted(folder.iterdir())
-    chosen = [entry for entry in entries if entry.is_file() and any(fnmatch(entry.name, one) for one in UPLOADED)]
+    weights = published_names(folder) if (folder / "config.json").is_file() else set()
+    chosen = [
+        entry
+        for entry in entries
+        if entry.is_file() and (entry.name in weights or any(fnmatch(entry.name, one) for one in UPLOADED))
+    ]
     adapter = folder / "adapter"
     if (adapter / ADAPTER_CONFIG).is_file():
         chosen += [adapter / name for name in ADAPTER if (adapter / name).is_file()]
@@ -82,11 +86,7 @@ def plan_upload(folder: str | Path) -> Upload:
     if not names & {"config.json", ADAPTER_CONFIG}:
         inside = f" {folder / 'model'} is one." if (folder / "model" / "config.json").is_file() else ""
         raise ValueError(f"{folder} holds no model: it has neither config.json nor {ADAPTER_CONFIG}.{inside}")
-    if "config.json" in names:
-        from hf_rb._safetensors import weight_files
-
-        weight_files(folder)  # every shard that the index names is there
-    elif "adapter_model.safetensors" not in names:
+    if "config.json" not in names and "adapter_model.safetensors" not in names:
         raise FileNotFoundError(f"{folder} has an {ADAPTER_CONFIG} and no adapter_model.safetensors.")
     if (folder / MANIFEST).is_file() and (problems := verify_manifest(folder)):
         raise ValueError(f"{folder} is not what was saved: {problems[0]}.")

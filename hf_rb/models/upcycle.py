@@ -28,7 +28,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.utils import logging
 
 from hf_rb._files import atomic_folder
-from hf_rb._safetensors import SINGLE, Checkpoint, Entry, Output, write_index, write_tensors
+from hf_rb._model_folder import check_plain
+from hf_rb._safetensors import Checkpoint, Entry, Output, standard_names, write_index, write_tensors
 from hf_rb.evaluation import find_model
 from hf_rb.hub import ModelCardData, write_model_card
 from hf_rb.models.doctor import row_cosine
@@ -106,6 +107,8 @@ def upcycle(
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
+    variant: str | None = None,
+    subfolder: str = "",
 ) -> UpcycleReport:
     """
     Writes a mixture of experts made from a dense Qwen3, Llama or Mistral checkpoint, with the memory of a few tensors.
@@ -133,6 +136,8 @@ def upcycle(
             Whether to replace a folder that is not empty.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar, on a terminal.
+        variant (`str`, *optional*), subfolder (`str`, *optional*, defaults to `""`):
+            Which weights of the model, and where in its folder, as in `from_pretrained`.
 
     Returns:
         [`UpcycleReport`]
@@ -142,20 +147,18 @@ def upcycle(
         FileNotFoundError: There is no such model, or it has no safetensors files.
         ValueError: Numbers that do not fit, or a model that has no mixture of the same layout.
     """
-    folder, destination = find_model(str(source)), Path(destination)
+    folder, destination = find_model(str(source), subfolder=subfolder), Path(destination)
     check_apart(folder, destination)
+    check_plain(folder)
     dense = AutoConfig.from_pretrained(folder)
     _check(dense, num_experts, top_k, splits)
     config = _mixture_config(dense, num_experts, top_k, splits, mpi)
     grouped = top_k % splits == 0 and not mpi
     report = UpcycleReport(num_experts, top_k, splits, mpi, exact=splits == 1 or grouped)
     work = _Work(FAMILIES[dense.model_type], num_experts, splits, dense.initializer_range, seed, grouped)
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, variant)
     with atomic_folder(destination, overwrite) as result:
-        names = [
-            f"model-{i:05}-of-{len(checkpoint.files):05}.safetensors" for i in range(1, len(checkpoint.files) + 1)
-        ]
-        names = names if len(names) > 1 else [SINGLE]
+        names = standard_names(len(checkpoint.files))
         layers = sum(bool(MLP.fullmatch(name)) for name in checkpoint.entries)
         with tqdm(total=layers, desc="upcycle", delay=2, disable=None if progress else True) as bar:
             for name, shard in zip(names, checkpoint.shards, strict=True):

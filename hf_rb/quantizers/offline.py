@@ -10,8 +10,9 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb._files import atomic_folder, check_replaceable
-from hf_rb._model_folder import check_apart, copy_companions, find_model, weight_bytes
+from hf_rb._model_folder import check_apart, check_plain, copy_companions, find_model
 from hf_rb._unfinished import STATE, partial_folder
+from hf_rb._weight_files import weight_bytes
 from hf_rb.evaluation import Size, beginning, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
 from hf_rb.quantizers.report import Report
@@ -39,6 +40,8 @@ def quantize(
     overwrite: bool = False,
     dtype: str = "auto",
     resume: bool = True,
+    variant: str | None = None,
+    subfolder: str = "",
 ) -> Report:
     """
     Quantizes a causal language model and saves it with its tokenizer, chat template, generation config and a model card.
@@ -60,6 +63,8 @@ def quantize(
             Type in which the weights are read and those that stay as they are get saved; `"auto"` is that of the files.
         resume (`bool`, *optional*, defaults to `True`):
             Whether calibration goes on with finished layers of an earlier call; `False` throws them away.
+        variant (`str`, *optional*), subfolder (`str`, *optional*, defaults to `""`):
+            Which weights of the model, and where in its folder, as in `from_pretrained`.
 
     Returns:
         [`Report`]
@@ -70,19 +75,19 @@ def quantize(
         ValueError: The model is quantized already, has a NaN, the destination holds it, or the finished layers are of another
             model, text or configuration.
     """
-    folder, destination, config = open_source(source, destination, config)
+    folder, destination, config = open_source(source, destination, config, subfolder)
     work = partial_folder(destination.resolve())
     if getattr(config, "calibrated", False):
         config = replace(config, resume_dir=config.resume_dir or str(work))
         if not resume:
             (Path(config.resume_dir) / STATE).unlink(missing_ok=True)
     check_replaceable(destination.resolve(), overwrite)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, variant=variant)
     with atomic_folder(destination, overwrite) as result:  # only now: a run that is killed leaves its temporary folder
         model.save_pretrained(result)
         size = complete_folder(result, folder, source, destination.name, config)
     shutil.rmtree(work, ignore_errors=True)
-    model.hf_quantizer.report.set_size(size, weight_bytes(folder))
+    model.hf_quantizer.report.set_size(size, weight_bytes(folder, variant))
     return model.hf_quantizer.report
 
 
@@ -124,13 +129,14 @@ def read_text(data: str) -> str:
 
 
 def open_source(
-    source: str | Path, destination: str | Path, config: QuantizationConfigMixin | dict[str, Any]
+    source: str | Path, destination: str | Path, config: QuantizationConfigMixin | dict[str, Any], subfolder: str = ""
 ) -> tuple[Path, Path, QuantizationConfigMixin]:
     """Returns the folder of the model, the destination as a path, and the config as an object, or refuses them."""
     if isinstance(config, dict):
         config = AutoQuantizationConfig.from_dict(config)
-    folder, destination = find_model(str(source)), Path(destination)
+    folder, destination = find_model(str(source), subfolder=subfolder), Path(destination)
     check_apart(folder, destination)
+    check_plain(folder)
     if method := quantization_method(folder):
         raise ValueError(f"{folder} is quantized with {method} already. Quantize the model it was made from.")
     return folder, destination, config
