@@ -136,25 +136,23 @@ class Checkpoint:
         files (`list[Path]`): The weight files.
         shards (`list[dict[str, Entry]]`): Their tensors by name, a file each; one that two files hold is in the last one.
         entries (`dict[str, Entry]`): The tensors of all files.
+        lost (`list[str]`): What the index lists and no file holds.
 
     Raises:
-        FileNotFoundError, ValueError: As [`weight_files`], a file is damaged, or a tensor that the index lists is in none of them.
+        FileNotFoundError, ValueError: As [`weight_files`], or a file is damaged.
     """
 
     def __init__(self, folder: Path, variant: str | None = None, subfolder: str = ""):
         found = weight_files(folder, variant, subfolder)
-        self.files = found.files
-        shards = [read_header(file)[0] for file in self.files]
-        self.entries = {name: entry for shard in shards for name, entry in shard.items()}
-        self.shards = [
-            {name: entry for name, entry in shard.items() if self.entries[name] is entry} for shard in shards
-        ]
+        shards = {file: read_header(file)[0] for file in found.files}
+        self.entries = {name: entry for shard in shards.values() for name, entry in shard.items()}
+        for shard in shards.values():
+            for name in [name for name, entry in shard.items() if self.entries[name] is not entry]:
+                del shard[name]
+        shards = {file: shard for file, shard in shards.items() if shard}
+        self.files, self.shards = list(shards), list(shards.values())
         listed = json.loads(found.index.read_text(encoding="utf-8"))["weight_map"] if found.index else {}
-        if lost := sorted(listed.keys() - self.entries.keys()):
-            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            raise ValueError(
-                f"{found.index}: the index lists {', '.join(lost[:3])}{more}, which no file holds. Download it again."
-            )
+        self.lost = sorted(listed.keys() - self.entries.keys())
 
 
 @dataclass(frozen=True)
