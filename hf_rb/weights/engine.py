@@ -29,12 +29,12 @@ from hf_rb import __version__
 from hf_rb._files import check_replaceable, publish_folder
 from hf_rb._model_folder import check_apart, companions, copy_companions
 from hf_rb._safetensors import Entry, TensorFile, read_header, standard_names, write_index
+from hf_rb._skeleton import loading_problem
 from hf_rb._unfinished import STATE, file_stamps, finish, partial_folder, unfinished, write_json
 from hf_rb.hub import ModelCardData, write_model_card
 from hf_rb.weights.patterns import matcher, select
 from hf_rb.weights.reasons import difference, padding
 from hf_rb.weights.report import MergeReport, TensorReport
-from hf_rb.weights.skeleton import loading_problem
 from hf_rb.weights.source import (
     EMBEDDINGS,
     HEADS,

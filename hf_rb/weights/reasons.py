@@ -1,6 +1,12 @@
 """Why two models of one architecture do not fit, for a refusal: other names, one tied head, padded rows."""
 
-from hf_rb.weights.skeleton import parameters
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hf_rb._safetensors import Entry
+from hf_rb._skeleton import model_class_of
 from hf_rb.weights.source import EMBEDDINGS, HEADS, Source
 
 
@@ -9,7 +15,7 @@ __all__ = ["difference", "padding"]
 
 def difference(one: Source, other: Source) -> str | None:
     """Returns why tensors of one model are not found in the other, where it is not the shape of the models."""
-    ours, theirs = (parameters(one.config, source.entries) for source in (one, other))
+    ours, theirs = (_parameters(one.config, source.entries) for source in (one, other))
     if ours and theirs and ours.keys() == theirs.keys():
         parameter = next(parameter for parameter in ours if ours[parameter] != theirs[parameter])
         return (
@@ -45,3 +51,16 @@ def padding(one: Source, other: Source, name: str) -> str | None:
         f"(`model.resize_token_embeddings({many[0]})`, `save_pretrained`), or keep these tensors of {one.role} with "
         '`mismatch="skip"` (`--mismatch skip`).'
     )
+
+
+def _parameters(config: dict[str, Any], entries: Mapping[str, Entry]) -> dict[str, str] | None:
+    """Returns a tensor's name by each parameter that the tensors become, or nothing where transformers does not know the model."""
+    from hf_rb.quantizers.streaming import ParameterNames  # by transformers' rules, which merging itself does without
+
+    try:
+        model_class, built = model_class_of(config)
+        with torch.device("meta"):
+            find = ParameterNames(model_class(built))
+    except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError):
+        return None
+    return {parameter: name for name in sorted(entries) for parameter in find(name)[0]}

@@ -8,8 +8,8 @@ from random_models import save_qwen3
 from raw_models import noise, read, write
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from hf_rb._skeleton import loading_problem
 from hf_rb.weights import graft, interpolate, refine
-from hf_rb.weights.skeleton import loading_problem
 from hf_rb.weights.source import Source, with_ties_of
 
 
@@ -89,6 +89,15 @@ def test_what_is_not_included_stays_the_start_s(tmp_path, tied, untied, include,
     mean = {name: torch.lerp(start[name], end[name], 0.5) for name in start}
     chosen = {"linear": "_proj", "norm": "norm", "head": "lm_head", "all": ""}[include]
     assert_whole(tmp_path / "out", {name: mean[name] if chosen in name else start[name] for name in start})
+
+
+def test_what_does_not_fit_is_skipped_and_the_result_is_whole(tmp_path, tied):
+    longer = model(tmp_path / "longer", False, 2, vocab_size=70)
+    report = interpolate(tied, longer, tmp_path / "out", 0.5, mismatch="skip", files_from="start")
+    assert any("differs in shape" in note for note in report.notes)
+    start, end = full(tied), full(longer)
+    rows = (HEAD, EMBEDDING)
+    assert_whole(tmp_path / "out", {n: start[n] if n in rows else torch.lerp(start[n], end[n], 0.5) for n in start})
 
 
 @pytest.mark.parametrize("onto_tied", [True, False])
