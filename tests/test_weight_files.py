@@ -272,3 +272,14 @@ def test_an_adapter_beside_the_model_is_not_left_out_without_a_word(tmp_path):
         with pytest.raises(ValueError, match="holds an adapter beside the model .*merge_and_unload"):
             act()
     assert AutoConfig.from_pretrained(folder) and not (tmp_path / "out").exists()
+
+
+def test_quantizing_names_a_missing_shard_before_it_loads(tmp_path):
+    folder = single_then_sharded(tmp_path / "model")
+    (folder / SINGLE).unlink()
+    lost = find_weights(folder).files[1]
+    lost.unlink()
+    for way in (quantize, quantize_checkpoint):
+        with pytest.raises(FileNotFoundError, match=f"has no {lost.name}, which model.safetensors.index.json names"):
+            way(folder, tmp_path / "out", PTQTPConfig(group_size=32))
+    assert not (tmp_path / "out").exists()

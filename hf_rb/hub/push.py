@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Upload", "check_repo_id", "plan_upload", "push_folder"]
 
-# Configuration, tokenizer, card, code and measurements, beside the weights that somebody can load. Optimizer state, random states, pickles, caches, checkpoints
-# and hidden files match nothing here.
+# Configuration, tokenizer, card, code and measurements, beside the weights that somebody can load. Optimizer state, random states,
+# pickles, caches, checkpoints, old shards and hidden files match nothing here.
 UPLOADED = (
     "README.md",
     "config.json",

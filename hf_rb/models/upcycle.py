@@ -70,7 +70,10 @@ FAMILIES = {
     "llama": _MIXTRAL,
     "mistral": _MIXTRAL,
 }
-GEMMA = "transformers has no mixture with Gemma's scaled embeddings and norms but Gemma 4's, which has further norms around its experts"
+GEMMA = (
+    "transformers has no mixture with Gemma's scaled embeddings and norms but Gemma 4's, which has further norms around its "
+    "experts"
+)
 
 
 @dataclass
@@ -121,7 +124,8 @@ def upcycle(
     """
     Writes a mixture of experts made from a dense Qwen2, Qwen3, Llama or Mistral checkpoint, with the memory of a few tensors.
 
-    Qwen3 becomes Qwen3-MoE, Qwen2 (and 2.5) Qwen2-MoE, Llama and Mistral become Mixtral. The folder appears at `destination` in one step when it is complete.
+    Qwen3 becomes Qwen3-MoE, Qwen2 (and 2.5) Qwen2-MoE, Llama and Mistral become Mixtral. The folder appears at `destination` in one
+    step when it is complete.
 
     Args:
         source (`str` or `Path`):

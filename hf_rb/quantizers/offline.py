@@ -82,12 +82,13 @@ def quantize(
         if not resume:
             (Path(config.resume_dir) / STATE).unlink(missing_ok=True)
     check_replaceable(destination.resolve(), overwrite)
+    source_bytes = weight_bytes(folder, variant)  # says what is missing, which loading would say in its own words
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, variant=variant)
     with atomic_folder(destination, overwrite) as result:  # only now: a run that is killed leaves its temporary folder
         model.save_pretrained(result)
         size = complete_folder(result, folder, source, destination.name, config)
     shutil.rmtree(work, ignore_errors=True)
-    model.hf_quantizer.report.set_size(size, weight_bytes(folder, variant))
+    model.hf_quantizer.report.set_size(size, source_bytes)
     return model.hf_quantizer.report
 
 

@@ -16,8 +16,10 @@ __all__ = ["difference", "padding"]
 def difference(one: Source, other: Source) -> str | None:
     """Returns why tensors of one model are not found in the other, where it is not the shape of the models."""
     ours, theirs = (_parameters(one.config, source.entries) for source in (one, other))
-    if ours and theirs and ours.keys() == theirs.keys():
-        parameter = next(parameter for parameter in ours if ours[parameter] != theirs[parameter])
+    same = ours and theirs and ours.keys() == theirs.keys()
+    renamed = [parameter for parameter in ours if ours[parameter] != theirs[parameter]] if same else []
+    if renamed:
+        parameter = renamed[0]
         return (
             f"{one.role} and {other.role} have the same parameters under other names ({ours[parameter]} and {theirs[parameter]} are both "
             f"of {parameter}), as two versions of transformers write them. Load each with `from_pretrained` and write it with "

@@ -6,6 +6,7 @@ import pytest
 import torch
 from random_models import save_qwen3
 from raw_models import noise, read, write
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_rb._skeleton import loading_problem
@@ -224,6 +225,16 @@ def test_heads_without_known_names_are_refused_and_named(tmp_path):
 
 
 class TestReasons:
+    def test_no_reason_is_made_up(self, tmp_path, untied):
+        """A tensor that no parameter is made of, as the inverse frequencies in old Llama files."""
+        tensors = read(untied)
+        save_file(tensors | {"model.layers.0.inv_freq": torch.ones(4)}, untied / "model.safetensors", {"format": "pt"})
+        other = model(tmp_path / "other", False, 3)
+        with pytest.raises(
+            ValueError, match="start has no model.layers.0.inv_freq, which end has. Give models of one shape"
+        ):
+            interpolate(other, untied, tmp_path / "out")
+
     def test_padded_vocabularies(self, tmp_path):
         folders = [
             save_qwen3(tmp_path / f"{rows}", seed=rows, padding=rows, hidden_size=32, head_dim=16) for rows in (0, 7)
