@@ -26,8 +26,9 @@ def loading_problem(config: dict[str, Any], entries: Mapping[str, Entry], extra:
     from transformers.utils import logging
 
     state = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # the report of the loader is for a model that is loaded
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)  # the loader's report and bar are for a model that is loaded
+    logging.disable_progress_bar()
     try:
         model_class, built = model_class_of(config)
         _, info = model_class.from_pretrained(
@@ -37,6 +38,8 @@ def loading_problem(config: dict[str, Any], entries: Mapping[str, Entry], extra:
         return f"transformers does not load it ({repr(error).splitlines()[0]})"
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     name = model_class.__name__
     if missing := sorted(info["missing_keys"]):
         return f"it has no {', '.join(missing[:3])}, which {name} needs"
