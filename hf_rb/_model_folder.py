@@ -21,6 +21,7 @@ __all__ = [
     "check_apart",
     "check_model",
     "check_models",
+    "check_plain",
     "companions",
     "copy_companions",
     "find_model",
@@ -28,7 +29,6 @@ __all__ = [
     "local_folder",
     "public_name",
     "quantization_method",
-    "weight_bytes",
 ]
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -55,7 +55,7 @@ COMPANIONS = (
 )
 
 
-def find_model(name: str, adapter: bool = False) -> Path:
+def find_model(name: str, adapter: bool = False, subfolder: str = "") -> Path:
     """Returns the folder of a model, downloading a Hub model that is not cached.
 
     Args:
@@ -63,11 +63,13 @@ def find_model(name: str, adapter: bool = False) -> Path:
             `"tiny:student"` and the like, a folder that `save_pretrained` wrote, or a Hub id.
         adapter (`bool`, *optional*, defaults to `False`):
             Whether a folder with an adapter will do too.
+        subfolder (`str`, *optional*, defaults to `""`):
+            Where in the folder or the repository the model is.
 
     Raises:
         FileNotFoundError: None of the three.
     """
-    folder = Path(tiny.resolve(name))
+    folder = Path(tiny.resolve(name), subfolder)
     if (folder / "config.json").is_file():
         return folder
     if (folder / ADAPTER_CONFIG).is_file():
@@ -81,7 +83,8 @@ def find_model(name: str, adapter: bool = False) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        return Path(snapshot_download(name, allow_patterns=patterns), subfolder)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(_NOWHERE.format(name)) from error
 
@@ -143,6 +146,15 @@ def check_models(recipe: Mapping[str, Any]) -> None:
             check_model(name, recipe.get(f"{key}_revision"))
 
 
+def check_plain(folder: Path) -> None:
+    """Refuses a model folder with an adapter in it, which `from_pretrained` would add to the weights."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds an adapter beside the model ({ADAPTER_CONFIG}), and `from_pretrained` loads both. Merge the adapter into the "
+            "model with PEFT's `merge_and_unload` and save that, or move the adapter's files out of the folder to leave it out."
+        )
+
+
 def check_apart(source: Path, destination: Path) -> None:
     """Refuses a destination that would replace the model it is made from."""
     if source.resolve().is_relative_to(destination.resolve()):
@@ -187,11 +199,6 @@ def find_packed(source: str | Path, destination: str | Path, overwrite: bool) ->
         )
     check_replaceable(destination.resolve(), overwrite)
     return folder
-
-
-def weight_bytes(folder: Path) -> int:
-    """Returns the bytes of a folder's weight files."""
-    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
 
 
 def adapter_beside(folder: Path) -> Path | None:

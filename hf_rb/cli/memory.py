@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from hf_rb._weight_files import weight_files
+
 
 __all__ = ["Architecture", "Run", "estimate", "estimate_audit", "peak"]
 
@@ -133,9 +135,13 @@ class Architecture:
 
 
 def _tensors(folder: Path) -> list[tuple[str, str, int]]:
-    """Name, type and number of elements of every tensor in a folder's safetensors files."""
+    """Name, type and number of elements of every tensor in the model's safetensors files; of a folder without them nothing."""
+    try:
+        files = weight_files(folder).files
+    except (FileNotFoundError, ValueError):
+        return []
     found = []
-    for file in folder.glob("*.safetensors"):
+    for file in files:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         header.pop("__metadata__", None)

@@ -16,6 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_rb._files import MANIFEST, sha256_file, verify_manifest
 from hf_rb._model_folder import ADAPTER_CONFIG, COMPANIONS
+from hf_rb._weight_files import published_names
 from hf_rb.hub.card import Result
 from hf_rb.hub.loading import read_json
 from hf_rb.hub.pages import CACHE_FORMAT, cache_card, existing_card, model_card, paths_in, report_card
@@ -27,14 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Upload", "check_repo_id", "plan_upload", "push_folder"]
 
-# Weights, configuration, tokenizer, card, code and measurements. Optimizer state, random states, pickles, caches, checkpoints
-# and hidden files match nothing here.
+# Configuration, tokenizer, card, code and measurements, beside the weights that somebody can load. Optimizer state, random states,
+# pickles, caches, checkpoints, old shards and hidden files match nothing here.
 UPLOADED = (
     "README.md",
     "config.json",
     ADAPTER_CONFIG,
-    "model*.safetensors",
-    "model*.safetensors.index.json",
     "adapter_model*.safetensors",
     "modeling_*.py",
     "configuration_*.py",
@@ -166,7 +165,12 @@ def _published(name: str, text: str) -> Iterator[str]:
 def _model_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Returns what of a model folder is uploaded, `README.md` apart, and the names of what else lies there."""
     entries = sorted(folder.iterdir())
-    chosen = [entry for entry in entries if entry.is_file() and any(fnmatch(entry.name, one) for one in UPLOADED)]
+    weights = published_names(folder) if (folder / "config.json").is_file() else set()
+    chosen = [
+        entry
+        for entry in entries
+        if entry.is_file() and (entry.name in weights or any(fnmatch(entry.name, one) for one in UPLOADED))
+    ]
     adapter = folder / "adapter"
     if (adapter / ADAPTER_CONFIG).is_file():
         chosen += [adapter / name for name in ADAPTER if (adapter / name).is_file()]
@@ -178,11 +182,7 @@ def _model_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     if not names & {"config.json", ADAPTER_CONFIG} and not any(name.endswith(".gguf") for name in names):
         inside = f" {folder / 'model'} is one." if (folder / "model" / "config.json").is_file() else ""
         raise ValueError(f"{folder} holds no model: it has neither config.json nor {ADAPTER_CONFIG}.{inside}")
-    if "config.json" in names:
-        from hf_rb._safetensors import weight_files
-
-        weight_files(folder)  # every shard that the index names is there
-    elif ADAPTER_CONFIG in names and "adapter_model.safetensors" not in names:
+    if ADAPTER_CONFIG in names and not names & {"config.json", "adapter_model.safetensors"}:
         raise FileNotFoundError(f"{folder} has an {ADAPTER_CONFIG} and no adapter_model.safetensors.")
     if (folder / MANIFEST).is_file() and (problems := verify_manifest(folder)):
         raise ValueError(f"{folder} is not what was saved: {problems[0]}.")

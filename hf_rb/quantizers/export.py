@@ -30,9 +30,9 @@ from transformers.utils import logging
 
 from hf_rb._files import atomic_folder
 from hf_rb._model_class import skeleton
-from hf_rb._model_folder import copy_companions, find_packed, quantization_method
+from hf_rb._model_folder import check_plain, copy_companions, find_packed, quantization_method
 from hf_rb._progress import tqdm
-from hf_rb._safetensors import Checkpoint, Output, write_index, write_tensors
+from hf_rb._safetensors import Checkpoint, Output, standard_names, write_index, write_tensors
 from hf_rb.evaluation import Size, model_size
 from hf_rb.hub import ModelCardData, read_origin, write_model_card
 from hf_rb.quantizers.d2quant.biases import BIAS_SWITCH, biases_by_switch
@@ -179,6 +179,7 @@ class _PackedModel:
     def __init__(self, source: str | Path, destination: str | Path, overwrite: bool):
         self.source, self.destination = source, Path(destination)
         self.folder = find_packed(source, destination, overwrite)
+        check_plain(self.folder)
         self.method = quantization_method(self.folder)
         self.model_config = AutoConfig.from_pretrained(self.folder)
         self.config = AutoQuantizationConfig.from_dict(self.model_config.quantization_config)
@@ -259,18 +260,19 @@ class _PackedModel:
         beside = {name + suffix for name in self.weights for suffix in self.quantizer.suffixes}
         total = sum(entry.nbytes for entry in self.checkpoint.entries.values())
         bar = tqdm(total=total, unit="B", unit_scale=True, desc="write", disable=None if progress else True)
+        names = standard_names(len(self.checkpoint.files))
         with atomic_folder(self.destination, overwrite) as folder, bar, torch.inference_mode():
-            for file, shard in zip(self.checkpoint.files, self.checkpoint.shards, strict=True):
+            for file, shard in zip(names, self.checkpoint.shards, strict=True):
                 outputs: dict[str, Output] = {}
                 for name, entry in shard.items():
                     if name in self.weights:
                         outputs |= convert(name)
                     elif name not in beside:
                         outputs[name] = Output.copy(entry, dtype if entry.dtype.is_floating_point else None)
-                write_tensors(folder / file.name, outputs)
+                write_tensors(folder / file, outputs)
                 bar.update(sum(entry.nbytes for entry in shard.values()))
-            if len(self.checkpoint.files) > 1:
-                write_index(folder, [file.name for file in self.checkpoint.files])
+            if len(names) > 1:
+                write_index(folder, names)
             self.model_config.dtype = dtype or self.dtype
             self.model_config.save_pretrained(folder)
             if quantization_config:

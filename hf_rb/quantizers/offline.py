@@ -12,8 +12,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb._files import atomic_folder, check_replaceable
 from hf_rb._model_class import check_causal, model_class
-from hf_rb._model_folder import check_apart, copy_companions, find_model, quantization_method, weight_bytes
+from hf_rb._model_folder import check_apart, check_plain, copy_companions, find_model, quantization_method
 from hf_rb._unfinished import STATE, partial_folder
+from hf_rb._weight_files import weight_bytes
 from hf_rb.evaluation import Size, beginning, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
 from hf_rb.quantizers.baseline import round_weights
@@ -42,6 +43,8 @@ def quantize(
     overwrite: bool = False,
     dtype: str = "auto",
     resume: bool = True,
+    variant: str | None = None,
+    subfolder: str = "",
 ) -> Report:
     """
     Quantizes a model, of the class that its config names, and saves it with its tokenizer or processor, chat template, generation config and a model card.
@@ -63,6 +66,8 @@ def quantize(
             Type in which the weights are read and those that stay as they are get saved; `"auto"` is that of the files.
         resume (`bool`, *optional*, defaults to `True`):
             Whether calibration goes on with finished layers of an earlier call; `False` throws them away.
+        variant (`str`, *optional*), subfolder (`str`, *optional*, defaults to `""`):
+            Which weights of the model, and where in its folder, as in `from_pretrained`.
 
     Returns:
         [`Report`]
@@ -73,20 +78,21 @@ def quantize(
         ValueError: The model is quantized already, has a NaN, the destination holds it, or the finished layers are of another
             model, text or configuration.
     """
-    folder, destination, config = open_source(source, destination, config)
+    folder, destination, config = open_source(source, destination, config, subfolder)
     work = partial_folder(destination.resolve())
     if getattr(config, "calibrated", False):
         config = replace(config, resume_dir=config.resume_dir or str(work))
         if not resume:
             (Path(config.resume_dir) / STATE).unlink(missing_ok=True)
     check_replaceable(destination.resolve(), overwrite)
+    source_bytes = weight_bytes(folder, variant)  # says what is missing, which loading would say in its own words
     kind = model_class(AutoConfig.from_pretrained(folder))
-    model = kind.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    model = kind.from_pretrained(folder, quantization_config=config, dtype=dtype, variant=variant)
     with atomic_folder(destination, overwrite) as result:  # only now: a run that is killed leaves its temporary folder
         model.save_pretrained(result)
         size = complete_folder(result, folder, source, destination.name, config)
     shutil.rmtree(work, ignore_errors=True)
-    model.hf_quantizer.report.set_size(size, weight_bytes(folder))
+    model.hf_quantizer.report.set_size(size, source_bytes)
     return model.hf_quantizer.report
 
 
@@ -142,13 +148,14 @@ def read_text(data: str) -> str:
 
 
 def open_source(
-    source: str | Path, destination: str | Path, config: QuantizationConfigMixin | dict[str, Any]
+    source: str | Path, destination: str | Path, config: QuantizationConfigMixin | dict[str, Any], subfolder: str = ""
 ) -> tuple[Path, Path, QuantizationConfigMixin]:
     """Returns the folder of the model, the destination as a path, and the config as an object, or refuses them."""
     if isinstance(config, dict):
         config = AutoQuantizationConfig.from_dict(config)
-    folder, destination = find_model(str(source)), Path(destination)
+    folder, destination = find_model(str(source), subfolder=subfolder), Path(destination)
     check_apart(folder, destination)
+    check_plain(folder)
     if method := quantization_method(folder):
         raise ValueError(f"{folder} is quantized with {method} already. Quantize the model it was made from.")
     return folder, destination, config

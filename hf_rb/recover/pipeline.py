@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from hf_rb._files import check_replaceable, sha256_file
 from hf_rb._model_folder import companions
-from hf_rb._safetensors import weight_files
 from hf_rb._special_tokens import special_tokens
 from hf_rb._unfinished import file_stamps, write_json
+from hf_rb._weight_files import find_weights
 from hf_rb.evaluation import load_task
 from hf_rb.quantizers import quantize
 from hf_rb.quantizers.offline import open_source
@@ -265,7 +265,7 @@ class _Pipeline:
         return failures.digest(asdict(self.questions))
 
     def _source_stamp(self) -> dict[str, Any]:
-        return file_stamps([self.source / "config.json", *weight_files(self.source), *companions(self.source)])
+        return file_stamps([self.source / "config.json", *find_weights(self.source).files, *companions(self.source)])
 
     def _note(self, note: str) -> None:
         if note not in self.report.notes:
