@@ -8,7 +8,7 @@ import torch
 from hf_rb._safetensors import Entry
 
 
-__all__ = ["loading_problem", "model_class_of"]
+__all__ = ["loading_problem", "skeleton_of"]
 
 
 def loading_problem(config: dict[str, Any], entries: Mapping[str, Entry], extra: bool = False) -> str | None:
@@ -25,13 +25,16 @@ def loading_problem(config: dict[str, Any], entries: Mapping[str, Entry], extra:
     """
     from transformers.utils import logging
 
+    from hf_rb._model_class import model_class
+
     state = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)  # the loader's report and bar are for a model that is loaded
     logging.disable_progress_bar()
     try:
-        model_class, built = model_class_of(config)
-        _, info = model_class.from_pretrained(
+        built = _built(config)
+        kind = model_class(built)
+        _, info = kind.from_pretrained(
             None, config=built, state_dict=state, device_map="meta", output_loading_info=True
         )
     except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -40,7 +43,7 @@ def loading_problem(config: dict[str, Any], entries: Mapping[str, Entry], extra:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    name = model_class.__name__
+    name = kind.__name__
     if missing := sorted(info["missing_keys"]):
         return f"it has no {', '.join(missing[:3])}, which {name} needs"
     if extra and (homeless := sorted(info["unexpected_keys"])):
@@ -48,11 +51,14 @@ def loading_problem(config: dict[str, Any], entries: Mapping[str, Entry], extra:
     return None
 
 
-def model_class_of(config: dict[str, Any]) -> tuple[type, Any]:
-    """Returns the class that `architectures` names, and the configuration as an object."""
-    import transformers
+def skeleton_of(config: dict[str, Any]) -> Any:
+    """Returns the model of the contents of a `config.json`, on the meta device."""
+    from hf_rb._model_class import skeleton
 
-    values = {key: value for key, value in config.items() if key != "transformers_weights"}
-    built = transformers.AutoConfig.for_model(**values)
-    model_class = getattr(transformers, (config.get("architectures") or [""])[0], None)
-    return model_class or transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(built)], built
+    return skeleton(_built(config))
+
+
+def _built(config: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**{key: value for key, value in config.items() if key != "transformers_weights"})

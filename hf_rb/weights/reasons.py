@@ -3,10 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from hf_rb._safetensors import Entry
-from hf_rb._skeleton import model_class_of
 from hf_rb.weights.source import EMBEDDINGS, HEADS, Source
 
 
@@ -57,12 +54,12 @@ def padding(one: Source, other: Source, name: str) -> str | None:
 
 def _parameters(config: dict[str, Any], entries: Mapping[str, Entry]) -> dict[str, str] | None:
     """Returns a tensor's name by each parameter that the tensors become, or nothing where transformers does not know the model."""
-    from hf_rb.quantizers.streaming import ParameterNames  # by transformers' rules, which merging itself does without
+    # By transformers' rules, which merging itself does without.
+    from hf_rb._skeleton import skeleton_of
+    from hf_rb.quantizers.streaming import ParameterNames
 
     try:
-        model_class, built = model_class_of(config)
-        with torch.device("meta"):
-            find = ParameterNames(model_class(built))
+        find = ParameterNames(skeleton_of(config))
     except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError):
         return None
     return {parameter: name for name in sorted(entries) for parameter in find(name)[0]}
