@@ -98,7 +98,7 @@ def measure_leak(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: An
     if difference <= ROUNDING:
         return Leak(difference)
     eps, noise = _eps(model, packed), 10 * _apart(beside, alone)
-    influence = _apart(changed, packed) / max(ROUNDING, eps, noise)
+    influence = _apart(changed, packed) / max(ROUNDING, eps / 2, noise)
     # A model that separates, but counts positions from the start of the row, is found by the first difference alone.
     return Leak(difference, max(influence, difference / max(10 * ROUNDING, 16 * eps, noise)))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from hf_rb import _compat
 from hf_rb._fields import described, validate
 from hf_rb.trainers._arguments import GopdArguments, ObjectiveArguments, PackingArguments
-from hf_rb.trainers._rules import gkd_rules
+from hf_rb.trainers._rules import gkd_rules, packing_rules
 
 
 __all__ = ["GKDConfig"]
@@ -116,4 +116,4 @@ class GKDConfig(GopdArguments, ObjectiveArguments, PackingArguments, _compat.GKD
 
     def __post_init__(self):
         super().__post_init__()
-        validate(self, gkd_rules)
+        validate(self, gkd_rules, packing_rules)

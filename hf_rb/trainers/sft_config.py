@@ -6,7 +6,7 @@ import trl
 
 from hf_rb._fields import described, validate
 from hf_rb.trainers._arguments import PackingArguments
-from hf_rb.trainers._rules import profit_rules
+from hf_rb.trainers._rules import packing_rules, profit_rules
 
 
 __all__ = ["SFTConfig"]
@@ -85,7 +85,7 @@ class SFTConfig(PackingArguments, trl.SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        validate(self, profit_rules)
+        validate(self, profit_rules, packing_rules)
         if self.profit_normalize == "kept" and self.world_size > 1:
             raise ValueError(
                 f"`profit_normalize: kept` needs one process, and there are {self.world_size}: no process knows how many "
