@@ -61,8 +61,8 @@ def measure_leak(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: An
 
     Where the two are the same up to the rounding of float32, one pass over the batch is all. Else half precision or a leak may be
     why, and two more passes decide: the batch with one token in place of all others outside the sequence, in the same kernels,
-    where nothing of the sequence may change; and the sequence with another row beside it, which says what rounding and the limited capacity of
-    experts change without any packing.
+    where nothing of the sequence may change; and the sequence with another row beside it, which says what rounding and the
+    limited capacity of experts change without any packing. A model that gives NaN is not judged.
 
     Modes, buffers and random states are left as they were.
 
@@ -88,7 +88,8 @@ def measure_leak(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: An
 
     with _undisturbed(model, ids.device):
         packed, alone = hidden(inputs, row, start, **kwargs), hidden({"input_ids": own}, 0, 0)
-        difference = 0.0 if place is None else _apart(packed, alone)
+        is_judged = place is not None and bool(alone.isfinite().all())
+        difference = _apart(packed, alone) if is_judged else 0.0
         if not _anywhere(difference > ROUNDING, ids.device):
             return Leak(difference)
         exchanged = torch.full_like(ids, own[0, -1].item())

@@ -38,6 +38,7 @@ from hf_rb.models.mpi import apply_mpi, fold_mpi
 from hf_rb.models.mpi.callbacks import MPICallback
 from hf_rb.models.mpi.conversion import routers
 from hf_rb.scripts import sft
+from hf_rb.trainers._audit import audit
 from hf_rb.trainers._routers import add_router_doctor
 
 
@@ -220,6 +221,21 @@ def test_the_balance_loss_of_gkd_has_one_gradient(tokenizer, tmp_path):
         trainer.compute_loss(trainer.model.train(), batch).backward()
         gradients.append([layer.mlp.gate.weight.grad for layer in model.model.layers])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_the_audit_compares_the_balance_loss(tokenizer, tmp_path):
+    def found(break_it):
+        model = mixture(mpi=False)
+        model.config.lb_type = "sequence"
+        trainer = make_trainer("gkd", model, tokenizer, tmp_path)
+        if break_it:  # transformers' own loss in the dense path, as without the set-up of the routers
+            model.forward = type(model).forward.__get__(model)
+        (one,) = (one for one in audit(trainer, batches=1) if one.path == "balance loss")
+        assert not trainer.aux_loss_enabled and trainer.router_aux_loss_coef == 0.001
+        return max(one.loss, one.gradient)
+
+    assert found(break_it=False) < 1e-4  # what `hf-rb audit` accepts
+    assert found(break_it=True) > 1e-2
 
 
 def test_gkd_refuses_an_auxiliary_loss_that_cannot_act(tokenizer, tmp_path):

@@ -159,3 +159,9 @@ def test_which_batches_are_packed():
 def test_a_batch_that_is_not_packed_has_no_leak():
     model = build("opt", MIXED["opt"])
     assert measure_leak(model, {"input_ids": packed_batch()["input_ids"]}) == (0.0, 0.0)
+
+
+def test_a_model_that_gives_nan_is_not_judged():
+    model = build("llama", APART["llama"])
+    model.model.norm.weight.data.fill_(torch.nan)
+    assert measure_leak(model, packed_batch()).ratio == 0

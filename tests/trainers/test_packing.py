@@ -1,5 +1,10 @@
 """Models that let packed sequences see each other are refused at the first packed batch; the others train as before."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -11,6 +16,7 @@ from hf_rb.teachers import LocalTeacher, cache_teacher
 from hf_rb.trainers import _packing
 
 
+WORKER = Path(__file__).parent / "packing_worker.py"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2}
 FAMILIES = {
     "llama": SIZES | {"num_attention_heads": 2, "intermediate_size": 64},
@@ -158,6 +164,19 @@ def test_a_recipe_may_say_it(tmp_path, capsys):
     recipe.write_text(recipe.read_text().replace("allow_leaking_packing: true", ""))
     assert main(["check", str(recipe)]) == 2
     assert "keeps no positions" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_together(tmp_path):
+    """One of them has a batch that is not packed, and runs the same passes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, WORKER, str(tmp_path)], check=True, timeout=300, env=environment)
+    one, other = ((tmp_path / f"result-{rank}.txt").read_text().splitlines() for rank in (0, 1))
+    assert one == other
+    for line in (one[0], one[2]):
+        assert "OPTForCausalLM does not keep the sequences of a packed row apart" in line
+    assert [line.split(": ")[1] for line in (one[1], one[3])] == ["trained 2"] * 2
 
 
 @pytest.mark.parametrize("config", [SFTConfig, GKDConfig])
