@@ -1,4 +1,4 @@
-"""Packed training in two processes, one of which has a batch that is not packed: started by `test_packing.py` with torchrun."""
+"""Packed training in two processes, one of which has a batch that is not packed: started by `test_packed_rows.py` with torchrun."""
 
 import sys
 from pathlib import Path
