@@ -92,6 +92,7 @@ def audit(
 
 def _balance_losses(trainer: GKDTrainer, paths: "_GkdPaths", batches: list[Batch]) -> list[tuple[float, float]]:
     weight, trainer.router_aux_loss_coef, trainer.aux_loss_enabled = trainer.router_aux_loss_coef, 1.0, True
+    trainer.current_gradient_accumulation_steps = 1  # which only training sets
     pairs = [[_loss_and_gradient(trainer, loss, [batch]) for loss in (paths.loss, paths.dense)] for batch in batches]
     trainer.router_aux_loss_coef, trainer.aux_loss_enabled = weight, False
     return [_difference(*pair) for pair in pairs]

@@ -20,14 +20,12 @@ def build(family, tokenizer, seed=0):
     )
 
 
-def main(folder, *more):
+def main(folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
     # Two short sequences and a long one: with a batch of one row, one process gets a row of two and the other a row of one.
     rows = Dataset.from_list([{"input_ids": list(range(10, 10 + size))} for size in (20, 20, 40, 20, 20, 40)])
     run = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=2, per_device_train_batch_size=1, packing=True,
                max_length=40, save_strategy="no", report_to="none", disable_tqdm=True, output_dir=folder, lr_scheduler_type="constant")  # fmt: skip
-    if "fsdp" in more:
-        run |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": []}}
     results = {}
     for name, family, teacher in (
         ("sft", "opt", None),
