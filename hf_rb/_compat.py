@@ -120,6 +120,7 @@ TABLE: dict[str, Entry] = {
     # How transformers maps the tensors of files to parameters (hf_rb/quantizers/streaming.py).
     "Concatenate": Entry("transformers.core_model_loading", "Concatenate", ("dim",)),
     "MergeModulelist": Entry("transformers.core_model_loading", "MergeModulelist", ("dim",)),
+    "PreTrainedModel._from_config": Entry("transformers", "PreTrainedModel._from_config", ("config",)),
     "PreTrainedModel._get_dtype_plan": Entry("transformers", "PreTrainedModel._get_dtype_plan", ("dtype",)),
     "WeightConverter": Entry("transformers.core_model_loading", "WeightConverter"),
     "WeightRenaming": Entry("transformers.core_model_loading", "WeightRenaming"),
@@ -134,6 +135,8 @@ TABLE: dict[str, Entry] = {
     "should_convert_module": Entry(
         "transformers.quantizers.quantizers_utils", "should_convert_module", ("full_name", "patterns")
     ),
+    # Which class is for which task of the Hub (hf_rb/hub/loading.py).
+    "TASK_MAPPING": Entry("transformers.modelcard", "TASK_MAPPING"),
     # `accelerate launch` without a shell (hf_rb/cli/train.py).
     "default_config_file": Entry("accelerate.commands.config", "default_config_file"),
     "launch_command": Entry("accelerate.commands.launch", "launch_command", ("args",)),

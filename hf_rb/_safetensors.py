@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_rb._files import fsync_file
+from hf_rb._weight_files import INDEX, SINGLE, weight_files
 
 
 __all__ = [
@@ -25,12 +26,11 @@ __all__ = [
     "Output",
     "TensorFile",
     "read_header",
-    "weight_files",
+    "standard_names",
     "write_index",
     "write_tensors",
 ]
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -92,22 +92,6 @@ def _read_into(stream: Any, start: int, data: Tensor) -> None:
         view = view[count:]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the weight files of a model folder, in the order of their names.
-
-    Raises:
-        FileNotFoundError: The folder's config or a weight file is missing.
-    """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json.")
-    index = folder / INDEX
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {SINGLE}
-    files = [folder / name for name in sorted(names)]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{folder} has no {', '.join(missing)}: save the model with `save_pretrained`.")
-    return files
-
-
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Returns the tensors of a file by name, and its metadata.
 
@@ -140,22 +124,35 @@ def _entry(file: Path, entry: dict, offset: int) -> Entry:
 
 class Checkpoint:
     """
-    The tensors of a model folder, in one file or in shards.
+    The tensors of a model folder, in one file or in shards: those that `from_pretrained` loads.
 
     Args:
         folder (`Path`):
-            Folder that `save_pretrained` wrote.
+            Model folder.
+        variant (`str`, *optional*), subfolder (`str`, *optional*, defaults to `""`):
+            As in [`find_weights`].
 
     Attributes:
         files (`list[Path]`): The weight files.
-        shards (`list[dict[str, Entry]]`): Their tensors by name, a file each.
+        shards (`list[dict[str, Entry]]`): Their tensors by name, a file each; one that two files hold is in the last one.
         entries (`dict[str, Entry]`): The tensors of all files.
+        lost (`list[str]`): What the index lists and no file holds.
+
+    Raises:
+        FileNotFoundError, ValueError: As [`weight_files`], or a file is damaged.
     """
 
-    def __init__(self, folder: Path):
-        self.files = weight_files(folder)
-        self.shards = [read_header(file)[0] for file in self.files]
-        self.entries = {name: entry for shard in self.shards for name, entry in shard.items()}
+    def __init__(self, folder: Path, variant: str | None = None, subfolder: str = ""):
+        found = weight_files(folder, variant, subfolder)
+        shards = {file: read_header(file)[0] for file in found.files}
+        self.entries = {name: entry for shard in shards.values() for name, entry in shard.items()}
+        for shard in shards.values():
+            for name in [name for name, entry in shard.items() if self.entries[name] is not entry]:
+                del shard[name]
+        shards = {file: shard for file, shard in shards.items() if shard}
+        self.files, self.shards = list(shards), list(shards.values())
+        listed = json.loads(found.index.read_text(encoding="utf-8"))["weight_map"] if found.index else {}
+        self.lost = sorted(listed.keys() - self.entries.keys())
 
 
 @dataclass(frozen=True)
@@ -259,6 +256,11 @@ def write_tensors(path: Path, outputs: dict[str, Output], metadata: dict[str, st
 def _write_all(stream: Any, view: memoryview) -> None:
     while view:
         view = view[stream.write(view) :]
+
+
+def standard_names(count: int) -> list[str]:
+    """Returns the names of so many weight files, as `save_pretrained` gives them."""
+    return [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
 def write_index(folder: Path, files: list[str]) -> None:

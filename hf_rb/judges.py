@@ -23,6 +23,7 @@ from hashlib import blake2b
 from typing import Any
 
 from hf_rb.advantages.srar import JudgeRequest, parse_rubric, parse_verdicts
+from hf_rb.answers import same_answer
 
 
 __all__ = ["Endpoint", "Judge", "check_rubrics", "judge_from_config", "judge_messages", "judge_tiny"]
@@ -279,7 +280,7 @@ def judge_tiny(request: JudgeRequest) -> list[dict]:
     verdicts = []
     for item in request.rubric:
         if item.type == "ANSWER":
-            satisfied, step = request.answer == item.text, 0
+            satisfied, step = same_answer(request.answer, item.text), 0
         else:
             hits = [at for at, text, holds in found if (not holds if item.type == "PITFALL" else text == item.text)]
             satisfied, step = bool(hits), min(hits, default=-1)

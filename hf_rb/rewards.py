@@ -1,9 +1,9 @@
 r"""Reward functions for [`GRPOTrainer`] that a recipe names, and where the final answer of a completion is.
 
 `reward_funcs: [exact_answer_reward, answer_format_reward]` names them, as it names TRL's. All find the answer with the
-recipe's `answer_extractor`:
+recipe's `answer_extractor`, and compare it as `hf_rb.answers` says, which `hf-rb eval` does too:
 
-    boxed    the content of the last \boxed{}, braces balanced
+    boxed    the content of the last \boxed{} or \fbox{}, braces balanced
     hashes   the rest of the line after the last ####
     tag      the content of the last <answer></answer>
 
@@ -11,19 +11,21 @@ A completion is a string or a list of messages. Of messages only the last counts
 was cut off after a tool's response has no answer.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from hf_rb._shapers import LOCAL
+from hf_rb.answers import gold_answer, is_readable, math_equivalent, require_math_verify, same_answer
 from hf_rb.tiny.problems import extract_answer
 
 
 __all__ = [
     "EXTRACTORS",
+    "GOLD_COLUMNS",
     "MARKERS",
     "REWARDS",
     "answer_format_reward",
@@ -54,15 +56,30 @@ def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
     return "".join(part.get("text", "") for part in content)
 
 
+# Without braces only what looks like mathematics is in the box, not the next word of a sentence about boxes.
+_BOX = re.compile(
+    r"\\(?:boxed|fbox)(?![A-Za-z])(?:\s*(?=\{)|[ \t]*(?=[-+]?\.?\d|[-+]?\\[A-Za-z]|[-+]?[A-Za-z]\s*(?:\$|\Z)))"
+)
+
+
 def boxed_answer(text: str) -> str | None:
-    r"""Returns the content of the last `\boxed{...}`, or `None` where there is none or it is not closed."""
-    _, marker, rest = text.rpartition(r"\boxed{")
-    depth = 1
-    for index, character in enumerate(rest if marker else ""):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return rest[:index].strip() or None
-    return None
+    r"""
+    Returns the content of the last `\boxed{...}` or `\fbox{...}`, or `None` where there is none or it is not closed. `\{` and `\}` are
+    signs and no braces. Of `\boxed 5`, without braces, the content ends at the next blank or dollar sign.
+    """
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    start, depth = boxes[-1].end(), 0
+    is_braced = text[start] == "{"
+    for match in re.finditer(r"\\.|[{}\s$]", text[start:], re.DOTALL):
+        sign, place = match.group(), start + match.start()
+        depth += {"{": 1, "}": -1}.get(sign, 0)
+        if is_braced and depth == 0 and sign == "}":
+            return text[start + 1 : place].strip() or None
+        if not is_braced and (depth < 0 or (depth == 0 and sign in (" ", "\t", "\n", "$"))):
+            return text[start:place].rstrip(".,;:") or None
+    return None if is_braced or depth > 0 else text[start:].rstrip(".,;:") or None
 
 
 def tagged_answer(text: str) -> str | None:
@@ -78,57 +95,70 @@ MARKERS = {"boxed": r"\boxed", "hashes": "####", "tag": "<answer>"}
 
 
 def exact_answer_reward(
-    completions: list, answer: list[str], answer_extractor: Extractor = boxed_answer, **kwargs: Any
-) -> list[float]:
-    """
-    Returns 1.0 for every completion whose answer is that of the dataset, else 0.0. Blanks around it and case do not count.
-
-    Args:
-        completions (`list` of `str` or of message lists):
-            Completions.
-        answer (`list[str]`):
-            Dataset column: the right answers, or texts that end in them, such as worked solutions.
-        answer_extractor (`Callable`, *optional*):
-            From a text to its answer or `None`.
-        **kwargs:
-            What else a trainer passes.
-    """
-    return [
-        float(_normal(answer_extractor(completion_text(completion))) == _normal(answer_extractor(gold) or gold))
-        for completion, gold in zip(completions, map(str, answer), strict=True)
-    ]
-
-
-def math_accuracy_reward(
-    completions: list, solution: list[str], answer_extractor: Extractor = boxed_answer, **kwargs: Any
+    completions: list, answer: list, answer_extractor: Extractor = boxed_answer, **kwargs: Any
 ) -> list[float | None]:
     """
-    Returns 1.0 for every completion whose answer `math-verify` finds equal to the solution, else 0.0; `None` where it cannot read
-    the solution. Other than TRL's `accuracy_reward` it takes strings and agents' conversations too.
+    Returns 1.0 for every completion whose answer is that of the dataset, else 0.0; `None` where the dataset has none. Texts are the
+    same up to case and blanks around them, numbers as numbers, and all else as `math-verify` finds where it is installed: see
+    `hf_rb.answers`.
 
     Args:
         completions (`list` of `str` or of message lists):
             Completions.
-        solution (`list[str]`):
-            Dataset column: the right answers, or texts that end in them.
+        answer (`list` of `str`, numbers or `None`):
+            Dataset column: the right answers, or texts that end in them, such as worked solutions.
         answer_extractor (`Callable`, *optional*):
             From a text to its answer or `None`.
         **kwargs:
             What else a trainer passes.
 
     Raises:
+        TypeError: An answer of the dataset is neither text nor number.
+    """
+    golds = [_gold(one, answer_extractor) for one in answer]
+    return [
+        None if gold is None else float(same_answer(answer_extractor(completion_text(completion)), gold))
+        for completion, gold in zip(completions, golds, strict=True)
+    ]
+
+
+def math_accuracy_reward(
+    completions: list, solution: list, answer_extractor: Extractor = boxed_answer, **kwargs: Any
+) -> list[float | None]:
+    """
+    As [`exact_answer_reward`], and never without `math-verify`. Other than TRL's `accuracy_reward` it takes strings and agents'
+    conversations too.
+
+    Args:
+        completions (`list` of `str` or of message lists):
+            Completions.
+        solution (`list` of `str`, numbers or `None`):
+            Dataset column: the right answers, or texts that end in them.
+        answer_extractor (`Callable`, *optional*):
+            From a text to its answer or `None`.
+        **kwargs:
+            What else a trainer passes.
+
+    Returns:
+        `list[float | None]`: 1.0 or 0.0; `None` where there is no solution, or one that differs and that `math-verify` cannot read.
+
+    Raises:
         ImportError: `math-verify` is not installed.
+        RuntimeError: Its process cannot be started.
+        TypeError: A solution is neither text nor number.
     """
     require_math_verify("math_accuracy_reward")
-    rewards: list[float | None] = []
-    for completion, gold in zip(completions, solution, strict=True):
-        gold = answer_extractor(gold) or gold
-        if not _parsed(gold):
-            rewards.append(None)
-            continue
-        answer = answer_extractor(completion_text(completion))
-        rewards.append(float(answer is not None and _verified(gold, answer)))
-    return rewards
+    rewards = exact_answer_reward(completions, solution, answer_extractor)
+    golds = [_gold(one, answer_extractor) for one in solution]
+    return [
+        reward if reward or gold is None or is_readable(gold) else None
+        for reward, gold in zip(rewards, golds, strict=True)
+    ]
+
+
+def _gold(value: Any, answer_extractor: Extractor) -> str | None:
+    gold = gold_answer(value)
+    return gold and (answer_extractor(gold) or gold)
 
 
 def answer_format_reward(completions: list, answer_extractor: Extractor = boxed_answer, **kwargs: Any) -> list[float]:
@@ -147,55 +177,6 @@ def step_format_reward(completions: list, answer_extractor: Extractor = boxed_an
     return [float(STEP_HEADER.search(text) is not None and answer_extractor(text) is not None) for text in texts]
 
 
-def math_equivalent(first: str, second: str) -> bool:
-    """Returns whether `math-verify` finds two answers equal with either of them as the gold one; what it cannot read is different."""
-    return _verified(first, second) or _verified(second, first)
-
-
-def require_math_verify(what: str) -> None:
-    """
-    Raises before training what would be found out in it.
-
-    Raises:
-        ImportError: `math-verify` is not installed.
-    """
-    if find_spec("math_verify") is None:
-        raise ImportError(f"`{what}` needs math-verify. Run `pip install 'hf_rb[math]'`.")
-
-
-def _normal(answer: str | None) -> str | None:
-    return None if answer is None else answer.strip().lower()
-
-
-# The same answers come again and again, within a group and over a run.
-@lru_cache(maxsize=65536)
-def _parsed(answer: str) -> tuple:
-    from math_verify import parse
-
-    # What a model wrote can break a parser of LaTeX in any way; timeouts take a signal, which only the main thread may use.
-    try:
-        return tuple(parse(f"${answer}$", parsing_timeout=_timeout(5)))
-    except Exception:
-        return ()
-
-
-@lru_cache(maxsize=65536)
-def _verified(gold: str, answer: str) -> bool:
-    from math_verify import verify
-
-    parsed, other = _parsed(gold), _parsed(answer)
-    try:
-        return bool(parsed and other and verify([*parsed], [*other], timeout_seconds=_timeout(5)))
-    except Exception:
-        return False
-
-
-def _timeout(seconds: int) -> int | None:
-    import threading
-
-    return seconds if threading.current_thread() is threading.main_thread() else None
-
-
 # Name in a recipe -> where it is. What is ours takes `answer_extractor`.
 REWARDS = {
     "exact_answer_reward": "hf_rb.rewards:exact_answer_reward",
@@ -208,6 +189,9 @@ REWARDS = {
     "think_format_reward": "trl.rewards:think_format_reward",
 }
 
+
+GOLD_COLUMNS = {exact_answer_reward: "answer", math_accuracy_reward: "solution"}
+"""Dataset columns of right answers, by the function that reads them."""
 
 _OURS = {name for name, where in REWARDS.items() if where.startswith("hf_rb.")}
 

@@ -385,6 +385,12 @@ def test_the_tiny_judge_finds_the_step_that_is_wrong():
     ]
 
 
+def test_the_tiny_judge_compares_answers_as_rewards_do():
+    problem = next(generate(size=1))
+    assert ask_tiny(problem, f"#### ${problem.answer}.00")[-1]["satisfied"]
+    assert not ask_tiny(problem, f"#### {problem.answer}0")[-1]["satisfied"]
+
+
 @pytest.mark.parametrize("solution", ["", "####", "7 / 0 = 3.", "= = =", f"First {'9' * 5000} + 1 = 2."])
 def test_the_tiny_judge_reads_anything(solution):
     problem = next(generate(size=1))

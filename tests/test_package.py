@@ -52,13 +52,21 @@ def test_importing_is_fast_and_imports_no_heavy_library():
     assert statistics.median(float(output.split()[0]) for output in outputs) < 0.2
 
 
+PIP = [sys.executable, "-m", "pip"]
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """The wheel, installed into a folder of its own."""
+def wheel(tmp_path_factory):
     root, wheels = Path(hf_rb.__file__).parents[1], tmp_path_factory.mktemp("wheels")
-    pip, target = [sys.executable, "-m", "pip"], tmp_path_factory.mktemp("installed")
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, root], check=True, timeout=300)
-    subprocess.run([*pip, "install", "--no-deps", "--target", target, next(wheels.iterdir())], check=True, timeout=300)
+    subprocess.run([*PIP, "wheel", "--no-deps", "--wheel-dir", wheels, root], check=True, timeout=300)
+    return next(wheels.iterdir())
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The wheel, installed into a folder of its own."""
+    target = tmp_path_factory.mktemp("installed")
+    subprocess.run([*PIP, "install", "--no-deps", "--target", target, wheel], check=True, timeout=300)
     return target
 
 
@@ -89,3 +97,37 @@ def test_optimum_finds_our_commands_in_the_wheel(installed, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["packing"] == "nibble"
     wrong = optimum_cli("d2quant", "tiny:student", "other")
     assert wrong.returncode == 2 and "ptqtp" not in wrong.stderr and "dataset" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_the_optimum_that_its_file_pretends(wheel, tmp_path):
+    """Into an environment with everything but optimum: our file in its namespace makes transformers believe that it is there."""
+    libraries, environment = tmp_path / "libraries", tmp_path / "environment"
+    libraries.mkdir()
+    for folder in (Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))):
+        for entry in folder.iterdir():
+            if not entry.name.startswith(("optimum", "hf_rb", "__editable__")) and entry.suffix != ".pth":
+                if not (libraries / entry.name).exists():
+                    (libraries / entry.name).symlink_to(entry)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=120)
+    python = environment / "bin" / "python"
+    own = subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True)
+    Path(own.strip(), "libraries.pth").write_text(f"{libraries}\n")
+    outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def run(*command):
+        return subprocess.run(
+            [python, *command], cwd=tmp_path, env=outside, capture_output=True, text=True, timeout=300
+        )
+
+    available = "from transformers.utils import is_optimum_available; print(is_optimum_available())"
+    assert run("-c", available).stdout == "False\n"
+    install = subprocess.run([*PIP, "--python", python, "install", wheel], capture_output=True, text=True, timeout=300)
+    if "No matching distribution found for optimum" in install.stderr:
+        pytest.skip("No package index can be reached.")
+    assert install.returncode == 0, install.stderr[-2000:]
+    assert "optimum-" in install.stdout.rpartition("Successfully installed")[2]
+    loaded = run("-c", f"{available}; import optimum.gptq.data as data; print(data.get_dataset.__name__)")
+    assert loaded.stdout == "True\nget_dataset\n", loaded.stderr[-2000:]
+    shown = run("-m", "optimum.commands.optimum_cli", "--help").stdout
+    assert "ptqtp" in shown and "d2quant" in shown

@@ -1,9 +1,11 @@
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
-from hf_rb import rewards
+from hf_rb import _math_verify, answers
+from hf_rb.evaluation import is_correct
 from hf_rb.rewards import (
     EXTRACTORS,
     MARKERS,
@@ -51,6 +53,25 @@ def test_what_the_model_wrote_last(completion, text):
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"cut \boxed{12", None),
         (r"\boxed{1} and cut \boxed{\frac{1}{2}", None),
+        (r"\boxed{5} then \boxed{6", None),
+        (r"\boxed{3} and \boxed{4}", "4"),
+        (r"\boxed{\left\{ x=1 \right.}", r"\left\{ x=1 \right."),
+        (r"\boxed{[1,\infty\}}", r"[1,\infty\}"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{a\\}", r"a\\"),  # a line end, and a brace
+        (r"\boxed 5", "5"),
+        (r"so $\boxed 5$, and", "5"),
+        (r"\boxed 12. Done", "12"),
+        (r"\boxed {5}", "5"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed\frac{1}{2}, so", r"\frac{1}{2}"),
+        (r"\boxed \text{no solution} at all", r"\text{no solution}"),
+        (r"{\boxed -x}", None),
+        (r"\boxed A$", "A"),
+        (r"\boxed{5} is my answer in \boxed form", "5"),
+        (r"\boxed{5}, as asked, in \boxed.", "5"),
+        (r"\boxedness{4}", None),
+        (r"\boxed", None),
         (r"\boxed{}", None),
         ("nothing", None),
         ("", None),
@@ -83,6 +104,7 @@ def test_every_extractor_has_its_marker():
 
 
 def test_exact_answer():
+    """Up to case and blanks."""
     completions = [r"\boxed{ Paris }", r"\boxed{Rome}", "Paris", [{"role": "assistant", "content": r"\boxed{paris}"}]]
     assert exact_answer_reward(completions, ["Paris"] * 4, other_column=[1] * 4) == [1.0, 0.0, 0.0, 1.0]
 
@@ -90,6 +112,44 @@ def test_exact_answer():
 def test_the_gold_answer_may_end_a_solution():
     hashes = EXTRACTORS["hashes"]
     assert exact_answer_reward(["#### 7", "#### 8"], ["3 + 4 = 7. #### 7"] * 2, answer_extractor=hashes) == [1.0, 0.0]
+
+
+# Completion, right answer, reward of what follows `####` of both.
+PAIRS = [
+    ("#### 1080", "1,080", 1.0),
+    ("#### $18", 18, 1.0),
+    ("#### 18.", 18, 1.0),
+    ("#### 18.00", 18, 1.0),
+    ("#### 7", 7.0, 1.0),
+    ("#### 7", "3 + 4 = 7. #### 7", 1.0),
+    ("#### 0.00001", 1e-5, 1.0),
+    ("#### 12", "1,2", 0.0),
+    ("#### Paris", "paris", 1.0),
+    ("#### silent", "listen", 0.0),
+    ("7", 7, 0.0),
+    ("#### None", None, None),
+    ("#### nan", float("nan"), None),
+    ("#### 7", " ", None),
+]
+
+
+@pytest.mark.parametrize("completion, gold, reward", PAIRS)
+def test_rewards_and_evaluation_agree(completion, gold, reward):
+    hashes = EXTRACTORS["hashes"]
+    assert exact_answer_reward([completion], [gold], answer_extractor=hashes) == [reward]
+    assert is_correct(completion, gold) == bool(reward)
+    if find_spec("math_verify"):
+        assert math_accuracy_reward([completion], [gold], answer_extractor=hashes) == [reward]
+
+
+@pytest.mark.parametrize("reward", [exact_answer_reward, math_accuracy_reward])
+def test_a_list_is_no_answer(reward):
+    if reward is math_accuracy_reward:
+        pytest.importorskip("math_verify")
+    with pytest.raises(
+        TypeError, match=r"An answer is text or a number, and \"\['5', 'five'\]\" is of type list. Write one"
+    ):
+        reward([r"\boxed{5}"], [["5", "five"]])
 
 
 def test_answer_format():
@@ -135,18 +195,14 @@ class TestMathVerify:
     def test_equivalence(self, first, second, equal):
         assert math_equivalent(first, second) == equal
 
-    def test_an_exception_is_different(self, monkeypatch):
-        import math_verify
-
-        def fail(*args, **kwargs):
-            raise RecursionError
-
-        monkeypatch.setattr(math_verify, "verify", fail)
-        assert not math_equivalent("3.25", "3.250")
+    def test_a_solution_that_takes_too_long_scores_nothing_but_itself(self, monkeypatch):
+        monkeypatch.setattr(_math_verify, "SECONDS", 1.0)
+        tower = "7^{7^{7^{7}}}"
+        assert math_accuracy_reward([rf"\boxed{{{tower}}}", r"\boxed{2}"], [tower] * 2) == [1.0, None]
 
 
 def test_without_math_verify(monkeypatch):
-    monkeypatch.setattr(rewards, "find_spec", lambda name: None)
+    monkeypatch.setattr(answers, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs math-verify. Run `pip install 'hf_rb\[math\]'`"):
         math_accuracy_reward(["1"], ["1"])
     with pytest.raises(ImportError, match="`math_accuracy_reward` needs math-verify"):  # before a model is loaded

@@ -11,8 +11,9 @@ and over the rollouts G_k of its group that have step k, every token of step k g
 
 which is added to the outcome's advantage; the outcome's baseline never sees the rubric. G_k are the rollouts with an item
 satisfied in step k ("code", the authors') or attributed to it, satisfied or not ("paper"). The paper's σ is that of a
-population (`ddof=0`), the code's that of a sample (`ddof=1`). A judge's step of 0, or one that does not exist, is the whole
-completion, -1 is no step.
+population (`ddof=0`), the code's that of a sample (`ddof=1`). A judge's step of 0 is the whole completion, -1 is no step. A step
+that does not exist keeps its number and is compared under it, and every token gets its offset ("code"); the paper does not say, and
+here it is step 0 ("paper").
 
 Shapes: N rollouts in contiguous groups of `group_size`; per-step quantities are lists of N dicts `{step: value}`; steps count
 from 1 and 0 is the whole completion.
@@ -170,12 +171,14 @@ def srar_step_scores(
         num_steps (`int`):
             Steps of the rollout.
         gk (`str`, *optional*, defaults to `"code"`):
-            `"code"`: a step has a score if an item is satisfied in it. `"paper"`: if an item is attributed to it.
+            `"code"`: a step has a score if an item is satisfied in it, and one that the rollout does not have keeps its number.
+            `"paper"`: a step has a score if an item is attributed to it, and one that the rollout does not have is step 0.
         weights (`Mapping[str, float]`, *optional*):
             R_τ by type, by default the paper's `WEIGHTS`.
 
     Returns:
-        `dict[int, float]`: score of each step; 0 stands for the whole completion.
+        `dict[int, float]`: score of each step; 0, and with `"code"` every number outside 1 to `num_steps`, stands for the whole
+        completion.
 
     Raises:
         ValueError: An unknown `gk`.
@@ -186,7 +189,8 @@ def srar_step_scores(
     for verdict in verdicts:
         kind, step = rubric[verdict["id"] - 1], verdict["step"]
         if kind in weights and step != -1 and (verdict["satisfied"] or gk == "paper"):
-            scores[step if 1 <= step <= num_steps else 0] += verdict["satisfied"] * weights[kind] / of_type[kind]
+            exists = 1 <= step <= num_steps
+            scores[step if exists or gk == "code" else 0] += verdict["satisfied"] * weights[kind] / of_type[kind]
     return dict(scores)
 
 
@@ -210,8 +214,10 @@ def srar_offsets(
         `list[dict[int, float]]`: z of each step of each rollout.
 
     Raises:
-        ValueError: Groups that are not whole, or another `ddof`.
+        ValueError: Groups that are not whole, another `ddof`, or an `eps` below 0.
     """
+    if not eps >= 0:
+        raise ValueError(f"`eps` must be 0 or more; got {eps}. TRL's is 1e-4, the authors' 1e-6.")
     if ddof not in (0, 1):
         raise ValueError(f"`ddof` is 0 (population) or 1 (sample); got {ddof}.")
     if group_size < 1 or len(step_scores) % group_size:
@@ -319,6 +325,8 @@ class SrarShaper(TokenShaper):
             The dataset's column.
         step_pattern (`str`, *optional*):
             Regular expression that matches where a step begins. Defaults to `### Step N:` headers.
+        eps (`float`, *optional*, defaults to `1e-4`):
+            As in [`srar_offsets`].
     """
 
     name = "srar"
@@ -333,6 +341,7 @@ class SrarShaper(TokenShaper):
         only_mixed: bool = True,
         rubric_column: str = "rubric",
         step_pattern: str | None = None,
+        eps: float = 1e-4,
     ):
         if judge is None:
             raise ValueError(
@@ -344,8 +353,8 @@ class SrarShaper(TokenShaper):
                 "one of `async def ask(request)`, which replies to one request: `judge=hf_rb.judges.Judge(ask)`."
             )
         srar_step_scores([], [], 0, gk)  # refuse bad parameters before the first step
-        srar_offsets([], 1, ddof)
-        self.judge, self.coef, self.gk, self.ddof = judge, coef, gk, ddof
+        srar_offsets([], 1, ddof, eps)
+        self.judge, self.coef, self.gk, self.ddof, self.eps = judge, coef, gk, ddof, eps
         self.only_mixed, self.rubric_column = only_mixed, rubric_column
         self.step_pattern = STEP_HEADER if step_pattern is None else re.compile(step_pattern)
         self.requires = Requires(columns=(rubric_column,), correct=only_mixed, answers=True)
@@ -359,6 +368,7 @@ class SrarShaper(TokenShaper):
             ddof=args.srar_ddof,
             only_mixed=args.srar_only_mixed,
             step_pattern=args.srar_step_pattern,
+            eps=args.srar_eps,
         )
 
     def shape(self, ctx: ShapingContext, advantages: torch.Tensor) -> Shaped:
@@ -366,14 +376,14 @@ class SrarShaper(TokenShaper):
         scores = [self._scores(judged[i]) if i in judged else {} for i in range(len(ctx.completion_ids))]
         counts = [judged[i].counts() if i in judged else None for i in range(len(scores))]
         gathered = ctx.gather(list(zip(scores, counts, strict=True)))
-        offsets = srar_offsets([d for d, _ in gathered], ctx.group_size, self.ddof)[ctx.local]
+        offsets = srar_offsets([d for d, _ in gathered], ctx.group_size, self.ddof, self.eps)[ctx.local]
 
         added = torch.zeros(ctx.mask.shape)
         for i, rollout in judged.items():
             spans = token_spans(ctx.completion_ids[i], _decoder(ctx), rollout.steps) if offsets[i] else []
-            for step, (start, stop) in enumerate(spans, start=1):
-                added[i, start:stop] += offsets[i].get(step, 0.0)
-            added[i] += offsets[i].get(0, 0.0)
+            for step, z in offsets[i].items():
+                start, stop = spans[step - 1] if 1 <= step <= len(spans) else (0, None)
+                added[i, start:stop] += z
         return Shaped(
             advantages + self.coef * added.to(advantages),
             _metrics([c for _, c in gathered if c is not None]),

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hf_rb.answers import gold_answer
 from hf_rb.rewards import completion_text
 from hf_rb.tiny.problems import extract_answer
 
@@ -83,13 +84,13 @@ def text_of(message: dict) -> str:
     return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
 
 
-def answer_f1(answer: str | None, gold: str | Sequence[str]) -> float:
+def answer_f1(answer: str | None, gold: str | float | None | Sequence[str]) -> float:
     """
     Returns the harmonic mean of precision and recall over words, without case, punctuation and articles, as SQuAD's evaluation
     defines it; the best one if there are several right answers.
     """
-    golds = [gold] if isinstance(gold, str) else gold
-    return max((_f1(_words(answer or ""), _words(text)) for text in golds), default=0.0)
+    golds = gold if isinstance(gold, Sequence) and not isinstance(gold, str) else [gold]
+    return max((_f1(_words(answer or ""), _words(gold_answer(one) or "")) for one in golds), default=0.0)
 
 
 def _words(text: str) -> list[str]:

@@ -44,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from hf_rb._model_folder import check_models
     from hf_rb._resources import find_recipe
     from hf_rb.cli.check import check, read_overrides, read_recipe
 
@@ -64,8 +65,12 @@ def run(args: argparse.Namespace) -> int:
     if report.errors:
         report.show()
         return 2
-    for note in _make_small(recipe, verb, args):
+    check_models(recipe | ({"teacher_model_name_or_path": captured} if captured else {}))
+    for note in make_small(recipe, verb, args.batch_size, args.max_new_tokens):
         print(note, file=sys.stderr)
+    if plan := check(path, recipe, verb).plan:  # of the smaller recipe
+        for line in [*plan.audit().memory_lines(), *plan.audit().problems()]:
+            print(line, file=sys.stderr, flush=True)
     comparisons = _audit(recipe, verb, args.batches, captured)
     is_good = {one.path: max(one.loss, one.gradient) <= args.tolerance for one in comparisons}
     if args.json:
@@ -79,12 +84,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(is_good.values()) else 1
 
 
-def _make_small(recipe: dict[str, Any], verb: str, args: argparse.Namespace) -> list[str]:
+def make_small(recipe: dict[str, Any], verb: str, batch_size: int, max_new_tokens: int) -> list[str]:
     """Changes the recipe for a small run; returns what the audit then leaves out."""
-    recipe |= _REPLACED | {"per_device_train_batch_size": args.batch_size, "max_steps": 1}
+    recipe |= _REPLACED | {"per_device_train_batch_size": batch_size, "max_steps": 1}
     recipe["teacher_model_init_kwargs"] = (recipe.get("teacher_model_init_kwargs") or {}) | {"dtype": "float32"}
     length = "max_new_tokens" if verb == "gkd" else "max_completion_length"
-    recipe[length] = min(recipe.get(length) or args.max_new_tokens, args.max_new_tokens)
+    recipe[length] = min(recipe.get(length) or max_new_tokens, max_new_tokens)
     if not recipe.get("use_vllm"):
         return []
     for key in [key for key in recipe if key == "use_vllm" or key.startswith("vllm_")]:

@@ -36,8 +36,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from hf_rb._model_folder import check_models
     from hf_rb._resources import find_recipe
-    from hf_rb.cli.check import read_recipe
+    from hf_rb.cli.check import check, read_overrides, read_recipe
 
     path = find_recipe(args.recipe)
     recipe = read_recipe(path)
@@ -50,6 +51,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "There is no folder for the cache. Write `hf-rb cache-teacher RECIPE FOLDER`, or `teacher_cache` in the recipe."
         )
+    # As a recipe that trains from the cache: what cannot is found before torch is imported.
+    values = recipe | {"teacher_cache": folder} | read_overrides(args.overrides, "gkd")
+    found = check(path, values, "gkd")
+    if found.errors:
+        found.show()
+        return 2
+    check_models(values | {"teacher_model_name_or_path": teacher})
     report = capture(recipe | {"teacher_cache": folder}, args.overrides, teacher, args)
     if args.json:
         print(json.dumps(asdict(report), indent=2))
@@ -67,7 +75,6 @@ def capture(recipe: dict[str, Any], overrides: list[str], teacher: str, args: ar
 
     with TemporaryDirectory() as scratch:
         path = Path(scratch, "recipe.yaml")
-        # The recipe is checked as one that trains from the cache: what cannot is found before the teacher has run.
         path.write_text(yaml.safe_dump(recipe | {"output_dir": scratch, "report_to": "none"}), encoding="utf-8")
         script_args, config, *rest = gkd.prepare(["--config", str(path), *overrides])
         folder, config.teacher_cache, config.teacher_model_name_or_path = config.teacher_cache, None, teacher

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from importlib import metadata
@@ -20,10 +20,12 @@ from typing import Any
 
 from hf_rb import tiny
 from hf_rb._fields import Rule, value_problem
+from hf_rb._renamed import former_key, nearest_key
 from hf_rb._resources import find_recipe, recipe_names
 from hf_rb._shapers import LOCAL, pipeline_line
 from hf_rb.cli import schemas
 from hf_rb.cli.data import column_rules, dataset_rules, file_problem, text_problem
+from hf_rb.cli.fix import fix
 from hf_rb.cli.plan import Plan, make_plan, recover_lines
 from hf_rb.quantizers._rules import d2quant_rules, ptqtp_rules
 from hf_rb.recover.config import recover_rules
@@ -93,10 +95,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="code that a recipe for `hf-rb grpo` names (nothing is imported)",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--fix",
+        action="store_true",
+        help="first rewrite keys that older versions had: new names, and comments where a key is gone",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     LOCAL.update(args.allow_local_code)
+    for path in map(find_recipe, args.recipes if args.fix else ()):
+        recipe = read_recipe(path)
+        text, changes = fix(
+            path.read_text(encoding="utf-8"), recipe, schemas.load(args.target or _verb_of(recipe))["keys"]
+        )
+        if changes:
+            path.write_text(text, encoding="utf-8")
+        for change in changes:
+            print(f"{path}: {change}", file=sys.stderr)
     reports = [check(path, read_recipe(path), args.target) for path in map(find_recipe, args.recipes)]
     if args.json:
         print(json.dumps([report.as_dict() for report in reports], indent=1))
@@ -176,12 +192,11 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Report
         verb (`str`, *optional*): What the recipe is for, one of `schemas.RECIPES`; by default it follows from the keys.
     """
     recipe = {key: value for key, value in recipe.items() if key != "env"}
-    known = {verb: len(recipe.keys() & schemas.load(verb)["keys"].keys()) for verb in schemas.RECIPES}
-    likely = max(schemas.RECIPES, key=known.get)
+    likely = _verb_of(recipe)
     verb = verb or likely
     schema = schemas.load(verb)
     report = Report(str(path), verb)
-    if 2 * known[verb] < known[likely]:  # one line, in place of one for every key
+    if 2 * _known(recipe, verb) < _known(recipe, likely):  # one line, in place of one for every key
         report.errors.append(f"this is a recipe for `hf-rb {likely}`, not for `hf-rb {verb}`.")
         return report
     values = _Checker(report, schema["versions"]).values(recipe, schema["keys"])
@@ -199,6 +214,15 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Report
     if verb in TRAINED and not report.errors:
         _plan(report, args)
     return report
+
+
+def _verb_of(recipe: dict[str, Any]) -> str:
+    """Returns the verb that knows the most keys of a recipe."""
+    return max(schemas.RECIPES, key=lambda verb: _known(recipe, verb))
+
+
+def _known(recipe: dict[str, Any], verb: str) -> int:
+    return len(recipe.keys() & schemas.load(verb)["keys"].keys())
 
 
 def _plan(report: Report, args: Any) -> None:
@@ -240,8 +264,9 @@ class _Checker:
                 self.report.errors.append(f"`{prefix}{key}` is missing.")
         return values
 
-    def _unknown(self, key: Any, keys: Iterable[str], prefix: str) -> None:
-        if not prefix and (problem := only_gkd(key)):
+    def _unknown(self, key: Any, keys: Collection[str], prefix: str) -> None:
+        problem = former_key(key, keys, prefix) or (None if prefix else only_gkd(key))
+        if problem:
             self.report.errors.append(problem)
             return
         methods = [name for name in schemas.QUANTIZATION if key in schemas.load(name)["keys"]]
@@ -252,8 +277,8 @@ class _Checker:
                 f"`{prefix}{key}` is of `quant_method: {methods[0]}` (`--method {methods[0]}`){hint}"
             )
             return
-        close = [_ALSO_CALLED[key]] if _ALSO_CALLED.get(key) in keys else get_close_matches(str(key), keys, n=1)
-        message = f"unknown key `{prefix}{key}`" + (f"; did you mean `{prefix}{close[0]}`?" if close else ".")
+        close = nearest_key(key, keys)
+        message = f"unknown key `{prefix}{key}`" + (f"; did you mean `{prefix}{close}`?" if close else ".")
         owners = [] if prefix else [f"`hf-rb {verb}`" for verb in schemas.RECIPES if key in schemas.load(verb)["keys"]]
         if owners:
             self.report.errors.append(
@@ -266,6 +291,9 @@ class _Checker:
             self.report.errors.append(message)
 
     def _value(self, key: str, value: Any, entry: dict[str, Any], from_text: bool) -> Any:
+        # The parser of the training scripts takes a scalar for a list of one.
+        if from_text and self.report.verb in TRAINED and _is_one_of_a_list(value, entry["types"]):
+            value = value if "str" in entry["types"] else [value]
         value = _convert(key, value, entry["types"], from_text)
         problem = value_problem(key, value, choices=entry.get("choices"), range=entry.get("range"))
         if problem:
@@ -304,25 +332,6 @@ _COUNTERPARTS = {
     "planes": "bits",
     "planes_per_layer": "bits_per_layer",
 }
-# Names that keys have elsewhere, or had before.
-_ALSO_CALLED = {
-    "batch_size": "per_device_train_batch_size",
-    "dataset": "dataset_name",
-    "epochs": "num_train_epochs",
-    "group_by_length": "train_sampling_strategy",
-    "lora_rank": "lora_r",
-    "lr": "learning_rate",
-    "max_seq_length": "max_length",
-    "model": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "no_cuda": "use_cpu",
-    "num_epochs": "num_train_epochs",
-    "overwrite_output_dir": "overwrite",
-    "teacher": "teacher_model_name_or_path",
-    "teacher_model": "teacher_model_name_or_path",
-    "torch_dtype": "dtype",
-    "train_batch_size": "per_device_train_batch_size",
-}
 _PYTHON = {
     "null": type(None),
     "bool": bool,
@@ -347,11 +356,15 @@ def _convert(key: str, value: Any, types: list[str], from_text: bool) -> Any:
     expected, hint = " or ".join(types), ""
     if isinstance(value, bool):
         hint = " YAML reads no, off, yes and on as booleans: write it in quotes."
-    elif any(kind.startswith("list") and _is([value], kind) for kind in types):
+    elif _is_one_of_a_list(value, types):
         hint = f" Write `{key}: [{value}]`."
     elif isinstance(value, str) and "float" in types:
         hint = " Write a number without quotes; YAML reads one such as 1e-4 as text, and 1.0e-4 as a number."
     raise ValueError(f"`{key}` must be {expected}; got {value!r} ({type(value).__name__}).{hint}")
+
+
+def _is_one_of_a_list(value: Any, types: list[str]) -> bool:
+    return any(kind.startswith("list") and _is([value], kind) for kind in types)
 
 
 def _is(value: Any, kind: str) -> bool:

@@ -60,11 +60,17 @@ def file_problem(name: str) -> str | None:
 
 
 def text_problem(key: str, name: str) -> str | None:
-    """Returns what is wrong with the name of a text, which is a file, an embedded dataset or one of the Hub."""
+    """Returns what is wrong with a text, which is a file, an embedded dataset or one of the Hub: its name, or no column `text`."""
     if name.startswith("tiny:"):
         return value_problem(key, name, choices=["tiny:math"])
-    is_file = Path(name).suffix in (".txt", ".jsonl", ".json") or name.startswith(("/", "./", "../"))
-    return f"`{key}` names {name!r}, which does not exist." if is_file and not Path(name).exists() else None
+    path = Path(name)
+    if not path.exists():
+        is_file = path.suffix in (".txt", ".jsonl", ".json") or name.startswith(("/", "./", "../"))
+        return f"`{key}` names {name!r}, which does not exist." if is_file else None
+    columns = _first_row(path) if path.suffix == ".jsonl" else set()
+    if columns and "text" not in columns:
+        return f"`{key}`: {name} has the columns {', '.join(sorted(columns))}; one called `text` is needed."
+    return None
 
 
 def column_rules(args: Any, verb: str) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from hf_rb._model_folder import find_packed
+
 
 EXAMPLE = "hf-rb dequantize outputs/student-ptqtp outputs/student-16bit --dtype bfloat16"
 
@@ -16,6 +18,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    find_packed(args.model, args.destination, args.overwrite)  # told before torch is imported
+
     from hf_rb.quantizers import dequantize_checkpoint
 
     size = dequantize_checkpoint(args.model, args.destination, dtype=args.dtype, overwrite=args.overwrite)

@@ -6,13 +6,14 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hf_rb._files import check_new_file
-from hf_rb._model_folder import adapter_beside
+from hf_rb._model_folder import adapter_beside, find_model, public_name
 
 
 EXAMPLE = "hf-rb eval tiny:student --task tiny:math --limit 200 --speed"
@@ -26,7 +27,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="use only the first LIMIT problems of each task")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="limit of a generated solution (default 256)")
     parser.add_argument("--batch-size", type=int, default=64, help="problems solved at a time (default 64)")
-    parser.add_argument("--perplexity", metavar="FILE", help="perplexity of a text file")
+    parser.add_argument(
+        "--perplexity",
+        metavar="FILE",
+        help="perplexity of a text file, in windows that begin with the tokenizer's BOS",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="MODEL",
+        help="the model that MODEL was made from: its perplexity is measured too, and the ratio said in words",
+    )
     parser.add_argument("--window", type=int, default=512, help="window of the perplexity in tokens (default 512)")
     parser.add_argument("--stride", type=int, help="distance between windows (default: the window)")
     parser.add_argument(
@@ -57,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
     # What can be wrong without a model is looked at before one is loaded.
     if args.perplexity and not Path(args.perplexity).is_file():
         raise FileNotFoundError(f"There is no text file {args.perplexity}.")
+    if args.task and not args.task.startswith("tiny:") and not Path(args.task).is_file():
+        raise FileNotFoundError(
+            f"There is no task file {args.task}: write tiny:math or the path of a JSON-lines file."
+        )
     for name in ("out", "plot"):
         if path := getattr(args, name):
             check_new_file(path, f"--{name}", args.overwrite)
@@ -66,11 +80,13 @@ def run(args: argparse.Namespace) -> int:
     for name in ("fewshot", "chat", "allow_local_code"):
         if getattr(args, name) not in (None, False) and not args.harness:
             raise ValueError(f"--{name.replace('_', '-')} is for --harness: add --harness TASK, or leave it out.")
+    if args.baseline and not args.perplexity:
+        raise ValueError("--baseline is compared by perplexity: add --perplexity FILE, or leave it out.")
 
-    from hf_rb import evaluation
     from hf_rb.weights.sweep import read_sweep
 
     sweep = read_sweep(args.model)
+    folders = sweep or {None: find_model(args.model)}
     if args.plot and (sweep is None or not (args.task or args.perplexity or args.speed)):
         raise ValueError(
             f"--plot draws what --task, --perplexity or --speed measures against lambda, and {args.model} "
@@ -80,14 +96,19 @@ def run(args: argparse.Namespace) -> int:
                 else "is no sweep: `hf-rb merge ... --lambda 0.2,0.5,0.8` writes one."
             )
         )
+
+    from hf_rb import evaluation
+
     rows = evaluation.load_task(args.task, args.limit) if args.task else None
     text = Path(args.perplexity).read_text(encoding="utf-8") if args.perplexity else None
     if not (rows or text or args.speed or args.harness):
         print("Only the size was measured; add --task, --perplexity, --harness or --speed for more.", file=sys.stderr)
-    folders = sweep or {None: evaluation.find_model(args.model)}
-    measured = {lam: _measure(folder, args, rows, text) for lam, folder in folders.items()}
+    baseline = _baseline(args, text, folders.values()) if args.baseline else None
+    measured = {lam: _measure(folder, args, rows, text, baseline) for lam, folder in folders.items()}
 
-    everything = {"model": args.model, "task": args.task}
+    everything = {"model": public_name(args.model), "task": args.task and public_name(args.task)}
+    if baseline:
+        everything["baseline"] = {"model": public_name(args.baseline)} | asdict(baseline)
     results = {lam: {key: _plain(value) for key, value in values.items()} for lam, values in measured.items()}
     if sweep:
         everything["sweep"] = [{"lambda": lam} | result for lam, result in results.items()]
@@ -109,10 +130,42 @@ def run(args: argparse.Namespace) -> int:
         print(evaluation.format_table(["lambda", *(f"{lam:g}" for lam in measured)], cells))
     else:
         print(evaluation.format_table(["measure", args.model], list(_rows(measured[None]))))
+        if baseline:
+            print(f"\n{measured[None]['quality']}")
     return 0
 
 
-def _measure(folder: Path, args: argparse.Namespace, rows: list | None, text: str | None) -> dict:
+def _baseline(args: argparse.Namespace, text: str, folders: Iterable[Path]) -> Any:
+    """Measures the perplexity of the model to compare with, whose tokens have to be those of the others."""
+    from transformers import AutoTokenizer
+
+    from hf_rb import evaluation
+
+    source = evaluation.find_model(args.baseline)
+    ours, *others = (
+        AutoTokenizer.from_pretrained(one)(text, verbose=False)["input_ids"] for one in (source, *folders)
+    )
+    if any(other != ours for other in others):
+        raise ValueError(
+            f"--baseline {args.baseline} makes other tokens of {args.perplexity} than {args.model}, so their perplexities do not "
+            "compare: give the model that it was made from, or compare the bits per byte of two calls."
+        )
+    start = time.perf_counter()
+    measured = _perplexity(*_load(source, args.dtype), args, text)
+    print(f"The baseline was loaded and measured in {time.perf_counter() - start:.1f} s.", file=sys.stderr)
+    return measured
+
+
+def _perplexity(model: Any, tokenizer: Any, args: argparse.Namespace, text: str) -> Any:
+    from hf_rb import evaluation
+
+    stride = args.window if args.stride is None else args.stride
+    return evaluation.perplexity(model, tokenizer, text, args.window, stride)
+
+
+def _measure(
+    folder: Path, args: argparse.Namespace, rows: list | None, text: str | None, baseline: Any = None
+) -> dict:
     from hf_rb import evaluation
 
     measured = {"size": evaluation.model_size(folder)}
@@ -121,8 +174,10 @@ def _measure(folder: Path, args: argparse.Namespace, rows: list | None, text: st
     if rows:
         measured["exact_match"] = evaluation.exact_match(model, tokenizer, rows, args.max_new_tokens, args.batch_size)
     if text:
-        stride = args.window if args.stride is None else args.stride
-        measured["perplexity"] = evaluation.perplexity(model, tokenizer, text, args.window, stride)
+        measured["perplexity"] = _perplexity(model, tokenizer, args, text)
+    if baseline:
+        found = measured["perplexity"].perplexity
+        measured["quality"] = evaluation.judge(found, baseline.perplexity, _name(args.baseline))
     if args.harness:
         options = {"fewshot": args.fewshot, "chat": args.chat, "allow_local_code": args.allow_local_code}
         measured["harness"] = evaluation.run_harness(model, tokenizer, args.harness, args.limit, **options)
@@ -143,6 +198,8 @@ def _load(folder: Path, dtype: str) -> tuple:
 
 
 def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
     return [asdict(one) for one in value] if isinstance(value, list) else asdict(value)
 
 
@@ -153,7 +210,8 @@ def _results(measured: dict, args: argparse.Namespace) -> Iterator[Any]:
     if match := measured.get("exact_match"):
         yield Result(f"exact match ({match.count} problems)", match.accuracy, _name(args.task))
     if result := measured.get("perplexity"):
-        how = f"window {result.window}, stride {result.stride}, {result.bytes_per_token:.2f} bytes a token"
+        begins = f", each begins with {result.begins_with}" if result.begins_with else ""
+        how = f"window {result.window}, stride {result.stride}{begins}, {result.bytes_per_token:.2f} bytes a token"
         yield Result(f"perplexity ({how})", result.perplexity, _name(args.perplexity))
     for score in measured.get("harness", ()):
         how = [f"{score.fewshot}-shot"] * (score.fewshot is not None) + [f"first {args.limit}"] * bool(args.limit)
@@ -161,7 +219,7 @@ def _results(measured: dict, args: argparse.Namespace) -> Iterator[Any]:
 
 
 def _name(data: str) -> str:
-    """The name of a task or a file, without the folders above it."""
+    """The name of a task, a file or a model, without the folders above it."""
     return data if data.startswith("tiny:") else Path(data).name
 
 
@@ -186,6 +244,10 @@ def _rows(measured: dict):
         yield "  ended before the token limit", f"{match.finished:.1%}"
     if result := measured.get("perplexity"):
         yield f"perplexity, window {result.window}, stride {result.stride}", f"{result.perplexity:.4g}"
+        if quality := measured.get("quality"):
+            yield f"  times that of {quality.original}", f"{quality.times:.4g}, {quality.word}"
+        if result.begins_with:
+            yield "  each window begins with", result.begins_with
         yield "  bytes per token", f"{result.bytes_per_token:.3f}"
         yield "  nats per token", f"{result.nats_per_token:.4f}"
         yield "  bits per byte", f"{result.bits_per_byte:.4f}"

@@ -2,7 +2,8 @@
 
 The peak of a step is what is always there (weights, teacher, optimizer) plus the larger of two moments: the end of the forward
 pass, when every activation is kept and the LM head works on a tile of logits, and the end of the backward pass, when every
-gradient is there. Gradients of accumulated steps are there at both. Generation, where a run has it, is a third moment.
+gradient is there. Gradients of accumulated steps are there at both. Generation, where a run has it, is a third moment, and loading a
+fourth: files are mapped into memory, and of a mixture the experts are there one by one before they are joined.
 
 Activations are what autograd keeps of a decoder layer (H hidden size, A width of the attention heads, F width of the MLP, for
 every token): two norms with their input, normalized and output values, the attention's query, key, value and output, and four
@@ -10,12 +11,15 @@ values of width F of a gated MLP, three of a plain one. Standard library only.
 """
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from hf_rb._weight_files import weight_files
 
-__all__ = ["Architecture", "Run", "estimate", "peak"]
+
+__all__ = ["Architecture", "Run", "estimate", "estimate_audit", "peak"]
 
 MEBI = 1 << 20
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
@@ -29,11 +33,13 @@ DEFAULT_TARGETS = ["q_proj", "v_proj"]
 TRL_TILE, TRL_COPIES = (4096, 32768), {"cpu": 8, "cuda": 1}
 # Ours: bytes of the tiles of student and teacher with what a rule makes of them.
 OUR_TILES = {"cpu": 128 * MEBI, "cuda": 1024 * MEBI}
-# Tokenizer and data; on a GPU, its libraries.
-RUNTIME = {"cpu": 100 * MEBI, "cuda": 600 * MEBI}
+# On a CPU the interpreter with torch, transformers and TRL (440 MiB), tokenizer and data; on a GPU, its libraries.
+RUNTIME = {"cpu": 540 * MEBI, "cuda": 600 * MEBI}
 # The share of what a layer frees again that a CPU's allocator does not give to the next layer (measured with glibc, whose aligned
 # blocks do not fit into the holes that blocks of their own size have left).
 UNUSABLE = {"cpu": 0.2, "cuda": 0.0}
+# The same of what joining experts has freed (measured: 0.6 to 0.9).
+UNUSABLE_EXPERTS = 0.75
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Architecture:
         weights (`int`): Number of weights; counted in the files where they are there, else from the widths.
         file_bytes (`int`, *optional*): Bytes of the tensors in the files.
         dtype (`str`): Type of the file's weights.
+        separate (`int`): Weights of experts that the files hold one by one, and the model joined.
         packed (`bool`): Whether the checkpoint is quantized.
     """
 
@@ -66,6 +73,7 @@ class Architecture:
     file_bytes: int | None
     dtype: str
     packed: bool
+    separate: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> "Architecture":
@@ -82,7 +90,7 @@ class Architecture:
             raise ValueError(f"{folder / 'config.json'} does not describe a decoder: {error!r}.") from error
 
     @classmethod
-    def _of(cls, config: dict, text: dict, tensors: list[tuple[str, int]]) -> "Architecture":
+    def _of(cls, config: dict, text: dict, tensors: list[tuple[str, str, int]]) -> "Architecture":
         def first(*names: str, default: int | None = None) -> int:
             found = next((text[name] for name in names if text.get(name) is not None), default)
             if found is None:
@@ -108,13 +116,14 @@ class Architecture:
             "tied": bool(config.get("tie_word_embeddings", "n_embd" in text)),
         }
         packed = "quantization_config" in config
-        counted = sum(count for _, count in tensors)
+        counted = sum(count for _, _, count in tensors)
         return cls(
             **widths,
             weights=counted if counted and not packed else _weights(**widths),
-            file_bytes=sum(BYTES.get(kind, 4) * count for kind, count in tensors) or None,
+            file_bytes=sum(BYTES.get(kind, 4) * count for _, kind, count in tensors) or None,
             dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32"),
             packed=packed,
+            separate=sum(count for name, _, count in tensors if re.search(r"\.experts\.\d+\.", name)),
         )
 
     def linear(self, name: str) -> tuple[int, int]:
@@ -125,13 +134,18 @@ class Architecture:
         return shapes.get(name.rpartition(".")[2], (0, 0))
 
 
-def _tensors(folder: Path) -> list[tuple[str, int]]:
-    """Type and number of elements of every tensor in a folder's safetensors files."""
+def _tensors(folder: Path) -> list[tuple[str, str, int]]:
+    """Name, type and number of elements of every tensor in the model's safetensors files; of a folder without them nothing."""
+    try:
+        files = weight_files(folder).files
+    except (FileNotFoundError, ValueError):
+        return []
     found = []
-    for file in folder.glob("*.safetensors"):
+    for file in files:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        found += [(entry["dtype"], prod(entry["shape"])) for name, entry in header.items() if name != "__metadata__"]
+        header.pop("__metadata__", None)
+        found += [(name, entry["dtype"], prod(entry["shape"])) for name, entry in header.items()]
     return found
 
 
@@ -190,13 +204,15 @@ def estimate(model: Architecture, run: Run, frozen: list[tuple[Architecture, int
 
     Returns:
         `dict[str, int]`: Bytes of `weights`, `gradients`, `optimizer`, `activations`, `logits`, `teacher` (and reference), `cache` (of
-        generation) and `runtime` (tokenizer, data, and what the allocator cannot use again).
+        generation), `loading` (beside what is loaded) and `runtime` (interpreter, libraries, data, and what the allocator cannot use
+        again).
     """
     trained = _adapted(model, run) if run.targets is not None else model.weights
     # Adapters are trained in 32 bit; the head and the embedding, when they are one, have a gradient each before these are added.
     gradients = trained * (4 if run.targets is not None else run.weight_bytes)
     if run.targets is None and model.tied:
         gradients += model.vocabulary * model.hidden * run.weight_bytes
+    loads = [_Load.of(one, size, run) for one, size in [(model, run.weight_bytes), *frozen]]
     return {
         "weights": _weight_bytes(model, run) + trained * 4 * (run.targets is not None),
         "gradients": gradients,
@@ -205,15 +221,59 @@ def estimate(model: Architecture, run: Run, frozen: list[tuple[Architecture, int
         "logits": _logits(model, run),
         "teacher": sum(_teacher(teacher, size, run) for teacher, size in frozen),
         "cache": run.generated * run.length * 2 * model.key_value * model.layers * run.compute_bytes,
-        "runtime": RUNTIME[run.device] + int(UNUSABLE[run.device] * model.layers * run.tokens * _freed(model, run)),
+        "loading": _loading(loads),
+        "runtime": RUNTIME[run.device]
+        + int(UNUSABLE[run.device] * model.layers * run.tokens * _freed(model, run))
+        + sum(load.unusable for load in loads),
     }
+
+
+def estimate_audit(model: Architecture, run: Run, frozen: list[tuple[Architecture, int]] = ()) -> dict[str, int]:
+    """
+    Estimates the bytes of `hf-rb audit`: all logits and no optimizer, and as `comparison` the gradients of the reference and of a path
+    beside the model's, and at the end a copy of the student that is its own teacher, with the teacher still there.
+    """
+    parts = estimate(model, replace(run, head="dense", optimizer="sgd", accumulates=False), frozen)
+    return parts | {"comparison": 2 * parts["gradients"] + model.weights * run.weight_bytes}
 
 
 def peak(parts: dict[str, int], accumulates: bool) -> int:
     """Returns the highest sum of what is there at one moment."""
-    always = parts["weights"] + parts["optimizer"] + parts["teacher"] + parts["runtime"]
+    loaded = parts["weights"] + parts["teacher"] + parts["runtime"]
+    always = loaded + parts["optimizer"] + parts.get("comparison", 0)
     forward = parts["activations"] + parts["logits"] + (parts["gradients"] if accumulates else 0)
-    return always + max(forward, parts["gradients"], parts["cache"])
+    return max(loaded + parts.get("loading", 0), always + max(forward, parts["gradients"], parts["cache"]))
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Bytes of a model, of what is there beside it only while it is loaded, and of what the allocator does not give back later."""
+
+    weights: int
+    beside: int
+    unusable: int
+
+    @classmethod
+    def of(cls, model: Architecture, size: int, run: Run) -> "_Load":
+        weights = model.weights * size
+        converted = model.file_bytes is not None and model.file_bytes != weights
+        if run.device != "cpu" or model.packed or not (converted or model.separate):
+            return cls(weights, 0, 0)  # tensor by tensor, or the mapped files are the weights
+        experts = model.separate * size
+        if not converted:  # experts are copied out of the mapped files, which stay: the other weights are in them
+            return cls(weights, 0, experts)
+        unusable = int(UNUSABLE_EXPERTS * experts)
+        return cls(weights, (model.file_bytes or 0) + experts - unusable, unusable)
+
+
+def _loading(loads: list[_Load]) -> int:
+    """Bytes that are there, while a model is loaded, beyond the sum of all models: they are loaded one after the other."""
+    later = sum(load.weights for load in loads)
+    highest = 0
+    for load in loads:
+        later -= load.weights
+        highest = max(highest, load.beside - later)
+    return highest
 
 
 def _weight_bytes(model: Architecture, run: Run) -> int:

@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from hf_rb._model_folder import find_model
+
 
 if TYPE_CHECKING:
     from hf_rb.weights import MergeReport
@@ -99,6 +101,8 @@ def _rule(text: str) -> tuple[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     models, options = read_arguments(args)
+    for name in filter(None, models.values()):  # told before torch is imported
+        find_model(name, adapter=True)
 
     from hf_rb import weights
 
@@ -142,7 +146,7 @@ def summary(report: "MergeReport", destination: str) -> str:
     from pathlib import Path
 
     from hf_rb._tables import format_table
-    from hf_rb.weights.engine import sweep_folder
+    from hf_rb.weights.sweep import sweep_folder
 
     kinds: dict[str, list] = {}
     for tensor in report.tensors:

@@ -4,17 +4,17 @@ import math
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_rb import tiny
+from hf_rb._model_folder import local_folder
 from hf_rb.cli import data
-from hf_rb.cli.memory import DTYPES, Architecture, Run, estimate, peak
+from hf_rb.cli.memory import DTYPES, Architecture, Run, estimate, estimate_audit, peak
 from hf_rb.recover.config import TRAINING
 
 
-__all__ = ["Plan", "make_plan", "recover_lines"]
+__all__ = ["Plan", "cpu_arguments", "make_plan", "recover_lines"]
 
 # Tokens of a prompt where a recipe bounds the completion alone.
 PROMPT_TOKENS = 256
@@ -35,6 +35,7 @@ class Plan:
         memory (`dict[str, int]`, *optional*): Bytes by what they are for, where the model is on this machine.
         peak (`int`, *optional*): Highest sum of what is there at one moment, in bytes.
         missing (`list[str]`): Models without which memory cannot be estimated.
+        estimated (`tuple`, *optional*): What the memory was estimated from, the arguments of [`estimate`].
     """
 
     device: str
@@ -47,9 +48,19 @@ class Plan:
     memory: dict[str, int] | None
     peak: int | None
     missing: list[str]
+    estimated: tuple[Architecture, Run, list] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"largest": self.largest}
+        shown = asdict(self) | {"largest": self.largest}
+        del shown["estimated"]
+        return shown
+
+    def audit(self) -> "Plan":
+        """Returns the plan of `hf-rb audit` for the same recipe."""
+        if self.estimated is None:
+            return self
+        parts = estimate_audit(*self.estimated)
+        return replace(self, memory=parts, peak=peak(parts, accumulates=False))
 
     @property
     def largest(self) -> str | None:
@@ -63,6 +74,10 @@ class Plan:
         bound = "" if self.length is None else f" of at most {self.length:,} tokens"
         whole = "" if self.tokens is None else f": at most {self.tokens:,} tokens"
         yield f"plan: {steps} of {self.sequences:,} sequences{bound}{whole} (one process)"
+        yield from self.memory_lines()
+
+    def memory_lines(self) -> Iterator[str]:
+        """What of the plan is about memory."""
         if self.memory:
             parts = sorted(self.memory, key=self.memory.get, reverse=True)
             listed = ", ".join(f"{part} {_size(self.memory[part])}" for part in parts if self.memory[part])
@@ -74,9 +89,10 @@ class Plan:
     def problems(self) -> Iterator[str]:
         """What may stop the run on this machine."""
         if self.device == "cpu" and not self.cpu_arguments and self.peak and self.peak > (memory := _machine_memory()):
+            part = max(_REMEDIES, key=lambda name: self.memory.get(name, 0))
             yield (
-                f"the run needs about {_size(self.peak)} and this machine has {_size(memory)}. The largest part is {self.largest}: "
-                f"{_REMEDIES[self.largest]}."
+                f"the run needs about {_size(self.peak)} and this machine has {_size(memory)}. The largest part that a recipe decides is "
+                f"{part}: {_REMEDIES[part]}."
             )
 
 
@@ -88,8 +104,17 @@ _REMEDIES = {
     "logits": "lower `per_device_train_batch_size`",
     "teacher": "write `teacher_model_init_kwargs: {dtype: bfloat16}`, or train from `hf-rb cache-teacher`",
     "cache": "lower `per_device_train_batch_size` or `max_completion_length`",
-    "runtime": "close other programs",
+    "loading": "save the model once in the type that the run loads it in",
+    "comparison": "lower `--batch_size`, or audit a smaller student",
 }
+
+
+def cpu_arguments(use_cpu: bool | None, fp16: bool | None, bf16: bool | None) -> list[str]:
+    """Returns what the values of a recipe lack to run where there is no GPU: bfloat16 is possible, float16 is not."""
+    if use_cpu:
+        return []
+    plain = ["--fp16", "false"] * bool(fp16) + ["--bf16", "false"] if fp16 or bf16 is None else []
+    return ["--use_cpu", "true", *plain]
 
 
 def make_plan(args: Any, verb: str) -> Plan:
@@ -100,10 +125,9 @@ def make_plan(args: Any, verb: str) -> Plan:
         verb (`str`): `"sft"`, `"gkd"`, `"distillation"` or `"grpo"`.
     """
     device = "cpu" if args.use_cpu else _device()
-    cpu_arguments = [] if args.use_cpu or device != "cpu" else ["--use_cpu", "true"]
+    added = cpu_arguments(args.use_cpu, args.fp16, args.bf16) if device == "cpu" else []
     fp16, bf16 = args.fp16, not args.fp16 if args.bf16 is None else args.bf16  # bfloat16 is TRL's default
-    if cpu_arguments and (fp16 or args.bf16 is None):
-        cpu_arguments += ["--fp16", "false"] * fp16 + ["--bf16", "false"]
+    if "--bf16" in added:
         fp16 = bf16 = False
     half = fp16 or bf16
     precision = "float16 autocast" if fp16 else "bfloat16 autocast" if bf16 else "float32"
@@ -117,13 +141,14 @@ def make_plan(args: Any, verb: str) -> Plan:
     frozen_names = _frozen(args, verb)
     names = [args.model_name_or_path, *(name for name, _ in frozen_names)]
     folders = [local_folder(name) for name in names]
-    plan = Plan(device, cpu_arguments, precision, steps, sequences, length, tokens, None, None, [])
+    plan = Plan(device, added, precision, steps, sequences, length, tokens, None, None, [])
     plan.missing = [name for name, folder in dict(zip(names, folders, strict=True)).items() if folder is None]
     if not plan.missing:
         model, *frozen = map(Architecture.read, folders)
         run = _run(args, verb, "cpu" if device == "cpu" else "cuda", half, model)
         sizes = [DTYPES.get(_dtype(kwargs, one), 4) for one, (_, kwargs) in zip(frozen, frozen_names, strict=True)]
-        plan.memory = estimate(model, run, list(zip(frozen, sizes, strict=True)))
+        plan.estimated = model, run, list(zip(frozen, sizes, strict=True))
+        plan.memory = estimate(*plan.estimated)
         plan.peak = peak(plan.memory, run.accumulates)
     return plan
 
@@ -228,21 +253,6 @@ def _steps(args: Any, verb: str, sequences: int) -> int | None:
     if verb == "grpo":
         count *= (args.num_generations or 1) * args.num_iterations
     return math.ceil(math.ceil(count / sequences) * args.num_train_epochs)
-
-
-def local_folder(name: str) -> Path | None:
-    """Returns a model's folder if it is on this machine, in the Hub's cache too."""
-    folder = Path(tiny.resolve(name)).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    cached = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
-    try:
-        folder = cached / "snapshots" / (cached / "refs" / "main").read_text().strip()
-    except OSError:
-        return None
-    return folder if (folder / "config.json").is_file() else None
 
 
 def _device() -> str:

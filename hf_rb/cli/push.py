@@ -1,15 +1,19 @@
-"""`hf-rb push`: uploads a model, quantized or not, or an adapter to the Hub."""
+"""`hf-rb push`: uploads a model, an adapter, GGUF files, a teacher cache or a report to the Hub."""
 
 import argparse
 import json
-from pathlib import Path
 
 
 EXAMPLE = "hf-rb push outputs/student-ptqtp me/student-ptqtp --results eval.json --dry-run"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="folder of a model or an adapter")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="folder of a model, an adapter, GGUF files or a teacher cache (a dataset on the Hub), or the HTML file of a report (a "
+        "static Space)",
+    )
     parser.add_argument(
         "repo", metavar="REPO", help="repository on the Hub, as me/my-model; made where it does not exist"
     )
@@ -27,21 +31,20 @@ def run(args: argparse.Namespace) -> int:
     from hf_rb import hub
 
     hub.check_repo_id(args.repo)
-    upload, card = hub.plan_upload(args.folder), Path(args.folder, "README.md")
     results = [one for file in args.results for one in hub.read_results(file, models=[args.folder, args.repo])]
-    if results:
-        upload.files[card.name] = len(hub.card_with_results(card, results).encode())
+    upload = hub.plan_upload(args.folder, args.repo, results)
     if args.dry_run:
         _show(args, upload, len(results), url=None)
         return 0
-    if results:
-        hub.add_results(card, results)
+    if results and upload.repo_type == "model":
+        hub.add_results(f"{args.folder}/README.md", results)
     commit = hub.push_folder(
         args.folder,
         args.repo,
         private=args.private or None,
         revision=args.revision,
         commit_message=args.message,
+        results=results,
     )
     _show(args, upload, len(results), url=commit.repo_url.url)
     return 0
@@ -51,19 +54,24 @@ def _show(args: argparse.Namespace, upload, results: int, url: str | None) -> No
     if args.json:
         report = {
             "repo": args.repo,
+            "repo_type": upload.repo_type,
             "url": url,
             "files": upload.files,
             "left_out": upload.left_out,
             "results": results,
+            "notes": upload.notes,
         }
         print(json.dumps(report, indent=1))
         return
     for name, size in upload.files.items():
         of_card = f", with {results} results of {', '.join(args.results)}" if results and name == "README.md" else ""
         print(f"{size:15,}  {name}{of_card}")
+    kind = {"model": "", "dataset": "the dataset ", "space": "the static Space "}[upload.repo_type]
     print(
         f"{upload.size:15,}  bytes in {len(upload.files)} files "
-        + (f"are at {url}" if url else f"would go to {args.repo}")
+        + (f"are at {url}" if url else f"would go to {kind}{args.repo}")
     )
+    for note in upload.notes:
+        print(note)
     if upload.left_out:
         print(f"not uploaded: {', '.join(upload.left_out)}")

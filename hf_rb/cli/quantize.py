@@ -3,12 +3,13 @@
 import argparse
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_rb._fields import described, validate
 from hf_rb._files import check_replaceable
+from hf_rb._model_folder import find_model
 from hf_rb._resources import find_recipe
 from hf_rb.cli.check import check, read_recipe
 
@@ -149,7 +150,9 @@ def _configure_d2quant(parser: argparse._ArgumentGroup) -> None:
         "--backend", choices=["gptaq", "gptq", "rtn"], help="rtn: round to nearest, without data (default gptaq)"
     )
     parser.add_argument(
-        "--dataset", metavar="TEXT", help="calibration text: a file, a dataset (NAME:CONFIG) or tiny:math"
+        "--dataset",
+        metavar="TEXT",
+        help="calibration text: a file, a dataset (NAME:CONFIG), wikitext2, c4, c4-new or tiny:math",
     )
     parser.add_argument("--num-samples", type=int, help="sequences of calibration text (default 128)")
     parser.add_argument("--seqlen", type=int, help="tokens of a sequence (default 2048)")
@@ -179,14 +182,17 @@ def _by_pattern(text: str) -> tuple[str, int] | str:
 
 def run(args: argparse.Namespace) -> int:
     arguments = read_arguments(args)
+    find_model(arguments.model_name_or_path)
     if not arguments.stream:  # which may have its result, and be about to clean up
         check_replaceable(Path(arguments.output_dir).resolve(), arguments.overwrite)
 
     from hf_rb.hub import add_section
     from hf_rb.quantizers import measure_perplexity, quantize, quantize_checkpoint
-    from hf_rb.quantizers.offline import read_text
+    from hf_rb.quantizers.offline import check_measurable, read_text
 
     models = arguments.model_name_or_path, arguments.output_dir
+    if arguments.eval_data:
+        check_measurable(arguments.model_name_or_path)
     if arguments.eval_data and not arguments.eval_data.startswith("tiny:"):
         read_text(arguments.eval_data)  # a wrong name is told before the work
     options = {"overwrite": arguments.overwrite, "dtype": arguments.dtype}
@@ -198,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
         measure_perplexity(report, *models, arguments.eval_data)
     if measured := report.markdown():
         add_section(Path(arguments.output_dir, "README.md"), "Measured by `hf-rb quantize`", measured)
-    found = json.dumps(asdict(report) | {"verdict": report.verdict()}, indent=2)
+    found = json.dumps(report.to_dict(), indent=2)
     Path(arguments.output_dir, "report.json").write_text(found + "\n", encoding="utf-8")  # for `hf-rb report`
     if args.json:
         print(found)
@@ -291,16 +297,32 @@ def _summary(report: "Report", folder: str) -> str:
         ["the same at 4 bits, rounded", f"{report.baseline_file_bytes:,} bytes"],
     ]
     if report.eval_data:
+        windows = f"; each window begins with {report.begins_with}" if report.begins_with else ""
         before, after = report.perplexity_before, report.perplexity_after
-        facts.append([f"perplexity, {report.eval_data}", f"{after:.4g}; before {before:.4g}"])
+        facts.append([f"perplexity, {report.eval_data}", f"{after:.4g}; before {before:.4g}{windows}"])
+        if report.perplexity_rounded is not None:
+            rounded = f"{report.perplexity_rounded:.4g}; measured in {report.rounding_seconds:.1f} s"
+            facts.append(["  the same at 4 bits, rounded", rounded])
+    elif report.begins_with:
+        facts.append(["calibration", f"each sequence begins with {report.begins_with}"])
     width = max(len(name) for name, _ in facts)
     lines = [f"{name.ljust(width)}  {value}" for name, value in facts]
     table = format_table(["layers", "number", "weights", "relative error", "4-bit rounding"], rows)
     blocks = ["", *_blocks(report)] if report.blocks else []
     if report.allocation:
         blocks += ["", _allocation(report)]
+    quality = [str(report.quality())] * (report.quality() is not None)
     return "\n".join(
-        [table, *blocks, "", *lines, "", report.verdict(), f"\nSaved in {folder}. Load it after `import hf_rb`."]
+        [
+            table,
+            *blocks,
+            "",
+            *lines,
+            "",
+            *quality,
+            report.verdict(),
+            f"\nSaved in {folder}. Load it after `import hf_rb`.",
+        ]
     )
 
 

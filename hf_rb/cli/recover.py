@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from hf_rb._model_folder import check_models
 from hf_rb._resources import find_recipe
 from hf_rb.cli import schemas
 from hf_rb.cli.check import check, read_overrides, read_recipe
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         found.show()
         return 2
     config = RecoverConfig(**recipe)
+    check_models(recipe)
 
     from hf_rb.recover import recover
 
@@ -44,7 +46,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         model = Path(config.output_dir, "model")
         where = f"The model is in {model}, and its card says how to load it." if model.is_dir() else ""
-        print("\n".join([report.table(), "", *report.notes, where]).rstrip())
+        if report.begins_with:
+            print(f"Perplexity on {report.text}: each window begins with {report.begins_with}.\n")
+        if report.rounding_seconds is not None:
+            where = f"4-bit rounding was measured in {report.rounding_seconds:.1f} s. {where}"
+        print("\n".join([report.table(), "", *report.sentences(), where]).rstrip())
     return 0
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_rb._files import check_new_file
+from hf_rb._model_folder import find_model, public_name
+from hf_rb.cli.data import text_problem
 
 
 if TYPE_CHECKING:
@@ -37,26 +39,35 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: write {least} or more.")
     if args.out:
         check_new_file(args.out, "--out", args.overwrite)
+    folder = find_model(args.model)
+    if problem := text_problem("DATA", args.data):
+        raise ValueError(problem)
 
     import torch
-    from tqdm import tqdm
+    from transformers import AutoConfig
 
     from hf_rb import evaluation
-    from hf_rb.models.doctor import examine
+    from hf_rb._model_class import skeleton
+    from hf_rb._progress import tqdm
+    from hf_rb._special_tokens import cut, special_tokens
+    from hf_rb.models.doctor import RouterMeter, examine
     from hf_rb.quantizers.texts import read_texts
 
+    RouterMeter(skeleton(AutoConfig.from_pretrained(folder))).close()  # a dense model is refused before it is loaded
     texts = None if args.data.startswith("tiny:") else read_texts(args.data, "test")  # before a model is loaded
-    model, tokenizer = evaluation.load_model(evaluation.find_model(args.model), args.dtype)
+    model, tokenizer = evaluation.load_model(folder, args.dtype)
     if texts is None:
         pairs = evaluation.solutions(tokenizer, evaluation.load_task(args.data))
         texts = [context + solution for solution, context in zip(*pairs, strict=True)]
-    ids = torch.tensor(tokenizer("\n\n".join(texts), verbose=False)["input_ids"][: args.tokens])
-    window = min(args.window, len(ids))
-    rows = ids[: len(ids) // window * window].view(-1, window).to(model.device)
+    added = special_tokens(tokenizer)
+    ids = added.around(tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"])[
+        : args.tokens
+    ]
+    rows = torch.tensor(list(cut(ids, added.head, min(args.window, len(ids))))).to(model.device)
     batches = tqdm(rows.split(args.batch_size), desc="router-report", delay=2, leave=False, disable=None)
     report = examine(model, ({"input_ids": batch} for batch in batches), args.seed)
 
-    text = json.dumps({"model": args.model, "data": args.data} | report.to_dict(), indent=2)
+    text = json.dumps({"model": public_name(args.model), "data": public_name(args.data)} | report.to_dict(), indent=2)
     if args.out:
         Path(args.out).write_text(text + "\n", encoding="utf-8")
     print(text if args.json else _table(report))

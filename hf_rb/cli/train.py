@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 from hf_rb import _compat
+from hf_rb._model_folder import check_models
 from hf_rb._resources import find_recipe, resource_folder
 from hf_rb._shapers import LOCAL
 from hf_rb.cli import schemas
@@ -41,10 +42,12 @@ def run(args: argparse.Namespace) -> int:
     recipe = find_recipe(args.recipe)
     local_code = getattr(args, "allow_local_code", None) or []
     LOCAL.update(local_code)
-    report = check(recipe, read_recipe(recipe) | read_overrides(args.overrides, args.verb), args.verb)
+    values = read_recipe(recipe) | read_overrides(args.overrides, args.verb)
+    report = check(recipe, values, args.verb)
     report.show()
     if report.errors:
         return 2
+    check_models(values)
 
     launch = ["--config_file", str(_accelerate_config(args.accelerate_config))] if args.accelerate_config else []
     if report.plan and not args.accelerate_config:  # which may know of devices that this machine shows nowhere

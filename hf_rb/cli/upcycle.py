@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_rb._fields import described, validate
 from hf_rb._files import check_replaceable
+from hf_rb._model_folder import check_apart, find_model
 from hf_rb._resources import find_recipe
 from hf_rb.cli.check import check, read_recipe, upcycle_rules
 
@@ -74,6 +75,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     arguments = _read_arguments(args)
+    check_apart(find_model(arguments.model_name_or_path), Path(arguments.output_dir))
     check_replaceable(Path(arguments.output_dir).resolve(), arguments.overwrite)
 
     from hf_rb.models.upcycle import upcycle

@@ -9,6 +9,7 @@ from hf_rb.evaluation.plot import plot_curves
 from hf_rb.evaluation.size import Size, model_size
 from hf_rb.evaluation.speed import Speed, decode_speed
 from hf_rb.evaluation.tasks import is_correct, load_task, solutions
+from hf_rb.evaluation.verdict import Verdict, judge
 
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Perplexity",
     "Size",
     "Speed",
+    "Verdict",
     "beginning",
     "decode_speed",
     "exact_match",
@@ -26,6 +28,7 @@ __all__ = [
     "format_table",
     "generate",
     "is_correct",
+    "judge",
     "load_model",
     "load_task",
     "model_size",

@@ -8,9 +8,9 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_rb._progress import tqdm
 from hf_rb.evaluation.tasks import is_correct
 from hf_rb.ops.generation import generation_config, own_distribution
 

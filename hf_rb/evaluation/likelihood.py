@@ -7,6 +7,9 @@ the first window that holds it and at least one token before it:
   literature measures WikiText-2 (there, a last incomplete window is dropped; here it counts).
 - `stride < window`: every token but the first of its text is scored, behind at least `window - stride` tokens of context or all
   there is.
+
+Where the tokenizer puts a token before a text (BOS), every window begins with it: it stands in front of the window's own tokens and is
+neither counted nor scored. The same tokens are scored with it and without it. What a tokenizer puts behind a text (EOS) is left out.
 """
 
 import math
@@ -15,11 +18,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_rb._progress import tqdm
+from hf_rb._special_tokens import begins_with, special_tokens
 
 
 __all__ = ["Perplexity", "beginning", "perplexity"]
+
+WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,9 @@ class Perplexity:
             tokenizers comparable.
         bits_per_byte (`float`): `nats_per_token / ln(2) / bytes_per_token`.
         tokens (`int`): Number of scored tokens.
-        window (`int`): Window length in tokens.
+        window (`int`): Window length in tokens of the text.
         stride (`int`): Distance between the starts of two windows in tokens.
+        begins_with (`str`, *optional*): What the tokenizer puts before a text, and every window therefore begins with, such as `"<bos>"`.
     """
 
     perplexity: float
@@ -44,12 +52,13 @@ class Perplexity:
     tokens: int
     window: int
     stride: int
+    begins_with: str | None = None
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int = 16_384) -> str:
     """Returns what the first so many tokens of a text are made of: as much of it as verbs measure unasked."""
-    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"][:tokens]
-    return text[: max(end for _, end in offsets)]  # tokens at the end that stand for no text end at 0
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return text[: max(end for _, end in encoded["offset_mapping"][:tokens])]
 
 
 @torch.no_grad()
@@ -57,8 +66,8 @@ def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: str | Sequence[str],
-    window: int = 512,
-    stride: int = 512,
+    window: int | None = None,
+    stride: int | None = None,
     contexts: Sequence[str] | None = None,
     batch_size: int = 8,
 ) -> Perplexity:
@@ -71,13 +80,13 @@ def perplexity(
             Its tokenizer.
         texts (`str` or `Sequence[str]`):
             Texts to score, each by itself. Give a corpus as one string.
-        window (`int`, *optional*, defaults to `512`):
-            Window length in tokens, at least 2.
-        stride (`int`, *optional*, defaults to `512`):
-            Distance between the starts of two windows, in `[1, window]`.
+        window (`int`, *optional*):
+            Window length in tokens, at least 2. Defaults to 512, or to what fits into the model's positions.
+        stride (`int`, *optional*):
+            Distance between the starts of two windows, in `[1, window]`. Defaults to the window.
         contexts (`Sequence[str]`, *optional*):
-            One text in front of each of `texts` that is read but not scored, as a chat prompt before its completion. Texts
-            are then tokenized without special tokens.
+            One text in front of each of `texts` that is read but not scored, as a chat prompt before its completion. What the
+            tokenizer puts before a text is then put before windows only where the context begins with it.
         batch_size (`int`, *optional*, defaults to `8`):
             Windows in one forward pass.
 
@@ -88,23 +97,33 @@ def perplexity(
         ValueError: Window or stride out of range, a window longer than the model's positions, or nothing to score.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
+    head, _, name = special_tokens(tokenizer)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    room = positions - len(head) if positions else math.inf
+    window = min(WINDOW, room) if window is None else window
+    stride = window if stride is None else stride
     if not 1 <= stride <= window or window < 2:
         raise ValueError(
             f"window={window} and stride={stride} do not fit: write 2 <= window and 1 <= stride <= window."
         )
-    positions = getattr(model.config, "max_position_embeddings", None) or window
-    if window > positions:
+    if window > room:
+        front = f" with {name} in front of it" if head else ""
         raise ValueError(
-            f"window={window} is longer than the {positions} positions of the model: write window={positions}."
+            f"window={window}{front} is longer than the {positions} positions of the model: write window={room}."
         )
 
     windows, size, tokens = [], 0, 0
     for index, text in enumerate(texts):
-        context = tokenizer(contexts[index], add_special_tokens=False, verbose=False)["input_ids"] if contexts else []
-        ids = tokenizer(text, add_special_tokens=not contexts, verbose=False)["input_ids"]
-        windows += _windows(context + ids, len(context), window, stride)
+        context, ids = (
+            tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] if part else []
+            for part in (contexts[index] if contexts else "", text)
+        )
         size += len(text.encode())
         tokens += len(ids)
+        whole, first, front = context + ids, len(context), [] if contexts else head
+        if begins_with(whole, head):  # as chat templates have it
+            whole, first, front = whole[len(head) :], max(first - len(head), 0), head
+        windows += ((front + own, len(front) + start) for own, start in _windows(whole, first, window, stride))
     if not windows:
         raise ValueError(
             f"The texts have {tokens} tokens in all, none with a token before it: there is nothing to score."
@@ -129,6 +148,7 @@ def perplexity(
         tokens=scored,
         window=window,
         stride=stride,
+        begins_with=name if any(begins_with(ids, head) for ids, _ in windows) else None,
     )
 
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_rb  # noqa: F401  (registers our quantizers with transformers)
+from hf_rb._model_class import check_causal
 from hf_rb._model_folder import find_model
 
 
@@ -20,7 +21,11 @@ def load_model(folder: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel
             Model folder.
         dtype (`str`, *optional*, defaults to `"auto"`):
             `"float32"`, `"bfloat16"`, or as the files have it.
+
+    Raises:
+        ValueError: The class that the folder names is no causal language model.
     """
+    kind = check_causal(AutoConfig.from_pretrained(folder))
     device_map = "auto" if torch.cuda.is_available() else None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map)
+    model = kind.from_pretrained(folder, dtype=dtype, device_map=device_map)
     return model.eval(), AutoTokenizer.from_pretrained(folder)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from hf_rb._model_class import skeleton
 from hf_rb._model_folder import adapter_beside
 from hf_rb._safetensors import Checkpoint
 
@@ -37,12 +38,14 @@ class Size:
     quantized_bits_per_weight: float | None
 
 
-def model_size(folder: str | Path) -> Size:
+def model_size(folder: str | Path, variant: str | None = None, subfolder: str = "") -> Size:
     """Measures the weight files of a folder, plain or quantized by hf_rb, in one file or in shards.
 
     Args:
         folder (`str` or `Path`):
             Folder that `save_pretrained` wrote.
+        variant (`str`, *optional*), subfolder (`str`, *optional*, defaults to `""`):
+            Which weights of the folder, and where in it, as in `from_pretrained`.
 
     Returns:
         [`Size`]
@@ -51,8 +54,8 @@ def model_size(folder: str | Path) -> Size:
         FileNotFoundError: The folder, its config or a weight file is missing.
         ValueError: A weight file is not in the safetensors format.
     """
-    folder = Path(folder)
-    checkpoint = Checkpoint(folder)
+    folder = Path(folder, subfolder)
+    checkpoint = Checkpoint(folder, variant)
     adapter = adapter_beside(folder)
     files = [*checkpoint.files, *([adapter] if adapter else [])]
     file_bytes, weights = sum(file.stat().st_size for file in files), _logical_weights(folder)
@@ -79,6 +82,4 @@ def _logical_weights(folder: Path) -> int:
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the shapes of the model as it was before packing
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in skeleton(config).parameters())

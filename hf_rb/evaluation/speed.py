@@ -59,7 +59,8 @@ def decode_speed(
     """
     training = model.training
     model.eval()
-    prompt = (torch.arange(prompt_tokens, device=model.device) % model.config.vocab_size).expand(batch_size, -1)
+    vocabulary = model.config.get_text_config().vocab_size
+    prompt = (torch.arange(prompt_tokens, device=model.device) % vocabulary).expand(batch_size, -1)
     seconds = [_decode(model, prompt, new_tokens) for _ in range(repeats + 1)][1:]
     model.train(training)
     middle = median(seconds)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hf_rb import tiny
+from hf_rb.answers import gold_answer, same_answer
 
 
 __all__ = ["is_correct", "load_task", "solutions"]
@@ -69,7 +70,7 @@ def _file(path: Path, limit: int | None) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{path}, line {number} has {found or 'no columns'}: expected the columns question and answer."
             )
-        answer = tiny.extract_answer(row["answer"])
+        answer = tiny.extract_answer(str(row["answer"]))
         if answer is None:
             raise ValueError(f"{path}, line {number}: the answer does not end in `#### <answer>`.")
         prompt = [{"role": "user", "content": row["question"]}]
@@ -104,24 +105,19 @@ def solutions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) ->
     return texts, contexts
 
 
-def is_correct(text: str, answer: str, lenient: bool = False) -> bool:
-    """Says whether what follows the last `####` of `text` is `answer`, as numbers where both are: `1,080` is `1080.0`.
+def is_correct(text: str, answer: str | float | None, lenient: bool = False) -> bool:
+    """Says whether what follows the last `####` of `text` is `answer`, as [`~hf_rb.answers.same_answer`] compares them.
 
     Args:
         text (`str`):
             Completion of a model.
-        answer (`str`):
-            Reference answer.
+        answer (`str` or number):
+            Reference answer, or a text that ends in `#### <answer>`. With `None` nothing is correct.
         lenient (`bool`, *optional*, defaults to `False`):
             Takes the last number of a text without `####` as its answer.
     """
     found = tiny.extract_answer(text)
     if found is None and lenient:
         found = (re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) or [None])[-1]
-    return found is not None and _canonical(found) == _canonical(answer)
-
-
-def _canonical(answer: str) -> str | float:
-    answer = answer.strip().lower()
-    number = answer.lstrip("$").rstrip(".").replace(",", "")
-    return float(number) if re.fullmatch(r"-?\d+(\.\d+)?", number) else answer
+    gold = gold_answer(answer)
+    return same_answer(found, gold and (tiny.extract_answer(gold) or gold))

@@ -9,6 +9,7 @@ from hf_rb.hub.card import (
     render_results,
     write_model_card,
 )
+from hf_rb.hub.loading import Loading, adapter_settings, model_loading, read_loading
 from hf_rb.hub.methods import METHODS, Method
 from hf_rb.hub.push import Upload, check_repo_id, plan_upload, push_folder
 from hf_rb.hub.results import add_results, add_section, card_with_results, read_results
@@ -16,17 +17,21 @@ from hf_rb.hub.results import add_results, add_section, card_with_results, read_
 
 __all__ = [
     "METHODS",
+    "Loading",
     "Method",
     "ModelCardData",
     "Result",
     "Upload",
+    "adapter_settings",
     "add_results",
     "add_section",
     "card_with_results",
     "changed_hyperparameters",
     "check_repo_id",
+    "model_loading",
     "plan_upload",
     "push_folder",
+    "read_loading",
     "read_origin",
     "read_results",
     "render_card",

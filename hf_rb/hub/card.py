@@ -6,7 +6,7 @@ key and cannot use another package's template; this one is rendered from our own
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
@@ -17,7 +17,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_rb import __version__
+from hf_rb._model_folder import public_name
 from hf_rb._resources import resource_folder
+from hf_rb.hub.loading import Loading, read_loading
 from hf_rb.hub.methods import METHODS
 
 
@@ -87,10 +89,16 @@ class ModelCardData:
             Hub tags beside `hf_rb` and the keys of the methods.
         library_name (`str`, *optional*, defaults to `"transformers"`):
             `"transformers"` or `"peft"`: what the Hub's widget and snippet load it with.
+        loading ([`Loading`], *optional*):
+            Class, task, chat template and format. [`write_model_card`] reads it from the folder.
+        load_with (`str`, *optional*):
+            Quantization config with which the example loads the model, as Python: `"GPTQConfig(bits=4)"`.
         license (`str`, *optional*):
             License in the Hub's spelling, as `"apache-2.0"`.
         adapter (`str`, *optional*):
             Subfolder with an adapter for these weights, which the loading example adds.
+        made_here (`bool`, *optional*, defaults to `True`):
+            Whether hf_rb has made the model, and not only its card.
         summaries (`Mapping[str, str]`, *optional*):
             What methods did here, by their keys, where the sentence of [`METHODS`] says more or less.
         sections (`Mapping[str, str]`, *optional*):
@@ -111,8 +119,11 @@ class ModelCardData:
     repo_id: str | None = None
     tags: Sequence[str] = ()
     library_name: str = "transformers"
+    loading: Loading | None = None
+    load_with: str | None = None
     license: str | None = None
     adapter: str | None = None
+    made_here: bool = True
     summaries: Mapping[str, str] = field(default_factory=dict)
     sections: Mapping[str, str] = field(default_factory=dict)
 
@@ -137,14 +148,22 @@ class ModelCardData:
             library_name=self.library_name,
             license=self.license,
             model_name=self.model_name,
-            pipeline_tag="text-generation",
-            tags=["hf_rb", *self.methods, *self.tags],
+            pipeline_tag=(self.loading or Loading()).task,
+            tags=["hf_rb"] * self.made_here + [*self.methods, *self.tags],
         )
 
 
 def render_card(data: ModelCardData) -> str:
     """Returns the text of `README.md`."""
     methods = [METHODS[key] for key in data.methods]
+    loading = data.loading or Loading()
+    kinds = {method.kind for method in methods}
+    loading = replace(
+        loading,
+        mpi=loading.mpi or "model" in kinds,
+        method=next((method.key for method in methods if method.kind == "quantizer"), loading.method),
+    )
+    base, alone = next(iter(data.base_models), ""), data.library_name == "peft"
     text = (
         _environment()
         .get_template("template.md.jinja")
@@ -152,11 +171,17 @@ def render_card(data: ModelCardData) -> str:
             data=data,
             metadata=data.metadata().to_yaml(),
             methods=methods,
-            needs_import=any(method.kind in ("quantizer", "model") for method in methods),
+            loading=loading,
+            packages=loading.packages(adapter=bool(alone or data.adapter)),
+            load_with=data.load_with,
+            adapter_alone=alone,
+            base=base if _is_hub_id(base) else f"folder/of/{public_name(base) or 'the-base-model'}",
+            base_on_hub=_is_hub_id(base),
             results=data.results,
             compared=_compared(data.results),
             location=data.repo_id or f"path/to/{data.model_name}",
             versions=_versions(data),
+            hyperparameters={key: _public(value) for key, value in data.hyperparameters.items()},
         )
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"  # sections that are left out leave blank lines
@@ -185,9 +210,10 @@ def _environment() -> Environment:
 
 
 def write_model_card(folder: str | Path, data: ModelCardData) -> Path:
-    """Writes `README.md` into a model's folder and returns its path."""
+    """Writes `README.md` into a model's folder and returns its path; what `data` does not say of loading, the folder does."""
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
+    data = data if data.loading else replace(data, loading=read_loading(folder))
     path.write_text(render_card(data), encoding="utf-8")
     return path
 
@@ -269,6 +295,15 @@ def _to_eval_result(result: Result) -> huggingface_hub.EvalResult:
         metric_name=result.metric,
         metric_value=result.value,
     )
+
+
+def _public(value: Any) -> Any:
+    """A value without paths of this machine."""
+    if isinstance(value, str):
+        return public_name(value)
+    if isinstance(value, Mapping):
+        return {key: _public(one) for key, one in value.items()}
+    return [_public(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _cell(value: Any) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from hf_rb.hub.card import ModelCardData, Result, render_card, render_results
+from hf_rb.hub.card import ModelCardData, Result, render_results
+from hf_rb.hub.pages import existing_card, model_card
 
 
 __all__ = ["add_results", "add_section", "card_with_results", "read_results"]
@@ -74,11 +75,7 @@ def add_results(readme: str | Path, results: Sequence[Result]) -> Path:
 def card_with_results(readme: str | Path, results: Sequence[Result]) -> str:
     """Returns what [`add_results`] writes."""
     readme = Path(readme)
-    text = (
-        readme.read_text(encoding="utf-8")
-        if readme.is_file()
-        else render_card(ModelCardData(readme.resolve().parent.name))
-    )
+    text = existing_card(readme.parent) or model_card(readme.resolve().parent)
     card = ModelCard(text, ignore_metadata_errors=True)
     old = {(one.dataset_name, one.metric_name): one for one in card.data.eval_results or ()}
     new = ModelCardData(readme.resolve().parent.name, results=results).metadata().eval_results or ()

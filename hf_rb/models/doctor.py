@@ -118,7 +118,7 @@ class RouterMeter:
     def __init__(self, model: nn.Module, training: bool = False):
         self.layers, self.training = list(routers(model)), training
         if not self.layers:
-            raise TypeError(f"{type(model).__name__} has no mixture of experts: there is no router to look at.")
+            raise TypeError(f"{type(model).__name__} has no mixture of experts: this model has no routers.")
         self._mask: Tensor | None = None
         self._counting = True
         self._reset()

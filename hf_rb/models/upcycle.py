@@ -13,22 +13,28 @@ a row (the virtual groups of https://huggingface.co/papers/2410.07524), so that 
 is the dense model again. In bfloat16 two groups may tie, and a token then gets parts of both: 0.3 % of them with 4 groups of 2, measured
 on the embedded teacher. An MPI router multiplies the shared row by each expert's own weights: it starts near the dense model only for
 s = 1, where on the other hand its rows turn to one and the same direction, the principal one of the copies.
+
+Qwen2-MoE has a shared expert beside these, which every token uses with the weight sigmoid(0) = 1/2 of a gate that starts at zero. It gets
+some of the neurons, about as many as a split, with its down projection times 2; the splits share the rest.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
 from hf_rb._files import atomic_folder
-from hf_rb._safetensors import SINGLE, Checkpoint, Entry, Output, write_index, write_tensors
+from hf_rb._model_folder import check_plain
+from hf_rb._progress import tqdm
+from hf_rb._safetensors import Checkpoint, Entry, Output, standard_names, write_index, write_tensors
+from hf_rb._skeleton import loading_problem
 from hf_rb.evaluation import find_model
 from hf_rb.hub import ModelCardData, write_model_card
 from hf_rb.models.doctor import row_cosine
@@ -53,15 +59,21 @@ class _Family:
     width: str
     block: str
     matrices: dict[str, str]
+    shared: bool = False
 
 
 _PROJECTIONS = {matrix: f"{matrix}_proj" for matrix in ("gate", "up", "down")}
 _MIXTRAL = _Family("mixtral", "intermediate_size", "block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"})
 FAMILIES = {
+    "qwen2": _Family("qwen2_moe", "moe_intermediate_size", "mlp", _PROJECTIONS, shared=True),
     "qwen3": _Family("qwen3_moe", "moe_intermediate_size", "mlp", _PROJECTIONS),
     "llama": _MIXTRAL,
     "mistral": _MIXTRAL,
 }
+GEMMA = (
+    "transformers has no mixture with Gemma's scaled embeddings and norms but Gemma 4's, which has further norms around its "
+    "experts"
+)
 
 
 @dataclass
@@ -106,11 +118,14 @@ def upcycle(
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
+    variant: str | None = None,
+    subfolder: str = "",
 ) -> UpcycleReport:
     """
-    Writes a mixture of experts made from a dense Qwen3, Llama or Mistral checkpoint, with the memory of a few tensors.
+    Writes a mixture of experts made from a dense Qwen2, Qwen3, Llama or Mistral checkpoint, with the memory of a few tensors.
 
-    Qwen3 becomes Qwen3-MoE, Llama and Mistral become Mixtral. The folder appears at `destination` in one step when it is complete.
+    Qwen3 becomes Qwen3-MoE, Qwen2 (and 2.5) Qwen2-MoE, Llama and Mistral become Mixtral. The folder appears at `destination` in one
+    step when it is complete.
 
     Args:
         source (`str` or `Path`):
@@ -133,6 +148,8 @@ def upcycle(
             Whether to replace a folder that is not empty.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar, on a terminal.
+        variant (`str`, *optional*), subfolder (`str`, *optional*, defaults to `""`):
+            Which weights of the model, and where in its folder, as in `from_pretrained`.
 
     Returns:
         [`UpcycleReport`]
@@ -142,20 +159,20 @@ def upcycle(
         FileNotFoundError: There is no such model, or it has no safetensors files.
         ValueError: Numbers that do not fit, or a model that has no mixture of the same layout.
     """
-    folder, destination = find_model(str(source)), Path(destination)
+    folder, destination = find_model(str(source), subfolder=subfolder), Path(destination)
     check_apart(folder, destination)
+    check_plain(folder)
     dense = AutoConfig.from_pretrained(folder)
-    _check(dense, num_experts, top_k, splits)
-    config = _mixture_config(dense, num_experts, top_k, splits, mpi)
+    _check(dense, num_experts, top_k, splits, mpi)
+    shared = _shared_width(dense, splits)
+    config = _mixture_config(dense, num_experts, top_k, splits, mpi, shared)
     grouped = top_k % splits == 0 and not mpi
     report = UpcycleReport(num_experts, top_k, splits, mpi, exact=splits == 1 or grouped)
-    work = _Work(FAMILIES[dense.model_type], num_experts, splits, dense.initializer_range, seed, grouped)
-    checkpoint = Checkpoint(folder)
+    work = _Work(FAMILIES[dense.model_type], num_experts, splits, shared, dense.initializer_range, seed, grouped)
+    checkpoint = Checkpoint(folder, variant)
+    _count(report, dense, config)
     with atomic_folder(destination, overwrite) as result:
-        names = [
-            f"model-{i:05}-of-{len(checkpoint.files):05}.safetensors" for i in range(1, len(checkpoint.files) + 1)
-        ]
-        names = names if len(names) > 1 else [SINGLE]
+        names = standard_names(len(checkpoint.files))
         layers = sum(bool(MLP.fullmatch(name)) for name in checkpoint.entries)
         with tqdm(total=layers, desc="upcycle", delay=2, disable=None if progress else True) as bar:
             for name, shard in zip(names, checkpoint.shards, strict=True):
@@ -163,19 +180,28 @@ def upcycle(
         if len(names) > 1:
             write_index(result, names)
         _complete(result, folder, config, str(source), destination.name, report)
+        if problem := loading_problem(config.to_dict(), Checkpoint(result).entries, extra=True):
+            raise ValueError(
+                f"{source} has other tensors than a {dense.model_type} model that can be upcycled: {problem}."
+            )
     for rows, effective in work.cosines:
         report.row_cosine += rows / len(work.cosines)
         report.effective_row_cosine += effective / len(work.cosines)
-    _count(report, dense, config)
     _warn(report)
     return report
 
 
-def _check(dense: PreTrainedConfig, num_experts: int, top_k: int, splits: int) -> None:
+def _check(dense: PreTrainedConfig, num_experts: int, top_k: int, splits: int, mpi: bool) -> None:
     if dense.model_type not in FAMILIES:
+        why = GEMMA if dense.model_type.startswith("gemma") else "hf_rb knows no mixture of its layout"
         raise ValueError(
-            f"A model of type {dense.model_type!r} cannot be upcycled: only {', '.join(FAMILIES)} have a mixture of experts with the "
-            "same attention and norms."
+            f"A model of type {dense.model_type!r} cannot be upcycled: {why}. Use one of {', '.join(FAMILIES)}, which have "
+            "a mixture of experts with the same attention and norms."
+        )
+    if mpi and f"mpi_{FAMILIES[dense.model_type].target}" not in CONFIG_MAPPING:
+        raise ValueError(
+            f"There is no MPI class of {FAMILIES[dense.model_type].target}. Leave out `mpi` (`--mpi`), or give the upcycled model MPI "
+            "routers in memory, with `apply_mpi`."
         )
     if getattr(dense, "quantization_config", None):
         raise ValueError("The model is quantized. Upcycle the model it was made from, and quantize the result.")
@@ -190,18 +216,35 @@ def _check(dense: PreTrainedConfig, num_experts: int, top_k: int, splits: int) -
         raise ValueError(
             f"num_experts={num_experts} and top_k={top_k} do not fit: write 2 or more experts, and 1 <= top_k <= that."
         )
-    if splits < 1 or num_experts % splits or dense.intermediate_size % splits:
+    shared = FAMILIES[dense.model_type].shared
+    uneven = splits >= dense.intermediate_size if shared else splits > 0 and dense.intermediate_size % splits
+    if splits < 1 or num_experts % splits or uneven:
         raise ValueError(
             f"splits={splits} must divide num_experts={num_experts} and the {dense.intermediate_size} neurons of the MLPs: 1 copies them, "
             f"{num_experts} gives every expert its own."
         )
 
 
+def _shared_width(dense: PreTrainedConfig, splits: int) -> int:
+    """
+    Returns how many neurons the shared expert of a family that has one gets: about as many as a split, which is cut in powers of two
+    up to 128, since kernels take no odd widths.
+    """
+    if not FAMILIES[dense.model_type].shared:
+        return 0
+    width = dense.intermediate_size
+    split = width // (splits + 1)
+    block = min(gcd(width, 128), 1 << (split.bit_length() - 1))
+    return width - splits * (split // block * block)
+
+
 def _names(config_class: type) -> set[str]:
     return {one.name for one in fields(config_class)}
 
 
-def _mixture_config(dense: PreTrainedConfig, num_experts: int, top_k: int, splits: int, mpi: bool) -> PreTrainedConfig:
+def _mixture_config(
+    dense: PreTrainedConfig, num_experts: int, top_k: int, splits: int, mpi: bool, shared: int
+) -> PreTrainedConfig:
     family = FAMILIES[dense.model_type]
     config_class = CONFIG_MAPPING[f"mpi_{family.target}" if mpi else family.target]
     values = {name: value for name, value in dense.to_dict().items() if name in _names(config_class) | {"head_dim"}}
@@ -210,8 +253,10 @@ def _mixture_config(dense: PreTrainedConfig, num_experts: int, top_k: int, split
     values |= {
         "num_experts_per_tok": top_k,
         "num_experts": num_experts,
-        family.width: dense.intermediate_size // splits,
+        family.width: (dense.intermediate_size - shared) // splits,
     }
+    if family.shared:
+        values["shared_expert_intermediate_size"] = shared
     if "norm_topk_prob" in _names(config_class):
         values["norm_topk_prob"] = True  # the weights of the chosen experts add up to 1
     return config_class(**values)
@@ -220,7 +265,10 @@ def _mixture_config(dense: PreTrainedConfig, num_experts: int, top_k: int, split
 class _Work:
     """Makes the tensors of a mixture from those of a dense checkpoint."""
 
-    def __init__(self, family: _Family, num_experts: int, splits: int, std: float, seed: int, grouped: bool):
+    def __init__(
+        self, family: _Family, num_experts: int, splits: int, shared: int, std: float, seed: int, grouped: bool
+    ):
+        self.shared = shared
         self.family, self.num_experts, self.splits, self.std, self.grouped = family, num_experts, splits, std, grouped
         self.seed = seed
         self.cosines: list[tuple[float, float]] = []
@@ -236,23 +284,32 @@ class _Work:
             for expert in range(self.num_experts):
                 key = f"{block}.experts.{expert}.{self.family.matrices[found['matrix']]}.weight"
                 outputs[key] = self._expert(entry, found["matrix"], expert % self.splits)
+            if self.shared:
+                matrix = self.family.matrices[found["matrix"]]
+                outputs[f"{block}.shared_expert.{matrix}.weight"] = self._expert(entry, found["matrix"], None)
+                if found["matrix"] == "gate":
+                    zeros = torch.zeros(1, entry.shape[1], dtype=entry.dtype)
+                    outputs[f"{block}.shared_expert_gate.weight"] = Output.of(zeros)
             if found["matrix"] == "gate":
                 outputs[f"{block}.gate.weight"] = Output.of(self._router(entry, int(found["index"])))
             bar.update()
         return outputs
 
-    def _expert(self, entry: Entry, matrix: str, split: int) -> Output:
-        shape = list(entry.shape)
-        shape[matrix == "down"] //= self.splits
+    def _expert(self, entry: Entry, matrix: str, split: int | None) -> Output:
+        shape, neurons = list(entry.shape), int(matrix == "down")
+        shape[neurons] = self.shared if split is None else (shape[neurons] - self.shared) // self.splits
 
         def chunks() -> Iterator[Tensor]:
             yield self._part(entry.read(), matrix, split).reshape(-1)
 
         return Output(entry.dtype, tuple(shape), chunks)
 
-    def _part(self, weight: Tensor, matrix: str, split: int) -> Tensor:
-        part = weight.chunk(self.splits, dim=int(matrix == "down"))[split]
-        return part * self.splits if matrix == "down" else part
+    def _part(self, weight: Tensor, matrix: str, split: int | None) -> Tensor:
+        """Returns a split's neurons of a matrix, or the shared expert's; a sum with these weights is the dense model's."""
+        down = matrix == "down"
+        shared, rest = weight.tensor_split([self.shared], dim=int(down))
+        part = shared if split is None else rest.chunk(self.splits, dim=int(down))[split]
+        return part * (2 if split is None else self.splits) if down else part
 
     def _router(self, entry: Entry, layer: int) -> Tensor:
         """Draws the router of a layer, and notes how alike its rows are, as they are and as MPI would use them."""
@@ -278,15 +335,24 @@ def _complete(
     config.save_pretrained(folder)
     copy_companions(source_folder, folder)
     options = {name: getattr(report, name) for name in ("num_experts", "top_k", "splits")}
-    write_model_card(
-        folder, ModelCardData(name, ["mpi"] if report.mpi else [], base_model=source, hyperparameters=options)
+    card = ModelCardData(name, ["mpi"] if report.mpi else [], base_model=source, hyperparameters=options)
+    start = (
+        "It computes what the dense model does, up to rounding"
+        if report.exact
+        else "It does not start as the dense model"
     )
+    card.sections = {
+        "Not trained": f"The experts are copies or parts of the dense model's MLPs, and the routers are drawn at random. {start}, and "
+        f"its experts have not specialized: train it before use. It has {report.parameters:,} parameters, of which a token uses "
+        f"{report.active_parameters:,}; the dense model has {report.dense_parameters:,}."
+    }
+    write_model_card(folder, card)
 
 
 def _count(report: UpcycleReport, dense: PreTrainedConfig, config: PreTrainedConfig) -> None:
     with torch.device("meta"):
         before, after = (AutoModelForCausalLM.from_config(one).num_parameters() for one in (dense, config))
-    expert = 3 * dense.hidden_size * (dense.intermediate_size // report.splits) * dense.num_hidden_layers
+    expert = 3 * dense.hidden_size * getattr(config, FAMILIES[dense.model_type].width) * dense.num_hidden_layers
     report.dense_parameters, report.parameters = before, after
     report.active_parameters = after - (report.num_experts - report.top_k) * expert
 

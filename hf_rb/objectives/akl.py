@@ -11,6 +11,11 @@ No gradient flows through w. Both divergences run over the whole vocabulary; hea
 Two rules for the head: the paper's is the smallest set that reaches μ; the released code's leaves out the token that crosses μ,
 unless it is the most probable one.
 
+A cached teacher is known on k tokens, and all others are one event, the rest. It is not a token: it comes last in the order,
+however probable it is, and is in the head only where all known tokens together hold less than μ. The head is then the true one
+wherever the rest holds at most 1 - μ. Inside the rest, gaps of both signs cancel: g_tail is short by at most 2 min(r, s), with r
+and s what teacher and student give to the rest, and w too large accordingly.
+
 Shapes: logits `(..., V)`, student first; results `(...)`, float32.
 """
 
@@ -39,6 +44,7 @@ def adaptive_kl(
     mu: float = 0.5,
     head_rule: str = "paper",
     temperature: float = 1.0,
+    has_rest: bool = False,
 ) -> torch.Tensor:
     """
     Adaptive KL divergence at every position.
@@ -54,6 +60,8 @@ def adaptive_kl(
             `"paper"` or `"code"`, see the module's text.
         temperature (`float`, *optional*, defaults to `1.0`):
             Divides the logits of both.
+        has_rest (`bool`, *optional*, defaults to `False`):
+            Whether the last column stands for all tokens that the others are not, as in a cached teacher.
 
     Returns:
         `torch.Tensor` of shape `(...)`: Divergence in nats.
@@ -63,7 +71,7 @@ def adaptive_kl(
     """
     log_q, log_p = log_probs_of(student_logits, teacher_logits, temperature)
     p, q = log_p.exp(), log_q.exp()
-    weight = _weight(p, q, mu, head_rule)[0]
+    weight = _weight(p, q, mu, head_rule, has_rest)[0]
     return weight * _weighted_sum(p, log_p - log_q) + (1 - weight) * _weighted_sum(q, log_q - log_p)
 
 
@@ -73,17 +81,18 @@ def adaptive_kl_weight(
     mu: float = 0.5,
     head_rule: str = "paper",
     temperature: float = 1.0,
+    has_rest: bool = False,
 ) -> torch.Tensor:
     """Returns w of every position, in `[0, 1]` and detached; arguments as for [`adaptive_kl`]."""
     log_q, log_p = log_probs_of(student_logits, teacher_logits, temperature)
-    return _weight(log_p.exp(), log_q.exp(), mu, head_rule)[0]
+    return _weight(log_p.exp(), log_q.exp(), mu, head_rule, has_rest)[0]
 
 
 def adaptive_kl_rule(
-    log_q: torch.Tensor, log_p: torch.Tensor, mu: float = 0.5, head_rule: str = "paper"
+    log_q: torch.Tensor, log_p: torch.Tensor, mu: float = 0.5, head_rule: str = "paper", has_rest: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Returns (loss, c, {"akl_weight", "akl_head_size"}) of [`adaptive_kl`]; see `hf_rb.objectives.divergences` for c."""
-    weight, head_size = _weight(log_p.exp(), log_q.exp(), mu, head_rule)
+    weight, head_size = _weight(log_p.exp(), log_q.exp(), mu, head_rule, has_rest)
     forward, forward_c = forward_kl_rule(log_q, log_p)
     reverse, reverse_c = reverse_kl_rule(log_q, log_p)
     c = reverse_c.lerp_(forward_c, weight.unsqueeze(-1))
@@ -99,7 +108,9 @@ def check_head(mu: float, head_rule: str) -> None:
 
 
 @torch.no_grad()
-def _weight(p: torch.Tensor, q: torch.Tensor, mu: float, head_rule: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _weight(
+    p: torch.Tensor, q: torch.Tensor, mu: float, head_rule: str, has_rest: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns w and the number of tokens in the head, both `(...)`."""
     check_head(mu, head_rule)
     gap = (p - q).abs_()
@@ -107,8 +118,13 @@ def _weight(p: torch.Tensor, q: torch.Tensor, mu: float, head_rule: str) -> tupl
     if mu == 1:
         head, size = total, torch.full_like(total, p.shape[-1])
     else:
-        head, size = _head(p.reshape(-1, p.shape[-1]), gap.reshape(-1, p.shape[-1]), mu, head_rule)
+        known, known_gap = (part[..., :-1] if has_rest else part for part in (p, gap))
+        count = known.shape[-1]
+        head, size = _head(known.reshape(-1, count), known_gap.reshape(-1, count), mu, head_rule)
         head, size = head.view_as(total), size.view_as(total)
+        if has_rest and head_rule == "paper":  # the code's rule leaves out what crosses μ
+            crosses = known.sum(-1) < mu - _TOLERANCE
+            head, size = head + crosses * gap[..., -1], size + crosses
     # Equal distributions have no gap and a divergence of zero: any weight will do.
     return torch.where(total > 0, head / total, 0.5).clamp_(max=1), size
 

@@ -7,6 +7,9 @@ Where another class k has more teacher probability than the label y,
 and p' = p elsewhere. The calibrated teacher prefers the label by a margin of exactly 1 - α and keeps the ratios among all other
 classes. Since p' = s p + (1 - s) onehot(y), distilling from p' mixes the label in where the teacher errs, and only there.
 
+Of a cached teacher, all tokens that are not stored are one event, the rest. It is no class of its own and no rival of the label; a
+cache stores the most probable token and the label, so that s is exact.
+
 Shapes: probabilities `(..., V)`, labels `(...)`; float32.
 """
 
@@ -36,7 +39,9 @@ def loca_scale(top: torch.Tensor, label: torch.Tensor, alpha: float = 0.95) -> t
     return torch.where(top > label, alpha / (1 - label + top), 1.0)
 
 
-def loca_calibrate(teacher_probs: torch.Tensor, labels: torch.Tensor, alpha: float = 0.95) -> torch.Tensor:
+def loca_calibrate(
+    teacher_probs: torch.Tensor, labels: torch.Tensor, alpha: float = 0.95, has_rest: bool = False
+) -> torch.Tensor:
     """
     Calibrates the teacher's distribution where its most probable token is not the label.
 
@@ -47,6 +52,8 @@ def loca_calibrate(teacher_probs: torch.Tensor, labels: torch.Tensor, alpha: flo
             Token ids. Positions labelled -100, or with an id of `V` and above, come back unchanged.
         alpha (`float`, *optional*, defaults to `0.95`):
             See [`loca_scale`].
+        has_rest (`bool`, *optional*, defaults to `False`):
+            Whether the last column stands for all tokens that the others are not, as in a cached teacher.
 
     Returns:
         `torch.Tensor` of shape `(..., V)`: Calibrated probabilities, detached; they sum to one where `teacher_probs` do.
@@ -55,6 +62,6 @@ def loca_calibrate(teacher_probs: torch.Tensor, labels: torch.Tensor, alpha: flo
     known = (labels >= 0) & (labels < probs.shape[-1])
     index = labels.where(known, 0).unsqueeze(-1)
     label = probs.gather(-1, index)
-    scale = loca_scale(probs.amax(-1, keepdim=True), label, alpha)
+    scale = loca_scale((probs[..., :-1] if has_rest else probs).amax(-1, keepdim=True), label, alpha)
     calibrated = (scale * probs).scatter(-1, index, 1 - scale * (1 - label))
     return calibrated.where((known & (scale.squeeze(-1) != 1)).unsqueeze(-1), probs)

@@ -14,7 +14,17 @@ from hf_rb import _compat
 from hf_rb.ops.lm_head import Head
 
 
-__all__ = ["backbone_output", "gathered_head", "head_of", "model_inputs", "recorded_hidden", "width_of"]
+__all__ = [
+    "backbone_output",
+    "evaluating",
+    "gathered_head",
+    "head_of",
+    "model_inputs",
+    "recorded_hidden",
+    "undisturbed",
+    "width_of",
+    "without_peft",
+]
 
 # What a collated text batch may hold for the model; labels and the columns of a dataset are not among it.
 _MODEL_INPUTS = (
@@ -57,7 +67,7 @@ def backbone_output(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs:
     Returns:
         [`~transformers.utils.ModelOutput`]: With `last_hidden_state` of shape `(B, L, H)`.
     """
-    return _without_peft(model).base_model(**model_inputs(inputs), use_cache=False, **kwargs)
+    return without_peft(model).base_model(**model_inputs(inputs), use_cache=False, **kwargs)
 
 
 @contextmanager
@@ -69,10 +79,22 @@ def recorded_hidden(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     Args:
         model ([`~transformers.PreTrainedModel`] or `PeftModel`):
             Unwrapped model.
+
+    Raises:
+        ValueError: A forward pass gives no last hidden states.
     """
     states: list[torch.Tensor] = []
-    backbone = _without_peft(model).base_model
-    handle = backbone.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    backbone = without_peft(model).base_model
+
+    def record(module, args, output):
+        if getattr(output, "last_hidden_state", None) is None:
+            raise ValueError(
+                f"The backbone of {type(without_peft(model)).__name__}, a {type(module).__name__}, returns no "
+                "`last_hidden_state`, which Hidden-Align reads. Train without `hidden_align_coef`, or another model."
+            )
+        states.append(output.last_hidden_state)
+
+    handle = backbone.register_forward_hook(record)
     try:
         yield states
     finally:
@@ -105,7 +127,44 @@ def width_of(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
-def _without_peft(model: PreTrainedModel) -> PreTrainedModel:
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode and every module back into the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Context for forward passes that leave no trace: in evaluation mode and without gradient, after which random states, modes and
+    buffers are as before. Buffers of more than 65,536 numbers, which are tables or packed weights and no counters, are not kept.
+    """
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_meta and buffer.numel() <= 65_536
+    ]
+    devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+    kind = next(iter(devices)).type if devices else "cpu"
+    with torch.random.fork_rng(list(devices), device_type=kind), evaluating(model), torch.no_grad():
+        try:
+            yield
+        finally:
+            for module, name, buffer, value in kept:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def without_peft(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the transformers model inside a `PeftModel`, or the model itself."""
     return model.base_model.model if is_peft_model(model) else model
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "Term",
     "TopK",
     "lm_head_log_probs",
+    "lm_head_logits",
     "lm_head_loss",
     "lm_head_top_k",
 ]
@@ -46,8 +47,8 @@ class Head:
     """An LM head: logits = softcap(scale · (hidden @ weight.T + bias)).
 
     Args:
-        weight (`torch.Tensor` of shape `(V, H)`):
-            Weight.
+        weight (`torch.Tensor` of shape `(V, H)`, *optional*):
+            Weight. `None` says that the hidden states are the logits already, of shape `(N, V)`.
         bias (`torch.Tensor` of shape `(V,)`, *optional*):
             Bias.
         scale (`float`, *optional*, defaults to `1.0`):
@@ -56,10 +57,19 @@ class Head:
             Bound of the logits, `softcap · tanh(logits / softcap)` (Gemma).
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     bias: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where hidden states have to be, `None` for anywhere."""
+        return None if self.weight is None else self.weight.device
+
+    def width(self, hidden: torch.Tensor) -> int:
+        """Returns the number of logits V of hidden states."""
+        return hidden.shape[-1] if self.weight is None else self.weight.shape[0]
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,12 @@ class Term(NamedTuple):
 
 
 class Rule(Protocol):
-    """A loss by token. `log_q` and `log_p` are `(n, E)`; `log_probs` are the student's over the whole vocabulary, `(n, V)`."""
+    """
+    A loss by token. `log_q` and `log_p` are `(n, E)`; `log_probs` are the student's over the whole vocabulary, `(n, V)`.
+
+    With a cached teacher, `tokens["rest"]` holds the teacher's log-probability of the last event, `(n,)`. That event is all tokens
+    that are not stored: a rule that takes a maximum or an order over the events must not take it for a token.
+    """
 
     def __call__(
         self,
@@ -185,7 +200,7 @@ def lm_head_loss(
         [`Scored`]: The loss, and every token's statistics.
     """
     stats: dict[str, torch.Tensor] = {}
-    vocabulary = vocabulary or head.weight.shape[0]
+    vocabulary = vocabulary or head.width(hidden)
     weights = hidden.new_ones(len(hidden), dtype=torch.float32) if weights is None else weights.detach().float()
 
     def run(hidden_grad, weight_grad, bias_grad):
@@ -243,6 +258,8 @@ def _loop(
             here = {name: tensor[rows_of] for name, tensor in tokens.items()}
             log_probs = torch.log_softmax(logits[block], dim=-1)
             events = _events(log_probs, teacher, teacher_logits, rows_of, block)
+            if events.ids is not None:
+                here["rest"] = events.log_p[:, -1]
             term = rule(events.log_q, events.log_p, log_probs, here)
             total += (term.loss * weights[rows_of]).sum()
             for name, value in {"loss": term.loss, **term.stats}.items():
@@ -308,6 +325,12 @@ def _write_gradient(logits, log_probs, events: _Events, term: Term, weights, hea
         logits.mul_(slope)
 
 
+def lm_head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """Returns all logits `(N, V)` of hidden states `(N, H)` in float32, without gradient: for few rows."""
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return _project(hidden, head, 1.0, head.width(hidden))
+
+
 def lm_head_log_probs(
     hidden: torch.Tensor, head: Head, ids: torch.Tensor, temperature: float = 1.0, vocabulary: int | None = None
 ) -> torch.Tensor:
@@ -329,7 +352,7 @@ def lm_head_log_probs(
     Returns:
         `torch.Tensor` of shape `(N,)`: Log-probabilities in float32.
     """
-    vocabulary = vocabulary or head.weight.shape[0]
+    vocabulary = vocabulary or head.width(hidden)
     result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     for rows, logits in _logit_blocks(hidden, head, temperature, vocabulary):
         picked = logits.gather(-1, ids[rows].unsqueeze(-1)).squeeze(-1)
@@ -379,7 +402,7 @@ def lm_head_top_k(
     Returns:
         [`TopK`]: Ids, their log-probabilities, that of the rest, and entropies.
     """
-    vocabulary = vocabulary or head.weight.shape[0]
+    vocabulary = vocabulary or head.width(hidden)
     size, device = (len(hidden), min(k + 1, vocabulary)), hidden.device
     result = TopK(
         ids=torch.empty(size, dtype=torch.int64, device=device),
@@ -435,6 +458,8 @@ def _teacher_logits(teacher, tile: slice, temperature: float, vocabulary: int) -
 
 def _project(hidden: torch.Tensor, head: Head, temperature: float, vocabulary: int) -> torch.Tensor:
     """Returns float32 logits `(rows, vocabulary)` divided by the temperature."""
+    if head.weight is None:  # a copy, as the result is written into
+        return hidden[:, :vocabulary].to(torch.float32, copy=True).div_(temperature)
     weight = head.weight.detach()[:vocabulary]
     if weight.dtype == torch.float32:
         logits = hidden.float() @ weight.T
@@ -455,6 +480,9 @@ def _project(hidden: torch.Tensor, head: Head, temperature: float, vocabulary: i
 
 
 def _add_hidden_gradient(grad: torch.Tensor, logits: torch.Tensor, head: Head, vocabulary: int) -> None:
+    if head.weight is None:
+        grad[:, :vocabulary] += logits
+        return
     weight = head.weight.detach()[:vocabulary]
     if weight.dtype == torch.float32:
         grad.addmm_(logits, weight)

@@ -1,14 +1,13 @@
 """Whether a model keeps the sequences of a packed row apart, measured on a batch: no list of architectures could say it."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather, is_peft_model
 from transformers import PreTrainedModel
 
-from hf_rb.ops.backbone import backbone_output
+from hf_rb.ops.backbone import backbone_output, undisturbed
 from hf_rb.ops.sequences import Sequences
 
 
@@ -54,7 +53,6 @@ def _behind_another(inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
     return max(found, key=lambda one: one[2] - one[1], default=None)
 
 
-@torch.no_grad()
 def measure_leak(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: Any) -> Leak:
     """
     Compares a sequence in a packed batch with the same sequence alone, in evaluation mode.
@@ -86,7 +84,7 @@ def measure_leak(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: An
         copies = {key: value.clone() if torch.is_tensor(value) else value for key, value in batch.items()}
         return backbone_output(model, copies, **kwargs)[0][row, start : start + min(TOKENS, own.shape[1])]
 
-    with _undisturbed(model, ids.device):
+    with undisturbed(model):
         packed, alone = hidden(inputs, row, start, **kwargs), hidden({"input_ids": own}, 0, 0)
         is_judged = place is not None and bool(alone.isfinite().all())
         difference = _apart(packed, alone) if is_judged else 0.0
@@ -133,25 +131,3 @@ def _eps(model: PreTrainedModel, hidden: torch.Tensor) -> float:
     eps = [torch.finfo(kind).eps for kind in types if kind.is_floating_point]
     # Matrix products of float32 that are made with fewer bits: TF32 has 10, bfloat16 7.
     return max(*eps, {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()])
-
-
-@contextmanager
-def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts a model into evaluation mode, and modes, buffers and random states back in the end."""
-    training = [module for module in model.modules() if module.training]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    model.eval()
-    try:
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for module, name, buffer, value in buffers:
-            buffer.copy_(value)
-            module._buffers[name] = buffer

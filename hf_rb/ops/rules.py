@@ -65,13 +65,13 @@ class DivergenceRule:
     monitor: bool = True
 
     def __call__(self, log_q, log_p, log_probs, tokens) -> Term:
-        labels, stats = tokens.get("labels"), {}
+        labels, has_rest, stats = tokens.get("labels"), "rest" in tokens, {}
         if self.monitor:
             stats |= _monitored(log_q, log_p, log_probs)
         if self.loca_alpha is not None:
-            log_p, scale = _calibrate(log_p, labels, tokens.get("label_event", labels), self.loca_alpha)
-            stats["loca_scale"] = scale
-        loss, dense = self._divergence(log_q, log_p, stats)
+            label_event = tokens.get("label_event", labels)
+            log_p, stats["loca_scale"] = _calibrate(log_p, label_event, self.loca_alpha, has_rest)
+        loss, dense = self._divergence(log_q, log_p, stats, has_rest)
         if labels is None:
             return Term(loss, dense, None, None, stats)
         nll = -_log_prob(log_probs, labels)
@@ -82,9 +82,9 @@ class DivergenceRule:
         loss = self.kd_alpha * loss + (1 - self.kd_alpha) * nll
         return Term(loss, dense.mul_(self.kd_alpha), labels.unsqueeze(-1), share.unsqueeze(-1), stats)
 
-    def _divergence(self, log_q, log_p, stats) -> tuple[torch.Tensor, torch.Tensor]:
+    def _divergence(self, log_q, log_p, stats, has_rest) -> tuple[torch.Tensor, torch.Tensor]:
         if self.objective == "akl":
-            loss, dense, more = adaptive_kl_rule(log_q, log_p, self.akl_mu, self.akl_head_rule)
+            loss, dense, more = adaptive_kl_rule(log_q, log_p, self.akl_mu, self.akl_head_rule, has_rest)
             stats |= more
             return loss, dense
         if self.objective == "jsd":
@@ -92,11 +92,12 @@ class DivergenceRule:
         return {"forward_kl": forward_kl_rule, "reverse_kl": reverse_kl_rule}[self.objective](log_q, log_p)
 
 
-def _calibrate(log_p, labels, label_event, alpha) -> tuple[torch.Tensor, torch.Tensor]:
+def _calibrate(log_p, label_event, alpha, has_rest) -> tuple[torch.Tensor, torch.Tensor]:
     """LoCa on log-probabilities; `label_event` is the label's place among the events. Returns (log p', s)."""
     index = label_event.unsqueeze(-1)
     label = log_p.gather(-1, index).exp()
-    scale = loca_scale(log_p.amax(-1, keepdim=True).exp(), label, alpha)
+    rivals = log_p[..., :-1] if has_rest else log_p
+    scale = loca_scale(rivals.amax(-1, keepdim=True).exp(), label, alpha)
     calibrated = (log_p + scale.log()).scatter(-1, index, torch.log1p(-scale * (1 - label)))
     return torch.where(scale == 1, log_p, calibrated), scale.squeeze(-1)
 

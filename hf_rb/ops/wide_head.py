@@ -38,11 +38,13 @@ def _wide(layer: nn.Linear) -> Iterator[None]:
             bias = None if layer.bias is None else layer.bias.float()
             return linear(hidden.float(), layer.weight.float(), bias)
 
-    replaced = layer.__dict__.get("forward")  # of a device map's hook
-    layer.forward = forward
+    # The hook of a device map brings the weight, and then calls what it has put aside.
+    name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+    replaced = layer.__dict__.get(name)
+    setattr(layer, name, forward)
     try:
         yield
     finally:
-        del layer.forward
+        delattr(layer, name)
         if replaced is not None:
-            layer.forward = replaced
+            setattr(layer, name, replaced)

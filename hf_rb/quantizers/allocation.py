@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from hf_rb._progress import tqdm
 from hf_rb._safetensors import Entry, read_header
 from hf_rb.quantizers import nsds
 from hf_rb.quantizers._rules import NSDS_RANGES, nsds_budget

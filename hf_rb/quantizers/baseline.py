@@ -1,11 +1,16 @@
 """Round-to-nearest: what every quantizer of ours is compared with."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_rb.quantizers.packed import PackedModule
 
 
-__all__ = ["round_to_nearest", "rtn"]
+__all__ = ["packed_weights", "round_to_nearest", "round_weights", "rtn"]
 
 # So many weights of a matrix are rounded to learn the error.
 SAMPLE = 1 << 18
@@ -52,3 +57,38 @@ def rtn(weight: Tensor, bits: int = 4, group_size: int = 128) -> tuple[float, in
     error = ((round_to_nearest(rows, bits, group_size) - rows).norm() / norm).item() if norm else 0.0
     groups = weight.shape[0] * -(-weight.shape[1] // group_size)
     return error, -(-(weight.numel() * bits + groups * (16 + bits)) // 8)
+
+
+def packed_weights(model: nn.Module) -> list[str]:
+    """Returns the names that the packed weights of a model have in a [`~hf_rb.quantizers.Report`]."""
+    packed = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedModule))
+    return [f"{name}.{weight}".removesuffix(".weight") for name, module in packed for weight in module.layouts]
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, names: Iterable[str], bits: int = 4, group_size: int = 128) -> bool:
+    """
+    Rounds weights of an ordinary model in place, as [`round_to_nearest`] does, in the groups in which the quantizers see them.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        names (`Iterable[str]`):
+            Linear layers, and parameters of fused experts, by name.
+        bits, group_size (`int`, *optional*, default to `4` and `128`):
+            Those of [`round_to_nearest`].
+
+    Returns:
+        `bool`: `False` if the model has another structure: a name is missing, and nothing was changed.
+    """
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    weights = [(name, parameters.get(f"{name}.weight", parameters.get(name))) for name in names]
+    if any(weight is None for _, weight in weights):
+        return False
+    for name, weight in weights:
+        owner = modules.get(name, modules[name.rpartition(".")[0]])
+        turned = isinstance(owner, Conv1D) or getattr(owner, "is_transposed", False)  # rows are the inputs
+        matrices = weight.data if weight.ndim == 3 else weight.data[None]
+        for matrix in matrices.mT if turned else matrices:
+            matrix.copy_(round_to_nearest(matrix, bits, group_size))
+    return True

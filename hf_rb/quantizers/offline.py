@@ -1,29 +1,33 @@
 """Quantizes a model folder into another one."""
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb._files import atomic_folder, check_replaceable
-from hf_rb._model_folder import check_apart, copy_companions, find_model, weight_bytes
+from hf_rb._model_class import check_causal, model_class
+from hf_rb._model_folder import check_apart, check_plain, copy_companions, find_model, quantization_method
 from hf_rb._unfinished import STATE, partial_folder
+from hf_rb._weight_files import weight_bytes
 from hf_rb.evaluation import Size, beginning, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
+from hf_rb.quantizers.baseline import round_weights
 from hf_rb.quantizers.report import Report
 from hf_rb.quantizers.texts import read_texts
 
 
 __all__ = [
+    "check_measurable",
     "complete_folder",
     "describe",
     "measure_perplexity",
     "open_source",
-    "quantization_method",
     "quantize",
     "read_text",
 ]
@@ -39,9 +43,11 @@ def quantize(
     overwrite: bool = False,
     dtype: str = "auto",
     resume: bool = True,
+    variant: str | None = None,
+    subfolder: str = "",
 ) -> Report:
     """
-    Quantizes a causal language model and saves it with its tokenizer, chat template, generation config and a model card.
+    Quantizes a model, of the class that its config names, and saves it with its tokenizer or processor, chat template, generation config and a model card.
 
     The folder appears at `destination` in one step when it is complete. The whole model is in memory at a time;
     [`quantize_checkpoint`] writes the same tensors with the memory of one. A method that runs the model on calibration text
@@ -60,6 +66,8 @@ def quantize(
             Type in which the weights are read and those that stay as they are get saved; `"auto"` is that of the files.
         resume (`bool`, *optional*, defaults to `True`):
             Whether calibration goes on with finished layers of an earlier call; `False` throws them away.
+        variant (`str`, *optional*), subfolder (`str`, *optional*, defaults to `""`):
+            Which weights of the model, and where in its folder, as in `from_pretrained`.
 
     Returns:
         [`Report`]
@@ -70,25 +78,28 @@ def quantize(
         ValueError: The model is quantized already, has a NaN, the destination holds it, or the finished layers are of another
             model, text or configuration.
     """
-    folder, destination, config = open_source(source, destination, config)
+    folder, destination, config = open_source(source, destination, config, subfolder)
     work = partial_folder(destination.resolve())
     if getattr(config, "calibrated", False):
         config = replace(config, resume_dir=config.resume_dir or str(work))
         if not resume:
             (Path(config.resume_dir) / STATE).unlink(missing_ok=True)
     check_replaceable(destination.resolve(), overwrite)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    source_bytes = weight_bytes(folder, variant)  # says what is missing, which loading would say in its own words
+    kind = model_class(AutoConfig.from_pretrained(folder))
+    model = kind.from_pretrained(folder, quantization_config=config, dtype=dtype, variant=variant)
     with atomic_folder(destination, overwrite) as result:  # only now: a run that is killed leaves its temporary folder
         model.save_pretrained(result)
         size = complete_folder(result, folder, source, destination.name, config)
     shutil.rmtree(work, ignore_errors=True)
-    model.hf_quantizer.report.set_size(size, weight_bytes(folder))
+    model.hf_quantizer.report.set_size(size, source_bytes)
     return model.hf_quantizer.report
 
 
 def measure_perplexity(report: Report, source: str | Path, destination: str | Path, data: str) -> None:
     """
-    Fills in the perplexities of a report, of the model before and of the saved quantized one.
+    Fills in the perplexities of a report: of the model before, of the same model with its layers rounded to 4 bits, and of the
+    saved quantized one.
 
     Args:
         report ([`Report`]):
@@ -104,18 +115,31 @@ def measure_perplexity(report: Report, source: str | Path, destination: str | Pa
         FileNotFoundError, ValueError: There is no such data, or it has no column `text`.
     """
     text = None if data.startswith("tiny:") else read_text(data)
-    values = []
-    for folder in (find_model(str(source)), destination):
-        model, tokenizer = load_model(folder)
+
+    def measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
         if text is None:
             texts, contexts = solutions(tokenizer, load_task(data, EVAL_PROBLEMS))
-            measured = perplexity(model, tokenizer, texts, contexts=contexts)
+            found = perplexity(model, tokenizer, texts, contexts=contexts)
         else:
-            measured = perplexity(model, tokenizer, beginning(tokenizer, text))
-        values.append(measured.perplexity)
-        del model
+            found = perplexity(model, tokenizer, beginning(tokenizer, text))
+        report.begins_with = found.begins_with
+        return found.perplexity
+
     report.eval_data = data if data.startswith("tiny:") else Path(data).name
-    report.perplexity_before, report.perplexity_after = values
+    model, tokenizer = load_model(find_model(str(source)))
+    report.bits_before = 8 * model.dtype.itemsize
+    report.perplexity_before = measured(model, tokenizer)
+    start = time.perf_counter()
+    if round_weights(model, [layer.name for layer in report.layers]):
+        report.perplexity_rounded = measured(model, tokenizer)
+        report.rounding_seconds = time.perf_counter() - start
+    del model
+    report.perplexity_after = measured(*load_model(destination))
+
+
+def check_measurable(source: str | Path) -> None:
+    """Refuses a model for [`measure_perplexity`] before it is quantized: with a `ValueError` if it is no causal language model."""
+    check_causal(AutoConfig.from_pretrained(find_model(str(source))), "Perplexity (`--eval-data`)")
 
 
 def read_text(data: str) -> str:
@@ -124,22 +148,17 @@ def read_text(data: str) -> str:
 
 
 def open_source(
-    source: str | Path, destination: str | Path, config: QuantizationConfigMixin | dict[str, Any]
+    source: str | Path, destination: str | Path, config: QuantizationConfigMixin | dict[str, Any], subfolder: str = ""
 ) -> tuple[Path, Path, QuantizationConfigMixin]:
     """Returns the folder of the model, the destination as a path, and the config as an object, or refuses them."""
     if isinstance(config, dict):
         config = AutoQuantizationConfig.from_dict(config)
-    folder, destination = find_model(str(source)), Path(destination)
+    folder, destination = find_model(str(source), subfolder=subfolder), Path(destination)
     check_apart(folder, destination)
+    check_plain(folder)
     if method := quantization_method(folder):
         raise ValueError(f"{folder} is quantized with {method} already. Quantize the model it was made from.")
     return folder, destination, config
-
-
-def quantization_method(folder: Path) -> str | None:
-    """Returns the method with which a saved model is quantized."""
-    stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
-    return stored and stored.get("quant_method", "something")
 
 
 def complete_folder(

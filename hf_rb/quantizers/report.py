@@ -1,8 +1,12 @@
 """What quantizing a model did, layer by layer, and what plain 4-bit rounding would have done."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from hf_rb.evaluation import Verdict
 
 __all__ = ["BlockReport", "LayerAllocation", "LayerReport", "Report"]
 
@@ -105,6 +109,11 @@ class Report:
         eval_data (`str`, *optional*): What the perplexities were measured on.
         perplexity_before (`float`, *optional*): Perplexity of the model that was quantized.
         perplexity_after (`float`, *optional*): Perplexity of the quantized model, as loaded from its folder.
+        perplexity_rounded (`float`, *optional*): Perplexity of the model before with the same layers rounded to 4 bits.
+        rounding_seconds (`float`, *optional*): Time that it took to round them and to measure that.
+        bits_before (`int`, *optional*): Bits of a weight of the model before.
+        begins_with (`str`, *optional*): What every window of text begins with, in measurement and calibration, because the
+            tokenizer puts it before a text.
     """
 
     method: str
@@ -125,6 +134,10 @@ class Report:
     eval_data: str | None = None
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    perplexity_rounded: float | None = None
+    rounding_seconds: float | None = None
+    bits_before: int | None = None
+    begins_with: str | None = None
 
     def add(self, layer: LayerReport, seconds: float) -> None:
         """Counts one more matrix. Those of one name, as the experts of a layer have it, become one layer."""
@@ -171,14 +184,33 @@ class Report:
         sentences = []
         if self.eval_data:
             before, after = self.perplexity_before, self.perplexity_after
-            sentences.append(f"Perplexity on `{self.eval_data}`: **{after:.4g}**, before quantization {before:.4g}.")
+            windows = f" (each window begins with `{self.begins_with}`)" if self.begins_with else ""
+            sentences.append(
+                f"Perplexity on `{self.eval_data}`{windows}: **{after:.4g}**, before quantization {before:.4g}. {self.quality()}"
+            )
         if not self.verdict().startswith(NOT_COMPARED):
             sentences.append(self.verdict())
         return "\n\n".join(sentences)
 
+    def quality(self) -> "Verdict | None":
+        """How much worse the model has become, in words, where the perplexity was measured."""
+        if self.perplexity_after is None:
+            return None
+        from hf_rb.evaluation.verdict import judge
+
+        original = f"{self.bits_before} bits" if self.bits_before else "the model before"
+        return judge(self.perplexity_after, self.perplexity_before, original, self.perplexity_rounded)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report for JSON, with what follows from it."""
+        quality = self.quality()
+        return asdict(self) | {"verdict": self.verdict(), "quality": quality and quality.to_dict()}
+
     def verdict(self) -> str:
         """One sentence on how 4-bit round-to-nearest with groups of 128 would compare, in bytes and error."""
         if self.blocks:
+            if self.perplexity_rounded is not None:
+                return f"{NOT_COMPARED} by errors of weights, which say little about a method that makes up for them."
             advice = "" if self.eval_data else "; measure the perplexity (`--eval-data`)"
             return f"{NOT_COMPARED}: errors of weights say little about a method that makes up for them{advice}."
         ours, theirs = self.error(), self.error("baseline_error")

@@ -28,17 +28,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb import __version__, _compat
 from hf_rb._files import check_replaceable, publish_folder
-from hf_rb._model_folder import weight_bytes
-from hf_rb._safetensors import SINGLE, Checkpoint, Entry, Output, read_header, write_index, write_tensors
+from hf_rb._model_class import skeleton
+from hf_rb._progress import tqdm
+from hf_rb._safetensors import Checkpoint, Entry, Output, read_header, standard_names, write_index, write_tensors
 from hf_rb._unfinished import STATE, file_stamps, finish, partial_folder, unfinished, write_json
+from hf_rb._weight_files import weight_bytes
 from hf_rb.evaluation import model_size
 from hf_rb.quantizers.conversion import moves_rows
 from hf_rb.quantizers.offline import complete_folder, open_source
@@ -61,6 +62,8 @@ def quantize_checkpoint(
     dtype: str = "auto",
     resume: bool = True,
     progress: bool = True,
+    variant: str | None = None,
+    subfolder: str = "",
 ) -> Report:
     """
     Quantizes a checkpoint shard by shard with the memory of about one tensor. The stored tensors are those of [`quantize`].
@@ -81,6 +84,8 @@ def quantize_checkpoint(
             Whether to go on with unfinished work of an earlier call; `False` throws it away.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar, on a terminal.
+        variant, subfolder:
+            As in [`quantize`].
 
     Returns:
         [`Report`]
@@ -91,9 +96,9 @@ def quantize_checkpoint(
         ValueError: The model is quantized already, its files do not fit its configuration or need a conversion that takes
             more than one tensor, a weight has a NaN, or the unfinished work is of other files or another configuration.
     """
-    folder, destination, config = open_source(source, destination, config)
+    folder, destination, config = open_source(source, destination, config, subfolder)
     destination = destination.resolve()
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, variant)
     plan = _Plan(folder, checkpoint, config, dtype)
     work = partial_folder(destination)
     if not (work / STATE).is_file():
@@ -114,7 +119,7 @@ def quantize_checkpoint(
             publish_folder(result, destination, overwrite)
         report = plan.report(work)
         finish(work)
-    report.set_size(size, weight_bytes(folder))
+    report.set_size(size, weight_bytes(folder, variant))
     return report
 
 
@@ -160,8 +165,7 @@ class _Plan:
         self.quantizer.validate_environment(device_map=None, weights_only=True)
         model_config = AutoConfig.from_pretrained(folder)
         self.dtype = self.quantizer.update_dtype(_load_dtype(model_config, checkpoint, dtype))
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(model_config, dtype=self.dtype)
+        self.model = skeleton(model_config, self.dtype)
         self.needs_generation_config = self.model.can_generate() and not (folder / "generation_config.json").is_file()
         self.shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         needed = {name for name, _ in self.model.named_parameters()}
@@ -177,8 +181,7 @@ class _Plan:
             self.by_parameter.setdefault(job.parameter, []).append(job)
         by_file = [[job for job in jobs if job.entry.file == file] for file in checkpoint.files]
         by_file = [jobs for jobs in by_file if jobs]
-        names = [f"model-{i:05}-of-{len(by_file):05}.safetensors" for i in range(1, len(by_file) + 1)]
-        self.shards = dict(zip(names if len(names) > 1 else [SINGLE], by_file, strict=True))
+        self.shards = dict(zip(standard_names(len(by_file)), by_file, strict=True))
 
     def _jobs(self, checkpoint: Checkpoint, needed: set[str]) -> list[_Job]:
         model, find = self.model, ParameterNames(self.model)

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_rb._special_tokens import cut, special_tokens
 from hf_rb.evaluation import ExactMatch, solutions
 
 
@@ -146,11 +147,11 @@ def problem_rows(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Answers]
 
 
 def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], window: int) -> list[dict[str, list[int]]]:
-    """Returns token ids and labels of the whole windows of texts, which do not overlap."""
-    rows = []
+    """Returns token ids and labels of the whole windows of texts, which do not overlap and begin as the tokenizer begins a text."""
+    rows, added = [], special_tokens(tokenizer)
     for text in texts:
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        rows += [ids[start : start + window] for start in range(0, len(ids) - window + 1, window)]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        rows += cut(added.around(ids), added.head, window)
     return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 

@@ -1,6 +1,7 @@
 """Measures a model, alone or with an adapter that was trained on it."""
 
 import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ from hf_rb.evaluation import (
     perplexity,
     solutions,
 )
+from hf_rb.quantizers.baseline import packed_weights, round_weights
 from hf_rb.recover.stages import fingerprint
 
 
-__all__ = ["ADAPTER", "Measured", "Questions", "load_recovered", "measure"]
+__all__ = ["ADAPTER", "Measured", "Questions", "load_recovered", "measure", "measure_rounded"]
 
 ADAPTER = "adapter"
 BASE = "base.json"
-MEASURED, POOL = "measured.json", "pool.json"
+MEASURED, POOL, ROUNDED = "measured.json", "pool.json", "rounded.json"
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,22 @@ def measure(
     if pool:
         write_json(result / POOL, asdict(questions.solve(model, tokenizer, questions.pool)))
     write_json(result / MEASURED, asdict(measured))
+
+
+def measure_rounded(folder: Path, packed: Path, questions: Questions, dtype: str, result: Path) -> None:
+    """Writes into `result` the perplexity of a model whose layers that are packed in another folder are rounded to 4 bits instead."""
+    start = time.perf_counter()
+    names = packed_weights(load_model(packed, dtype)[0])
+    model, tokenizer = load_model(folder, dtype)
+    known = round_weights(model, names)
+    perplexity = questions.perplexity(model, tokenizer) if known else None
+    write_json(result / ROUNDED, {"perplexity": perplexity, "seconds": time.perf_counter() - start})
+
+
+def read_rounded(folder: Path) -> tuple[float | None, float]:
+    """Returns the perplexity that [`measure_rounded`] has written, and the seconds that it took."""
+    found = json.loads((folder / ROUNDED).read_text(encoding="utf-8"))
+    return found["perplexity"], found["seconds"]
 
 
 def read_measured(folder: Path) -> Measured:

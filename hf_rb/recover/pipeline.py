@@ -12,15 +12,24 @@ from transformers import AutoTokenizer
 
 from hf_rb._files import check_replaceable, sha256_file
 from hf_rb._model_folder import companions
-from hf_rb._safetensors import weight_files
+from hf_rb._special_tokens import special_tokens
 from hf_rb._unfinished import file_stamps, write_json
+from hf_rb._weight_files import find_weights
 from hf_rb.evaluation import load_task
 from hf_rb.quantizers import quantize
 from hf_rb.quantizers.offline import open_source
 from hf_rb.quantizers.texts import read_texts
 from hf_rb.recover import failures
 from hf_rb.recover.config import RecoverConfig
-from hf_rb.recover.measuring import ADAPTER, Questions, measure, read_measured, read_pool
+from hf_rb.recover.measuring import (
+    ADAPTER,
+    Questions,
+    measure,
+    measure_rounded,
+    read_measured,
+    read_pool,
+    read_rounded,
+)
 from hf_rb.recover.package import merged_model, write_package
 from hf_rb.recover.report import RecoverReport, Row
 from hf_rb.recover.stages import Stages, fingerprint
@@ -75,7 +84,10 @@ class _Pipeline:
         self.say = say
         self.questions = self._questions()
         self.report = RecoverReport(
-            config.task and _name(config.task), config.eval_text and _name(config.eval_text), len(self.questions.task)
+            config.task and _name(config.task),
+            config.eval_text and _name(config.eval_text),
+            len(self.questions.task),
+            begins_with=special_tokens(self.tokenizer).name if config.eval_text else None,
         )
 
     # Data: everything that can be wrong with it is found before a model is loaded.
@@ -135,7 +147,9 @@ class _Pipeline:
         """Adds the rows of one quantized model; returns its folder, and that of the first adapter."""
         folder = self.stages.run(
             base.name,
-            {"model": self._source_stamp(), "quantization": base.config} | _calibration_stamp(base.config),
+            {"model": self._source_stamp(), "quantization": base.config}
+            | _calibration_stamp(base.config)
+            | {"special_tokens": self._special_tokens if base.config.get("dataset") else None},
             lambda folder: quantize(self.source, folder / MODEL, dict(base.config), overwrite=True),
         )
         weights, sha256 = folder / MODEL, fingerprint(folder / MODEL)
@@ -144,6 +158,8 @@ class _Pipeline:
             f"{base.name}-measured", self._measuring(sha256), self._measures(weights, pool=True)
         )
         lost = self._add(base.title, measured)
+        if base.name == "quantized":
+            self._round(weights, sha256)
         if self.questions.pool:
             comparison = failures.compare_failures(self.questions.pool, read_pool(full), read_pool(measured))
             self.report.failures[base.name] = comparison.summary()
@@ -162,6 +178,15 @@ class _Pipeline:
             for objective in self.config.objectives
         ]
         return weights, trained[0]
+
+    def _round(self, weights: Path, sha256: str) -> None:
+        """Adds what 4-bit rounding of the same layers would cost."""
+        rounded = self.stages.run(
+            "rounded-measured",
+            self._measuring(self._source_stamp()) | {"layers": sha256},
+            lambda result: measure_rounded(self.source, weights, self.questions, self.config.dtype, result),
+        )
+        self.report.rounded_perplexity, self.report.rounding_seconds = read_rounded(rounded)
 
     def _train(self, base, weights, sha256, comparison, size, objective, lost) -> Path:
         config, name = self.config, f"{base.name}-{size}"
@@ -226,14 +251,21 @@ class _Pipeline:
         return lambda result: measure(folder, self.questions, self.config.dtype, result, **options)
 
     def _measuring(self, weights: Any) -> dict[str, Any]:
-        return {"weights": weights, "questions": self._data_digest, "dtype": self.config.dtype}
+        measuring = {"weights": weights, "questions": self._data_digest, "dtype": self.config.dtype}
+        return measuring | {"special_tokens": self._special_tokens}
+
+    @cached_property
+    def _special_tokens(self) -> list[list[int]] | None:
+        """What windows of text begin with: an earlier version left it out, so a stage of that version is done again."""
+        head, tail, _ = special_tokens(self.tokenizer)
+        return [head, tail] if head or tail else None
 
     @cached_property
     def _data_digest(self) -> str:
         return failures.digest(asdict(self.questions))
 
     def _source_stamp(self) -> dict[str, Any]:
-        return file_stamps([self.source / "config.json", *weight_files(self.source), *companions(self.source)])
+        return file_stamps([self.source / "config.json", *find_weights(self.source).files, *companions(self.source)])
 
     def _note(self, note: str) -> None:
         if note not in self.report.notes:

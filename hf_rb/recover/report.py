@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_rb._tables import format_table
+from hf_rb.evaluation import Verdict, judge
 
 
 __all__ = ["RecoverReport", "Row"]
@@ -51,6 +52,9 @@ class RecoverReport:
         rows (`list[Row]`): The table.
         base_sha256 (`str`, *optional*): Fingerprint of the packed weights, which training leaves as they are.
         notes (`list[str]`): What a reader should know.
+        begins_with (`str`, *optional*): What every window of the text begins with, as the tokenizer has it.
+        rounded_perplexity (`float`, *optional*): Perplexity with the packed layers rounded to 4 bits instead.
+        rounding_seconds (`float`, *optional*): Time that it took to load, round and measure that.
     """
 
     task: str | None
@@ -60,9 +64,20 @@ class RecoverReport:
     rows: list[Row] = field(default_factory=list)
     base_sha256: str | None = None
     notes: list[str] = field(default_factory=list)
+    begins_with: str | None = None
+    rounded_perplexity: float | None = None
+    rounding_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format_version": 1} | asdict(self)
+        quality = self.quality()
+        return {"format_version": 1} | asdict(self) | {"quality": quality and quality.to_dict()}
+
+    def quality(self) -> Verdict | None:
+        """How much worse the model of the package is than in full precision: the first recovered one, or else the quantized one."""
+        if len(self.rows) < 2:
+            return None
+        result = next((row for row in self.rows if row.objective), self.rows[1])
+        return judge(result.perplexity, self.rows[0].perplexity, "full precision", self.rounded_perplexity)
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         columns = ["model", "trained with", "examples", "bytes", "exact match", "regained", "perplexity", "tokens/s"]
@@ -95,10 +110,15 @@ class RecoverReport:
         lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         measured = [f"exact match on {self.problems} problems of {self.task}"] if self.task else []
-        measured += [f"perplexity on {self.text}" if self.text else "perplexity on their worked solutions"]
-        return "\n".join(
-            [*lines, "", f"Measured: {', '.join(measured)}. Bytes are those of all weight files.", *self.notes]
-        )
+        begins = f" (each window begins with `{self.begins_with}`)" if self.begins_with else ""
+        measured += [f"perplexity on {self.text}{begins}" if self.text else "perplexity on their worked solutions"]
+        what = f"Measured: {', '.join(measured)}. Bytes are those of all weight files."
+        return "\n".join([*lines, "", what, *self.sentences()])
+
+    def sentences(self) -> list[str]:
+        """What follows the table: how good the result is, and what a reader should know."""
+        quality = self.quality()
+        return [*([str(quality)] if quality else []), *self.notes]
 
 
 def _percent(value: float | None) -> str:

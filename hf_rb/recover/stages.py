@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_rb._files import sha256_file, verify_manifest, write_manifest
-from hf_rb._safetensors import weight_files
 from hf_rb._unfinished import write_json
+from hf_rb._weight_files import find_weights
 
 
 __all__ = ["Stages", "fingerprint"]
@@ -21,7 +21,7 @@ def fingerprint(folder: str | Path) -> str:
     """Returns the SHA-256 of the contents of a model's weight files, whatever they are called."""
     from hashlib import sha256
 
-    hashes = [sha256_file(file) for file in weight_files(Path(folder))]
+    hashes = [sha256_file(file) for file in find_weights(folder).files]
     return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
 
 

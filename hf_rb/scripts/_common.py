@@ -1,24 +1,29 @@
 """What the training scripts share: strict parsing, data that is checked before a model is loaded, and the end of a run."""
 
+import argparse
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import trl
 import yaml
 from transformers import Trainer, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+from transformers.utils import is_torch_xla_available
 
 from hf_rb import tiny
 from hf_rb._fields import described
 from hf_rb._model_folder import check_model
+from hf_rb._renamed import former_key, nearest_key
 from hf_rb.cli.data import BUILDERS, file_problem
+from hf_rb.cli.plan import cpu_arguments
 from hf_rb.trainers._routers import add_router_doctor
 from hf_rb.trainers._rules import only_gkd
 from hf_rb.trainers.token_samples import add_token_samples
@@ -120,11 +125,23 @@ def readable_errors(module: str) -> Iterator[None]:
         sys.exit(2)
 
 
+class RecipeParser(trl.TrlParser):
+    """TRL's parser, for which a scalar in a recipe is a list of one where the key takes a list, as on the command line."""
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        for action in self._actions:
+            value = values.get(action.dest)
+            is_scalar = isinstance(value, str | int | float) and not isinstance(value, bool)
+            if action.nargs == "+" and action.type in (str, int, float) and is_scalar:
+                values[action.dest] = [action.type(value)]
+        return super().set_defaults_with_config(**values)
+
+
 def make_parser(
     config_class: type[TrainingArguments], name: str, script_arguments: type[ScriptArguments] = ScriptArguments
 ) -> trl.TrlParser:
     """Returns the parser of a recipe's keys, for the script of that name."""
-    return trl.TrlParser(
+    return RecipeParser(
         (script_arguments, config_class, trl.ModelConfig, trl.DatasetMixtureConfig),
         prog=f"python -m hf_rb.scripts.{name}",
         allow_abbrev=False,
@@ -156,12 +173,18 @@ def parse(parser: trl.TrlParser, argv: Sequence[str] | None = None) -> tuple:
     argv = sys.argv[1:] if argv is None else argv
     argv = [part for item in argv for part in (item.split("=", 1) if item.startswith("--config=") else [item])]
     known = [field.name for dataclass_type in parser.dataclass_types for field in fields(dataclass_type) if field.init]
+    recipe: Any = {}
     if "--config" in argv[:-1]:
         path = argv[argv.index("--config") + 1]
         with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)
-        if isinstance(recipe, dict):  # the parser refuses anything else
-            _refuse_unknown(recipe, [*known, "env"], path)
+        if not isinstance(recipe, dict):
+            recipe = {}  # the parser refuses it
+        _refuse_unknown(recipe, [*known, "env"], path)
+    if not (torch.accelerator.is_available() or is_torch_xla_available()) and (added := _for_cpu(argv, recipe)):
+        argv = [*argv, *added]
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"No GPU was found: the run is on the CPU, with `{' '.join(added)}`.", file=sys.stderr)
     *parsed, rest = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if rest:
         flags = [argument.removeprefix("--").partition("=")[0] for argument in rest if argument.startswith("--")]
@@ -169,13 +192,20 @@ def parse(parser: trl.TrlParser, argv: Sequence[str] | None = None) -> tuple:
     return tuple(parsed)
 
 
+def _for_cpu(argv: Sequence[str], recipe: dict[str, Any]) -> list[str]:
+    keys = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("use_cpu", "fp16", "bf16"):
+        keys.add_argument(f"--{name}", nargs="?", const=True, type=string_to_bool, default=recipe.get(name))
+    return cpu_arguments(**vars(keys.parse_known_args(argv)[0]))
+
+
 def _refuse_unknown(keys: Iterable[str], known: list[str], where: str) -> None:
     for key in keys:
         if key not in known:
-            if problem := only_gkd(key):
+            if problem := former_key(key, known) or only_gkd(key):
                 raise ValueError(f"{where}: {problem}")
-            nearest = get_close_matches(key, known, n=1)
-            remedy = f"Did you mean `{nearest[0]}`?" if nearest else "Remove it."
+            nearest = nearest_key(key, known)
+            remedy = f"Did you mean `{nearest}`?" if nearest else "Remove it."
             raise ValueError(f"`{key}` in {where} is not an option. {remedy}")
 
 

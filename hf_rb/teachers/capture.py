@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
 from hf_rb._files import MANIFEST, sha256_file
+from hf_rb._model_folder import public_name
 from hf_rb.ops.lm_head import TopK, lm_head_top_k
 from hf_rb.ops.packing import is_packed, leak_message
 from hf_rb.ops.sequences import Sequences
@@ -243,7 +244,7 @@ def _identify(trainer: Trainer, plan: _Plan, k: int, dtype: str, shard_tokens: i
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
     identity = Identity(
         model=_fingerprint(model),
-        model_name=model.config._name_or_path,
+        model_name=public_name(model.config._name_or_path),
         tokenizer=hashlib.sha256(vocabulary).hexdigest(),
         template=sha256_json(trainer.processing_class.chat_template),
         data=plan.data,

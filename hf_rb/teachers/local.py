@@ -1,8 +1,7 @@
 """Teachers that are models on this machine: one of its own, or the student without its adapters."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_rb import _compat, tiny
-from hf_rb.ops.backbone import backbone_output, gathered_head, head_of, model_inputs, width_of
+from hf_rb.ops.backbone import evaluating, model_inputs, width_of
 from hf_rb.ops.lm_head import Head, Teacher, lm_head_log_probs
+from hf_rb.ops.logit_source import LogitSource
 from hf_rb.ops.packing import Leak, measure_leak
 from hf_rb.teachers.vocabulary import shared_vocabulary
 
@@ -28,12 +28,19 @@ class _ModelTeacher:
 
     vocabulary: int | None = None
 
+    def __init__(self) -> None:
+        self._source = LogitSource()
+
+    def is_head(self) -> bool:
+        """Returns whether the model's logits are its last hidden states through its LM head. See [`~hf_rb.ops.logit_source.LogitSource`]."""
+        return self._run(self._source.is_head) if self._source.outcome is None else self._source.outcome
+
     def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> list[Teacher]:
-        return self._run(lambda model: [Teacher(*_hidden_and_head(model, inputs, keep))])
+        return self._run(lambda model: [Teacher(*self._hidden_and_head(model, inputs, keep))])
 
     def log_probs(self, inputs: Mapping[str, Any], keep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         def score(model):
-            hidden, head = _hidden_and_head(model, inputs, keep)
+            hidden, head = self._hidden_and_head(model, inputs, keep)
             return lm_head_log_probs(hidden, head, ids.to(hidden.device), vocabulary=self.vocabulary)
 
         return self._run(score)
@@ -41,18 +48,18 @@ class _ModelTeacher:
     def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         return self._run(lambda model: model(**model_inputs(inputs), use_cache=False).logits)
 
-
-def _hidden_and_head(
-    model: PreTrainedModel, inputs: Mapping[str, Any], keep: torch.Tensor
-) -> tuple[torch.Tensor, Head]:
-    hidden = backbone_output(model, inputs).last_hidden_state[:, :-1]
-    with gathered_head(model):
-        head = head_of(model)
-        if is_deepspeed_zero3_enabled():  # it takes the whole head away when the context ends
-            bias = None if head.bias is None else head.bias.clone()
-            head = replace(head, weight=head.weight.clone(), bias=bias)
-    # A model split by `device_map` may end on another device than the one the batch is on.
-    return hidden[keep.to(hidden.device)].to(head.weight.device), head
+    def _hidden_and_head(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], keep: torch.Tensor
+    ) -> tuple[torch.Tensor, Head]:
+        hidden = self._source.output(model, inputs)[0][:, :-1]
+        with self._source.head(model) as head:
+            if (
+                is_deepspeed_zero3_enabled() and head.weight is not None
+            ):  # it takes the whole head away when the context ends
+                bias = None if head.bias is None else head.bias.clone()
+                head = replace(head, weight=head.weight.clone(), bias=bias)
+        # A model split by `device_map` may end on another device than the one the batch is on.
+        return hidden[keep.to(hidden.device)].to(head.device), head
 
 
 class LocalTeacher(_ModelTeacher):
@@ -82,6 +89,7 @@ class LocalTeacher(_ModelTeacher):
             raise ValueError(
                 "The teacher is loaded already, so that its init kwargs cannot act. Pass its name, or no kwargs."
             )
+        super().__init__()
         self.model = tiny.resolve(model) if isinstance(model, str) else model
         self._init_kwargs = {"dtype": "auto"} | (init_kwargs or {})
         self.tokenizer = tokenizer
@@ -170,20 +178,8 @@ class AdapterOffTeacher(_ModelTeacher):
 
     @torch.no_grad()
     def _run(self, function):
-        with _evaluating(self._student), self._student.disable_adapter():
+        with evaluating(self._student), self._student.disable_adapter():
             return function(self._student)
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode and every module back into the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:

@@ -1,6 +1,5 @@
 """Every way in which a distillation trainer computes a loss, compared with the formulas on all logits."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from hf_rb.ops.backbone import model_inputs
 from hf_rb.ops.sequences import Sequences
 from hf_rb.teachers import CachedTeacher, LocalTeacher, cache_teacher
 from hf_rb.trainers._distillation import dense_losses, log_prob
-from hf_rb.trainers._gopd import RoutedTeacher
+from hf_rb.trainers._gopd import RoutedTeacher, copy_of
 from hf_rb.trainers.distillation_trainer import DistillationTrainer, loss_mask, whole_sequences
 from hf_rb.trainers.gkd_trainer import GKDTrainer
 
@@ -174,9 +173,8 @@ class _Paths:
 
     def make_student_its_teacher(self) -> None:
         trainer = self.trainer
-        twin = LocalTeacher(
-            copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)), tokenizer=trainer.processing_class
-        )
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        twin = LocalTeacher(copy_of(student), tokenizer=trainer.processing_class)
         twin.prepare(trainer)
         twin.vocabulary = trainer.teacher.vocabulary  # the ids that the trainer goes on to compare
         trainer.teacher = twin
@@ -260,7 +258,10 @@ class _CachedPaths(_GkdPaths):
         events = trainer.teacher.score(batch, keep)
         logits = trainer.model(**model_inputs(batch), use_cache=False).logits[:, :-1][keep]
         tokens = {"labels": (events.ids == labels[keep].unsqueeze(-1)).int().argmax(-1)}
-        losses = dense_losses(trainer._rule, *_on_events(logits[:, : trainer.teacher.vocabulary], events), tokens)
+        log_q, log_p = _on_events(logits[:, : trainer.teacher.vocabulary], events)
+        if log_p.shape[-1] > events.ids.shape[-1]:
+            tokens["rest"] = events.rest
+        losses = dense_losses(trainer._rule, log_q, log_p, tokens)
         return (trainer._weights(keep, batch["items"].clamp(min=1)) * losses).sum()
 
 

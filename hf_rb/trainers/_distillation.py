@@ -12,8 +12,8 @@ from hf_rb.objectives.divergences import forward_kl, jsd, reverse_kl
 from hf_rb.objectives.gopd import gopd_advantage
 from hf_rb.objectives.hpd import hpd_loss, inverse_cdf_sample
 from hf_rb.objectives.loca import loca_calibrate
-from hf_rb.ops.backbone import backbone_output
 from hf_rb.ops.lm_head import Rule
+from hf_rb.ops.logit_source import LogitSource
 from hf_rb.ops.rules import DivergenceRule, GopdRule, HpdRule
 from hf_rb.trainers.token_samples import certainty
 
@@ -62,7 +62,7 @@ def dense_losses(
         tokens (`Mapping[str, torch.Tensor]`):
             What the rule reads, N rows each.
     """
-    labels = tokens["labels"]
+    labels, has_rest = tokens["labels"], "rest" in tokens
     if isinstance(rule, HpdRule):
         samples = inverse_cdf_sample(student_logits.detach().float().log_softmax(-1).exp(), tokens["uniforms"])
         return hpd_loss(student_logits, teacher_logits, labels, samples, rule.sample, rule.reinforce)
@@ -72,12 +72,12 @@ def dense_losses(
         advantage = gopd_advantage(log_q, teacher, reference, rule.reward_scale)
         return -advantage * (log_q - log_q.detach()).exp()
     if rule.loca_alpha is not None:
-        teacher_logits = loca_calibrate(teacher_logits.float().softmax(-1), labels, rule.loca_alpha).log()
+        teacher_logits = loca_calibrate(teacher_logits.float().softmax(-1), labels, rule.loca_alpha, has_rest).log()
     losses = {
         "jsd": lambda: jsd(student_logits, teacher_logits, rule.beta),
         "forward_kl": lambda: forward_kl(student_logits, teacher_logits),
         "reverse_kl": lambda: reverse_kl(student_logits, teacher_logits),
-        "akl": lambda: adaptive_kl(student_logits, teacher_logits, rule.akl_mu, rule.akl_head_rule),
+        "akl": lambda: adaptive_kl(student_logits, teacher_logits, rule.akl_mu, rule.akl_head_rule, has_rest=has_rest),
     }[rule.objective]()
     if rule.kd_alpha == 1:
         return losses
@@ -138,21 +138,22 @@ def log_prob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def last_hidden(
-    model: torch.nn.Module, inputs: Mapping[str, Any], router_logits: bool = False
+    source: LogitSource, model: torch.nn.Module, inputs: Mapping[str, Any], router_logits: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Runs the student without its LM head, inside the forward pass of its wrapper.
+    Runs the student as far as the tile loop needs it, inside the forward pass of its wrapper.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor | None]`: Hidden states (B, L, H), and the load-balancing loss of a mixture of experts
-        if `router_logits`.
+        `tuple[torch.Tensor, torch.Tensor | None]`: Hidden states (B, L, H), or logits where `source` takes them; and the
+        load-balancing loss of a mixture of experts if `router_logits`.
     """
     if not router_logits:
-        return backbone_output(model, inputs).last_hidden_state, None
-    outputs, positions = backbone_output(model, inputs, output_router_logits=True), inputs.get("position_ids")
+        return source.output(model, inputs)[0], None
+    states, outputs = source.output(model, inputs, output_router_logits=True)
+    positions = inputs.get("position_ids")
     mask = None if positions is not None else inputs.get("attention_mask")
     shape, config = inputs["input_ids"].shape, model.config.get_text_config()
-    return outputs.last_hidden_state, auxiliary_loss(config, outputs.router_logits, shape, mask, positions)
+    return states, auxiliary_loss(config, outputs.router_logits, shape, mask, positions)
 
 
 def check_finite(objective: str, step: int, loss: torch.Tensor, losses: torch.Tensor | None = None) -> None:

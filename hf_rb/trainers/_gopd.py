@@ -8,13 +8,14 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, Trainer
 
-from hf_rb.ops.backbone import width_of
+from hf_rb.ops.backbone import width_of, without_peft
 from hf_rb.teachers import AdapterOffTeacher, LocalTeacher, ModelTeacher
 from hf_rb.trainers._distillation import init_kwargs_of
 
 
 __all__ = [
     "RoutedTeacher",
+    "copy_of",
     "given_reference",
     "make_reference",
     "share_vocabulary",
@@ -106,9 +107,15 @@ def start_reference(trainer: Trainer) -> ModelTeacher:
             "(DeepSpeed ZeRO-3, or FSDP with `fsdp_cpu_ram_efficient_loading`). Use LoRA, whose reference is the model without its "
             "adapters, or set `reference_model_name_or_path` to the model that the student starts from."
         )
-    start = copy.deepcopy(model)
-    start.__dict__.pop("forward", None)  # which TRL patches for its own loss, and which then gives no logits
-    return LocalTeacher(start, tokenizer=trainer.processing_class)
+    return LocalTeacher(copy_of(model), tokenizer=trainer.processing_class)
+
+
+def copy_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a copy of a trainer's model. Without the `forward` that TRL patches for its own loss, and which runs the first model."""
+    copied = copy.deepcopy(model)
+    for one in (copied, without_peft(copied)):
+        one.__dict__.pop("forward", None)
+    return copied
 
 
 def _adapters_are_neutral(model: PreTrainedModel) -> bool:
@@ -157,6 +164,8 @@ class RoutedTeacher:
     def prepare(self, trainer: Trainer) -> None:
         for teacher in self.teachers.values():
             teacher.prepare(trainer)
+            if isinstance(teacher, LocalTeacher):
+                teacher.is_head()  # of which all processes have to agree, and later not each of them runs every teacher
         # Where processes hold parts of a teacher, all of them must take part in each of its forward passes.
         self._in_step = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
 

@@ -18,15 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_rb import _compat
 from hf_rb._files import MANIFEST, start_manifest, verify_manifest, write_manifest
-from hf_rb.hub import (
-    METHODS,
-    ModelCardData,
-    Result,
-    changed_hyperparameters,
-    plan_upload,
-    push_folder,
-    write_model_card,
-)
+from hf_rb.hub import METHODS, plan_upload, push_folder
+from hf_rb.trainers._card import write_card
 from hf_rb.trainers._routers import has_mpi, prepare_routers
 
 
@@ -152,6 +145,8 @@ class TrainerMixin:
 
     # Model card
 
+    _carded: dict[str, Any] = {}  # what `create_model_card` was given
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -174,24 +169,15 @@ class TrainerMixin:
         """
         if not self.is_world_process_zero():
             return
-        tags = [tags] if isinstance(tags, str) else tags or []
-        own_tags = {"hf_rb", *self._all_methods}  # the card adds these itself
-        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
-        write_model_card(
-            self.args.output_dir,
-            ModelCardData(
-                model_name=model_name or Path(self.args.output_dir).name,
-                methods=self._all_methods,
-                base_model=base_model or self.model.config._name_or_path or None,
-                dataset_name=dataset_name,
-                trainer=type(self).__name__,
-                hyperparameters=changed_hyperparameters(self.args),
-                results=_results(evaluations[-1], dataset_name) if evaluations else (),
-                repo_id=self.hub_model_id,
-                tags=[tag for tag in dict.fromkeys([*self._tag_names, *tags]) if tag not in own_tags],
-                library_name="peft" if is_peft_model(self.model) else "transformers",
-            ),
-        )
+        given = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags, "base_model": base_model}
+        self._carded = self._carded | {key: value for key, value in given.items() if value is not None}
+        write_card(self, self.args.output_dir, **given)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if is_peft_model(self.model) and self.is_world_process_zero():
+            # In place of PEFT's, which says nothing but where the base lies on this machine.
+            write_card(self, output_dir or self.args.output_dir, **self._carded)
 
     def push_to_hub(
         self,
@@ -278,9 +264,8 @@ class TrainerMixin:
         how = {"token": args.hub_token, "revision": args.hub_revision, "run_as_future": True}
         message = f"Training in progress, step {self.state.global_step}"
         try:
-            for name in plan_upload(folder).files:
-                if name != "README.md":  # PEFT's, which is empty
-                    shutil.copyfile(folder / name, Path(args.output_dir, name))
+            for name, path in plan_upload(folder).paths.items():
+                shutil.copyfile(path, Path(args.output_dir, name))
             jobs = [push_folder(args.output_dir, self.hub_model_id, commit_message=message, create=False, **how)]
         except (OSError, ValueError) as error:  # shards of FSDP are no model; the run goes on
             logger.warning(f"{folder} is not uploaded: {error}")
@@ -365,12 +350,6 @@ def complete_checkpoint(output_dir: str, resume: str | bool) -> str:
 
 def _listed(problems: list[str]) -> str:
     return problems[0] if len(problems) == 1 else f"{problems[0]} (and {len(problems) - 1} more)"
-
-
-def _results(evaluation: dict[str, float], dataset_name: str | None) -> list[Result]:
-    names = {"eval_loss": "loss", "eval_mean_token_accuracy": "token accuracy", "eval_reward": "reward"}
-    dataset = dataset_name or "evaluation data"
-    return [Result(name, evaluation[key], dataset) for key, name in names.items() if key in evaluation]
 
 
 def own_config(

@@ -285,7 +285,7 @@ _FIELDS_OF_SHAPER = {
         "edas_beta": 0.3,
         "edas_kappa": 2.0,
         "edas_no_answer": "cluster",
-        "edas_equivalence": "string",
+        "edas_equivalence": "auto",
         "edas_warmup_start": 0,
         "edas_warmup_steps": 0,
         "edas_format_reward": None,
@@ -298,7 +298,7 @@ _FIELDS_OF_SHAPER = {
         "calibadv_qualify": 0.7,
         "calibadv_answer_must_not_call_tool": True,
     },
-    "srar": {"srar_coef": 1.0, "srar_gk": "code", "srar_ddof": 1, "srar_only_mixed": True},
+    "srar": {"srar_coef": 1.0, "srar_gk": "code", "srar_ddof": 1, "srar_eps": 1e-4, "srar_only_mixed": True},
 }
 _TOKEN_SHAPERS = ("calibadv", "srar")
 

@@ -11,9 +11,10 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
 from trl import is_conversational
 
-from hf_rb.ops.backbone import gathered_head, head_of, width_of
+from hf_rb.ops.backbone import width_of
 from hf_rb.ops.lm_head import Teacher as TeacherLogits
 from hf_rb.ops.lm_head import lm_head_loss
+from hf_rb.ops.logit_source import LogitSource
 from hf_rb.teachers import LocalTeacher, ModelTeacher, build_teacher
 from hf_rb.trainers._distillation import (
     build_rule,
@@ -39,8 +40,9 @@ _DTYPE = {"dtype": None}  # of a model given by name, TRL's default
 class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTrainer):
     """
     Trainer for distillation on the student's own completions. Takes what [`~trl.DistillationTrainer`] takes; with
-    `objective="jsd"` it is that trainer. Generation (transformers or vLLM), tools, masks and batches are the parent's in every
-    case.
+    `objective="jsd"` it is that trainer, unless the logits of student or teacher are not hidden states times LM head, which TRL's
+    loss takes them for: the first step compares the two, and such a model gets its own logits, with a warning. Generation
+    (transformers or vLLM), tools, masks and batches are the parent's in every case.
 
     `DistillationConfig(objective="gopd", reward_scale=1.25)` trains with ExOPD, generalized on-policy distillation with an
     extrapolated reward (https://huggingface.co/papers/2602.12125): of the tokens that the student has drawn, those that the
@@ -103,6 +105,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         if self.reference is not None:
             self.reference.prepare(self)
         self._rule = build_rule(args)
+        self._student_logits = LogitSource()
         self._sampler = _SamplerLogProbs(self.vllm_generation) if args.gopd_tis_cap is not None else None
         self._vocabulary = share_vocabulary(self)
         if args.objective == "jsd" and isinstance(teacher, LocalTeacher):
@@ -196,7 +199,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
     # The loss
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
-        if self.teacher_model is not None:
+        if self.teacher_model is not None and self._can_be_trl(unwrapped_student, inputs):
             result = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
             check_finite(self.args.objective, self.state.global_step, result[0])
             return result
@@ -204,24 +207,41 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         with self.accelerator.autocast():
             return self._our_loss(unwrapped_student, inputs, num_items_in_batch)
 
+    def _can_be_trl(self, student, inputs) -> bool:
+        """Returns whether TRL's loss, which multiplies hidden states by LM heads, has the logits of student and teacher right."""
+        with self.accelerator.autocast():
+            # Both, as all processes have to take part.
+            is_head = [self._student_logits.is_head(student), self.teacher.is_head()]
+        if not all(is_head) and any(key.startswith(("pixel_", "image_")) for key in inputs):
+            model = student if not is_head[0] else self.teacher.model
+            raise ValueError(
+                f"The logits of {type(model).__name__} are not its last hidden states times its LM head, and for such a model "
+                "`DistillationTrainer` reads text alone, while the dataset has images. Remove the images, or use another model."
+            )
+        return all(is_head)
+
     def _our_loss(self, unwrapped_student, inputs, num_items_in_batch):
         batch = whole_sequences(inputs, "prompt")
-        hidden = self._get_last_hidden_state(
-            unwrapped_student, batch["input_ids"], batch["attention_mask"], inputs["completion_ids"].shape[1]
-        )
+        length = inputs["completion_ids"].shape[1]
+        if self._student_logits.is_head(unwrapped_student):
+            hidden = self._get_last_hidden_state(
+                unwrapped_student, batch["input_ids"], batch["attention_mask"], length
+            )
+        else:
+            hidden = self._student_logits.output(unwrapped_student, batch)[0][:, -length - 1 : -1]
         mask = loss_mask(inputs)
         weights = self._token_weights(mask, inputs, num_items_in_batch)
         tokens, teacher = self._score(inputs, mask)
-        with gathered_head(unwrapped_student):
-            head = head_of(unwrapped_student)
+        with self._student_logits.head(unwrapped_student) as head:
             # With the model split by `device_map`, the backbone may end on another device than the head.
+            states = hidden[mask.to(hidden.device)].to(head.device)
             scored = lm_head_loss(
-                hidden[mask.to(hidden.device)].to(head.weight.device),
+                states,
                 head,
                 self._rule,
                 tokens,
                 teacher,
-                weights[mask].to(head.weight.device),
+                weights[mask].to(states.device),
                 self.temperature,
                 self._vocabulary,
             )

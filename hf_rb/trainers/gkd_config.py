@@ -29,7 +29,8 @@ class GKDConfig(GopdArguments, ObjectiveArguments, PackingArguments, _compat.GKD
             `"chunked"` goes through the LM heads tile by tile and keeps no logits; `"dense"` is the formula on all logits, the
             reference that the other is tested against. Both give the same losses and gradients, up to rounding: in both, half
             precision ends before the logits. The exception is `"dense"` with `objective="jsd"` alone, which is TRL's
-            computation with TRL's rounding.
+            computation with TRL's rounding. The first step compares each model's own logits with its hidden states through its
+            LM head; where they differ, its own logits are used, with a warning.
         kd_alpha (`float`, *optional*, defaults to `1.0`):
             The loss is `(1 - kd_alpha) · cross-entropy + kd_alpha · divergence`. Below 1 it needs `lmbda=0`. LLM-Neo
             (https://huggingface.co/papers/2411.06839) is `objective="forward_kl"` with this and LoRA.
@@ -77,7 +78,8 @@ class GKDConfig(GopdArguments, ObjectiveArguments, PackingArguments, _compat.GKD
         default="chunked",
         metadata=described(
             "How the loss is computed: tile by tile without keeping logits (`chunked`), or by its formula on all logits "
-            "(`dense`). Both give the same losses and gradients, up to rounding; `dense` with `objective: jsd` rounds as TRL does.",
+            "(`dense`). Both give the same losses and gradients, up to rounding; `dense` with `objective: jsd` rounds as TRL does. A "
+            "model with an LM head of another kind gets its own logits computed in both, and a warning says so.",
             choices=["chunked", "dense"],
         ),
     )

@@ -20,8 +20,9 @@ from transformers import (
 from hf_rb import _compat
 from hf_rb._fields import validate
 from hf_rb.ops import lm_head
-from hf_rb.ops.backbone import gathered_head, head_of, model_inputs, width_of
+from hf_rb.ops.backbone import model_inputs, width_of
 from hf_rb.ops.generation import generation_config, own_distribution
+from hf_rb.ops.logit_source import LogitSource
 from hf_rb.ops.sequences import Sequences
 from hf_rb.ops.wide_head import wide_heads
 from hf_rb.teachers import CachedTeacher, Teacher, build_teacher
@@ -109,6 +110,7 @@ class GKDTrainer(TrainerMixin, GKDBase):
         self.lmbda, self.beta, self.seq_kd, self.temperature = args.lmbda, args.beta, args.seq_kd, args.temperature
         self._rule = build_rule(args)
         self._forward_redirection = _compat.ForwardRedirection()
+        self._student_logits = LogitSource()
         self.generation_config = generation_config(self.model, self._tokenizer, args.max_new_tokens, args.temperature)
         self.reference = make_reference(self, reference_model)
         if args.disable_dropout:
@@ -300,11 +302,11 @@ class GKDTrainer(TrainerMixin, GKDBase):
     def _chunked_loss(self, student, inputs, keep, tokens, items):
         with self.accelerator.autocast():
             teacher = self._score(inputs, keep, tokens)
-            hidden, aux_loss = last_hidden(student, inputs, self.aux_loss_enabled)
-            with gathered_head(student):
+            hidden, aux_loss = last_hidden(self._student_logits, student, inputs, self.aux_loss_enabled)
+            with self._student_logits.head(student) as head:
                 scored = lm_head.lm_head_loss(
                     hidden[:, :-1][keep],
-                    head_of(student),
+                    head,
                     self._rule,
                     tokens,
                     teacher,

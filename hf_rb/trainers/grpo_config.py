@@ -41,9 +41,10 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
         edas_no_answer (`str`, *optional*, defaults to `"cluster"`):
             Wrong completions without an answer are one error (`"cluster"`, the authors' code), left alone (`"skip"`), or an
             error each (`"singleton"`).
-        edas_equivalence (`str`, *optional*, defaults to `"string"`):
-            When two answers are the same: their texts are, up to case and surrounding blanks (`"string"`), or `math-verify`
-            finds them equal in either direction too (`"math"`; needs `pip install 'hf_rb[math]'`).
+        edas_equivalence (`str`, *optional*, defaults to `"auto"`):
+            When two answers are the same: as rewards and evaluation compare them ([`~hf_rb.answers.same_answer`]), with
+            `math-verify` where it is installed (`"auto"`) or not without it (`"math"`; needs `pip install 'hf_rb[math]'`); or
+            where their texts are, up to case and surrounding blanks (`"string"`).
         edas_warmup_start (`int`, *optional*, defaults to `0`), edas_warmup_steps (`int`, *optional*, defaults to `0`):
             Optimizer step at which EDAS starts, and number of steps over which its strengths grow to their values.
         edas_format_reward (`str`, *optional*):
@@ -67,9 +68,13 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
             Weight of the step scores, which are added to the advantages; 0 or more.
         srar_gk (`str`, *optional*, defaults to `"code"`):
             Which completions the score of a step is compared with: those with a criterion that is met in it (`"code"`, the
-            authors'), or with a criterion that the judge places in it, met or not (`"paper"`).
+            authors'), or with a criterion that the judge places in it, met or not (`"paper"`). Also what becomes of steps that
+            do not exist, see [`~hf_rb.advantages.srar_step_scores`].
         srar_ddof (`int`, *optional*, defaults to `1`):
             1 divides by the unbiased standard deviation, 0 by that of the population.
+        srar_eps (`float`, *optional*, defaults to `1e-4`):
+            Added to that deviation, 0 or more; a step whose scores deviate no more than this has no offset. 1e-4 is TRL's for
+            advantages; the authors' code uses 1e-6.
         srar_only_mixed (`bool`, *optional*, defaults to `True`):
             Whether only groups with correct and wrong completions are judged.
         hidden_align_coef (`float`, *optional*, defaults to `0.0`):
@@ -144,11 +149,11 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
         ),
     )
     edas_equivalence: str = field(
-        default="string",
+        default="auto",
         metadata=described(
-            "When two answers are the same: their texts are (`string`), or math-verify finds them equal too (`math`; needs "
-            "`pip install 'hf_rb[math]'`).",
-            choices=["string", "math"],
+            "When two answers are the same: as rewards and evaluation compare them, with math-verify where it is installed "
+            "(`auto`) or not without it (`math`; needs `pip install 'hf_rb[math]'`); or where their texts are (`string`).",
+            choices=["auto", "math", "string"],
         ),
     )
     edas_warmup_start: int = field(
@@ -219,6 +224,12 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
         default=1,
         metadata=described(
             "1 divides step scores by the unbiased standard deviation, 0 by that of the population.", choices=[0, 1]
+        ),
+    )
+    srar_eps: float = field(
+        default=1e-4,
+        metadata=described(
+            "Added to the standard deviation that divides step scores. The authors' code uses 1e-6.", range="[0, inf)"
         ),
     )
     srar_only_mixed: bool = field(

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from hf_rb._shapers import pipeline_line
 from hf_rb.advantages import SrarShaper, build_shapers, check_shapers, run_pipeline
 from hf_rb.advantages.pipeline import Shaper
+from hf_rb.answers import check_gold, require_math_verify, same_answer
 from hf_rb.hub import METHODS
 from hf_rb.ops.backbone import recorded_hidden
-from hf_rb.rewards import EXTRACTORS, math_equivalent, require_math_verify
+from hf_rb.rewards import EXTRACTORS, GOLD_COLUMNS
 from hf_rb.trainers import _hidden_align
 from hf_rb.trainers._generation import OwnDistributionMixin
 from hf_rb.trainers._mixin import TrainerMixin, own_config
@@ -65,8 +66,8 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
             Judges the steps of `srar`, in place of `args.srar_judge`.
 
     Raises:
-        ValueError: A shaper needs a dataset column or a reward function that is not there, or the order of the shapers would
-            change the result.
+        ValueError: A shaper needs a dataset column or a reward function that is not there, the order of the shapers would
+            change the result, or a column of right answers holds neither texts nor numbers.
         ImportError: `edas_equivalence="math"` without `math-verify`.
     """
 
@@ -115,6 +116,7 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
         if environment_factory is None:
             self._check_shaping(args, columns, names_of_rewards(reward_funcs), rollout_func, has_tools)
         _check_rubrics(self.shapers, datasets)
+        _check_answers(reward_funcs, datasets)
         super().__init__(
             model,
             reward_funcs,
@@ -146,8 +148,12 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
         has_tools: bool,
     ) -> None:
         if args.correct_reward is not None and args.correct_reward not in reward_names:
+            if not reward_names:
+                raise ValueError(
+                    f"`correct_reward: {args.correct_reward}` names no reward function, because none was given."
+                )
             raise ValueError(
-                f"`correct_reward: {args.correct_reward}` is none of the reward functions, {', '.join(reward_names) or 'of which there are none'}."
+                f"`correct_reward: {args.correct_reward}` is none of the reward functions, {', '.join(reward_names)}."
             )
         # A `rollout_func` adds fields to the rows, which the first generation shows.
         later = [name for shaper in self.shapers for name in shaper.requires.columns] if rollout_func else []
@@ -223,8 +229,9 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
 def _equivalence(args: GRPOConfig) -> Callable[[str, str], bool] | None:
     if args.edas_equivalence == "string":
         return None
-    require_math_verify("edas_equivalence: math")
-    return math_equivalent
+    if args.edas_equivalence == "math":
+        require_math_verify("edas_equivalence: math")
+    return same_answer
 
 
 def _step_scorer(args: GRPOConfig) -> Callable | None:
@@ -251,6 +258,17 @@ def _check_rubrics(shapers: Sequence[Shaper], datasets: list) -> None:
             for data in datasets:
                 if shaper.rubric_column in columns_of(data):
                     check_rubrics(data, shaper.rubric_column)
+
+
+def _check_answers(reward_funcs: Any, datasets: list) -> None:
+    functions = (
+        reward_funcs if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str) else [reward_funcs]
+    )
+    for function in functions:
+        function = getattr(function, "func", function)  # that of a partial
+        for known, column in GOLD_COLUMNS.items():
+            for data in datasets if function is known else ():
+                check_gold(column, data)
 
 
 def _environment(args: GRPOConfig) -> Callable | None:

@@ -28,8 +28,9 @@ from hf_rb._model_folder import ADAPTER_CONFIG, check_apart, copy_companions, fi
 from hf_rb._safetensors import Entry, Output, read_header, write_tensors
 from hf_rb._unfinished import write_json
 from hf_rb.hub import ModelCardData, write_model_card
-from hf_rb.weights.engine import REPORT, Source, public_name, some
+from hf_rb.weights.engine import Source, public_name, some
 from hf_rb.weights.report import MergeReport, TensorReport
+from hf_rb.weights.sweep import REPORT
 
 
 __all__ = ["Adapter", "adapter_problems", "combine_adapters", "factor_svd", "is_adapter", "retarget", "write_adapter"]

@@ -23,16 +23,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_rb import __version__
 from hf_rb._files import check_replaceable, publish_folder
-from hf_rb._model_folder import check_apart, companions, copy_companions, find_model
-from hf_rb._safetensors import INDEX, SINGLE, Checkpoint, Entry, TensorFile, write_index
+from hf_rb._model_folder import check_apart, companions, copy_companions, public_name
+from hf_rb._progress import tqdm
+from hf_rb._safetensors import Entry, TensorFile, read_header, standard_names, write_index
+from hf_rb._skeleton import loading_problem
 from hf_rb._unfinished import STATE, file_stamps, finish, partial_folder, unfinished, write_json
 from hf_rb.hub import ModelCardData, write_model_card
 from hf_rb.weights.patterns import matcher, select
+from hf_rb.weights.reasons import difference, padding
 from hf_rb.weights.report import MergeReport, TensorReport
+from hf_rb.weights.source import (
+    EMBEDDINGS,
+    HEADS,
+    TIE,
+    Source,
+    content,
+    holds_own_head,
+    says_tied,
+    some,
+    vocabulary_problem,
+    with_ties_of,
+)
+from hf_rb.weights.sweep import REPORT, sweep_folder
 
 
 __all__ = [
@@ -47,80 +62,15 @@ __all__ = [
     "merge",
     "pieces",
     "public_name",
-    "sweep_folder",
     "vocabulary_problem",
 ]
 
 logger = logging.getLogger(__name__)
 
-REPORT = "merge.json"
 ELEMENTS = 1 << 18  # of a piece: small enough for a processor's cache
 SYNC_BYTES, SYNC_SECONDS = 1 << 26, 10.0
-TIED = ("embed_tokens.weight", "wte.weight", "embed_in.weight"), ("lm_head.weight", "embed_out.weight")
 # What a configuration says beside what the model computes.
 SILENT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-
-
-class Source:
-    """
-    A model folder that is read.
-
-    Args:
-        role (`str`):
-            What the model is in this operation, as the user wrote it: `"start"`, `"base"`, …
-        name (`str` or `Path`):
-            Embedded model, folder or Hub id.
-
-    Raises:
-        FileNotFoundError: There is no such model, or a weight file is missing.
-        ValueError: It is quantized, or its files do not hold what their index says.
-    """
-
-    def __init__(self, role: str, name: str | Path):
-        self.role, self.name, self.folder = role, str(name), find_model(str(name))
-        self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        if stored := self.config.get("quantization_config"):
-            method = stored.get("quant_method", "something")
-            raise ValueError(
-                f"{role} ({name}) is quantized with {method}: its weights cannot be added to others. Give the model it was made "
-                "from, write an ordinary one first (`hf-rb dequantize` for hf_rb's), or use adapters alone."
-            )
-        checkpoint = Checkpoint(self.folder)
-        self.files, self.shards, self.entries = checkpoint.files, checkpoint.shards, checkpoint.entries
-        index = self.folder / INDEX
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
-        if lost := sorted(listed.keys() - self.entries.keys()):
-            raise ValueError(f"{role} ({name}): the index lists {some(lost)}, which no file holds. Download it again.")
-
-    def name_of(self, name: str) -> str | None:
-        """
-        Returns what these files call a tensor of another checkpoint: the same; with or without the prefix of a model with a head; or,
-        where embedding and head are tied and the files hold one of them, the other.
-        """
-        tied = []
-        if self.config.get("tie_word_embeddings"):
-            for ours, theirs in (TIED, TIED[::-1]):
-                if name.endswith(ours):
-                    tied = [other for other in self.entries if other.endswith(theirs)]
-        names = name, name.removeprefix("model."), f"model.{name}", *tied
-        return next((name for name in names if name in self.entries), None)
-
-    def find(self, name: str) -> Entry | None:
-        """Returns the tensor that another checkpoint calls `name`."""
-        return self.entries.get(self.name_of(name))
-
-    def vocabulary(self) -> dict[int, str] | None:
-        """The tokens by their ids, if there is a `tokenizer.json`."""
-        path = self.folder / "tokenizer.json"
-        if not path.is_file():
-            return None
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = tokenizer["model"].get("vocab", {})
-        if isinstance(vocabulary, dict):
-            tokens = {index: token for token, index in vocabulary.items()}
-        else:  # Unigram: pairs of token and score
-            tokens = {index: token for index, (token, _) in enumerate(vocabulary)}
-        return tokens | {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
 
 
 @dataclass(frozen=True)
@@ -328,18 +278,24 @@ class _Plan:
         self.operation, self.sources, self.options = operation, sources, options
         self.receiver, self.others = sources[0], sources[1:]
         self.notes: list[str] = []
+        self.untied = False
         self._check_architecture()
+        self._give_head()
         included = select(options.include, self.receiver.entries)
         self.dropped = self._extra()
         kept = self._kept(included)
         self.shards = [
             [self._job(name, entry, kept) for name, entry in shard.items()] for shard in self.receiver.shards
         ]
+        self.names = standard_names(len(self.shards))
         self.files_from = self._files_from()
+        self.giver = next(source for source in sources if source.role == self.files_from)
+        self._check_loading()
 
-    def _refuse(self, problem: str, remedy: str) -> None:
+    def _refuse(self, problem: str, remedy: str, other: Source | None = None) -> None:
+        """Raises, or notes the problem; `other` is a model in which the receiving one does not find its tensors, or the other way round."""
         if self.options.mismatch == "refuse":
-            raise ValueError(f"{problem}. {remedy}")
+            raise ValueError(other and difference(self.receiver, other) or f"{problem}. {remedy}")
         self.notes.append(f"{problem}.")
 
     def _check_architecture(self) -> None:
@@ -350,6 +306,19 @@ class _Plan:
                     f"{self.receiver.role} is a {ours.get('model_type')} model and {other.role} a {theirs} model",
                     'Give models of one architecture, or `mismatch="skip"` (`--mismatch skip`) to merge the tensors that fit.',
                 )
+
+    def _give_head(self) -> None:
+        """Gives a receiving model that ties its head a head of its own, where another model has one that is merged."""
+        for other in self.others:
+            for name in filter(matcher(self.options.include), list(other.entries)):
+                ours = self.receiver.name_of(name) if name.endswith(HEADS) else None
+                if ours and ours.endswith(EMBEDDINGS) and other.own_head(name, ours):
+                    self.receiver.untie(name)
+                    self.untied = True
+                    self.notes.append(
+                        f"{self.receiver.role} ties its head to the embedding, {other.role} does not: the result has {name} for a head of "
+                        f"its own, and {self.receiver.role} puts {ours} into it."
+                    )
 
     def _extra(self) -> list[str]:
         """Names that only other models have."""
@@ -362,6 +331,7 @@ class _Plan:
                     f"{self.receiver.role} has no {some(names)}, which {other.role} has",
                     'Give models of one shape, choose tensors with `include` (`--include`), or leave these out with `mismatch="skip"` '
                     "(`--mismatch skip`).",
+                    other,
                 )
             extra += names
         return sorted(set(extra))
@@ -374,7 +344,7 @@ class _Plan:
                 kept[name] = reason
         own = set(kept.values())
         vocabulary = next(filter(None, (vocabulary_problem(self.receiver, other) for other in self.others)), None)
-        embeddings = {name for name in included - kept.keys() if name.endswith(TIED[0] + TIED[1])}
+        embeddings = {name for name in included - kept.keys() if name.endswith(EMBEDDINGS + HEADS)}
         if vocabulary and embeddings:
             self._refuse(
                 vocabulary,
@@ -395,6 +365,7 @@ class _Plan:
                     f"{other.role} has no {some(missing)}, which {self.receiver.role} has",
                     "Give models of one shape, choose tensors with `include` (`--include`), or keep these of "
                     f'{self.receiver.role} with `mismatch="skip"` (`--mismatch skip`).',
+                    other,
                 )
                 kept |= dict.fromkeys(missing, f"not in {other.role}")
             if shapes:
@@ -402,7 +373,8 @@ class _Plan:
                 self._refuse(
                     f"{some(shapes)} differs in shape: {self.receiver.entries[name].shape} in {self.receiver.role}, "
                     f"{other.find(name).shape} in {other.role}",
-                    'Give models of one shape, or keep what differs with `mismatch="skip"` (`--mismatch skip`).',
+                    padding(self.receiver, other, name)
+                    or 'Give models of one shape, or keep what differs with `mismatch="skip"` (`--mismatch skip`).',
                 )
                 kept |= dict.fromkeys(shapes, f"another shape in {other.role}")
         if included <= kept.keys():
@@ -463,6 +435,20 @@ class _Plan:
         configs = [{k: v for k, v in source.config.items() if k not in SILENT} for source in self.sources]
         return (["config.json"] if configs[0] != configs[1] else []) + different
 
+    def _check_loading(self) -> None:
+        """Refuses a result that lacks a parameter: where no model has its configuration and its tensors, transformers is asked."""
+        config = self._config(untied=self.untied)
+        for source in self.sources:
+            alike = _telling(source.config) == _telling(config)
+            if alike and source.entries.keys() == self.receiver.entries.keys():
+                return
+        if problem := loading_problem(config, self.receiver.entries):
+            raise ValueError(
+                f"The result, with the tensors of {self.receiver.role} and the configuration of {self.files_from}, would be no whole model: "
+                f'{problem}. Write `files_from="{self.receiver.role}"` (`--files-from {self.receiver.role}`), or save both models with one '
+                "version of transformers (`save_pretrained`)."
+            )
+
     def state(self) -> dict[str, dict[str, Any]]:
         """What must not change between two parts of a run."""
         files = {}
@@ -504,7 +490,7 @@ class _Plan:
     def _write_shard(self, folder: Path, number: int, journal: _Journal, bar: tqdm) -> None:
         jobs = {job.name: job for job in self.shards[number]}
         tensors = {name: (job.dtype, job.entry.shape) for name, job in jobs.items()}
-        paths = [one / self.receiver.files[number].name for one in self.folders(folder)]
+        paths = [one / self.names[number] for one in self.folders(folder)]
         rows, size, synced = [], 0, time.monotonic()
         with ExitStack() as stack:
             files = [stack.enter_context(TensorFile(path, tensors).writing(journal.tensors)) for path in paths]
@@ -570,13 +556,12 @@ class _Plan:
 
     def complete(self, folder: Path, name: str, report: MergeReport) -> int:
         """Adds to the weights what else belongs to a model, and returns the bytes of one result's weights."""
-        giver = next(source for source in self.sources if source.role == self.files_from)
-        names = [file.name for file in self.receiver.files]
         for one, lam in zip(self.folders(folder), self.operation.sweep or (None,), strict=True):
-            if names != [SINGLE]:
-                write_index(one, names)
-            (one / "config.json").write_text(json.dumps(self._config(giver), indent=2) + "\n", encoding="utf-8")
-            copy_companions(giver.folder, one)
+            if len(self.names) > 1:
+                write_index(one, self.names)
+            config = self._config(untied=self._unties(one))
+            (one / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            copy_companions(self.giver.folder, one)
             shown = report.models | report.options | ({} if lam is None else {"lambda": lam})
             card = ModelCardData(
                 name if lam is None else one.name,
@@ -586,50 +571,31 @@ class _Plan:
                 tags=["merge"],
             )
             write_model_card(one, card)
-        size = sum((self.folders(folder)[0] / file).stat().st_size for file in names)
+        size = sum((self.folders(folder)[0] / file).stat().st_size for file in self.names)
         report.file_bytes = size
         for one in {folder, *self.folders(folder)}:
             write_json(one / REPORT, {"format_version": 1, "hf_rb": __version__} | asdict(report))
         return size
 
-    def _config(self, giver: Source) -> dict[str, Any]:
+    def _unties(self, folder: Path) -> bool:
+        """Whether a result of a model that ties its head holds a head of other values than the embedding."""
+        if says_tied(self.receiver.config) is False:
+            return False
+        return holds_own_head({k: v for name in self.names for k, v in read_header(folder / name)[0].items()})
+
+    def _config(self, untied: bool) -> dict[str, Any]:
+        """The configuration of the result, which ties its head as the receiving model does unless it holds a head of its own."""
         counts = Counter()
         for job in (job for jobs in self.shards for job in jobs if job.dtype.is_floating_point):
             counts[job.dtype] += torch.Size(job.entry.shape).numel()
         dtype = str(counts.most_common(1)[0][0]).removeprefix("torch.")
-        key = "torch_dtype" if "torch_dtype" in giver.config else "dtype"
-        return giver.config | {key: dtype}
+        key = "torch_dtype" if "torch_dtype" in self.giver.config else "dtype"
+        config = with_ties_of(self.giver.config, None if untied else self.receiver.config) | {key: dtype}
+        config.pop("transformers_weights", None)  # the files of the result have the usual names
+        return config
 
 
-def vocabulary_problem(one: Source, other: Source) -> str | None:
-    """Returns which id stands for two tokens in two models, if any. A token that only one of them has is no problem."""
-    files = [source.folder / "tokenizer.json" for source in (one, other)]
-    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
-        return None
-    ours, theirs = one.vocabulary(), other.vocabulary()
-    conflict = next((index for index in sorted(ours.keys() & theirs.keys()) if ours[index] != theirs[index]), None)
-    if conflict is None:
-        return None
-    return (
-        f"{one.role} and {other.role} have different vocabularies: id {conflict} is {ours[conflict]!r} in one and "
-        f"{theirs[conflict]!r} in the other"
-    )
-
-
-def sweep_folder(folder: Path, lam: float) -> Path:
-    """Where the model of one lambda lies in the folder of a sweep."""
-    return folder / f"lambda-{lam:g}"
-
-
-def public_name(name: str) -> str:
-    """A Hub id or an embedded model as it is; of a folder its name alone."""
-    return Path(name).name if Path(name).exists() else name
-
-
-def content(file: Path) -> Any:
-    """What a file says, whatever its layout."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else file.read_bytes()
-
-
-def some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _telling(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration says which tensors the model needs; a head that is not tied needs no mention."""
+    silent = SILENT - {"architectures"}
+    return {key: value for key, value in config.items() if key not in silent and (key, value) != (TIE, False)}

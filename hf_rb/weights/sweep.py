@@ -3,10 +3,15 @@
 import json
 from pathlib import Path
 
-from hf_rb.weights.engine import REPORT, sweep_folder
+
+__all__ = ["REPORT", "read_sweep", "sweep_folder"]
+
+REPORT = "merge.json"
 
 
-__all__ = ["read_sweep"]
+def sweep_folder(folder: Path, lam: float) -> Path:
+    """Where the model of one lambda lies in the folder of a sweep."""
+    return folder / f"lambda-{lam:g}"
 
 
 def read_sweep(folder: str | Path) -> dict[float, Path] | None:

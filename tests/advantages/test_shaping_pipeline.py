@@ -233,6 +233,7 @@ ARGS = SimpleNamespace(
     srar_coef=0.3,
     srar_gk="paper",
     srar_ddof=0,
+    srar_eps=1e-6,
     srar_only_mixed=False,
     srar_step_pattern=None,
 )
@@ -257,6 +258,7 @@ def test_built_in_shapers_read_their_fields():
     ARGS.loss_type = "dapo"
     assert not build_shapers(["calibadv"], ARGS, TRAINER)[0].sequence_mean
     assert (srar.judge, srar.coef, srar.gk, srar.ddof, srar.only_mixed) == (TRAINER.judge, 0.3, "paper", 0, False)
+    assert srar.eps == 1e-6
 
 
 def test_unknown_name():

@@ -90,7 +90,8 @@ def test_s3_bounds(n, bound):
     assert srar_offsets(scores, n, ddof=0, eps=1e-12)[0][1] == pytest.approx(math.sqrt(n - 1))
 
 
-def test_steps_that_do_not_exist_are_the_whole_completion():
+def test_steps_that_do_not_exist():
+    """In the authors' code they keep their number, and are compared under it."""
     found = [
         {"id": 1, "satisfied": True, "step": -1},
         {"id": 2, "satisfied": True, "step": 0},
@@ -98,7 +99,18 @@ def test_steps_that_do_not_exist_are_the_whole_completion():
         {"id": 4, "satisfied": True, "step": -2},
         {"id": BONUS, "satisfied": True, "step": 3},
     ]
-    assert srar_step_scores(found, RUBRIC, 3) == {0: pytest.approx(0.6), 3: 1.0}
+    assert srar_step_scores(found, RUBRIC, 3) == pytest.approx({0: 0.2, 4: 0.2, -2: 0.2, 3: 1.0})
+    assert srar_step_scores(found, RUBRIC, 3, gk="paper") == {0: pytest.approx(0.6), 3: 1.0}
+
+
+def test_a_step_that_does_not_exist_is_compared_with_its_like():
+    """Four rollouts of one item, in step 0, 0, 9 and 1 of three: the authors' code gives the third nothing to be compared with."""
+    found = [{0: 0.8}, {0: 0.2}, {9: 0.8}, {1: 0.8}]
+    offsets = srar_offsets(found, 4, eps=1e-6)
+    assert [z.get(0, z.get(9)) for z in offsets[:3]] == pytest.approx([0.7071, -0.7071, 0], abs=1e-4)
+    assert offsets[3] == {1: 0.0}
+    merged = srar_offsets([{0: 0.8}, {0: 0.2}, {0: 0.8}, {1: 0.8}], 4)  # what step 0 for all of them would give
+    assert [z.get(0) for z in merged] == pytest.approx([0.5773, -1.1547, 0.5773, None], abs=1e-3)
 
 
 def test_answers_are_not_scored_and_weights_may_be_changed():
@@ -115,6 +127,8 @@ def test_refusals():
         srar_offsets([{}] * 3, 2)
     with pytest.raises(ValueError, match="ddof"):
         srar_offsets([{}] * 2, 2, ddof=2)
+    with pytest.raises(ValueError, match="`eps` must be 0 or more; got -1"):
+        srar_offsets([{}] * 2, 2, eps=-1)
 
 
 # Properties.
@@ -180,7 +194,7 @@ def test_total_is_bounded_and_no_step_is_nothing(rubric_marks, num_steps, gk):
     found = [{"id": i, "satisfied": s, "step": k} for i, (s, k) in enumerate(marks, start=1)]
     scores = srar_step_scores(found, rubric, num_steps, gk)
     assert -1 - 1e-9 <= sum(scores.values()) <= 1.8 + 1e-9
-    assert all(0 <= step <= num_steps for step in scores)
+    assert all(step != -1 and (gk == "code" or 0 <= step <= num_steps) for step in scores)
     assert scores == srar_step_scores([v for v in found if v["step"] != -1], rubric, num_steps, gk)
     satisfied = srar_step_scores([v for v in found if v["satisfied"]], rubric, num_steps)
     assert srar_step_scores(found, rubric, num_steps, "code") == satisfied
@@ -420,15 +434,27 @@ def test_shaper_adds_offsets_to_the_tokens_of_steps():
     assert own["satisfied"] == pytest.approx(14 / 24)
 
 
-def test_step_zero_and_lies_move_the_whole_completion():
+@pytest.mark.parametrize("gk, scores", [("code", [0.2, None, -1.0, -1.0]), ("paper", [0.2, 0.2, -1.0, -1.0])])
+def test_step_zero_and_lies_move_the_whole_completion(gk, scores):
     found = [[{"id": 1, "satisfied": True, "step": step}] for step in (0, 9)] + [
         [{"id": PITFALL, "satisfied": True, "step": 0}] for _ in range(2)
     ]
     ctx = context(TEXTS, [True, False, False, True])
-    advantages, metrics, _ = run_pipeline(ctx, [SrarShaper(lambda requests: found)])
-    z = [one[0] for one in srar_offsets([{0: 0.2}, {0: 0.2}, {0: -1.0}, {0: -1.0}], 4)]
+    advantages, metrics, columns = run_pipeline(ctx, [SrarShaper(lambda requests: found, gk=gk)])
+    z = [one.get(0, 0.0) for one in srar_offsets([{} if d is None else {0: d} for d in scores], 4)]
+    assert columns["step_offsets"][1].startswith("9:+0.00" if gk == "code" else "0:+")
     assert_close(advantages, (ctx.base + torch.tensor(z))[:, None] * ctx.mask)
     assert metrics["shaping/srar/step_out_of_range"] == 0.25
+
+
+def test_a_step_that_only_others_have_moves_every_token():
+    """A verdict on step 3 of a rollout with two steps is compared with the others' third steps."""
+    found = [[{"id": 1, "satisfied": True, "step": 3}], [{"id": BONUS, "satisfied": True, "step": 3}]] * 2
+    ctx = context(TEXTS, [True, False, False, True])
+    advantages, _, _ = run_pipeline(ctx, [SrarShaper(lambda requests: found, eps=1e-6)])
+    z = srar_offsets([{3: 0.2}, {3: 1.0}] * 2, 4, eps=1e-6)
+    assert_close(advantages[2], (ctx.base[2] + z[2][3]) * ctx.mask[2])
+    assert advantages[0, 0] == 1 and advantages[0, len(TEXT) - 1].item() == pytest.approx(1 + z[0][3])
 
 
 @pytest.mark.parametrize(

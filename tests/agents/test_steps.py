@@ -67,6 +67,8 @@ def test_well_formed():
         ("the", "rome", 0.0),
         ("paris", ["rome", "Paris, France"], 2 / 3),
         ("paris", [], 0.0),
+        ("1066", 1066, 1.0),
+        ("none", None, 0.0),
         ("the U.S.", "US", 1.0),
     ],
 )

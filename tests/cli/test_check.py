@@ -134,7 +134,7 @@ def test_several_recipes(recipe, tmp_path, capsys):
         ({"max_steps": True}, "`max_steps` must be int; got True (bool)"),
         ({"packing": "perhaps"}, "`packing` must be bool; got 'perhaps'"),
         ({"eval_strategy": False}, "`eval_strategy` must be str; got False (bool). YAML reads no, off, yes and on"),
-        ({"lora_target_modules": "q_proj"}, "`lora_target_modules` must be list[str] or null; got 'q_proj'"),
+        ({"lora_target_modules": 5}, "`lora_target_modules` must be list[str] or null; got 5 (int)"),
         ({"profit_mode": "midle"}, "`profit_mode` cannot be 'midle'; did you mean 'middle'?"),
         ({"profit_threshold": -0.1}, "`profit_threshold` must be in [0, 1]; got -0.1"),
         ({"profit_threshold_high": 0.5}, "`profit_threshold_high: 0.5` acts with `profit_mode: middle` only"),

@@ -88,6 +88,52 @@ def test_the_peak_is_one_moment():
     assert peak(parts, accumulates=False) == 4 + 10
     assert peak(parts, accumulates=True) == 4 + 18
     assert peak(parts | {"cache": 20}, accumulates=False) == 4 + 20
+    assert peak(parts | {"loading": 30}, accumulates=False) == 3 + 30  # before there is an optimizer
+    assert peak(parts | {"comparison": 5}, accumulates=False) == 4 + 5 + 10
+
+
+def saved(folder, tensors, dtype="BF16", **config):
+    """A folder that is read for its headers alone."""
+    folder.mkdir()
+    entries = {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]} for name, shape in tensors.items()}
+    header = json.dumps(entries).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    base = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "vocab_size": 10, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(base | {"intermediate_size": 16} | config))
+    return Architecture.read(folder)
+
+
+def test_what_loading_takes(tmp_path):
+    dense = saved(tmp_path / "dense", {"model.layers.0.mlp.up_proj.weight": [16, 100]})
+    names = [f"model.layers.0.mlp.experts.{i}.up_proj.weight" for i in range(4)]
+    mixture = saved(tmp_path / "moe", dict.fromkeys(names, [16, 100]) | {"gate": [4, 100]}, num_local_experts=4)
+    assert (dense.separate, mixture.separate) == (0, 4 * 1600)
+
+    def of(model, weight_bytes, device="cpu", frozen=()):
+        run = changed(weight_bytes=weight_bytes, compute_bytes=4, device=device)
+        parts = estimate(model, run, list(frozen))
+        return parts["loading"], parts["runtime"] - estimate(dense, changed(run, weight_bytes=2))["runtime"]
+
+    assert of(dense, 2) == (0, 0)  # the mapped file is the model
+    assert of(dense, 4) == (dense.file_bytes, 0)  # and is there beside it
+    assert of(mixture, 2) == (0, 2 * 6400)  # the mapped file stays, with the experts that were joined out of it
+    unusable = int(memory.UNUSABLE_EXPERTS * 4 * 6400)
+    assert of(mixture, 4) == (mixture.file_bytes + 4 * 6400 - unusable, unusable)
+    assert of(mixture, 4, device="cuda")[0] == 0
+    # A teacher is loaded after the student, whose file is gone by then.
+    assert of(dense, 4, frozen=[(dense, 4)]) == (dense.file_bytes, 0)
+    assert of(dense, 4, frozen=[(mixture, 4)])[0] == mixture.file_bytes + 4 * 6400 - unusable
+
+
+def test_an_audit_is_planned(monkeypatch):
+    plan = planned("akl/tiny-cpu")
+    audit = plan.audit()
+    assert audit.memory["optimizer"] == 0 and audit.memory["logits"] > plan.memory["logits"]
+    assert audit.memory["comparison"] == 2 * plan.memory["gradients"] + plan.memory["weights"]
+    assert audit.peak == peak(audit.memory, accumulates=False) and "comparison" in next(audit.memory_lines())
+    assert "estimated" not in plan.as_dict() and json.dumps(plan.as_dict())
+    monkeypatch.setattr(plan, "estimated", None)
+    assert plan.audit() is plan
 
 
 def test_gpt2s_names_and_a_config_of_no_decoder(tmp_path):

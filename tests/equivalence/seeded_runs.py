@@ -40,7 +40,8 @@ def in_two_processes(script, models, output):
     """Runs a file of cases with torchrun; returns what it saved."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     tests = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": tests}
+    path = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     subprocess.run([*launch, script, models, output], check=True, timeout=300, env=environment)
     return torch.load(output)
 

@@ -1,5 +1,7 @@
 """The same data gives the same distillation, whatever path computes it; where TRL's GKD is right, it is TRL's."""
 
+import json
+
 import gkd_cases
 import pytest
 import torch
@@ -130,6 +132,33 @@ def test_cached_teacher_of_the_whole_vocabulary(models, whole, tmp_path, name):
         gkd_cases.train(models, **keys)
     cached = gkd_cases.train(models, teacher=CachedTeacher(tmp_path / "cache"), **keys)
     assert_same_training(cached, whole[name])
+
+
+@pytest.mark.parametrize(
+    "keys, exact",
+    [
+        ({"objective": "akl", "akl_mu": 0.15}, ["akl/head_size"]),
+        ({"objective": "akl", "akl_mu": 0.15, "akl_head_rule": "code"}, ["akl/head_size"]),
+        ({"objective": "forward_kl", "loca_alpha": 0.95}, ["loca/scale", "loca/corrected_fraction"]),
+    ],
+    ids=["akl", "akl, code", "loca"],
+)
+def test_a_cache_of_few_tokens_of_a_flat_teacher(models, tmp_path, keys, exact):
+    """The rest is the most probable event everywhere here: it fills no head of AKL, and no label has to beat it."""
+    keys = {"per_device_train_batch_size": 4, "lmbda": 0.0, **keys}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            GKDTrainer, "train", lambda trainer, **_: cache_teacher(trainer, tmp_path / "cache", k=6, dtype="float32")
+        )
+        gkd_cases.train(models, **keys)
+    shard = json.loads((tmp_path / "cache/manifest.json").read_text())["shards"]["0"]
+    assert shard["tail_mass"] / shard["tokens"] > 0.7
+    (found, *_), _ = gkd_cases.train(models, teacher=CachedTeacher(tmp_path / "cache"), **keys)
+    (expected, *_), _ = gkd_cases.train(models, **keys)
+    assert [found[key] for key in exact] == pytest.approx([expected[key] for key in exact], rel=1e-5)
+    assert found["forward_kl"] <= expected["forward_kl"] + 1e-6  # a cache knows less
+    if "akl/weight" in found:
+        assert expected["akl/head_size"] > 1 and found["akl/weight"] >= expected["akl/weight"] - 1e-6
 
 
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}

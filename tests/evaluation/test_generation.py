@@ -146,6 +146,7 @@ def test_gsm8k_file(tmp_path):
         ('{"prompt": "2 + 2?"}', "line 1 has prompt: expected the columns question and answer"),
         ('["a"]', "line 1 has list: expected the columns"),
         ('{"question": "?", "answer": "#### 4"}\n{oops', "line 2 is not JSON"),
+        ('{"question": "?", "answer": 4}', "does not end in `#### <answer>`"),
         ('{"question": "?", "answer": "four"}', "does not end in `#### <answer>`"),
         ("", "holds no problems"),
     ],

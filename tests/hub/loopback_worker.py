@@ -1,17 +1,25 @@
 """Pushes to a server on this machine that speaks the Hub's protocol, and prints what arrived as JSON.
 
 A process of its own, because `huggingface_hub` reads its endpoint and its offline switch when it is imported: the tests set the
-latter. `python loopback_worker.py FOLDER`.
+latter. `python loopback_worker.py FOLDER [REPO ...]` also runs the examples of the
+cards of these repositories, and `--all-snippets` those of all.
 """
 
 import base64
 import hashlib
 import json
 import os
+import re
+import shlex
+import subprocess
 import sys
 import threading
+import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 
 TOKEN = "hf_loopback"
@@ -30,7 +38,7 @@ class Hub(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def _answer(self, value: dict | None = None, code: int = 200) -> None:
+    def _answer(self, value: dict | list | None = None, code: int = 200) -> None:
         body = json.dumps(value or {}).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
@@ -49,8 +57,12 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path == "/api/whoami-v2":
             self._answer({"name": "me", "type": "user", "orgs": []})
-        elif path.startswith("/api/models/") and path.removeprefix("/api/models/") in self.repos:
-            self._answer({"id": path.removeprefix("/api/models/"), "sha": "0" * 40, "siblings": []})
+        elif "/tree/" in path and (files := self.repos.get(self._repo(path.partition("/tree/")[0]))):
+            sizes = {name: len(data) for name, data in files.items()}
+            self._answer([{"type": "file", "path": name, "size": size, "oid": "0"} for name, size in sizes.items()])
+        elif path.startswith("/api/") and (repo := self._repo(path.partition("/revision/")[0])) in self.repos:
+            siblings = [{"rfilename": name} for name in self.repos[repo]]
+            self._answer({"id": repo, "sha": "0" * 40, "siblings": siblings})
         elif "/resolve/" in path:
             repo, _, rest = path[1:].partition("/resolve/")
             self._file(repo, rest.partition("/")[2])  # whatever the revision: there is one commit
@@ -58,6 +70,10 @@ class Hub(BaseHTTPRequestHandler):
             self._answer({"error": "not found"}, 404)
 
     do_HEAD = do_GET
+
+    def _repo(self, path: str) -> str:
+        """Name of a repository in `repos`: `me/model`, `datasets/me/cache`, `spaces/me/report`."""
+        return path.removeprefix("/api/").removeprefix("models/")
 
     def _file(self, repo: str, name: str) -> None:
         data = self.repos.get(repo, {}).get(name)
@@ -85,7 +101,10 @@ class Hub(BaseHTTPRequestHandler):
             self.tokens.add(self.headers.get("Authorization"))
         if path == "/api/repos/create":
             asked = json.loads(body)
+            kind = asked.get("type") or "model"
+            assert (kind == "space") == (asked.get("sdk") == "static")
             repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            repo = repo if kind == "model" else f"{kind}s/{repo}"
             existed = repo in self.repos
             self.repos.setdefault(repo, {})
             self.private.setdefault(repo, asked.get("visibility") == "private" or bool(asked.get("private")))
@@ -109,7 +128,7 @@ class Hub(BaseHTTPRequestHandler):
                 }
             )
         elif "/commit/" in path:
-            repo = path.removeprefix("/api/models/").partition("/commit/")[0]
+            repo = self._repo(path).partition("/commit/")[0]
             self._commit(self.repos[repo], body)
             self._answer(
                 {"success": True, "commitUrl": f"{self._endpoint()}/{repo}/commit/{'0' * 40}", "commitOid": "0" * 40}
@@ -145,6 +164,7 @@ def main(folder: Path) -> None:
     )
     os.environ.pop("HF_HUB_OFFLINE", None)
     exit_codes = push_everything(folder)
+    snippets = [repo for repo in Hub.repos if repo in sys.argv or "--all-snippets" in sys.argv]
     print(
         json.dumps(
             {
@@ -157,6 +177,7 @@ def main(folder: Path) -> None:
                 "private": Hub.private,
                 "tokens": sorted(map(str, Hub.tokens)),
                 "unknown": Hub.unknown,
+                "snippets": {repo: run_snippet(folder, repo) for repo in snippets},
             }
         )
     )
@@ -206,12 +227,82 @@ def push_everything(folder: Path) -> dict[str, int]:
     trainer.push_to_hub(dataset_name="tiny:math")
 
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    base = "me/model"  # which is on the Hub
     args.output_dir, args.hub_model_id = str(folder / "adapted"), "me/trained-adapter"
-    trainer = SFTTrainer(student, args, train_dataset=tiny.load_dataset("math", size=16), peft_config=lora)
+    trainer = SFTTrainer(base, args, train_dataset=tiny.load_dataset("math", size=16), peft_config=lora)
     trainer.train()
     trainer.push_to_hub()
     AutoTokenizer.from_pretrained("me/trained")
+    codes |= push_other_things(folder, hf_rb, model, student)
     return codes
+
+
+def push_other_things(folder: Path, hf_rb, model, student: str) -> dict[str, int]:
+    """What has no card of its own, other formats and other kinds of repositories."""
+    from huggingface_hub import snapshot_download
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, codes = AutoTokenizer.from_pretrained(student), {}
+    tokenizer.chat_template = None  # as that of a base model
+    for name, save in {
+        "base": AutoModelForCausalLM.from_pretrained(student).save_pretrained,
+        "packed-base": model.save_pretrained,
+        "peft": get_peft_model(AutoModelForCausalLM.from_pretrained("me/model"), LoraConfig(r=4)).save_pretrained,
+    }.items():
+        save(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        codes[name] = hf_rb(["push", str(folder / name), f"me/{name}", "--json"])
+
+    (folder / "gguf").mkdir()
+    (folder / "gguf" / "model-q4.gguf").write_bytes(b"GGUF")
+    codes["gguf"] = hf_rb(["push", str(folder / "gguf"), "me/gguf"])
+    (folder / "report.html").write_text("<p>One.</p>")
+    codes["report"] = hf_rb(["push", str(folder / "report.html"), "me/report"])
+    cache = ["cache-teacher", "akl/tiny-cpu", str(folder / "cache"), "--k", "4", "--max_length", "64"]
+    codes["capture"] = hf_rb([*cache, "--dataset_train_split", "test"])
+    codes["cache"] = hf_rb(["push", str(folder / "cache"), "me/cache"])
+    down = snapshot_download("me/cache", repo_type="dataset")
+    same = all((Path(down) / file.name).read_bytes() == file.read_bytes() for file in (folder / "cache").iterdir())
+    return codes | {"cache comes down": int(not same)}
+
+
+def run_snippet(folder: Path, repo: str) -> str:
+    """Runs the Python of a card where nothing can be imported but what its `pip install` line names; returns what went wrong."""
+    card = Hub.repos[repo].get("README.md", b"").decode()
+    blocks = dict(re.findall(r"```(bash|python)\n(.*?)```", card, flags=re.DOTALL))
+    if "python" not in blocks:
+        return ""
+    environment = packages_of(shlex.split(blocks["bash"])[2:], folder / "environments")
+    command = [sys.executable, "-S", "-s", "-W", "ignore", "-c", blocks["python"]]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(environment)})
+    return done.stderr[-2000:] if done.returncode else "" if "generate(" not in card or done.stdout else "no output"
+
+
+def packages_of(requirements: list[str], folder: Path) -> Path:
+    """Makes a folder of links to what pip would install for the requirements, and to nothing else."""
+    root, wanted, found = Path(__file__).parents[2], [Requirement(one) for one in requirements], {}
+    while wanted:
+        one = wanted.pop()
+        name = re.sub(r"[-_.]+", "-", one.name).lower()
+        if name in found or (one.marker and not one.marker.evaluate({"extra": ""})):
+            continue
+        if name == "hf-rb":  # this source tree, whatever is installed
+            found[name] = [root / "hf_rb", root / "model_cards"]
+            project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+            wanted += map(Requirement, project["dependencies"])
+            continue
+        distribution = metadata.distribution(one.name)
+        assert not one.specifier or distribution.version in one.specifier, one
+        tops = {file.parts[0] for file in distribution.files or () if not str(file).startswith("..")}
+        found[name] = [Path(distribution.locate_file(top)) for top in tops if top != "__pycache__"]
+        wanted += map(Requirement, distribution.requires or ())
+    target = folder / hashlib.sha256(" ".join(sorted(found)).encode()).hexdigest()[:16]
+    target.mkdir(parents=True, exist_ok=True)
+    for path in {path for paths in found.values() for path in paths}:
+        if not (target / path.name).exists():
+            (target / path.name).symlink_to(path)
+    return target
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_a_bare_card_has_no_holes():
     ):
         text = render_card(data)
         assert "None" not in text and "licence" not in text and "\n\n\n" not in text
-        assert "import hf_rb" in text
+        assert ("import hf_rb" in text) == ("ptqtp" in data.methods)  # else nothing of ours is needed
         assert f'from_pretrained("path/to/{data.model_name}")' in text
         ModelCard(text, ignore_metadata_errors=False)
     assert "base_model" not in render_card(ModelCardData("student"))
@@ -82,8 +82,9 @@ def test_what_the_size_is_about():
     assert PTQTPConfig().summary == METHODS["ptqtp"].summary
 
 
-def test_an_ordinary_checkpoint_says_that_the_import_is_optional():
-    assert "import hf_rb  # optional" in render_card(full(methods=["profit"], size=None))
+def test_an_ordinary_checkpoint_needs_nothing_of_ours():
+    text = render_card(full(methods=["profit"], size=None))
+    assert "import hf_rb" not in text and "hf_rb @" not in text
 
 
 def test_an_adapter_loads_through_peft():

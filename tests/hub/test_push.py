@@ -51,6 +51,7 @@ def test_only_the_model_is_uploaded(folder):
     upload = plan_upload(folder)
     assert set(upload.files) == UPLOADED
     assert upload.size == sum((folder / name).stat().st_size for name in UPLOADED)
+    assert upload.card == (folder / "README.md").read_text() and upload.repo_type == "model"
     assert {"checkpoint-5/", "teacher_cache/", ".cache/", "optimizer.pt", "optimizer.safetensors", ".env"} < set(
         upload.left_out
     )
@@ -80,7 +81,8 @@ def test_a_dry_run_counts_the_results(folder, tmp_path, capsys, monkeypatch):
     assert main([*push, "--dry-run", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["results"] == 2
-    assert planned["files"]["README.md"] == add_results(folder / "README.md", RESULTS).stat().st_size
+    written = add_results(folder / "README.md", RESULTS).read_text().replace("path/to/student", "me/model")
+    assert planned["files"]["README.md"] == len(written.encode())
 
     before = (folder / "README.md").read_bytes()
     results.write_text(json.dumps({"model": "outputs/teacher", "results": [vars(result) for result in RESULTS]}))
@@ -189,21 +191,58 @@ def test_results_are_read_from_what_eval_writes(tmp_path):
         read_results(path)
 
 
-def test_everything_reaches_a_server_that_speaks_the_hubs_protocol(folder, tmp_path):
+BASE = UPLOADED - {"chat_template.jinja"}
+OTHER_THINGS = {
+    "me/base": BASE,
+    "me/packed-base": BASE,
+    "me/peft": {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    },
+    "me/gguf": {"README.md", "model-q4.gguf"},
+    "spaces/me/report": {"README.md", "index.html"},
+    "datasets/me/cache": {"README.md", "manifest.json", "shard-00000.safetensors", "vocabulary.json"},
+}
+
+
+@pytest.mark.parametrize(
+    "snippets",
+    [["me/base", "me/packed-base"], pytest.param(["--all-snippets"], marks=pytest.mark.slow)],
+    ids=["", "all"],
+)
+def test_everything_reaches_a_server_that_speaks_the_hubs_protocol(folder, tmp_path, snippets):
     measured = {"model": "student", "results": [vars(result) for result in RESULTS]}
     (tmp_path / "eval.json").write_text(json.dumps(measured))
-    command = [sys.executable, str(Path(__file__).with_name("loopback_worker.py")), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    command = [sys.executable, str(Path(__file__).with_name("loopback_worker.py")), str(tmp_path), *snippets]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     seen = json.loads(done.stdout.splitlines()[-1])
-    repos = seen["repos"]
+    repos, cards = seen["repos"], seen["cards"]
+    # The examples of the cards, each where nothing is installed but what its card names.
+    assert set(seen["snippets"].values()) == {""} and len(seen["snippets"]) >= len(snippets), seen["snippets"]
     assert set(seen["exit_codes"].values()) == {0} and seen["unknown"] == []
     assert seen["tokens"] == ["Bearer hf_loopback"]  # huggingface_hub's own, and on every request
-    assert set(repos) == {"me/model", "me/quantized", "me/folded", "me/adapter", "me/trained", "me/trained-adapter"}
+    pushed = {"me/model", "me/quantized", "me/folded", "me/adapter", "me/trained", "me/trained-adapter"}
+    assert set(repos) == pushed | OTHER_THINGS.keys()
+    assert {repo: set(repos[repo]) for repo in OTHER_THINGS} == OTHER_THINGS
+    for repo in OTHER_THINGS:
+        assert "Model Card for Model ID" not in cards[repo] and str(tmp_path) not in cards[repo]
+        ModelCard(cards[repo], ignore_metadata_errors=False)
+    assert "apply_chat_template" in cards["me/trained"] and "apply_chat_template" not in cards["me/base"]
+    assert (
+        "Made by" not in cards["me/base"]
+        and "Made from [me/model](https://huggingface.co/me/model)" in cards["me/peft"]
+    )
+    assert "| `lora.r` | `4` |" in cards["me/peft"] and ModelCard(cards["me/peft"]).data.base_model == "me/model"
+    assert "hf download me/cache --repo-type dataset" in cards["datasets/me/cache"]
+    assert "sdk: static" in cards["spaces/me/report"] and "--hf-repo me/gguf" in cards["me/gguf"]
     assert seen["private"]["me/model"] and not seen["private"]["me/quantized"]
 
     assert set(repos["me/model"]) == UPLOADED
-    for name in UPLOADED:
+    for name in UPLOADED - {"README.md"}:  # in which the example names the repository
         assert repos["me/model"][name] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     assert "| exact match | `tiny:math` | test | 0.5 |" in seen["cards"]["me/model"]
 

@@ -151,7 +151,7 @@ def test_the_verb_refuses_what_cannot_be_looked_at(tmp_path, capsys):
     assert main(["router-report", "tiny:student", "tiny:math"]) == 2
     assert "no mixture of experts" in capsys.readouterr().err
     assert main(["router-report", "tiny:moe", str(tmp_path / "none.txt")]) == 2
-    assert "There is no file" in capsys.readouterr().err
+    assert "none.txt', which does not exist." in capsys.readouterr().err
     assert main(["router-report", "tiny:moe", "tiny:math", "--window", "1"]) == 2
     assert "--window" in capsys.readouterr().err
 

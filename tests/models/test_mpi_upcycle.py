@@ -21,7 +21,7 @@ from hf_rb.cli import main
 from hf_rb.models.doctor import row_cosine
 from hf_rb.models.mpi import apply_mpi
 from hf_rb.models.mpi.conversion import routers
-from hf_rb.models.upcycle import SIMILAR, upcycle
+from hf_rb.models.upcycle import SIMILAR, _shared_width, upcycle
 
 
 SIZES = dict(
@@ -29,6 +29,7 @@ SIZES = dict(
     head_dim=16, max_position_embeddings=128, initializer_range=0.2,
 )  # fmt: skip
 DENSE = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
     "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 5}),
@@ -39,7 +40,11 @@ IDS = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
 def save_dense(folder, family="qwen3", dtype=torch.float32, max_shard_size="50GB", **fields):
     config, model, extra = DENSE[family]
     torch.manual_seed(0)
-    model(config(**SIZES | extra | fields)).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    dense = model(config(**SIZES | extra | fields)).to(dtype)
+    for name, parameter in dense.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)  # new ones are zero
+    dense.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
 
@@ -58,9 +63,9 @@ def test_the_mixture_is_the_dense_model(tmp_path, family, experts, top_k, splits
     assert report.exact and not report.warnings
     torch.testing.assert_close(logits(tmp_path / "moe"), logits(dense), rtol=0, atol=2e-5)
     config = AutoConfig.from_pretrained(tmp_path / "moe")
-    assert config.model_type == {"qwen3": "qwen3_moe"}.get(family, "mixtral")
+    assert config.model_type == {"qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}.get(family, "mixtral")
     assert config.num_experts == experts and config.num_experts_per_tok == top_k
-    assert getattr(config, "sliding_window", None) == (5 if family == "mistral" else None)
+    assert (getattr(config, "sliding_window", None) or None) == (5 if family == "mistral" else None)
 
 
 @pytest.mark.parametrize(("experts", "top_k", "splits"), [(4, 4, 1), (4, 2, 2)])
@@ -176,10 +181,75 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path, numbers, message):
     assert not (tmp_path / "moe").exists()
 
 
+@pytest.mark.parametrize(("splits", "shared", "expert"), [(1, 32, 16), (2, 16, 16), (3, 24, 8), (5, 8, 8)])
+def test_qwen2_shares_its_neurons_with_the_shared_expert(tmp_path, splits, shared, expert):
+    """No neuron is left out or there twice: its own experts of a token and the shared one have 48 together with one of each split."""
+    width = shared + splits * expert
+    dense = save_dense(tmp_path / "dense", "qwen2", intermediate_size=width, tie_word_embeddings=True)
+    report = upcycle(dense, tmp_path / "moe", 2 * splits, splits, splits=splits)
+    config = AutoConfig.from_pretrained(tmp_path / "moe")
+    assert (config.shared_expert_intermediate_size, config.moe_intermediate_size) == (shared, expert)
+    torch.testing.assert_close(logits(tmp_path / "moe"), logits(dense), rtol=0, atol=2e-5)
+    router = 2 * (2 * splits * 32 + 32)  # two layers, with the gate of the shared expert
+    assert report.active_parameters == report.dense_parameters + router
+    assert report.parameters == AutoModelForCausalLM.from_pretrained(tmp_path / "moe").num_parameters()
+    tensors = Checkpoint(tmp_path / "moe").entries
+    assert not tensors["model.layers.0.mlp.shared_expert_gate.weight"].read().any()
+
+
+def test_blocks_of_neurons_are_those_of_hardware():
+    for width, splits, expected in [
+        (4864, 1, 2432),
+        (4864, 2, 1792),
+        (4864, 8, 768),
+        (18944, 8, 2560),
+        (11008, 4, 2304),
+    ]:
+        shared = _shared_width(Qwen2Config(intermediate_size=width), splits)
+        assert shared == expected and shared % 128 == 0 and (width - shared) % (128 * splits) == 0
+
+
+def test_qwen2_and_mpi(tmp_path):
+    dense = save_dense(tmp_path / "dense", "qwen2")
+    with pytest.raises(ValueError, match=r"no MPI class of qwen2_moe. Leave out `mpi` .*with `apply_mpi`"):
+        upcycle(dense, tmp_path / "moe", mpi=True)
+    upcycle(dense, tmp_path / "moe", 4, 2, splits=2)
+    with pytest.warns(UserWarning):
+        model = apply_mpi(AutoModelForCausalLM.from_pretrained(tmp_path / "moe"))  # what the message says
+    assert len(list(routers(model))) == 2 and model(IDS).logits.isfinite().all()
+
+
+def test_the_card_says_that_nothing_is_trained(tmp_path):
+    dense = save_dense(tmp_path / "dense")
+    report = upcycle(dense, tmp_path / "moe", 4, 2)
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert "routers are drawn at random. It computes what the dense model does, up to rounding" in card
+    assert f"has {report.parameters:,} parameters, of which a token uses {report.active_parameters:,}" in card
+    upcycle(dense, tmp_path / "other", 4, 3, splits=2)
+    assert "It does not start as the dense model" in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_tensors_that_the_mixture_has_no_place_for_are_refused(tmp_path):
+    """Nobody has to have thought of the reason: here, a Llama with one more norm."""
+    from safetensors.torch import load_file, save_file
+
+    dense = save_dense(tmp_path / "dense", "llama")
+    tensors = load_file(dense / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}, dense / "model.safetensors")
+    with pytest.raises(ValueError, match="MixtralForCausalLM has no place for model.layers.0.self_attn.q_norm.weight"):
+        upcycle(dense, tmp_path / "moe")
+    del tensors["model.norm.weight"]
+    save_file(tensors, dense / "model.safetensors")
+    with pytest.raises(ValueError, match="it has no model.norm.weight, which MixtralForCausalLM needs"):
+        upcycle(dense, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+
+
 def test_models_without_a_mixture_of_their_layout_are_refused(tmp_path):
-    Qwen2ForCausalLM(Qwen2Config(**SIZES)).save_pretrained(tmp_path / "qwen2")
-    with pytest.raises(ValueError, match="'qwen2' cannot be upcycled: only qwen3, llama, mistral"):
-        upcycle(tmp_path / "qwen2", tmp_path / "moe")
+    for name, why in (("gemma3_text", "Gemma's scaled embeddings and norms"), ("gpt2", "no mixture of its layout")):
+        AutoConfig.for_model(name).save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=f"'{name}' cannot be upcycled: .*{why}.* Use one of qwen2, qwen3, llama"):
+            upcycle(tmp_path / name, tmp_path / "moe")
     for name in ("attention_bias", "mlp_bias"):
         with pytest.raises(ValueError, match=f"{name}=True, for which mixtral has no place"):
             upcycle(save_dense(tmp_path / name, "llama", **{name: True}), tmp_path / "moe")

@@ -147,3 +147,63 @@ def test_rule_gives_loss_and_gradient_of_the_dense_function():
 def test_refusals(kwargs, message):
     with pytest.raises(ValueError, match=message):
         adaptive_kl(torch.randn(2, 3), torch.randn(2, 3), **kwargs)
+
+
+# A cached teacher: the last event is the rest of the vocabulary
+
+FLAT_P, FLAT_Q = (torch.tensor([*top, *[0.01] * 50]) for top in ((0.3, 0.2), (0.4, 0.1)))
+SIX_P, SIX_Q = torch.tensor([0.60, 0.25, 0.08, 0.04, 0.02, 0.01]), torch.tensor([0.30, 0.30, 0.05, 0.05, 0.10, 0.20])
+
+
+def events(probs, k):
+    """The first k probabilities, and the sum of the others."""
+    return torch.cat([probs[:k], probs[k:].sum(-1, keepdim=True)]).log()
+
+
+def test_the_rest_is_last_however_probable_it_is():
+    """As one token it would be the whole head here, and turn forward into reverse KL."""
+    expected = adaptive_kl_weight(FLAT_Q.log(), FLAT_P.log()), adaptive_kl(FLAT_Q.log(), FLAT_P.log())
+    pair = events(FLAT_Q, 2), events(FLAT_P, 2)
+    assert [adaptive_kl_weight(*pair, has_rest=True).item(), expected[0].item()] == pytest.approx([1.0, 1.0])
+    assert [adaptive_kl(*pair, has_rest=True).item(), expected[1].item()] == pytest.approx([0.052325] * 2, abs=1e-6)
+    assert adaptive_kl_weight(*pair).item() == pytest.approx(0.0, abs=1e-6)
+    assert adaptive_kl(*pair).item() == pytest.approx(0.045758, abs=1e-6)
+
+
+@pytest.mark.parametrize(("k", "loss", "weight"), [(2, 0.231134, 0.5), (4, 0.436421, None), (6, 0.477380, 0.454545)])
+def test_akl_of_a_cache(k, loss, weight):
+    """What a cache of k tokens cannot know makes the loss smaller and the weight larger."""
+    pair = [events(part, k) if k < 6 else part.log() for part in (SIX_Q, SIX_P)]
+    assert adaptive_kl(*pair, has_rest=k < 6).item() == pytest.approx(loss, abs=1e-6)
+    if weight is not None:
+        assert adaptive_kl_weight(*pair, has_rest=k < 6).item() == pytest.approx(weight, abs=1e-6)
+
+
+@pytest.mark.parametrize(("mu", "paper", "code"), [(0.3, 1, 1), (0.5, 2, 2), (0.6, 3, 2), (1.0, 3, 3)])
+def test_the_rest_is_in_the_head_where_the_known_tokens_do_not_fill_it(mu, paper, code):
+    pair = events(FLAT_Q, 2), events(FLAT_P, 2)
+    for rule, size in (("paper", paper), ("code", code)):
+        assert adaptive_kl_rule(*pair, mu, rule, has_rest=True)[2]["akl_head_size"].item() == size
+
+
+@settings(max_examples=60, deadline=None)
+@given(logits, st.floats(0.05, 0.95), st.sampled_from(["paper", "code"]), st.floats(0.1, 1.0))
+def test_weight_of_a_cache_is_off_by_what_cancels_in_the_rest(pair, mu, rule, share):
+    """Where the known tokens fill the head it is the true head, and g_tail is short by at most 2 min(r, s)."""
+    student, teacher = (part.log_softmax(-1) for part in pair)
+    order = teacher.argsort(dim=-1, descending=True, stable=True)
+    student, teacher = student.gather(-1, order), teacher.gather(-1, order)
+    k = max(1, int(share * (teacher.shape[-1] - 1)))
+    known = [torch.cat([x[..., :k], x[..., k:].logsumexp(-1, keepdim=True)], -1) for x in (student, teacher)]
+    (_, _, full), (_, _, cached) = (
+        adaptive_kl_rule(student, teacher, mu, rule),
+        adaptive_kl_rule(*known, mu, rule, has_rest=True),
+    )
+    r, s = known[1][..., -1].exp(), known[0][..., -1].exp()
+    filled = 1 - r > mu + 1e-5
+    assert torch.equal(cached["akl_head_size"][filled], full["akl_head_size"][filled])
+    total = (student.exp() - teacher.exp()).abs().sum(-1)
+    head = full["akl_weight"] * total
+    least = head / total
+    most = head / (total - 2 * torch.minimum(r, s)).clamp(min=1e-9)
+    assert (cached["akl_weight"] >= least - 1e-4)[filled].all() and (cached["akl_weight"] <= most + 1e-4)[filled].all()

@@ -72,3 +72,15 @@ def test_no_gradient():
 def test_alpha_out_of_range(alpha):
     with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
         loca_calibrate(P, torch.tensor(1), alpha)
+
+
+@pytest.mark.parametrize(("label", "scale", "as_a_token"), [(0, 1.0, 0.75), (1, 0.818182, 0.692308)])
+def test_the_rest_of_a_cached_teacher_is_no_rival(label, scale, as_a_token):
+    """Two stored tokens; fifty others, of .01 each, are one event of .5."""
+    whole, events = torch.tensor([0.3, 0.2] + [0.01] * 50), torch.tensor([0.3, 0.2, 0.5])
+    label, other = torch.tensor(label), 1 - label
+    for probs, has_rest, expected in ((whole, False, scale), (events, True, scale), (events, False, as_a_token)):
+        result = loca_calibrate(probs, label, 0.9, has_rest)
+        assert (result[other] / probs[other]).item() == pytest.approx(expected, abs=1e-6)
+        assert result.sum().item() == pytest.approx(1, abs=1e-6)
+    assert_close(loca_calibrate(events, label, 0.9, True)[2], loca_calibrate(whole, label, 0.9)[2:].sum())

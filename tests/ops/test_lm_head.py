@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -171,7 +173,7 @@ def test_cache_is_a_distribution_over_its_ids_and_the_rest(case, objective, scal
         rest = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         return torch.cat([known, rest], -1)
 
-    function = {"forward_kl": forward_kl, "akl": adaptive_kl}[objective]
+    function = {"forward_kl": forward_kl, "akl": partial(adaptive_kl, has_rest=True)}[objective]
     expected = function(events(student.log_softmax(-1)), events(teacher.log_softmax(-1)))
     rest = events(teacher.log_softmax(-1))[:, -1]
     assert (rest.exp().max() < 1e-7) == (scale > 1)
@@ -180,6 +182,32 @@ def test_cache_is_a_distribution_over_its_ids_and_the_rest(case, objective, scal
     expected = (expected * case["weights"]).sum()
     for mine, reference in zip(gradients(case, result.loss), gradients(case, expected), strict=True):
         assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_the_rest_of_a_cache_is_the_largest_event_and_no_token():
+    """p = (.3, .2, 50 x .01), q = (.4, .1, 50 x .01), of which two tokens are stored: AKL and LoCa are those of all logits."""
+    p, q = (torch.tensor([[*top, *[0.01] * 50]]).log() for top in ((0.3, 0.2), (0.4, 0.1)))
+    cached = CachedTeacher(torch.tensor([[0, 1]]), p[:, :2], torch.tensor([0.5]).log())
+    everything = [Teacher(p, Head(torch.eye(52)))]
+
+    def stats(rule, label=0, teacher=cached):
+        tokens = {"labels": torch.tensor([label]), "label_event": torch.tensor([label])}
+        return lm_head_loss(q, Head(torch.eye(52)), rule, tokens, teacher).stats
+
+    for teacher in (cached, everything):
+        found = stats(DivergenceRule("akl"), teacher=teacher)
+        assert (found["akl_weight"].item(), found["loss"].item()) == pytest.approx((1.0, 0.052325), abs=1e-6)
+        for label, scale in ((0, 1.0), (1, 0.818182)):
+            loca = stats(DivergenceRule("forward_kl", loca_alpha=0.9), label, teacher)
+            assert loca["loca_scale"].item() == pytest.approx(scale, abs=1e-6)
+
+
+@pytest.mark.parametrize("k, loss", [(2, 0.231134), (4, 0.436421)])
+def test_worked_numbers_of_a_cache(k, loss):
+    p, q = torch.tensor([[0.60, 0.25, 0.08, 0.04, 0.02, 0.01]]), torch.tensor([[0.30, 0.30, 0.05, 0.05, 0.10, 0.20]])
+    cached = CachedTeacher(torch.arange(k)[None], p[:, :k].log(), p[:, k:].sum(-1).log())
+    found = lm_head_loss(q.log(), Head(torch.eye(6)), DivergenceRule("akl"), {}, cached).stats
+    assert found["loss"].item() == pytest.approx(loss, abs=1e-6)
 
 
 def test_padded_vocabularies_meet_on_the_shared_ids(case):

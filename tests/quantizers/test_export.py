@@ -15,6 +15,7 @@ from checkpoints import (
     tensors,
     untied_with_biases,
 )
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -53,7 +54,8 @@ def test_dequantized_folder(tmp_path, make, config, dtype):
     assert size.quantized_weights == 0
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert plain.dtype == getattr(torch, dtype or "bfloat16") and not hasattr(plain, "hf_quantizer")
-    assert "import hf_rb  # optional" in (tmp_path / "plain" / "README.md").read_text()
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "import hf_rb" not in card and 'pip install "transformers>=' in card
     # The same tensors as loading the quantized model into ordinary layers.
     loaded = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=PTQTPConfig(dequantize=True), dtype=dtype or "auto"
@@ -156,7 +158,11 @@ def test_verbs(tmp_path, capsys):
     assert f"Made from `{folder.name}`" in card and "the values that quantizing `first` with PTQTP has left" in card
     assert main(["export", str(folder), str(tmp_path / "gptq"), "--format", "gptq"]) == 0
     said = capsys.readouterr().out
-    assert "bits per weight" in said and "Tried on a CPU alone" in said and "vLLM" not in said
+    assert "bits per weight" in said and "where `optimum` and `gptqmodel` are installed" in said and "vLLM" not in said
+    card = (tmp_path / "gptq/README.md").read_text()
+    assert ModelCard(card).data.tags == ["hf_rb", "ptqtp", "gptq", "4-bit"] and "tied ternary planes of PTQTP" in card
+    assert '"optimum>=2.3" "gptqmodel>=7.7"\n' in card and "import hf_rb" not in card
+    assert "the values that quantizing `first` with PTQTP has left" in card
     assert main(["dequantize", str(folder), str(tmp_path / "plain")]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["dequantize", str(tmp_path / "source"), str(tmp_path / "other")]) == 2

@@ -132,6 +132,11 @@ def test_perplexity_before_and_after(tmp_path, capsys, kind):
     assert report["eval_data"] == ("tiny:math" if kind == "tiny:math" else data.name)
     before, after = report["perplexity_before"], report["perplexity_after"]
     assert 1 < before < after if kind == "tiny:math" else before != after  # the text is nothing it has learnt
+    # 4-bit rounding is always measured; on text that the model has learnt it is between the two
+    assert report["rounding_seconds"] > 0 and report["bits_before"] in (16, 32) and report["begins_with"] is None
+    if kind == "tiny:math":
+        assert report["perplexity_rounded"] < after
+    assert report["quality"]["times"] == after / before and report["quality"]["word"] in report["quality"]["sentence"]
     assert report["verdict"] and report["layers"][0]["baseline_error"] < report["layers"][0]["relative_error"]
 
 

@@ -78,6 +78,11 @@ def test_the_table(done):
     lines = [json.loads(line) for line in (folder / "stages/quantized-failures.jsonl").read_text().splitlines()]
     assert sum(line["right_before"] and not line["right_after"] for line in lines) == failures["flipped"]
     assert recovered.failing >= round(0.67 * 16) and report.notes == []
+    assert full.perplexity < report.rounded_perplexity < quantized.perplexity and report.rounding_seconds > 0
+    quality = report.quality()
+    assert quality.times == recovered.perplexity / full.perplexity
+    assert quality.rounded_times == report.rounded_perplexity / full.perplexity
+    assert report.begins_with is None  # of problems, a template says what they begin with
 
 
 def test_it_loads_in_two_lines(done):
@@ -93,6 +98,7 @@ def test_it_loads_in_two_lines(done):
         'subfolder="adapter"',
         "PTQTP, 1 plane + LoRA",
         "exact match on 12 problems of tiny:math",
+        str(done[1].quality()),
         "peft",
         "to one ternary plane",
         f"The weight files hold {done[1].rows[2].bytes:,} bytes",
@@ -139,7 +145,7 @@ def test_every_stage_is_done_once(done, tmp_path, capsys):
     assert main(["recover", path, "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == report.to_dict()
-    assert err.count("done before") == 5 and " …" not in err.replace("package …", "")
+    assert err.count("done before") == 6 and " …" not in err.replace("package …", "")
 
 
 def test_what_the_trainers_print_is_not_in_the_json(done, tmp_path, capsys, monkeypatch):

@@ -120,7 +120,7 @@ def test_a_shipped_recipe_is_copied_first():
         ({"teacher_cache": None, "teacher_model_name_or_path": "x"}, "There is no folder for the cache."),
         ({"teacher_model_name_or_path": "x", "lmbda": 0.5}, "`teacher_cache` needs `lmbda: 0.0`"),
         ({"teacher_model_name_or_path": "x", "objective": "hpd"}, "`objective: hpd` needs all of them"),
-        ({"teacher_model_name_or_path": "x", "betta": 1}, "`betta` in .* is not an option. Did you mean `beta`?"),
+        ({"teacher_model_name_or_path": "x", "betta": 1}, "unknown key `betta`; did you mean `beta`?"),
     ],
 )
 def test_refuses(recipe, capsys, values, message):

@@ -95,7 +95,7 @@ def test_check_says_what_the_recipe_does(capsys):
     assert good == "recipe.yaml: a good recipe for `hf-rb grpo`."
     assert advantages == (
         "recipe.yaml: advantages: GRPO over groups of 4 -> edas (alpha 0.4, beta 0.2, kappa 2.0, no_answer cluster, equivalence "
-        "string, warmup_start 0, warmup_steps 0) -> dapo loss"
+        "auto, warmup_start 0, warmup_steps 0) -> dapo loss"
     )
 
 

@@ -10,10 +10,10 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_rb import GRPOConfig, GRPOTrainer, _shapers, rewards
-from hf_rb.advantages import EdasShaper, Requires, SequenceShaper, Shaped, TokenShaper, edas
+from hf_rb import GRPOConfig, GRPOTrainer, _shapers, answers
+from hf_rb.advantages import EdasShaper, Requires, SequenceShaper, Shaped, TokenShaper, edas, srar_offsets
 from hf_rb.objectives.hidden_align import hidden_align
-from hf_rb.rewards import EXTRACTORS, exact_answer_reward
+from hf_rb.rewards import EXTRACTORS, answer_format_reward, exact_answer_reward, math_accuracy_reward
 from hf_rb.trainers._hidden_align import anchor_of
 from hf_rb.trainers._shaping import names_of_rewards
 
@@ -287,7 +287,7 @@ def test_a_column_that_comes_late(make, data):
 def test_the_pipeline_is_printed(make, capsys):
     make({**EDAS, "hidden_align_coef": 0.1}).train()
     assert (
-        "advantages: GRPO over groups of 6 -> edas (alpha 0.4, beta 0.3, kappa 2.0, no_answer cluster, equivalence string, "
+        "advantages: GRPO over groups of 6 -> edas (alpha 0.4, beta 0.3, kappa 2.0, no_answer cluster, equivalence auto, "
         "warmup_start 0, warmup_steps 0) -> dapo loss + 0.1 hidden-align\n"
     ) in capsys.readouterr().out
 
@@ -343,13 +343,27 @@ def test_an_extractor_of_ones_own(make):
 def test_answers_by_math_verify(make):
     pytest.importorskip("math_verify")
     texts = ["#### 7", "#### 7.0", "#### 0.5", "#### 1/2", "#### \\frac{1}{2}", "#### 3"]
-    by_text, by_math = (
-        generate(make({**EDAS, "edas_equivalence": kind}, texts=texts))["advantages"] for kind in ("string", "math")
+    by_text, by_math, by_default = (
+        generate(make({**EDAS, **kind}, texts=texts))["advantages"]
+        for kind in ({"edas_equivalence": "string"}, {"edas_equivalence": "math"}, {})
     )
     base = generate(make({}, texts=texts))["advantages"]
-    torch.testing.assert_close(by_text[2:6], base[2:6])  # four errors, all equally rare, and "7.0" another
-    same = [True, *[False] * 5] * 2
-    torch.testing.assert_close(by_math, edas(base, 6, same, ["7", "7.0", "h", "h", "h", "3"] * 2))
+    torch.testing.assert_close(by_text[2:6], base[2:6])  # four errors, all equally rare
+    same = [True, True, *[False] * 4] * 2
+    torch.testing.assert_close(by_math, edas(base, 6, same, ["7", "7", "h", "h", "h", "3"] * 2))
+    assert torch.equal(by_default, by_math)
+
+
+def test_numbers_are_one_error_however_they_are_written(make, monkeypatch):
+    """Without math-verify too, and right where evaluation counts them as right."""
+    monkeypatch.setattr(answers, "find_spec", lambda name: None)
+    texts = ["#### 7.00", "#### $7", "#### 1,080", "#### 1080", "#### 1/2", "#### 0.5"]
+    shaped = generate(make(texts=texts))["advantages"]
+    base = generate(make({}, texts=texts))["advantages"]
+    assert (base[:2] > 0).all() and (base[2:6] < 0).all()
+    torch.testing.assert_close(
+        shaped, edas(base, 6, [True] * 2 + [False] * 4 + [True] * 2 + [False] * 4, list("77aabc") * 2)
+    )
 
 
 def test_names_of_rewards():
@@ -404,7 +418,7 @@ class NeedsRubric(SequenceShaper):
         ),
         (
             {"advantage_shapers": ["calibadv"]},
-            {"reward_funcs": [EXACT, rewards.answer_format_reward], "tools": [max]},
+            {"reward_funcs": [EXACT, answer_format_reward], "tools": [max]},
             "Set `correct_reward` to one of 'exact_answer_reward', 'answer_format_reward'",
         ),
         (
@@ -412,7 +426,11 @@ class NeedsRubric(SequenceShaper):
             {},
             "'calibadv' needs the dataset column 'scores'",
         ),
-        ({"correct_reward": "x"}, {"reward_funcs": None}, "none of the reward functions, of which there are none"),
+        (
+            {"correct_reward": "x"},
+            {"reward_funcs": None},
+            "`correct_reward: x` names no reward function, because none was given",
+        ),
         (
             {"hidden_align_coef": 0.1, "correct_reward": "exact_answer_reward"},
             {"answer_extractor": str.strip},
@@ -439,8 +457,44 @@ def test_a_rubric_that_cannot_be_read(make, data):
         make(flags, dataset=bad, model="there/is/no/model")
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["", "streamed"])
+@pytest.mark.parametrize("reward, column", [(EXACT, "answer"), (math_accuracy_reward, "solution")])
+def test_lists_of_right_answers(make, data, reward, column, streamed):
+    """Not at the first reward."""
+    lists = data.remove_columns("answer").add_column(column, [["7", "seven"]] * len(data))
+    lists = lists.to_iterable_dataset() if streamed else lists
+    message = f"The column `{column}` of the dataset has no answers to compare with. An answer is text or a number, and .*Write one"
+    for keys in ({"dataset": lists}, {"eval_dataset": {"some": lists}}):
+        with pytest.raises(ValueError, match=message):
+            make({}, reward, model="there/is/no/model", **keys)
+
+
+def test_a_row_without_a_right_answer_is_not_scored(make, data):
+    some = data.remove_columns("answer").add_column("answer", [7.0, None, 7.0, None])
+    output = generate(make({}, dataset=some))
+    assert output["advantages"][:6].any() and not output["advantages"][6:].any()
+
+
+@pytest.mark.parametrize("gk", ["code", "paper"])
+def test_srar_on_steps_that_do_not_exist(make, data, gk):
+    """Rollouts of one step each: what the judge says of a step 9 is compared with that of others (the authors' code), or is step 0."""
+    steps, items = [0, 0, 9, 1, -1, 9], [1, 2, 1, 1, 1, 2]
+    found = [[{"id": item, "satisfied": True, "step": step}] for step, item in zip(steps, items, strict=True)]
+    flags = {"advantage_shapers": ["srar"], "correct_reward": "exact_answer_reward", "srar_gk": gk, "srar_eps": 1e-6}
+    rich = data.add_column("rubric", ["<SUGGEST> adds\n<BONUS> is brief"] * len(data))
+    output = generate(make(flags, dataset=rich, judge=lambda requests: found * 2))
+    base = generate(make({}))["advantages"]
+    scores = {"code": [{0: 0.8}, {0: 1.0}, {9: 0.8}, {1: 0.8}, {}, {9: 1.0}]}
+    scores["paper"] = [{0: one[9]} if 9 in one else one for one in scores["code"]]
+    z = [sum(one.values()) for one in srar_offsets(scores[gk], 6, eps=1e-6)] * 2
+    if gk == "code":
+        assert z[:6] == pytest.approx([-0.70710, 0.70710, -0.70710, 0, 0, 0.70710], abs=1e-5)
+    mask = output["completion_mask"]
+    torch.testing.assert_close(output["advantages"], (base + torch.tensor(z))[:, None] * mask, rtol=1e-6, atol=1e-6)
+
+
 def test_math_equivalence_without_math_verify(make, monkeypatch):
-    monkeypatch.setattr(rewards, "find_spec", lambda name: None)
+    monkeypatch.setattr(answers, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="`edas_equivalence: math` needs math-verify"):
         make({**EDAS, "edas_equivalence": "math"}, model="there/is/no/model")
 
@@ -460,6 +514,8 @@ def test_math_equivalence_without_math_verify(make, monkeypatch):
         ),
         ({"edas_alpha": 0.2}, r"no effect without the shaper 'edas'. Write `advantage_shapers: \[edas\]`"),
         ({"srar_coef": 0.5}, "no effect without the shaper 'srar'"),
+        ({"srar_eps": 1e-6}, "no effect without the shaper 'srar'"),
+        ({"srar_eps": -1.0}, r"`srar_eps` must be in \[0, inf\)"),
         ({**EDAS, "edas_kappa": 1.0}, r"`edas_kappa` must be in \(1, inf\); got 1.0"),
         ({**EDAS, "edas_alpha": -0.1}, r"`edas_alpha` must be in \[0, inf\)"),
         ({**EDAS, "edas_no_answer": "drop"}, "`edas_no_answer` cannot be 'drop'"),

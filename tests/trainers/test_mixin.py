@@ -121,15 +121,22 @@ def test_old_checkpoints_outlive_the_manifest_of_the_new_one(make, monkeypatch):
 def test_what_is_pushed_while_training(make, monkeypatch, strategy):
     pushed = []
 
-    def upload(self, folder_path, path_in_repo=None, allow_patterns=None, **kwargs):
-        if path_in_repo:
-            assert not _files.verify_manifest(folder_path)
-        pushed.append((Path(folder_path).name, path_in_repo, allow_patterns))
-        done = Future()
-        done.set_result(None)
-        return done
+    def done():
+        future = Future()
+        future.set_result(None)
+        return future
+
+    def upload(self, folder_path, path_in_repo, **kwargs):
+        assert not _files.verify_manifest(folder_path)
+        pushed.append((Path(folder_path).name, path_in_repo, None))
+        return done()
+
+    def commit(self, repo_id, operations, **kwargs):
+        pushed.append((repo_id, None, [operation.path_in_repo for operation in operations]))
+        return done()
 
     monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(HfApi, "create_commit", commit)
     trainer = make(max_steps=2, hub_strategy=strategy)
     trainer.args.push_to_hub, trainer.hub_model_id = True, "me/model"  # after the start, which would make a repository
     output = Path(trainer.args.output_dir)
@@ -175,11 +182,17 @@ def test_card_and_push(make, data, monkeypatch):
     trainer.evaluate()
     uploaded = {}
     monkeypatch.setattr(trainer, "init_hf_repo", lambda **_: setattr(trainer, "hub_model_id", "me/student-profit"))
-    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **kwargs: uploaded.update(kwargs))
+
+    def commit(self, repo_id, operations, **kwargs):
+        uploaded.update({one.path_in_repo: one.path_or_fileobj for one in operations}, repo_id=repo_id)
+
+    monkeypatch.setattr(HfApi, "create_commit", commit)
     trainer.push_to_hub(dataset_name="tiny:math", base_model="tiny:student")
 
-    assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/student-profit", trainer.args.output_dir)
+    assert uploaded["repo_id"] == "me/student-profit"
+    assert uploaded["model.safetensors"] == str(Path(trainer.args.output_dir, "model.safetensors"))
     card = Path(trainer.args.output_dir, "README.md").read_text()
+    assert uploaded["README.md"] == card.encode()
     for expected in (
         "ProFit",
         "2601.09195",

@@ -28,6 +28,7 @@ def called(monkeypatch):
     seen = {}
     for name in ("interpolate", "graft", "refine"):
         monkeypatch.setattr(weights, name, lambda name=name, **kwargs: seen.update(kwargs, function=name))
+    monkeypatch.setattr("hf_rb.cli.merge.find_model", lambda name, adapter: None)  # the models are letters
     return seen
 
 

@@ -87,7 +87,10 @@ def _entry(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
         del entry["default"]
     elif default is None:  # TrainingArguments has fields typed `str` whose default is None
         entry["types"] = sorted({*entry["types"], "null"})
-    if field.name == "resume_from_checkpoint":  # typed as a path, and `true` is how the newest is asked for
+    if field.name in (
+        "resume_from_checkpoint",
+        "scale_rewards",
+    ):  # typed as text, and TRL and transformers take booleans
         entry["types"].append("bool")
     for option in _options(hint):
         for argument in (option, *typing.get_args(option)):

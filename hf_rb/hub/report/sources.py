@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_rb._model_folder import public_name
+
 
 __all__ = ["Source", "read_source"]
 
@@ -13,6 +15,7 @@ STATE, TOKENS = "trainer_state.json", "token_samples.json"
 # Files of a model, which say nothing of how it was made.
 IGNORED = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"}
 LARGEST = 50_000_000  # bytes of a JSON file that is looked at
+NAMES = ("model", "data", "task", "text", "eval_data")  # keys of files that may name a folder of this machine
 ROWS = 20_000  # completions, the last ones
 
 
@@ -117,7 +120,9 @@ def _object(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not valid JSON ({error}): was the run interrupted while it wrote? Remove or restore it."
         ) from None
-    return document if isinstance(document, dict) else {"entries": document}
+    document = document if isinstance(document, dict) else {"entries": document}
+    named = {key: public_name(value) for key in NAMES if isinstance(value := document.get(key), str)}
+    return document | named
 
 
 def _completions(folder: Path) -> list[dict[str, Any]]:

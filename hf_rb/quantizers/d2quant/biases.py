@@ -6,7 +6,9 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
+
+from hf_rb._model_class import skeleton
 
 
 __all__ = ["BIAS_SWITCH", "add_biases", "biases_by_switch", "set_bias"]
@@ -43,11 +45,8 @@ def biases_by_switch(config: PreTrainedConfig, names: Iterable[str]) -> set[str]
     config = copy.deepcopy(config)
     setattr(config, BIAS_SWITCH, True)
     vars(config).pop("quantization_config", None)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    found = {
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.bias is not None
-    }
+    modules = skeleton(config).named_modules()
+    found = {name for name, module in modules if isinstance(module, nn.Linear) and module.bias is not None}
     return found if found.issuperset(names) else set()
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import random
-from itertools import chain
 from textwrap import shorten
 from typing import Any
 
@@ -13,7 +12,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_rb import tiny
 from hf_rb._model_folder import find_model
+from hf_rb._special_tokens import cut, special_tokens
 from hf_rb.quantizers.d2quant.config import D2QuantConfig
+from hf_rb.quantizers.d2quant.named_sets import NAMED_SETS, named_set
+from hf_rb.quantizers.report import Report
 from hf_rb.quantizers.texts import read_texts
 
 
@@ -22,18 +24,23 @@ __all__ = ["calibration_tokens", "load_texts", "load_tokenizer", "token_fingerpr
 TEXTS_AT_A_TIME, TINY_ROWS = 64, 2000
 
 
-def calibration_tokens(config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def calibration_tokens(
+    config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase, report: Report | None = None
+) -> Tensor:
     """
     Chooses sequences of calibration text.
 
     The texts are shuffled and joined, as many as are needed, and cut into sequences without a gap, of which some are drawn. A
-    dataset with one long text is thus sampled as well as one with many short ones.
+    dataset with one long text is thus sampled as well as one with many short ones. Where the tokenizer puts a token before a text
+    (BOS), every sequence begins with it. A set that has a name is drawn as optimum draws it.
 
     Args:
         config ([`D2QuantConfig`]):
             Says the `dataset`, `num_samples`, `seqlen` and `seed`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
+        report ([`~hf_rb.quantizers.Report`], *optional*):
+            Is told what the sequences begin with.
 
     Returns:
         `torch.Tensor`: Token ids `(num_samples, seqlen)`, int64.
@@ -42,6 +49,13 @@ def calibration_tokens(config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase
         FileNotFoundError: There is no such file.
         ValueError: There is no text, or too little.
     """
+    added = special_tokens(tokenizer)
+    if report is not None:
+        report.begins_with = added.name
+    if config.seqlen <= len(added.head):
+        raise ValueError(f"`seqlen={config.seqlen}` leaves no room for text: every sequence begins with {added.name}.")
+    if is_named_set(config.dataset):
+        return named_set(config.dataset, tokenizer, added.head, config.num_samples, config.seqlen, config.seed)
     texts = [text for text in load_texts(config, tokenizer) if text.strip()]
     if not texts:
         raise ValueError("The calibration text is empty: give `dataset` texts with something in them.")
@@ -49,11 +63,13 @@ def calibration_tokens(config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase
     draws.shuffle(texts)
     needed, ids = config.num_samples * config.seqlen, []
     for start in range(0, len(texts), TEXTS_AT_A_TIME):
-        encoded = tokenizer(texts[start : start + TEXTS_AT_A_TIME], verbose=False)["input_ids"]
-        ids += chain.from_iterable(encoded)
+        part = texts[start : start + TEXTS_AT_A_TIME]
+        for encoded in tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]:
+            ids += added.around(encoded)
         if len(ids) >= needed:
             break
-    sequences = len(ids) // config.seqlen
+    windows = list(cut(ids, added.head, config.seqlen))
+    sequences = len(windows)
     if sequences < config.num_samples:
         length = len(ids) // config.num_samples
         fits = f"num_samples={sequences}" if sequences else f"seqlen={length}" if length > 1 else None
@@ -62,7 +78,12 @@ def calibration_tokens(config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase
             f"Give more text{f', or write `{fits}`' if fits else ''}."
         )
     chosen = draws.sample(range(sequences), config.num_samples)
-    return torch.tensor(ids[: sequences * config.seqlen]).view(sequences, config.seqlen)[chosen]
+    return torch.tensor([windows[one] for one in chosen])
+
+
+def is_named_set(dataset: Any) -> bool:
+    """Whether optimum knows a dataset by its name; a file that is called so comes first."""
+    return isinstance(dataset, str) and dataset in NAMED_SETS and not os.path.exists(dataset)
 
 
 def load_texts(config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:

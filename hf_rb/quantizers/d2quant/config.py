@@ -71,8 +71,9 @@ class D2QuantConfig(PackedConfig):
             `"gar"` takes columns with large Hessians first without leaving their groups; `None` goes from left to right.
         dataset (`str` or `list[str]`, *optional*):
             Calibration text: a text file, a JSON-lines file with the column `text`, a dataset of the Hub (`NAME` or
-            `NAME:CONFIG`, split `train`), `"tiny:math"`, or a list of texts. Required unless `backend="rtn"`. Of a list only
-            the fingerprint is stored, of a file only its name.
+            `NAME:CONFIG`, split `train`), `"tiny:math"`, a list of texts, or one of `"wikitext2"`, `"c4"` and `"c4-new"`, which
+            optimum loads and draws from as it does for GPTQ. Required unless `backend="rtn"`. Of a list only the fingerprint is
+            stored, of a file only its name.
         tokenizer (`str` or [`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer for the text; by default that of the model. Not stored.
         num_samples (`int`, *optional*, defaults to `128`):

@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_rb import __version__
+from hf_rb._progress import tqdm
 from hf_rb._unfinished import LOCK, STATE, unfinished
 from hf_rb.quantizers.baseline import rtn
 from hf_rb.quantizers.d2quant import absorption, gptq, rotation
@@ -86,7 +86,7 @@ def quantize_model(
             is not finite, a Hessian cannot be factored, or unfinished work in `config.resume_dir` is of another run.
     """
     _check(model, packable)
-    tokens = calibration_tokens(config, load_tokenizer(config, model))
+    tokens = calibration_tokens(config, load_tokenizer(config, model), report)
     if (largest := int(tokens.max())) >= (rows := model.get_input_embeddings().num_embeddings):
         raise ValueError(
             f"The calibration text has the token id {largest}, and the model's embeddings {rows} rows: give the model's own `tokenizer`."
@@ -173,7 +173,7 @@ class _Calibration:
                 self.report.add(layer, result.seconds / len(result.layers))
             self.report.blocks.append(result.block)
             self.report.final_norm = result.final
-            bar.set_postfix_str(f"error {result.block.hidden_error:.3f}")
+            bar.set_postfix_str(f"error {result.block.hidden_error:.3f}", refresh=False)
             logger.info(str(result.block))
         if self.uncorrected:
             logger.warning(

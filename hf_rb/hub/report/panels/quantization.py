@@ -44,7 +44,7 @@ def _sizes(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Block]:
                 number(report["baseline_file_bytes"]),
                 "–",
                 number(_mean(report["layers"], "baseline_error")),
-                "–",
+                number(report.get("perplexity_rounded")),
             ],
             ["  before", number(report["source_bytes"]), "–", "0", number(before)],
         ]
@@ -53,7 +53,8 @@ def _sizes(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Block]:
     caption = "Whole files: embeddings, scales and headers included." + (
         f" Perplexity on {', '.join(sorted(data))}." if data else ""
     )
-    verdicts = [Text(f"{name}: {report['verdict']}") for name, report in reports if report.get("verdict")]
+    said = [(name, (report.get("quality") or {}).get("sentence"), report.get("verdict")) for name, report in reports]
+    verdicts = [Text(f"{name}: {sentence}") for name, *sentences in said for sentence in sentences if sentence]
     return [Table(headers, rows, caption), *verdicts]
 
 

@@ -35,5 +35,7 @@ def _table(report: Mapping[str, Any]) -> list[Block]:
     broken = [[kind, number(count)] for kind, count in kinds.items()]
     headers = ["model", "trained with", "examples", "bytes", "exact match", "regained", "perplexity", "tokens/s"]
     caption = f"{report['problems']:,} held-out problems" + (f" of {report['task']}." if report.get("task") else ".")
-    blocks = [Table(headers, rows, caption, left=2), *(Text(note) for note in report.get("notes", []))]
+    sentence = (report.get("quality") or {}).get("sentence")
+    texts = [Text(said) for said in [sentence, *report.get("notes", [])] if said]
+    blocks = [Table(headers, rows, caption, left=2), *texts]
     return [*blocks, Table(["problems of the pool that broke", "number"], broken)] if broken else blocks

@@ -1,0 +1,65 @@
+"""Models with other LM heads, in two processes: the same training, one outcome for all processes, and sharded weights.
+
+torchrun --standalone --nproc_per_node 2 head_cases.py MODELS OUTPUT.pt
+"""
+
+import sys
+from pathlib import Path
+
+import gkd_cases
+import torch
+import transformers
+from seeded_runs import save_results
+from tiny_zoo import build_tiny
+from torch.distributed.fsdp import fully_shard
+
+from hf_rb import _compat
+from hf_rb.ops.lm_head import lm_head_logits
+from hf_rb.ops.logit_source import LogitSource
+
+
+CASES = {name: gkd_cases.CASES[name] for name in ("forward_kl", "on-policy jsd")}
+SHARDED = ("LlamaForCausalLM", "ModernBertDecoderForCausalLM")
+INPUTS = {"input_ids": torch.arange(20, 32).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+
+
+def save_models(folder):
+    """A student whose head is more than a product, and a teacher with a cap."""
+    for name, kind in {"student": "ModernBertDecoderForCausalLM", "teacher": "Gemma2ForCausalLM"}.items():
+        build_tiny(getattr(transformers, kind), final_logit_softcapping=2.0).save_pretrained(Path(folder, name))
+
+
+def logits(source, model):
+    states, _ = source.output(model, INPUTS)
+    with source.head(model) as head:
+        return lm_head_logits(states.flatten(0, 1), head)
+
+
+def sharded(name):
+    """Whether a model's logits are its head's, and how far those of the loop are from its own, with the weights spread by FSDP2."""
+    model = build_tiny(getattr(transformers, name))
+    with torch.no_grad():
+        expected = model(**INPUTS).logits.flatten(0, 1)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    source = LogitSource()
+    found = _compat.ForwardRedirection()(model, model, logits, source, model)
+    return source.is_head(model), (found - expected).abs().max().item()
+
+
+def outcome():
+    """What each process takes, of which the second alone has another cap in its configuration than its class applies."""
+    model = build_tiny(transformers.LlamaForCausalLM)
+    model.config.final_logit_softcapping = 20.0 if torch.distributed.get_rank() else None
+    outcomes = [None, None]
+    torch.distributed.all_gather_object(outcomes, LogitSource().is_head(model))
+    return outcomes
+
+
+if __name__ == "__main__":
+    models, output = sys.argv[1:]
+    results = {name: gkd_cases.train(models, per_device_train_batch_size=2, **case) for name, case in CASES.items()}
+    results["outcome"] = outcome()
+    results |= {name: sharded(name) for name in SHARDED}
+    save_results(results, output)
