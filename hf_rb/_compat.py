@@ -64,6 +64,10 @@ TABLE: dict[str, Entry] = {
         "GRPOTrainer._get_per_token_logps_and_entropies",
         ("model", "input_ids", "attention_mask", "logits_to_keep"),
     ),
+    "GRPOTrainer._generate_single_turn": Entry("trl", "GRPOTrainer._generate_single_turn", ("prompt_ids",)),
+    "DistillationTrainer._generate_single_turn": Entry(
+        "trl", "DistillationTrainer._generate_single_turn", ("prompt_ids",)
+    ),
     "SFTTrainer._prepare_dataset": Entry(
         "trl",
         "SFTTrainer._prepare_dataset",
@@ -74,7 +78,7 @@ TABLE: dict[str, Entry] = {
     "unwrap_model_for_generation": Entry(
         "trl.models.utils",
         "unwrap_model_for_generation",
-        ("model", "accelerator", "generation_kwargs", "gradient_checkpointing_kwargs"),
+        ("model", "accelerator", "gradient_checkpointing_kwargs"),
     ),
     "Trainer._get_num_items_in_batch": Entry(
         "transformers.trainer", "Trainer._get_num_items_in_batch", ("batch_samples", "device")

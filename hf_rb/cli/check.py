@@ -37,6 +37,7 @@ from hf_rb.trainers._rules import (
     grpo_rules,
     grpo_warnings,
     only_gkd,
+    packing_rules,
     profit_rules,
 )
 from hf_rb.weights._rules import graft_rules
@@ -538,8 +539,8 @@ TRACKERS = (
 _COMMON: tuple[Rule, ...] = (_precision_rules, _tracker_rules, _source_rules, dataset_rules, _name_rules)
 QUANTIZATION_RULES: dict[str, Rule] = {"d2quant": _calibration_rules, "ptqtp": ptqtp_rules}
 RULES: dict[str, tuple[Rule, ...]] = {
-    "sft": (profit_rules, graft_rules, *_COMMON),
-    "gkd": (gkd_rules, _teacher_rules, *_COMMON),
+    "sft": (profit_rules, packing_rules, graft_rules, *_COMMON),
+    "gkd": (gkd_rules, packing_rules, _teacher_rules, *_COMMON),
     "distillation": (distillation_rules, _teacher_rules, *_COMMON),
     "grpo": (grpo_rules, agent_rules, _group_rules, _reward_rules, _shaper_rules, *_COMMON),
     "quantize": (_text_rules, _name_rules),

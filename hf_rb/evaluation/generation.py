@@ -8,10 +8,11 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_rb._progress import tqdm
 from hf_rb.evaluation.tasks import is_correct
+from hf_rb.ops.generation import generation_config, own_distribution
 
 
 __all__ = ["Completion", "ExactMatch", "PassAtK", "exact_match", "generate", "pass_at_k"]
@@ -111,22 +112,8 @@ def generate(
         else prompts
     )
 
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    # `generate` fills a field that is None from the model's own generation config; a measurement sets them all.
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_p=1.0,
-        top_k=0 if temperature > 0 else 50,
-        num_beams=1,
-        repetition_penalty=1.0,
-        num_return_sequences=samples,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad,
-    )
+    config = generation_config(model, tokenizer, max_new_tokens, temperature, samples)
+    pad, ends = config.pad_token_id, set(config.eos_token_id or [])
 
     ids = tokenizer(list(texts), add_special_tokens=not chat)["input_ids"] if texts else []
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))  # rows of a batch are of similar length
@@ -137,7 +124,7 @@ def generate(
     # TRL leaves `output_router_logits` on in mixtures of experts that it has trained. transformers then computes the balance loss of every
     # token that it generates, and fails on padded prompts: the mask covers all tokens so far, the routers have seen one.
     routers = {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), own_distribution(model):
         torch.manual_seed(seed)
         for start in tqdm(range(0, len(order), step), desc="generating", delay=2, leave=False, disable=None):
             rows = order[start : start + step]

@@ -44,7 +44,7 @@ def run_harness(
     batch_size: int = 8,
     allow_local_code: bool = False,
 ) -> list[HarnessScore]:
-    """Runs tasks of lm-evaluation-harness.
+    """Runs tasks of lm-evaluation-harness, which generates as it always does, so that scores compare with those that others publish.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):

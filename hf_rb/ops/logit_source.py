@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 from hf_rb.ops.backbone import backbone_output, gathered_head, head_of, model_inputs, width_of
 from hf_rb.ops.head_check import why_not_head
 from hf_rb.ops.lm_head import Head
+from hf_rb.ops.wide_head import wide_heads
 
 
 __all__ = ["LogitSource"]
@@ -72,7 +73,8 @@ class LogitSource:
             output = backbone_output(model, inputs, **kwargs)
             return output.last_hidden_state, output
         # Not by calling the model: inside the forward of its wrapper, that would run the wrapper's hooks once more.
-        output = model.forward(**model_inputs(inputs), use_cache=False, **kwargs)
+        with wide_heads(model):
+            output = model.forward(**model_inputs(inputs), use_cache=False, **kwargs)
         logits = getattr(output, "logits", None)
         if logits is None or logits.shape != (*inputs["input_ids"].shape, width_of(model)):
             given = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"

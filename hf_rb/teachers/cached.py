@@ -130,7 +130,7 @@ class CachedTeacher:
             if is_kept[start:stop].any()
         ]
         ids, log_probs, rest = map(torch.cat, zip(*rows, strict=True)) if rows else self._nothing
-        log_probs, rest = normalized(log_probs.float(), rest.float())
+        log_probs, rest = normalized(log_probs, rest)
         return lm_head.CachedTeacher(*(tensor.to(keep.device) for tensor in (ids, log_probs, rest)))
 
     def _rows(self, token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -149,7 +149,8 @@ class CachedTeacher:
             if torch.equal(known[places].long(), positions):
                 high = file.get_slice("ids_high")[stored] if self.vocabulary > 1 << 16 else None
                 ids = unpack_ids(file.get_slice("ids")[stored], high)
-                values = [file.get_slice(name)[stored][places] for name in ("log_probs", "rest")]
+                # As float32 from here on: autocast on a CPU cannot put tensors of float16 together.
+                values = [file.get_slice(name)[stored][places].float() for name in ("log_probs", "rest")]
                 return ids[places], *values
         raise ValueError(self._missing(token_ids, found=first < last))
 

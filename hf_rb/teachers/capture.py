@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from hf_rb._files import MANIFEST, sha256_file
 from hf_rb._model_folder import public_name
 from hf_rb.ops.lm_head import TopK, lm_head_top_k
+from hf_rb.ops.packing import is_packed, leak_message
 from hf_rb.ops.sequences import Sequences
 from hf_rb.teachers.cache_format import (
     DTYPES,
@@ -105,7 +106,8 @@ def cache_teacher(
 
     Raises:
         FileExistsError: `folder` holds something else, or another cache and `overwrite` is `False`.
-        ValueError: An argument is out of range, the data is streamed, or the teacher is not a local one or gives NaN.
+        ValueError: An argument is out of range, the data is streamed, or the teacher is not a local one, gives NaN or lets packed
+            sequences see each other.
 
     Example:
 
@@ -171,6 +173,7 @@ class _Plan:
     def __init__(self, trainer: Trainer, shard_tokens: int):
         self._datasets, self._collate = _datasets(trainer), trainer.data_collator
         self._vocabulary = trainer.teacher.vocabulary
+        self._is_checked = getattr(trainer.args, "allow_leaking_packing", False)
         self._offsets = np.cumsum([0] + [len(dataset) for dataset in self._datasets])
         digest, seen = hashlib.sha256(), set()
         lengths, labels = np.zeros(self._offsets[-1], np.int64), np.zeros(self._offsets[-1], np.int64)
@@ -205,6 +208,15 @@ class _Plan:
         """Returns the mask `(B, L-1)` of the predictions that are trained on: they have a label, and teacher and student share it."""
         labels = batch["labels"][:, 1:]
         return (labels != -100) & (labels < self._vocabulary)
+
+    def check_packing(self, trainer: Trainer, batch: dict[str, Any]) -> None:
+        """Refuses, at the first packed batch, a teacher that lets packed sequences see each other, as training does."""
+        if self._is_checked or not is_packed(batch):
+            return
+        self._is_checked = True
+        leak = trainer.teacher.measure_leak(batch)
+        if leak.ratio > 1:
+            raise ValueError(leak_message(trainer.teacher.model, leak))
 
     def batches(self, rows: np.ndarray, batch_tokens: int) -> Iterator[dict[str, Any]]:
         """Collates rows that go from long to short in batches of up to so many tokens."""
@@ -311,6 +323,7 @@ def _write_shard(
         keep = plan.kept(batch)
         batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         with trainer.accelerator.autocast():
+            plan.check_packing(trainer, batch)
             (teacher,) = trainer.teacher.score(batch, keep)
         labels = batch["input_ids"][:, 1:][keep.to(device)].to(teacher.hidden.device)
         top = lm_head_top_k(teacher.hidden, teacher.head, identity.k, labels, identity.vocabulary)

@@ -14,6 +14,7 @@ from hf_rb import _compat, tiny
 from hf_rb.ops.backbone import evaluating, model_inputs, width_of
 from hf_rb.ops.lm_head import Head, Teacher, lm_head_log_probs
 from hf_rb.ops.logit_source import LogitSource
+from hf_rb.ops.packing import Leak, measure_leak
 from hf_rb.teachers.vocabulary import shared_vocabulary
 
 
@@ -143,6 +144,10 @@ class LocalTeacher(_ModelTeacher):
             "tokenizer=...)` to have the two compared."
         )
         return width
+
+    def measure_leak(self, inputs: Mapping[str, Any]) -> Leak:
+        """Returns how far the model keeps the sequences of a packed batch apart ([`~hf_rb.ops.packing.measure_leak`])."""
+        return self._run(lambda model: measure_leak(model, inputs))
 
     @torch.no_grad()
     def _run(self, function):

@@ -1,11 +1,32 @@
-"""The fields that the distillation configs share: their only definition, mixed into `GKDConfig` and `DistillationConfig`."""
+"""The fields that several configs share: their only definition, mixed into `SFTConfig`, `GKDConfig` and `DistillationConfig`."""
 
 from dataclasses import dataclass, field
 
 from hf_rb._fields import described
 
 
-__all__ = ["GopdArguments", "ObjectiveArguments"]
+__all__ = ["GopdArguments", "ObjectiveArguments", "PackingArguments"]
+
+
+@dataclass
+class PackingArguments:
+    """
+    What happens to a model that mixes packed sequences.
+
+    Args:
+        allow_leaking_packing (`bool`, *optional*, defaults to `False`):
+            Whether to train a model that lets the sequences of a packed row see each other, as TRL does. By default the first packed
+            batch of a run is compared with one of its sequences alone, and such a model is refused. Acts with `packing`,
+            `padding_free` or a collator that packs.
+    """
+
+    allow_leaking_packing: bool = field(
+        default=False,
+        metadata=described(
+            "Whether to train a model that lets the sequences of a packed row see each other, as TRL does. By default the first "
+            "packed batch of a run is compared with one of its sequences alone, and such a model is refused."
+        ),
+    )
 
 
 @dataclass

@@ -56,11 +56,12 @@ def audit(
     Of a cached teacher, the reference is the formulas on what the cache holds. With the model that was `captured`, prepared, a
     cache of all its tokens is made for the same batches, and compared with the formulas on its logits.
 
-    The trainer's model keeps its weights; dropout and the load-balancing loss of a mixture of experts, which does not add up
-    over sequences, are switched off.
+    The trainer's model keeps its weights; dropout is switched off. The load-balancing loss of a mixture of experts does not add up
+    over sequences: it is compared by itself, on whole batches, with the weight 1.
     """
     _compat.disable_dropout_in_model(trainer.model)
-    if getattr(trainer, "aux_loss_enabled", False):
+    has_auxiliary_loss = getattr(trainer, "aux_loss_enabled", False)
+    if has_auxiliary_loss:
         trainer.aux_loss_enabled = False
     trainer.model.train()
     paths = _paths(trainer)
@@ -76,6 +77,8 @@ def audit(
         for name, loss, parts in paths.variants(batch):
             found = _loss_and_gradient(trainer, loss, parts)
             differences.setdefault(name, []).append(_difference(found, reference))
+    if has_auxiliary_loss and type(paths) is _GkdPaths:
+        differences["balance loss"] = _balance_losses(trainer, paths, kept)
     if captured is not None:
         differences["cache of all tokens"] = _cache_of_all_tokens(trainer, captured, kept)
     if trainer.args.objective != "hpd":
@@ -84,6 +87,14 @@ def audit(
             loss, gradient = _loss_and_gradient(trainer, paths.loss, [paths.seen_by_student(batch)])
             differences.setdefault("student = teacher", []).append((abs(loss), _largest(gradient) / (scale or 1.0)))
     return [Comparison(name, *map(max, zip(*pairs, strict=True))) for name, pairs in differences.items()]
+
+
+def _balance_losses(trainer: GKDTrainer, paths: "_GkdPaths", batches: list[Batch]) -> list[tuple[float, float]]:
+    weight, trainer.router_aux_loss_coef, trainer.aux_loss_enabled = trainer.router_aux_loss_coef, 1.0, True
+    trainer.current_gradient_accumulation_steps = 1  # which only training sets
+    pairs = [[_loss_and_gradient(trainer, loss, [batch]) for loss in (paths.loss, paths.dense)] for batch in batches]
+    trainer.router_aux_loss_coef, trainer.aux_loss_enabled = weight, False
+    return [_difference(*pair) for pair in pairs]
 
 
 def _cache_of_all_tokens(

@@ -64,7 +64,7 @@ def dense_losses(
     """
     labels, has_rest = tokens["labels"], "rest" in tokens
     if isinstance(rule, HpdRule):
-        samples = inverse_cdf_sample(student_logits.detach().float().softmax(-1), tokens["uniforms"])
+        samples = inverse_cdf_sample(student_logits.detach().float().log_softmax(-1).exp(), tokens["uniforms"])
         return hpd_loss(student_logits, teacher_logits, labels, samples, rule.sample, rule.reinforce)
     if isinstance(rule, GopdRule):
         log_q = -cross_entropy(student_logits.float(), labels, reduction="none")

@@ -14,6 +14,7 @@ __all__ = [
     "grpo_rules",
     "grpo_warnings",
     "only_gkd",
+    "packing_rules",
     "profit_rules",
 ]
 
@@ -63,6 +64,16 @@ def profit_rules(config: Any) -> Iterator[str]:
             f"`label_smoothing_factor: {config.label_smoothing_factor}` trains on every label of the vocabulary, and "
             "`profit_threshold` gates the one label of the data. Set `label_smoothing_factor: 0`, or remove `profit_threshold`."
         )
+
+
+def packing_rules(config: Any) -> Iterator[str]:
+    """Yields what makes packed sequences see each other in every model: rows of evaluation whose collator keeps no positions."""
+    if config.eval_packing and not config.packing and config.packing_strategy != "wrapped":
+        if not config.allow_leaking_packing:
+            yield (
+                "`eval_packing: true` without `packing: true`: TRL's collator then keeps no positions, and the packed sequences of "
+                "the evaluation see each other in every model. Set `packing: true` too, or remove `eval_packing`."
+            )
 
 
 # Fields that one objective reads, with the defaults that are silent under the others.

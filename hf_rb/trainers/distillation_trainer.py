@@ -24,6 +24,7 @@ from hf_rb.trainers._distillation import (
     log_token_metrics,
     sampled_stats,
 )
+from hf_rb.trainers._generation import OwnDistributionMixin
 from hf_rb.trainers._gopd import RoutedTeacher, given_reference, make_reference, share_vocabulary, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers.distillation_config import DistillationConfig
@@ -36,7 +37,7 @@ Model = str | PreTrainedModel
 _DTYPE = {"dtype": None}  # of a model given by name, TRL's default
 
 
-class DistillationTrainer(TrainerMixin, trl.DistillationTrainer):
+class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTrainer):
     """
     Trainer for distillation on the student's own completions. Takes what [`~trl.DistillationTrainer`] takes; with
     `objective="jsd"` it is that trainer, unless the logits of student or teacher are not hidden states times LM head, which TRL's

@@ -4,15 +4,15 @@ from dataclasses import dataclass, field
 
 from hf_rb import _compat
 from hf_rb._fields import described, validate
-from hf_rb.trainers._arguments import GopdArguments, ObjectiveArguments
-from hf_rb.trainers._rules import gkd_rules
+from hf_rb.trainers._arguments import GopdArguments, ObjectiveArguments, PackingArguments
+from hf_rb.trainers._rules import gkd_rules, packing_rules
 
 
 __all__ = ["GKDConfig"]
 
 
 @dataclass
-class GKDConfig(GopdArguments, ObjectiveArguments, _compat.GKDConfig):
+class GKDConfig(GopdArguments, ObjectiveArguments, PackingArguments, _compat.GKDConfig):
     r"""
     Configuration class for the [`GKDTrainer`].
 
@@ -27,8 +27,10 @@ class GKDConfig(GopdArguments, ObjectiveArguments, _compat.GKDConfig):
             (https://huggingface.co/papers/2602.12125), with `lmbda=1` and `temperature=1`.
         loss_impl (`str`, *optional*, defaults to `"chunked"`):
             `"chunked"` goes through the LM heads tile by tile and keeps no logits; `"dense"` is the formula on all logits, the
-            reference that the other is tested against. Both give the same losses and gradients: the first step compares each model's
-            own logits with its hidden states through its LM head, and where they differ, its own logits are used, with a warning.
+            reference that the other is tested against. Both give the same losses and gradients, up to rounding: in both, half
+            precision ends before the logits. The exception is `"dense"` with `objective="jsd"` alone, which is TRL's
+            computation with TRL's rounding. The first step compares each model's own logits with its hidden states through its
+            LM head; where they differ, its own logits are used, with a warning.
         kd_alpha (`float`, *optional*, defaults to `1.0`):
             The loss is `(1 - kd_alpha) · cross-entropy + kd_alpha · divergence`. Below 1 it needs `lmbda=0`. LLM-Neo
             (https://huggingface.co/papers/2411.06839) is `objective="forward_kl"` with this and LoRA.
@@ -64,6 +66,9 @@ class GKDConfig(GopdArguments, ObjectiveArguments, _compat.GKDConfig):
         gopd_full_vocab (`bool`, *optional*, defaults to `False`):
             Whether to minimise, at every state, the reverse KL of which the sampled loss is an estimate, over the whole
             vocabulary. Not in the paper.
+        allow_leaking_packing (`bool`, *optional*, defaults to `False`):
+            Whether to train a model that lets the sequences of a packed row see each other, as TRL does. By default such a model is
+            refused at the first packed batch, which is compared with one of its sequences alone.
 
     Raises:
         ValueError: A value out of its range, or fields that exclude one another.
@@ -73,8 +78,8 @@ class GKDConfig(GopdArguments, ObjectiveArguments, _compat.GKDConfig):
         default="chunked",
         metadata=described(
             "How the loss is computed: tile by tile without keeping logits (`chunked`), or by its formula on all logits "
-            "(`dense`). Both give the same losses and gradients; a model with an LM head of another kind gets its own logits computed "
-            "in both, and a warning says so.",
+            "(`dense`). Both give the same losses and gradients, up to rounding; `dense` with `objective: jsd` rounds as TRL does. A "
+            "model with an LM head of another kind gets its own logits computed in both, and a warning says so.",
             choices=["chunked", "dense"],
         ),
     )
@@ -113,4 +118,4 @@ class GKDConfig(GopdArguments, ObjectiveArguments, _compat.GKDConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        validate(self, gkd_rules)
+        validate(self, gkd_rules, packing_rules)

@@ -7,12 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import trl
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DataCollator,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -23,8 +21,10 @@ from hf_rb import _compat
 from hf_rb._fields import validate
 from hf_rb.ops import lm_head
 from hf_rb.ops.backbone import model_inputs, width_of
+from hf_rb.ops.generation import generation_config, own_distribution
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.ops.sequences import Sequences
+from hf_rb.ops.wide_head import wide_heads
 from hf_rb.teachers import CachedTeacher, Teacher, build_teacher
 from hf_rb.trainers._distillation import (
     build_rule,
@@ -37,8 +37,11 @@ from hf_rb.trainers._distillation import (
     log_token_metrics,
     sampled_stats,
 )
+from hf_rb.trainers._gkd_base import GKDBase
+from hf_rb.trainers._gkd_data import last_turn_as_completion, require_completion, with_empty_completion
 from hf_rb.trainers._gopd import given_reference, make_reference, share_vocabulary, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
+from hf_rb.trainers._packing import check_packing
 from hf_rb.trainers._rules import cache_rules
 from hf_rb.trainers.gkd_config import GKDConfig
 from hf_rb.trainers.token_samples import TokenStats
@@ -49,7 +52,7 @@ __all__ = ["GKDTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
+class GKDTrainer(TrainerMixin, GKDBase):
     """
     Trainer for distillation. Takes what TRL's `GKDTrainer` takes, and any data that [`SFTTrainer`] takes.
 
@@ -80,7 +83,8 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
 
     Raises:
         ValueError: No teacher, or more than one; a teacher with other tokens; a reference that cannot act; a prompt-learning adapter,
-            context or sequence parallelism, a `compute_loss_func`; images; data without anything to train on. In training: a loss that is not finite.
+            context or sequence parallelism, a `compute_loss_func`; images; data without anything to train on. In training: a loss that is not
+            finite, or a model that lets packed sequences see each other.
     """
 
     def __init__(
@@ -101,18 +105,13 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         self.teacher = _teacher(args, teacher, teacher_model)
         reference_model = given_reference(args, reference_model)
         self._has_prompts_only = False
-        # TRL's GKDTrainer would replace the preparation of the data and attach a teacher of the student's exact width.
-        trl.SFTTrainer.__init__(
-            self, model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
-        )
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         self._check_supported()
         self.lmbda, self.beta, self.seq_kd, self.temperature = args.lmbda, args.beta, args.seq_kd, args.temperature
         self._rule = build_rule(args)
         self._forward_redirection = _compat.ForwardRedirection()
         self._student_logits = LogitSource()
-        self.generation_kwargs = self._generation_kwargs()
-        self.generation_config = GenerationConfig(**self.generation_kwargs)
-
+        self.generation_config = generation_config(self.model, self._tokenizer, args.max_new_tokens, args.temperature)
         self.reference = make_reference(self, reference_model)
         if args.disable_dropout:
             _compat.disable_dropout_in_model(self.model)
@@ -139,21 +138,6 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
             raise ValueError("GKDTrainer trains on text, and the dataset has images. Remove the image columns.")
         self._check_sequences("GKDTrainer")
 
-    def _generation_kwargs(self) -> dict[str, Any]:
-        # Chat models may end a turn with several tokens, base models with one that their config does not know.
-        configured = self.model.generation_config.eos_token_id
-        configured = configured if isinstance(configured, list) else [configured]
-        stops = {token for token in [*configured, self._tokenizer.eos_token_id] if token is not None}
-        return {
-            "max_new_tokens": self.args.max_new_tokens,
-            "temperature": self.args.temperature,
-            "do_sample": True,
-            "top_k": 0,
-            "top_p": 1.0,
-            "pad_token_id": self._tokenizer.pad_token_id,
-            "eos_token_id": sorted(stops) or None,
-        }
-
     @property
     def _methods(self) -> list[str]:
         args, is_lora = self.args, hasattr(getattr(self, "model", None), "peft_config")
@@ -176,13 +160,13 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
                     "completions of the dataset. Add a column `completion`, or set `lmbda: 1.0`."
                 )
             self._has_prompts_only = True
-            dataset = dataset.map(_with_empty_completion)
+            dataset = dataset.map(with_empty_completion)
         elif has_prompt and isinstance(example.get("completion"), list):
-            dataset = dataset.map(_require_completion)
+            dataset = dataset.map(require_completion)
         elif has_messages and not args.assistant_only_loss and args.completion_only_loss is not False:
             # `conversations` with `from` and `value` too.
             dataset = dataset.map(
-                _last_turn_as_completion,
+                last_turn_as_completion,
                 remove_columns=[name for name in ("messages", "conversations") if name in example],
             )
         if args.completion_only_loss is None:
@@ -254,9 +238,9 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
             _compat.unwrap_model_for_generation(
                 writer,
                 self.accelerator,
-                generation_kwargs=self.generation_kwargs,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
+            own_distribution(model),
         ):
             # From the step and the prompts, so that processes draw independently and a resumed run as the first one did.
             key = (self.args.seed, self.state.global_step, [prompt.tolist() for prompt in prompts])
@@ -268,11 +252,6 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
 
     # Loss
 
-    def training_step(self, *args, **kwargs):
-        return trl.SFTTrainer.training_step(
-            self, *args, **kwargs
-        )  # TRL's GKDTrainer samples in it, after the labels are counted
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # G-OPD is about sampled tokens, and prompts alone have no others.
         if self.args.objective == "gopd" or self._has_prompts_only:
@@ -280,6 +259,7 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        check_packing(self, model, inputs)
         labels = self._trained_labels(inputs)
         keep = labels[:, 1:] != -100
         tokens = {"labels": labels[:, 1:][keep]}
@@ -353,18 +333,22 @@ class GKDTrainer(TrainerMixin, _compat.GKDTrainer):
         return parts + [replace(part, factor=(1 - scale) * part.factor) for part in self.reference.score(inputs, keep)]
 
     def _dense_loss(self, model, inputs, labels, keep, tokens, items):
-        shared = slice(self.teacher.vocabulary)
-        teacher_logits = self.teacher.logits(inputs)[..., shared]
-        if self.reference is not None:
-            reference_logits = self.reference.logits(inputs)[..., shared]
-        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        outputs = model(**model_inputs(inputs), use_cache=False, **router)
+        args, shared = self.args, slice(self.teacher.vocabulary)
+        is_trl = args.objective == "jsd" and args.kd_alpha == 1 and args.loca_alpha is None  # its logits too are TRL's
+        sources = [source for source in (self.teacher, self.reference) if hasattr(source, "model")]
+        models = [self.accelerator.unwrap_model(model), *(source.model for source in sources)]
+        with wide_heads(*([] if is_trl else models)):
+            teacher_logits = self.teacher.logits(inputs)[..., shared]
+            if self.reference is not None:
+                reference_logits = self.reference.logits(inputs)[..., shared]
+            router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+            outputs = model(**model_inputs(inputs), use_cache=False, **router)
         logits, aux_loss = outputs.logits[..., shared], outputs.aux_loss if router else None
 
         rows, teacher_rows = logits[:, :-1][keep], teacher_logits[:, :-1][keep]
         reference_rows = None if self.reference is None else reference_logits[:, :-1][keep]
         teacher_rows = compared_rows(self.args, teacher_rows, reference_rows, tokens)
-        if self.args.objective == "jsd" and self.args.kd_alpha == 1 and self.args.loca_alpha is None:
+        if is_trl:
             loss = self.generalized_jsd_loss(
                 logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:], self.beta, num_items_in_batch=items
             )
@@ -417,31 +401,6 @@ def _teacher(args: GKDConfig, teacher: Teacher | None, teacher_model: Any) -> Te
             "set `seq_kd: false`."
         )
     return teacher
-
-
-def _with_empty_completion(example: dict[str, Any]) -> dict[str, Any]:
-    is_text = isinstance(example["prompt"], str)
-    return {"completion": "" if is_text else [{"role": "assistant", "content": ""}]}
-
-
-def _require_completion(example: dict[str, Any]) -> dict[str, Any]:
-    if not example["completion"]:
-        raise ValueError(
-            "An example has a prompt and an empty `completion`, in which there is nothing to train on. Remove it, or set `lmbda: "
-            "1.0` and drop the column `completion`, so that the student writes all of them."
-        )
-    return {}
-
-
-def _last_turn_as_completion(example: dict[str, Any]) -> dict[str, Any]:
-    messages = trl.maybe_convert_to_chatml(dict(example))["messages"]
-    if not messages or messages[-1]["role"] != "assistant":
-        last = messages[-1]["role"] if messages else "missing"
-        raise ValueError(
-            f"The last turn of every conversation is trained on and must be the assistant's; one is {last}. Remove that example, "
-            "or set `assistant_only_loss: true` to train on every assistant turn."
-        )
-    return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
 def _prompts(inputs: Mapping[str, Any]) -> list[torch.Tensor]:

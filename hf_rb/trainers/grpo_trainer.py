@@ -17,6 +17,7 @@ from hf_rb.hub import METHODS
 from hf_rb.ops.backbone import recorded_hidden
 from hf_rb.rewards import EXTRACTORS, GOLD_COLUMNS
 from hf_rb.trainers import _hidden_align
+from hf_rb.trainers._generation import OwnDistributionMixin
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers._rules import grpo_warnings
 from hf_rb.trainers._shaping import ScoredGeneration, add_columns, columns_of, make_context, names_of_rewards
@@ -28,7 +29,7 @@ __all__ = ["GRPOTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
+class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
     r"""
     Trainer for GRPO with shaped advantages. Takes what [`~trl.GRPOTrainer`] takes; without shapers and auxiliary loss it is that
     trainer. Generation, tools, rewards, baselines and losses are the parent's in every case.

@@ -1,22 +1,24 @@
-"""Configuration of [`SFTTrainer`]: TRL's, with ProFit's fields."""
+"""Configuration of [`SFTTrainer`]: TRL's, with ProFit's fields and a word on packing."""
 
 from dataclasses import dataclass, field
 
 import trl
 
 from hf_rb._fields import described, validate
-from hf_rb.trainers._rules import profit_rules
+from hf_rb.trainers._arguments import PackingArguments
+from hf_rb.trainers._rules import packing_rules, profit_rules
 
 
 __all__ = ["SFTConfig"]
 
 
 @dataclass
-class SFTConfig(trl.SFTConfig):
+class SFTConfig(PackingArguments, trl.SFTConfig):
     r"""
     Configuration class for the [`SFTTrainer`].
 
-    Everything in [`~trl.SFTConfig`], and the fields below. Without `profit_threshold` the trainer is TRL's.
+    Everything in [`~trl.SFTConfig`], and the fields below. Without `profit_threshold` the trainer is TRL's, but for models that mix
+    packed sequences, see `allow_leaking_packing`.
 
     Parameters:
         profit_threshold (`float`, *optional*):
@@ -39,6 +41,9 @@ class SFTConfig(trl.SFTConfig):
             packing, every packed document is a sequence, unless `packing_strategy="wrapped"` has lost where they end:
             then every row is. `"kept"`: the number of kept labels (another method, with larger
             steps); needs one process and no gradient accumulation.
+        allow_leaking_packing (`bool`, *optional*, defaults to `False`):
+            Whether to train a model that lets the sequences of a packed row see each other, as TRL does. By default such a model is
+            refused at the first packed batch, which is compared with one of its sequences alone.
 
     Raises:
         ValueError: A value out of its range, or fields that exclude one another; ProFit also refuses `loss_type="dft"` and
@@ -80,7 +85,7 @@ class SFTConfig(trl.SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        validate(self, profit_rules)
+        validate(self, profit_rules, packing_rules)
         if self.profit_normalize == "kept" and self.world_size > 1:
             raise ValueError(
                 f"`profit_normalize: kept` needs one process, and there are {self.world_size}: no process knows how many "

@@ -15,6 +15,7 @@ from hf_rb.objectives import profit_mask
 from hf_rb.ops.backbone import model_inputs
 from hf_rb.ops.sequences import Sequences
 from hf_rb.trainers._mixin import TrainerMixin, own_config
+from hf_rb.trainers._packing import check_packing
 from hf_rb.trainers.sft_config import SFTConfig
 from hf_rb.trainers.token_samples import TokenStats, certainty
 
@@ -41,8 +42,11 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     - `profit/eos_kept_rate`, the share of end-of-sequence labels that pass. A base model may give its end-of-turn token a
       probability below the threshold: the gate then hides it forever, and the model does not learn to stop.
 
+    A model that lets the sequences of a packed row see each other is refused at the first packed batch, with or without flags, unless
+    `allow_leaking_packing` is set.
+
     Raises:
-        ValueError: With ProFit: a `compute_loss_func`, a prompt-learning adapter, context or sequence parallelism, or a model
+        ValueError: In training, a model that leaks between packed sequences. With ProFit: a `compute_loss_func`, a prompt-learning adapter, context or sequence parallelism, or a model
             that TRL trains without a token count when `profit_normalize="sequence"`.
     """
 
@@ -81,6 +85,10 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         return [] if self.args.profit_threshold is None else ["profit"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mask = inputs.get(
+            "attention_mask"
+        )  # which TRL hands to the model beside `position_ids`, if a collator made both
+        check_packing(self, model, inputs, **({} if mask is None else {"attention_mask": mask}))
         if self.args.profit_threshold is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 

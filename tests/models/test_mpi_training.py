@@ -38,6 +38,7 @@ from hf_rb.models.mpi import apply_mpi, fold_mpi
 from hf_rb.models.mpi.callbacks import MPICallback
 from hf_rb.models.mpi.conversion import routers
 from hf_rb.scripts import sft
+from hf_rb.trainers._audit import audit
 from hf_rb.trainers._routers import add_router_doctor
 
 
@@ -164,19 +165,85 @@ def test_a_trainer_without_an_auxiliary_loss_says_so(tokenizer, tmp_path, caplog
     assert "DistillationTrainer has no auxiliary loss" in caplog.text
 
 
-@pytest.mark.parametrize("loss_impl", ["chunked", "dense"])
-def test_gkd_trains_with_the_same_auxiliary_loss(tokenizer, tmp_path, loss_impl):
-    model = mixture()
-    start = copy.deepcopy(model)
-    args = GKDConfig(str(tmp_path), objective="forward_kl", lmbda=0.0, loss_impl=loss_impl, learning_rate=0.0, **RUN)
-    trainer = GKDTrainer(
-        model, teacher_model=str(tiny.path("teacher")), args=args, train_dataset=rows(), processing_class=tokenizer
+def make_trainer(kind, model, tokenizer, folder, **fields):
+    """Any of the four trainers, with a recipe of its own for the fields that it alone has."""
+    run, teacher = RUN | fields, {"teacher_model": str(tiny.path("teacher"))}
+    if kind == "sft":
+        return SFTTrainer(model, args=SFTConfig(str(folder), **run), train_dataset=rows(), processing_class=tokenizer)
+    if kind == "gkd":
+        args = GKDConfig(str(folder), objective="forward_kl", lmbda=0.0, **run)
+        return GKDTrainer(model, args=args, train_dataset=rows(), processing_class=tokenizer, **teacher)
+    del run["max_length"]
+    prompts = {"train_dataset": rows(config="prompt_only"), "processing_class": tokenizer}
+    if kind == "distillation":
+        args = DistillationConfig(str(folder), max_completion_length=8, **run)
+        return DistillationTrainer(model, args=args, **teacher, **prompts)
+    args = GRPOConfig(str(folder), num_generations=4, max_completion_length=8, **run)
+    return GRPOTrainer(
+        model, lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids], args, **prompts
     )
+
+
+TRAINERS = ("sft", "gkd", "distillation", "grpo")
+
+
+def aux_losses(trainer):
     trainer.train()
-    logged = trainer.state.log_history[0]["aux_loss"]
-    batch = batch_of(trainer)
-    assert logged == pytest.approx(expected_aux(start, batch, "sequence"), rel=1e-4)
-    assert "gkd" in trainer._tag_names and "mpi" in trainer._tag_names
+    return [entry["aux_loss"] for entry in trainer.state.log_history if "aux_loss" in entry]
+
+
+@pytest.mark.parametrize("kind", ["sequence", "hf"])
+@pytest.mark.parametrize("mpi", [True, False], ids=["mpi", "native"])
+def test_gkd_trains_with_the_auxiliary_loss_of_sft(tokenizer, tmp_path, mpi, kind):
+    def start():
+        model = mixture(mpi)
+        model.config.lb_type = kind
+        return model
+
+    trainer = make_trainer("sft", start(), tokenizer, tmp_path, learning_rate=0.0)
+    expected = aux_losses(trainer)
+    if mpi or kind == "hf":  # transformers knows no other
+        assert expected == pytest.approx([expected_aux(start(), batch_of(trainer), kind)], rel=1e-4)
+    for loss_impl in ("chunked", "dense"):
+        trainer = make_trainer("gkd", start(), tokenizer, tmp_path, learning_rate=0.0, loss_impl=loss_impl)
+        assert aux_losses(trainer) == pytest.approx(expected, rel=1e-5), loss_impl
+        assert "gkd" in trainer._tag_names and ("mpi" in trainer._tag_names) == mpi
+
+
+def test_the_balance_loss_of_gkd_has_one_gradient(tokenizer, tmp_path):
+    """In both paths, of a native mixture with a large weight and without any learning from the teacher in the routers' way."""
+    gradients = []
+    for loss_impl in ("chunked", "dense"):
+        model = mixture(mpi=False, router_aux_loss_coef=10.0)
+        model.config.lb_type = "sequence"
+        trainer = make_trainer("gkd", model, tokenizer, tmp_path, loss_impl=loss_impl)
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        trainer.compute_loss(trainer.model.train(), batch).backward()
+        gradients.append([layer.mlp.gate.weight.grad for layer in model.model.layers])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_the_audit_compares_the_balance_loss(tokenizer, tmp_path):
+    def found(break_it):
+        model = mixture(mpi=False)
+        model.config.lb_type = "sequence"
+        trainer = make_trainer("gkd", model, tokenizer, tmp_path)
+        if break_it:  # transformers' own loss in the dense path, as without the set-up of the routers
+            model.forward = type(model).forward.__get__(model)
+        (one,) = (one for one in audit(trainer, batches=1) if one.path == "balance loss")
+        assert not trainer.aux_loss_enabled and trainer.router_aux_loss_coef == 0.001
+        return max(one.loss, one.gradient)
+
+    assert found(break_it=False) < 1e-4  # what `hf-rb audit` accepts
+    assert found(break_it=True) > 1e-2
+
+
+def test_gkd_refuses_an_auxiliary_loss_that_cannot_act(tokenizer, tmp_path):
+    model = mixture(mpi=False)
+    model.config.lb_type = "sequence"
+    model.config.z_loss_coef, model.config.router_aux_loss_coef = 0.1, 0.0
+    with pytest.raises(ValueError, match="z_loss_coef=0.1 cannot act"):
+        make_trainer("gkd", model, tokenizer, tmp_path)
 
 
 def test_grpo_trains_routers_and_experts(tokenizer, tmp_path):
@@ -200,23 +267,25 @@ def test_grpo_trains_routers_and_experts(tokenizer, tmp_path):
         assert not torch.equal(before.experts.gate_up_proj, after.experts.gate_up_proj)
 
 
-def test_in_place_routers_are_iterated_by_our_trainers(tokenizer, tmp_path):
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_in_place_routers_are_iterated_by_our_trainers(tokenizer, tmp_path, kind):
     model = mixture(mpi_mode="inplace")
-    trainer = train_sft(model, tokenizer, tmp_path, learning_rate=1e-3)
+    trainer = make_trainer(kind, model, tokenizer, tmp_path, learning_rate=1e-3)
+    trainer.train()
     assert sum(isinstance(one, MPICallback) for one in trainer.callback_handler.callbacks) == 1
     for layer in routers(model):
         assert layer.learned.detach().norm(dim=-1).tolist() == pytest.approx(
             [1.0] * 4, rel=1e-5
         )  # C' / sqrt(N) = 2 / 2
         assert torch.equal(layer.weight(), layer.learned)
-    assert not any(
-        isinstance(one, MPICallback) for one in train_sft(mixture(), tokenizer, tmp_path).callback_handler.callbacks
-    )
+    plain = make_trainer(kind, mixture(), tokenizer, tmp_path)
+    assert not any(isinstance(one, MPICallback) for one in plain.callback_handler.callbacks)
 
 
-def test_a_ramp_moves_on_with_the_optimizer(tokenizer, tmp_path):
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_ramp_moves_on_with_the_optimizer(tokenizer, tmp_path, kind):
     model = apply_mpi(mixture(mpi=False), ramp_steps=4)
-    train_sft(model, tokenizer, tmp_path, max_steps=3, per_device_train_batch_size=1)
+    make_trainer(kind, model, tokenizer, tmp_path, max_steps=3).train()
     assert [layer.mpi.steps.item() for layer in routers(model)] == [3, 3]
 
 

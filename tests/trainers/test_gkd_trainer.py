@@ -629,3 +629,26 @@ def test_flags_name_the_card(make, tmp_path, caplog):
         trainer.create_model_card()
     text = (tmp_path / "output" / "README.md").read_text()
     assert "2604.20244" in text and "GKDTrainer" in text
+
+
+def test_a_conversation_without_a_turn_before_the_answer_is_named(make):
+    """TRL's `apply_chat_template` has an IndexError for it."""
+    answer = {"role": "assistant", "content": "Hello, how may I help?"}
+    message = "no turn before the assistant's 'Hello, how may I help\\?'.*Put a user's turn before it, or remove"
+    good = [{"role": "user", "content": "Hi"}, answer]
+    for rows in (
+        [{"messages": good}, {"messages": [answer]}],
+        [{"prompt": good[:1], "completion": [answer]}, {"prompt": [], "completion": [answer]}],
+        [{"conversations": [{"from": "assistant", "value": answer["content"]}]}],
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(Dataset.from_list(rows))
+    with pytest.raises(ValueError, match="no turn before the assistant's ''"):
+        make(Dataset.from_list([{"prompt": good[:1]}, {"prompt": []}]), lmbda=1.0)
+    make(Dataset.from_list([{"messages": [answer]}]), assistant_only_loss=True)
+
+
+def test_stop_tokens_are_those_of_the_model_in_its_order(make, student):
+    model = AutoModelForCausalLM.from_pretrained(student)
+    model.generation_config.eos_token_id = [7, 3, 2]
+    assert make(model=model).generation_config.eos_token_id == [7, 3, 2]

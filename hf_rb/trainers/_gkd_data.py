@@ -1,0 +1,58 @@
+"""The layouts of data that GKD takes beside SFT's, made into prompts and completions: functions of one example for `Dataset.map`."""
+
+from typing import Any
+
+import trl
+
+
+__all__ = ["last_turn_as_completion", "require_completion", "with_empty_completion"]
+
+
+def with_empty_completion(example: dict[str, Any]) -> dict[str, Any]:
+    """Returns the completion of an example that has a prompt alone."""
+    if isinstance(example["prompt"], str):
+        return {"completion": ""}
+    _require_prompt(example["prompt"], "")
+    return {"completion": [{"role": "assistant", "content": ""}]}
+
+
+def require_completion(example: dict[str, Any]) -> dict[str, Any]:
+    """
+    Changes nothing.
+
+    Raises:
+        ValueError: There is nothing to train on, or no turn before it.
+    """
+    if not example["completion"]:
+        raise ValueError(
+            "An example has a prompt and an empty `completion`, in which there is nothing to train on. Remove it, or set `lmbda: "
+            "1.0` and drop the column `completion`, so that the student writes all of them."
+        )
+    _require_prompt(example["prompt"], example["completion"][0].get("content"))
+    return {}
+
+
+def last_turn_as_completion(example: dict[str, Any]) -> dict[str, Any]:
+    """
+    Returns prompt and completion of a conversation in `messages` or `conversations`.
+
+    Raises:
+        ValueError: The last turn is not the assistant's, or the only one.
+    """
+    messages = trl.maybe_convert_to_chatml(dict(example))["messages"]
+    if not messages or messages[-1]["role"] != "assistant":
+        last = messages[-1]["role"] if messages else "missing"
+        raise ValueError(
+            f"The last turn of every conversation is trained on and must be the assistant's; one is {last}. Remove that example, "
+            "or set `assistant_only_loss: true` to train on every assistant turn."
+        )
+    _require_prompt(messages[:-1], messages[-1].get("content"))
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def _require_prompt(prompt: list[dict[str, Any]] | str, completion: Any) -> None:
+    if not isinstance(prompt, str) and not prompt:
+        raise ValueError(
+            f"A conversation has no turn before the assistant's {str(completion or '')[:60]!r}, and without a prompt there is nothing that "
+            "it completes. Put a user's turn before it, or remove that example."
+        )
