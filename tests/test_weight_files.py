@@ -207,8 +207,8 @@ def test_every_reader_reads_what_from_pretrained_loads(tmp_path, make):
 
     uploaded = tmp_path / "uploaded"
     uploaded.mkdir()
-    for name in plan_upload(folder).files:
-        shutil.copy(folder / name, uploaded)
+    for name, path in plan_upload(folder).paths.items():
+        shutil.copy(path, uploaded / name)
     assert_same(loaded(uploaded), reference)
     read = find_weights(folder)
     stale = {path.name for path in folder.glob("*.safetensors")} - {path.name for path in read.files}
