@@ -105,6 +105,7 @@ TABLE: dict[str, Entry] = {
     "BaseTuner.__init__": Entry(
         "peft.tuners.tuners_utils", "BaseTuner.__init__", ("model", "peft_config", "adapter_name")
     ),
+    "skip_init_on_device": Entry("peft.utils.integrations", "skip_init_on_device", ("func",)),
     "ModulesToSaveWrapper.update": Entry("peft.utils.other", "ModulesToSaveWrapper.update", ("adapter_name",)),
     "LoraModel._create_new_module": Entry(
         "peft.tuners.lora.model", "LoraModel._create_new_module", ("lora_config", "adapter_name", "target", "kwargs")

@@ -145,6 +145,7 @@ def _guard_trained_modules(other: ModuleType) -> None:
     if update.__module__ == __name__:
         return
 
+    @wraps(update, assigned=("__doc__", "__name__", "__qualname__"))
     def update_module(self: Any, *args, **kwargs) -> None:
         if any(_is_packed(module) for module in self.original_module.modules()):
             import_module("hf_rb.quantizers.trial").check_trained_module(self.original_module)

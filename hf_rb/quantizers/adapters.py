@@ -75,7 +75,9 @@ def dispatch(config: Any, adapter_name: str, target: nn.Module, **kwargs) -> nn.
     if parameter is None:
         return None
     if config.use_dora:
-        raise PlainWeightsNeeded("DoRA needs the norms of the plain weights, and those of experts are packed: write `use_dora=False`.")
+        raise PlainWeightsNeeded(
+            "DoRA needs the norms of the plain weights, and those of experts are packed: write `use_dora=False`."
+        )
     if isinstance(base, nn.Linear):
         raise PlainWeightsNeeded(
             f"`target_parameters` adds to the plain weights, and those of {kwargs.get('target_name', parameter)} are packed: "

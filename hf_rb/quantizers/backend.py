@@ -100,7 +100,10 @@ class PackingQuantizer(HfQuantizer):
     # What is quantized.
 
     def preprocess_model(self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs) -> None:
-        strategy, self.checkpoint_files = getattr(self.quantization_config, self.per_layer), kwargs.get("checkpoint_files")
+        strategy, self.checkpoint_files = (
+            getattr(self.quantization_config, self.per_layer),
+            kwargs.get("checkpoint_files"),
+        )
         if isinstance(strategy, str):
             found = allocate_layers(self.per_layer, strategy, model, self.checkpoint_files)
             setattr(self.quantization_config, self.per_layer, {layer.name: layer.given for layer in found})
@@ -259,7 +262,16 @@ class PackingQuantizer(HfQuantizer):
                 loaded = parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
                 if not loaded and not module.is_packed(name):
                     self.missing.add(f"{prefix}.{name}")
-        self.failures += [f"{name}: not in the checkpoint." for name in sorted(self.missing)]
+        if missing := sorted(self.missing):
+            first, more = f"{missing[0]}: not in the checkpoint", len(missing) - 1
+            others = (
+                f", nor are {more} more of {type(model).__name__}; is it the checkpoint of another class?"
+                if more > 3
+                else "."
+            )
+            self.failures += [first + others] + [
+                f"{name}: not in the checkpoint." for name in missing[1:] if more <= 3
+            ]
         if self.failures:
             raise ValueError("\n".join(self.failures))
         for _, module in packed:

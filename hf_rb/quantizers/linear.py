@@ -50,7 +50,9 @@ def is_linear_map(module: nn.Module) -> bool:
         return torch.randn(shape, generator=draws, dtype=torch.float64, device="cpu")
 
     trial = copy.copy(module)
-    trial.__dict__ |= {name: sizes[value] for name, value in vars(module).items() if type(value) is int and value in sizes}
+    trial.__dict__ |= {
+        name: sizes[value] for name, value in vars(module).items() if type(value) is int and value in sizes
+    }
     matrix = random(*(sizes[size] for size in weight.shape))
     bias = random(sizes[features(module)[1]]) if "bias" in own else None
     trial._parameters = {name: value for name, value in (("weight", matrix), ("bias", bias))}

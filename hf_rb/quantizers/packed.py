@@ -78,7 +78,9 @@ class PackedModule(nn.Module):
         number = 0
         for name, layout in self.layouts.items():
             packed = getattr(self, name)
-            held = [one for one in (packed, *self.companions(name).values()) if one.requires_grad or not only_trainable]
+            held = [
+                one for one in (packed, *self.companions(name).values()) if one.requires_grad or not only_trainable
+            ]
             number -= sum(one.numel() for one in held)
             number += 0 if only_trainable else packed.shape[:-1].numel() * layout.in_features
         return number

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_rb import _compat
 from hf_rb.quantizers.adapters import PlainWeightsNeeded
 from hf_rb.quantizers.packed import PackedLinear
 
@@ -22,7 +23,14 @@ __all__ = ["check_adapter", "check_trained_module"]
 TOLERANCE = 1e-3  # of float32 sums over some ten thousand inputs, by another order
 # What of a configuration is about the other modules of a model, and what it is for one layer.
 ALONE = dict.fromkeys(
-    ("exclude_modules", "layer_replication", "layers_to_transform", "modules_to_save", "target_parameters", "trainable_token_indices")
+    (
+        "exclude_modules",
+        "layer_replication",
+        "layers_to_transform",
+        "modules_to_save",
+        "target_parameters",
+        "trainable_token_indices",
+    )
 )
 ALONE |= {"target_modules": ["layer"]}
 
@@ -47,18 +55,22 @@ def check_adapter(tuner: nn.Module, config: Any, model: nn.Module, target: str |
     Raises:
         PlainWeightsNeeded: The layer is packed, and the adapter does other things on it than on an ordinary layer.
     """
-    named = ((name, base_of(part)) for name, part in model.named_modules() if target in (None, name.rpartition(".")[2]))
+    named = (
+        (name, base_of(part)) for name, part in model.named_modules() if target in (None, name.rpartition(".")[2])
+    )
     name, base = next(((name, base) for name, base in named if isinstance(base, PackedLinear)), (None, None))
     if base is None or tuner in _on_trial:
         return
     passed = _passed.setdefault(tuner, [])
     if any(one() is config and kind is type(base) for one, kind in passed):
         return
-    twin = _copy(base)
-    plain, packed = (_outcome(type(tuner), config, layer) for layer in (twin.plain(), twin))
+    # PEFT may be making a model without memory (`low_cpu_mem_usage`).
+    plain, packed = _compat.skip_init_on_device(_outcomes)(type(tuner), config, base)
     if isinstance(packed, PlainWeightsNeeded):
         raise packed
-    same = _same(plain, packed) if isinstance(plain, Tensor) and isinstance(packed, Tensor) else str(plain) == str(packed)
+    same = (
+        _same(plain, packed) if isinstance(plain, Tensor) and isinstance(packed, Tensor) else str(plain) == str(packed)
+    )
     if not same:
         raise PlainWeightsNeeded(
             f"{type(config).__name__} as given cannot be attached to {name}, which is packed: it works with the plain weights. "
@@ -92,12 +104,17 @@ def _copy(base: PackedLinear) -> PackedLinear:
     return twin
 
 
+def _outcomes(kind: type, config: Any, base: PackedLinear) -> list[Tensor | Exception]:
+    twin = _copy(base)
+    return [_outcome(kind, config, layer) for layer in (twin.plain(), twin)]
+
+
 def _outcome(kind: type, config: Any, layer: nn.Module) -> Tensor | Exception:
     """Returns the output of a layer that a new tuner has adapted, or the error that came instead."""
     holder, config, draws = nn.Module(), copy.copy(config), torch.Generator().manual_seed(0)
     holder.layer = layer
     vars(config).update({name: value for name, value in ALONE.items() if hasattr(config, name)})
-    input = torch.randn(2, layer.in_features, generator=draws)
+    input = torch.randn(2, layer.in_features, generator=draws, dtype=torch.float32)
     tuner = kind.__new__(kind)
     _on_trial.add(tuner)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -108,8 +125,10 @@ def _outcome(kind: type, config: Any, layer: nn.Module) -> Tensor | Exception:
             adapted = holder.layer.float().eval()
             with torch.no_grad():
                 for name, parameter in adapted.named_parameters():
-                    if parameter.requires_grad and not name.startswith("base_layer."):  # most begin where nothing changes
-                        parameter += 0.1 * torch.randn(parameter.shape, generator=draws)
+                    if parameter.requires_grad and not name.startswith(
+                        "base_layer."
+                    ):  # most begin where nothing changes
+                        parameter += 0.1 * torch.randn(parameter.shape, generator=draws, dtype=torch.float32)
                 return adapted(input)
         except Exception as error:
             return error

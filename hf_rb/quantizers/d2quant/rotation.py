@@ -182,7 +182,10 @@ def _is_rms_norm(norm: nn.Module, hidden: int) -> bool:
         return False
     # On the CPU with weights of its own: those of the model may not be there yet, or be such that kinds of norms agree.
     draws, trial = torch.Generator().manual_seed(0), copy.copy(norm)
-    gain, inputs = (torch.randn(shape, generator=draws, device="cpu") for shape in ((hidden,), (4, hidden)))
+    options = dict(
+        generator=draws, dtype=torch.float32, device="cpu"
+    )  # while a model is made, the defaults are its own
+    gain, inputs = torch.randn(hidden, **options), torch.randn(4, hidden, **options)
     inputs[0] += 1  # a mean that a LayerNorm would take away
     trial._parameters = {"weight": gain}
     expected = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + epsilon) * gain
