@@ -262,16 +262,13 @@ class PackingQuantizer(HfQuantizer):
                 loaded = parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
                 if not loaded and not module.is_packed(name):
                     self.missing.add(f"{prefix}.{name}")
-        if missing := sorted(self.missing):
-            first, more = f"{missing[0]}: not in the checkpoint", len(missing) - 1
-            others = (
-                f", nor are {more} more of {type(model).__name__}; is it the checkpoint of another class?"
-                if more > 3
-                else "."
+        missing = sorted(self.missing)
+        if len(missing) > 1 and self.missing >= self.layouts.keys():
+            raise ValueError(
+                f"{missing[0]}: not in the checkpoint, nor are {len(missing) - 1} more of {type(model).__name__}; is it the checkpoint "
+                "of another class?"
             )
-            self.failures += [first + others] + [
-                f"{name}: not in the checkpoint." for name in missing[1:] if more <= 3
-            ]
+        self.failures += [f"{name}: not in the checkpoint." for name in missing]
         if self.failures:
             raise ValueError("\n".join(self.failures))
         for _, module in packed:

@@ -214,7 +214,10 @@ def test_progress(data, tmp_path, capsys, monkeypatch):
         (["--dataset", "tiny:math", "--planes", "3"], "this method has `bits` (`--bits`)."),
         (["--dataset", "no/such/texts.txt"], "`dataset` names 'no/such/texts.txt', which does not exist"),
         (["--dataset", "tiny:math", "--seqlen", "1025"], "longer than the 1024 positions"),
-        (["--dataset", "tiny:math", "--num-samples", "100000"], "Give more text, or write `num_samples="),
+        (
+            ["--dataset", "tiny:math", "--num-samples", "100000", "--seqlen", "1024"],
+            "Give more text, or write `num_samples=",
+        ),
     ],
 )
 def test_bad_arguments(tmp_path, capsys, arguments, message):

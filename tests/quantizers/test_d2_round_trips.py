@@ -379,7 +379,10 @@ def test_damaged_files(make_model, tmp_path, suffix, damage, message, dequantize
     [
         (dict(bits_per_layer={"_proj": 3}), "'_proj' matches no module of Qwen3ForCausalLM; did you mean 'down_proj'"),
         (dict(bits_per_layer={"lm_head": 3}), "`bits_per_layer` has 'lm_head', which matches nothing"),
-        (dict(modules_to_not_convert=["model"]), "no `nn.Linear` to quantize"),
+        (
+            dict(modules_to_not_convert=["model"]),
+            "nothing to quantize in Qwen3ForCausalLM: its weights are in 15 Linear, 1 Embedding",
+        ),
         (dict(dequantize=True), "`dequantize=True` is for loading a D²Quant checkpoint"),
     ],
 )
