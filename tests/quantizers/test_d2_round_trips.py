@@ -270,6 +270,7 @@ def test_corrections_of_a_llama_have_a_place(make_model, tmp_path, monkeypatch, 
     dequantize_checkpoint(tmp_path / "one", tmp_path / "folder")
     stored = tensors(tmp_path / "folder")
     assert stored["model.layers.0.mlp.up_proj.bias"].any() and not stored["model.layers.0.mlp.down_proj.bias"].any()
+    caplog.clear()
     logging.enable_propagation()
     load(tmp_path / "one", back()).save_pretrained(tmp_path / "plain")
     model.dequantize()
