@@ -40,6 +40,7 @@ from hf_rb.quantizers.d2quant import absorption, gptq, rotation
 from hf_rb.quantizers.d2quant.biases import set_bias
 from hf_rb.quantizers.d2quant.block import Block, Decoder
 from hf_rb.quantizers.d2quant.calibration import calibration_tokens, load_tokenizer, token_fingerprint
+from hf_rb.quantizers.d2quant.checks import warn_of_few
 from hf_rb.quantizers.d2quant.config import D2QuantConfig
 from hf_rb.quantizers.d2quant.dac import MeanShift, fold
 from hf_rb.quantizers.d2quant.dsq import DualCodes
@@ -49,7 +50,7 @@ from hf_rb.quantizers.d2quant.linear import D2QuantLinear
 from hf_rb.quantizers.report import BlockReport, LayerReport, Report
 
 
-__all__ = ["check_model", "check_packable", "quantize_model"]
+__all__ = ["quantize_model"]
 
 logger = logging.get_logger(__name__)
 
@@ -91,7 +92,7 @@ def quantize_model(
         raise ValueError(
             f"The calibration text has the token id {largest}, and the model's embeddings {rows} rows: give the model's own `tokenizer`."
         )
-    _warn_of_few(tokens.numel(), model, packable)
+    warn_of_few(tokens.numel(), model, packable)
     training = model.training
     model.eval()
     with _unfinished(model, config, tokens) as folder:
@@ -102,57 +103,11 @@ def quantize_model(
     model.train(training)
 
 
-def check_model(model: PreTrainedModel, config: D2QuantConfig) -> None:
-    """
-    Refuses what cannot be calibrated. The weights may be on the meta device.
-
-    Raises:
-        ValueError: The model cannot be rotated, has no list of decoder layers or fewer positions than `config.seqlen`.
-    """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.seqlen
-    if config.seqlen > positions:
-        raise ValueError(f"`seqlen={config.seqlen}` is longer than the {positions} positions of the model.")
-    Decoder(model)
-    if config.rotate:
-        rotation.check(model, config.rotation_block)
-
-
-def check_packable(model: PreTrainedModel, packable: Iterable[str]) -> None:
-    """
-    Refuses layers that calibration does not know.
-
-    Raises:
-        ValueError: Experts are fused, or a layer has another class.
-    """
-    modules = dict(model.named_modules())
-    for name in packable:
-        if name not in modules:
-            raise ValueError(
-                f"{name} holds fused experts, each of which sees too few of the calibration tokens for a Hessian. Use "
-                f"`backend='rtn'`, or leave them as they are with `modules_to_not_convert=[{name.split('.')[-2]!r}]`."
-            )
-        if not isinstance(modules[name], nn.Linear):
-            raise ValueError(
-                f"{name} of {type(model).__name__} is a {type(modules[name]).__name__}, and calibration knows layers of `nn.Linear` "
-                "only. Use `backend='rtn'`, which needs no calibration."
-            )
-
-
 def _check_loaded(model: PreTrainedModel) -> None:
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(
             f"{missing[0]} is not in memory, and calibration runs the model. Load it without offloading to disk: leave out "
             "`device_map` or give it more memory; or use `backend='rtn'`, which quantizes while it loads."
-        )
-
-
-def _warn_of_few(tokens: int, model: PreTrainedModel, packable: Iterable[str]) -> None:
-    widths = {name: model.get_submodule(name).in_features for name in packable}
-    widest = max(widths, key=widths.get)
-    if tokens < widths[widest]:
-        logger.warning(
-            f"The calibration text has {tokens:,} tokens, fewer than the {widths[widest]:,} inputs of {widest}: its Hessian has no "
-            "full rank, and the quantized weights lean on the damping. Raise `num_samples` or `seqlen`."
         )
 
 

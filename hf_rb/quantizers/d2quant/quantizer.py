@@ -58,7 +58,7 @@ class D2QuantQuantizer(PackingQuantizer):
 
     def preprocess_model(self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs) -> None:
         if self.calibrates and isinstance(self.quantization_config.bits_per_layer, str):  # which reads all weights
-            from hf_rb.quantizers.d2quant.pipeline import check_model
+            from hf_rb.quantizers.d2quant.checks import check_model
 
             check_model(model, self.quantization_config)
         super().preprocess_model(model, dtype=dtype, **kwargs)
@@ -70,7 +70,7 @@ class D2QuantQuantizer(PackingQuantizer):
                 self._plan(name, module, weights)
             if not self.packable:
                 raise ValueError(nothing_to_pack(model, self))
-            from hf_rb.quantizers.d2quant.pipeline import check_model, check_packable
+            from hf_rb.quantizers.d2quant.checks import check_model, check_packable
 
             check_packable(model, self.packable)
             check_model(model, self.quantization_config)
