@@ -101,6 +101,16 @@ TABLE: dict[str, Entry] = {
     "prepare_deepspeed": Entry("trl.models", "prepare_deepspeed", ("model", "accelerator")),
     # Where an adapter is made and merged, and the one for parameters (hf_rb/_registration.py, hf_rb/quantizers/adapters.py).
     "BaseTuner._check_merge_allowed": Entry("peft.tuners.tuners_utils", "BaseTuner._check_merge_allowed"),
+    "BaseTuner._check_target_module_compatiblity": Entry(
+        "peft.tuners.tuners_utils",
+        "BaseTuner._check_target_module_compatiblity",
+        ("peft_config", "model", "target_name"),
+    ),
+    "BaseTuner.__init__": Entry(
+        "peft.tuners.tuners_utils", "BaseTuner.__init__", ("model", "peft_config", "adapter_name")
+    ),
+    "skip_init_on_device": Entry("peft.utils.integrations", "skip_init_on_device", ("func",)),
+    "ModulesToSaveWrapper.update": Entry("peft.utils.other", "ModulesToSaveWrapper.update", ("adapter_name",)),
     "LoraModel._create_new_module": Entry(
         "peft.tuners.lora.model", "LoraModel._create_new_module", ("lora_config", "adapter_name", "target", "kwargs")
     ),
@@ -114,6 +124,7 @@ TABLE: dict[str, Entry] = {
     # What a quantizer does to a tensor while it loads, and how it names modules (hf_rb/quantizers).
     "ConversionOps": Entry("transformers.core_model_loading", "ConversionOps"),
     "IdentityOp": Entry("transformers.core_model_loading", "_IdentityOp"),
+    "load_state_dict": Entry("transformers.modeling_utils", "load_state_dict", ("checkpoint_file", "map_location")),
     "load_offloaded_parameter": Entry(
         "transformers.integrations.accelerate", "load_offloaded_parameter", ("model", "param_name")
     ),
@@ -121,6 +132,10 @@ TABLE: dict[str, Entry] = {
     "Concatenate": Entry("transformers.core_model_loading", "Concatenate", ("dim",)),
     "MergeModulelist": Entry("transformers.core_model_loading", "MergeModulelist", ("dim",)),
     "PreTrainedModel._from_config": Entry("transformers", "PreTrainedModel._from_config", ("config",)),
+    # Where a model's parameters are counted (hf_rb/_registration.py).
+    "PreTrainedModel.num_parameters": Entry(
+        "transformers", "PreTrainedModel.num_parameters", ("only_trainable", "exclude_embeddings")
+    ),
     "PreTrainedModel._get_dtype_plan": Entry("transformers", "PreTrainedModel._get_dtype_plan", ("dtype",)),
     "WeightConverter": Entry("transformers.core_model_loading", "WeightConverter"),
     "WeightRenaming": Entry("transformers.core_model_loading", "WeightRenaming"),

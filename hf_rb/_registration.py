@@ -6,6 +6,7 @@ would break the library's import, so it is kept, and `require` raises it when a 
 """
 
 from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -110,22 +111,81 @@ def _guard_merge(tuners: ModuleType) -> None:
     tuners.BaseTuner._check_merge_allowed = check_merge_allowed
 
 
+def _guard_adapters(tuners: ModuleType) -> None:
+    # What adapters of every kind ask of each layer before they are put on it.
+    check, init = map(_compat.resolve, ("BaseTuner._check_target_module_compatiblity", "BaseTuner.__init__"))
+    if check.__module__ == __name__:
+        return
+
+    def check_adapter(self: Any, config: Any, model: Any, *target: str) -> None:
+        if any(_is_packed(module) for module in model.modules()):
+            import_module("hf_rb.quantizers.trial").check_adapter(self, config, model, *target)
+
+    def check_target_module(self: Any, peft_config: Any, model: Any, target_name: str) -> None:
+        check(self, peft_config, model, target_name)
+        check_adapter(self, peft_config, model, target_name)
+
+    @wraps(init)
+    def initialize(self: Any, model: Any, peft_config: Any, adapter_name: str, *args, **kwargs) -> None:
+        try:
+            init(self, model, peft_config, adapter_name, *args, **kwargs)
+        except (ImportError, ValueError):
+            raise
+        except Exception:  # some look at the weights before they ask
+            check_adapter(self, self.peft_config[adapter_name], model)
+            raise
+
+    tuners.BaseTuner._check_target_module_compatiblity = check_target_module
+    tuners.BaseTuner.__init__ = initialize
+
+
+def _guard_trained_modules(other: ModuleType) -> None:
+    # Where PEFT copies a module that is to be trained as a whole.
+    update = _compat.resolve("ModulesToSaveWrapper.update")
+    if update.__module__ == __name__:
+        return
+
+    @wraps(update, assigned=("__doc__", "__name__", "__qualname__"))
+    def update_module(self: Any, *args, **kwargs) -> None:
+        if any(_is_packed(module) for module in self.original_module.modules()):
+            import_module("hf_rb.quantizers.trial").check_trained_module(self.original_module)
+        update(self, *args, **kwargs)
+
+    other.ModulesToSaveWrapper.update = update_module
+
+
+def _count_packed(modeling: ModuleType) -> None:
+    count = _compat.resolve("PreTrainedModel.num_parameters")
+    if count.__module__ == __name__:
+        return
+
+    @wraps(count, assigned=("__doc__", "__name__", "__qualname__"))
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        hidden = (module.uncounted(only_trainable) for module in self.modules() if _is_packed(module))
+        return count(self, only_trainable, exclude_embeddings) + sum(hidden)
+
+    modeling.PreTrainedModel.num_parameters = num_parameters
+
+
 def _is_packed(module: Any) -> bool:
     return type(module).__module__.startswith("hf_rb.quantizers.") and hasattr(module, "layouts")
 
 
-_HOOKS: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.models.auto.configuration_auto": _register_models,
-    "transformers.quantizers.auto": _register_quantizers,
-    "peft.tuners.lora.model": _register_lora,
-    "peft.tuners.tuners_utils": _guard_merge,
+_HOOKS: dict[str, tuple[Callable[[ModuleType], None], ...]] = {
+    "transformers.models.auto.configuration_auto": (_register_models,),
+    "transformers.modeling_utils": (_count_packed,),
+    "transformers.quantizers.auto": (_register_quantizers,),
+    "peft.tuners.lora.model": (_register_lora,),
+    "peft.tuners.tuners_utils": (_guard_merge, _guard_adapters),
+    "peft.utils.other": (_guard_trained_modules,),
 }
 
 
 def register() -> None:
     """Installs the hooks. Installing them again replaces what is registered by the same."""
-    for module, hook in _HOOKS.items():
-        when_imported(module)(_guarded(module, hook))
+    for module, hooks in _HOOKS.items():
+        for hook in hooks:
+            when_imported(module)(_guarded(module, hook))
 
 
 def _guarded(name: str, hook: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:

@@ -52,10 +52,11 @@ def unfinished(work: Path, state: dict[str, dict[str, Any]], resume: bool, logge
         ValueError: The unfinished work is another one, or another process is at it.
     """
     state = json.loads(json.dumps(state))
+    created = not work.exists()
     work.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(work / LOCK, timeout=0):
-            if resume and (work / STATE).is_file():
+            if resume and (work / STATE).is_file() and _has_work(work):
                 _compare(json.loads((work / STATE).read_text(encoding="utf-8")), state, work)
             else:
                 (work / STATE).unlink(missing_ok=True)  # first: what is left without it means nothing
@@ -68,7 +69,10 @@ def unfinished(work: Path, state: dict[str, dict[str, Any]], resume: bool, logge
             try:
                 yield
             except BaseException:
-                logger.warning(f"What is done is kept in {work}; the same call goes on from there.")
+                if _has_work(work):
+                    logger.warning(f"What is done is kept in {work}; the same call goes on from there.")
+                elif created:
+                    finish(work)  # a call that was refused leaves nothing
                 raise
     except Timeout:
         raise ValueError(
@@ -80,6 +84,11 @@ def finish(work: Path) -> None:
     """Removes the folder when its result has got its name. Call it within [`unfinished`]."""
     (work / STATE).unlink()
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _has_work(work: Path) -> bool:
+    """Whether anything is done."""
+    return any(path.is_file() and path.name not in (STATE, LOCK) for path in work.rglob("*"))
 
 
 def _compare(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], work: Path) -> None:

@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from hf_rb import _compat
 
 
-__all__ = ["ParamWrapper", "check_merge", "dispatch"]
+__all__ = ["ParamWrapper", "PlainWeightsNeeded", "check_merge", "dispatch"]
 
-# Ways to initialize LoRA that leave the base weights alone.
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+# Ways to initialize LoRA that leave the base weights alone. "orthogonal" is none: it takes over their type.
+PLAIN_INITS = (True, False, "gaussian", "eva")
+
+
+class PlainWeightsNeeded(ValueError):
+    """Says that an adapter cannot work on packed weights."""
 
 
 class ParamWrapper(_compat.ParamWrapper):  # the name by which PEFT knows what may be nested
@@ -57,23 +61,25 @@ def dispatch(config: Any, adapter_name: str, target: nn.Module, **kwargs) -> nn.
     Makes a LoRA layer for a packed module, or leaves it to PEFT where its own layer will do.
 
     Raises:
-        ValueError: There is no such adapter for packed weights.
+        PlainWeightsNeeded: There is no such adapter for packed weights.
     """
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     parameter = kwargs.get("parameter_name")
     if parameter is not None and parameter not in base.layouts:
         return None
-    if config.use_dora:
-        raise ValueError("DoRA needs the norms of the plain weights, and these are packed: write `use_dora=False`.")
     if config.init_lora_weights not in PLAIN_INITS:
-        raise ValueError(
+        raise PlainWeightsNeeded(
             f"`init_lora_weights={config.init_lora_weights!r}` starts from the plain weights, and these are packed: write "
             "`init_lora_weights=True`, or call `model.dequantize()` first."
         )
     if parameter is None:
         return None
+    if config.use_dora:
+        raise PlainWeightsNeeded(
+            "DoRA needs the norms of the plain weights, and those of experts are packed: write `use_dora=False`."
+        )
     if isinstance(base, nn.Linear):
-        raise ValueError(
+        raise PlainWeightsNeeded(
             f"`target_parameters` adds to the plain weights, and those of {kwargs.get('target_name', parameter)} are packed: "
             "name the layer in `target_modules`."
         )

@@ -24,9 +24,10 @@ from hf_rb.quantizers.baseline import rtn
 from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.conversion import Conversions
 from hf_rb.quantizers.kernels.layout import Layout
+from hf_rb.quantizers.linear import is_transposed
 from hf_rb.quantizers.packed import PackedModule
 from hf_rb.quantizers.report import LayerReport, Report
-from hf_rb.quantizers.selection import packable
+from hf_rb.quantizers.selection import nothing_to_pack, packable
 
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class PackingQuantizer(HfQuantizer):
         self.failures: list[str] = []
         self.layouts: dict[str, Layout] = {}  # by the full name of a packed parameter
         self.missing: set[str] = set()
+        self.checkpoint_files: list[str] | None = None
         if quantization_config.dequantize and not self.pre_quantized:
             raise ValueError(
                 f"`dequantize=True` is for loading a {quantization_config.method} checkpoint, and this one is not quantized. "
@@ -98,9 +100,12 @@ class PackingQuantizer(HfQuantizer):
     # What is quantized.
 
     def preprocess_model(self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs) -> None:
-        strategy = getattr(self.quantization_config, self.per_layer)
+        strategy, self.checkpoint_files = (
+            getattr(self.quantization_config, self.per_layer),
+            kwargs.get("checkpoint_files"),
+        )
         if isinstance(strategy, str):
-            found = allocate_layers(self.per_layer, strategy, model, kwargs.get("checkpoint_files"))
+            found = allocate_layers(self.per_layer, strategy, model, self.checkpoint_files)
             setattr(self.quantization_config, self.per_layer, {layer.name: layer.given for layer in found})
             self.report.allocation = found
         super().preprocess_model(model, dtype=dtype, **kwargs)
@@ -122,8 +127,7 @@ class PackingQuantizer(HfQuantizer):
                 packed._is_hf_initialized = True  # bytes cannot be initialized; what is missing is reported
                 model.set_submodule(name, packed)
         if not self.layouts:
-            seen = sum(1 for _ in model.modules())
-            raise ValueError(f"There is no `nn.Linear` to quantize in {type(model).__name__}: {seen} modules seen.")
+            raise ValueError(nothing_to_pack(model, self))
         if not self.pre_quantized:
             self.missing = set(self.layouts)
         return model
@@ -206,7 +210,7 @@ class PackingQuantizer(HfQuantizer):
         if weight not in getattr(module, "layouts", ()):
             return {name: tensor}
         expected = (*getattr(module, weight).shape[:-1], module.layouts[weight].in_features)
-        if tensor.ndim == 3 and (module.is_transposed or tensor.shape != expected):
+        if module.is_transposed or (tensor.ndim == 3 and tensor.shape != expected):
             tensor = tensor.mT
         if tensor.shape != expected:
             raise ValueError(f"The checkpoint's weight has shape {tuple(tensor.shape)}, expected {expected}.")
@@ -258,7 +262,13 @@ class PackingQuantizer(HfQuantizer):
                 loaded = parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
                 if not loaded and not module.is_packed(name):
                     self.missing.add(f"{prefix}.{name}")
-        self.failures += [f"{name}: not in the checkpoint." for name in sorted(self.missing)]
+        missing = sorted(self.missing)
+        if len(missing) > 1 and self.missing >= self.layouts.keys():
+            raise ValueError(
+                f"{missing[0]}: not in the checkpoint, nor are {len(missing) - 1} more of {type(model).__name__}; is it the checkpoint "
+                "of another class?"
+            )
+        self.failures += [f"{name}: not in the checkpoint." for name in missing]
         if self.failures:
             raise ValueError("\n".join(self.failures))
         for _, module in packed:
@@ -305,6 +315,11 @@ class PackingQuantizer(HfQuantizer):
             # Below an adapter what was frozen stays frozen.
             plain.requires_grad_(not name.endswith(".base_layer"))
             model.set_submodule(name, plain)
+            if name.endswith(".base_layer") and is_transposed(plain):
+                # The adapter was made for rows of outputs.
+                for part in model.get_submodule(name.removesuffix(".base_layer")).modules():
+                    if hasattr(part, "fan_in_fan_out"):
+                        part.fan_in_fan_out = True
         model._weight_conversions = self.plain_conversions
         return model
 

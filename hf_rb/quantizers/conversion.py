@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hf_rb import _compat
+from hf_rb.quantizers.linear import is_transposed
 
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ class _Dequantize(_FromPacked):
             tensors = self.parts(input_dict, full_layer_name, weight)[""]
             ((_, value),) = self.run(tensors, full_layer_name, **kwargs).items()
             value = _single(value)
-            if getattr(model.get_submodule(full_layer_name.rpartition(".")[0]), "is_transposed", False):
+            if is_transposed(model.get_submodule(full_layer_name.rpartition(".")[0])):
                 value = value.mT.contiguous()
             _check_shape(value, target.shape)
         except (ValueError, RuntimeError, MemoryError) as error:

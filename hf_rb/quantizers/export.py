@@ -140,6 +140,10 @@ def export_gptq(
                 f"{name} belongs to a mixture of experts; transformers loads no experts from GPTQ's format. Write an ordinary "
                 "model with `hf-rb dequantize`."
             )
+        if weight.transposed:
+            raise ValueError(
+                f"{name} belongs to a Conv1D, which few loaders of GPTQ's format know. Write an ordinary model with `hf-rb dequantize`."
+            )
         if any(size % CODES_PER_WORD for size in weight.shape):
             raise ValueError(
                 f"{name} is {weight.shape[0]} x {weight.shape[1]}; GPTQ packs {CODES_PER_WORD} codes a word in both directions. "
@@ -191,14 +195,16 @@ class _PackedModel:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         find = ParameterNames(model)
         quantizer = self.quantizer = AutoHfQuantizer.from_config(self.config, pre_quantized=True)
-        quantizer.preprocess_model(model=model, dtype=self.dtype, device_map=None)
+        files = [str(file) for file in self.checkpoint.files]
+        quantizer.preprocess_model(model=model, dtype=self.dtype, device_map=None, checkpoint_files=files)
         self.weights: dict[str, _Packed] = {}
         for name, entry in self.checkpoint.entries.items():
             parameter = next(iter(find(name)[0]), None)
             if parameter in quantizer.layouts:
-                transposed = len(entry.shape) == 3 and model.get_submodule(parameter.rpartition(".")[0]).is_transposed
-                layout = quantizer.layouts[parameter]
-                shape = self.shapes[parameter] if len(entry.shape) == 3 else (entry.shape[0], layout.in_features)
+                owner, layout = model.get_submodule(parameter.rpartition(".")[0]), quantizer.layouts[parameter]
+                transposed = owner.is_transposed and len(entry.shape) == len(self.shapes[parameter])
+                whole = len(entry.shape) == 3 or transposed
+                shape = self.shapes[parameter] if whole else (entry.shape[0], layout.in_features)
                 self.weights[name] = _Packed(parameter, layout, shape, transposed)
         self._check(quantizer.layouts)
 

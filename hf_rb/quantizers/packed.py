@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_rb._fields import value_problem
 from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels.layout import Layout
+from hf_rb.quantizers.linear import is_transposed
 
 
 __all__ = ["PackedLinear", "PackedModule"]
@@ -71,6 +72,18 @@ class PackedModule(nn.Module):
             return kernels.dequantize(packed, beside["_scale"], self.layouts[name], dtype)
         weight = kernels.dequantize(packed, beside["_scale"], self.layouts[name], torch.float32)
         return (weight * beside["_column"][..., None, :]).to(dtype)
+
+    def uncounted(self, only_trainable: bool = False) -> int:
+        """Returns how many more weights this module stands for than its packed parameters have elements."""
+        number = 0
+        for name, layout in self.layouts.items():
+            packed = getattr(self, name)
+            held = [
+                one for one in (packed, *self.companions(name).values()) if one.requires_grad or not only_trainable
+            ]
+            number -= sum(one.numel() for one in held)
+            number += 0 if only_trainable else packed.shape[:-1].numel() * layout.in_features
+        return number
 
     def restore_scales(self) -> None:
         """Makes the scales float16 again, which `prepare_model_for_kbit_training` of PEFT casts to float32."""
@@ -141,18 +154,35 @@ class PackedLinear(PackedModule, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.layout = layout
         self.layouts = {"weight": layout}
+        self.is_transposed = False
+        self.plain_class, self.plain_attributes = nn.Linear, {"in_features": in_features, "out_features": out_features}
         self.activations = activations
         self.add_packed("weight", (out_features,), layout, device, column)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    def stand_in_for(self, module: nn.Module) -> "PackedLinear":
+        """Remembers the class of an ordinary layer, which [`~PackedLinear.plain`] gives back, and returns this layer."""
+        blank = vars(nn.Module())
+        self.plain_class, self.is_transposed = type(module), is_transposed(module)
+        self.plain_attributes = {name: value for name, value in vars(module).items() if name not in blank}
+        return self
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the weight `(out_features, in_features)`."""
         return self.unpacked("weight", dtype)
 
-    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """Returns an ordinary layer."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.dequantize(dtype))
+    @property
+    def W_q(self) -> nn.Parameter:
+        """The packed weight, by the name that tells PEFT to ask [`~PackedLinear.dequantize`] for the numbers."""
+        return self.weight
+
+    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Returns an ordinary layer, of the class for which this one stands."""
+        linear = self.plain_class.__new__(self.plain_class)
+        nn.Module.__init__(linear)
+        linear.__dict__ |= self.plain_attributes
+        weight = self.dequantize(dtype)
+        linear.weight = nn.Parameter(weight.T.contiguous() if self.is_transposed else weight)
         linear.bias = self.bias
         return linear.train(self.training)
 

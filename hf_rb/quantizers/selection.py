@@ -1,6 +1,7 @@
 """Which parts of a model are packed."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, TypeVar
@@ -12,12 +13,14 @@ from transformers.utils import logging
 from hf_rb import _compat
 from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.experts import fused_experts, projections
+from hf_rb.quantizers.heads import heads, packed_parameters
+from hf_rb.quantizers.linear import LINEAR, is_linear_map
 
 
 if TYPE_CHECKING:
     from hf_rb.quantizers.backend import PackingQuantizer
 
-__all__ = ["packable", "setting"]
+__all__ = ["nothing_to_pack", "packable", "setting"]
 
 logger = logging.get_logger(__name__)
 
@@ -35,10 +38,10 @@ def packable(model: nn.Module, quantizer: "PackingQuantizer") -> Iterator[tuple[
     weights = [f"{name}.{weight}" for name in experts for weight in experts[name]]
     settings = getattr(config, quantizer.per_layer) or {}
     if not quantizer.pre_quantized:
-        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        linear = [name for name, module in modules.items() if isinstance(module, LINEAR)]
         patterns = [*_skips(config), *settings]
         _check_patterns(patterns, [*modules, *weights], [*linear, *weights], type(model).__name__)
-    stays = _stays(model, quantizer)
+    stays, in_doubt = _stays(model, quantizer), _in_doubt(model, quantizer)
     unknown, packed = {}, []
     for name, module in modules.items():
         if name in experts:
@@ -50,9 +53,9 @@ def packable(model: nn.Module, quantizer: "PackingQuantizer") -> Iterator[tuple[
             if chosen:
                 packed += [name, *(f"{name}.{weight}" for weight in chosen)]
                 yield name, module, chosen
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, LINEAR):
             router = name.rpartition(".")[0] in blocks or "router" in name
-            if router or stays(name) or type(module) is not nn.Linear:  # a subclass computes something else
+            if router or stays(name) or not is_linear_map(module) or in_doubt(name, module):
                 skipped.append(name)
                 continue
             packed.append(name)
@@ -92,6 +95,39 @@ def _stays(model: nn.Module, quantizer: "PackingQuantizer") -> Callable[[str], b
         not name.startswith(inside)
         or not _compat.should_convert_module(name, skip)
         or any(_means(pattern, name) for pattern in patterns)
+    )
+
+
+def _in_doubt(model: nn.Module, quantizer: "PackingQuantizer") -> Callable[[str, nn.Module], bool]:
+    """
+    Returns whether a linear layer stays as it is for being a head, or for having been left out by an earlier version.
+
+    Earlier versions packed some heads, and no layer of a subclass: there the files of a quantized checkpoint say what is packed.
+    """
+    inside, files, stored = heads(model), quantizer.checkpoint_files, None
+
+    def stays(name: str, module: nn.Module) -> bool:
+        nonlocal stored
+        is_head = any(f"{name}.".startswith(f"{head}.") for head in inside)
+        if not quantizer.pre_quantized or not files:
+            return is_head
+        if not is_head and type(module) is nn.Linear:
+            return False
+        stored = packed_parameters(model, files) if stored is None else stored
+        return f"{name}.weight" not in stored
+
+    return stays
+
+
+def nothing_to_pack(model: nn.Module, quantizer: "PackingQuantizer") -> str:
+    """Says why there is nothing to quantize in a model, and what it has."""
+    holders = [module for module in model.modules() if any(p.ndim > 1 for p in module.parameters(recurse=False))]
+    seen = Counter(type(module).__name__ for module in holders).most_common()
+    method, left = quantizer.quantization_config.method, len(quantizer.report.skipped)
+    return (
+        f"There is nothing to quantize in {type(model).__name__}: its weights are in {', '.join(f'{n} {kind}' for kind, n in seen)}. "
+        f"{method} packs layers that compute what `nn.Linear` does, Conv1D of GPT-2 and fused experts; heads, routers and "
+        f"`modules_to_not_convert` stay as they are ({left} here)."
     )
 
 

@@ -284,7 +284,9 @@ class _Plan:
         module = self.model.get_submodule(job.parameter.rpartition(".")[0])
         if len(job.entry.shape) < 3:
             place = Place(job.expert, job.part * job.entry.shape[0], lambda other: self._read(other, job.expert))
-            return self.quantizer.quantize_tensor(job.parameter, module, job.entry.read().to(job.dtype), place)
+            matrix = job.entry.read().to(job.dtype)
+            matrix = matrix.T if matrix.ndim == 2 and module.is_transposed else matrix
+            return self.quantizer.quantize_tensor(job.parameter, module, matrix, place)
         # The experts of a layer in one tensor, (experts, out, in) or (experts, in, out).
         experts = []
         for index in range(job.entry.shape[0]):
@@ -298,9 +300,7 @@ class _Plan:
         """Returns the matrix of another parameter, or that of one of its experts."""
         jobs = self.by_parameter[parameter]
         job = next((job for job in jobs if job.expert == expert), jobs[0])
-        if len(job.entry.shape) < 3:
-            return job.entry.read().to(job.dtype)
-        matrix = job.entry.read(expert).to(job.dtype)
+        matrix = job.entry.read(*[expert] * (len(job.entry.shape) == 3)).to(job.dtype)
         return matrix.T if self.model.get_submodule(parameter.rpartition(".")[0]).is_transposed else matrix
 
     def report(self, work: Path) -> Report:

@@ -1,9 +1,41 @@
 """Texts that a user names, for calibration and for perplexity."""
 
+import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
-__all__ = ["read_texts"]
+__all__ = ["check_texts", "read_texts"]
+
+
+def check_texts(data: str) -> None:
+    """
+    Refuses a JSON-lines file whose first row has no column `text`, without reading the others or importing anything.
+
+    Args:
+        data (`str`):
+            As in [`read_texts`]. Of anything but a JSON-lines file nothing is said.
+
+    Raises:
+        ValueError: No column `text`.
+    """
+    if data.endswith((".jsonl", ".json")) and os.path.isfile(data):
+        with open(data, encoding="utf-8") as lines:
+            try:
+                row = json.loads(next((line for line in lines if line.strip()), "null"))
+            except ValueError:  # not one row a line: `read_texts` tells
+                return
+        if isinstance(row, dict):
+            _check_columns(data, row)
+
+
+def _check_columns(data: str, columns: Iterable[str]) -> None:
+    if "text" not in columns:
+        raise ValueError(
+            f"{data} has the columns {', '.join(columns)}; one called `text` is needed: rename the one to read, or give the texts as a "
+            "list (`dataset=[...]`)."
+        )
 
 
 def read_texts(data: str, split: str) -> list[str]:
@@ -37,8 +69,7 @@ def read_texts(data: str, split: str) -> list[str]:
         else:
             name, _, config = data.partition(":")
             rows = load_dataset(name, config or None, split=split)
-        if "text" not in rows.column_names:
-            raise ValueError(f"{data} has the columns {', '.join(rows.column_names)}; one called `text` is needed.")
+        _check_columns(data, rows.column_names)
         texts = list(rows["text"])
         if others := [(row, text) for row, text in enumerate(texts) if not isinstance(text, str)]:
             raise ValueError(f"The column `text` of {data} has {others[0][1]!r} in row {others[0][0]}; expected text.")

@@ -312,15 +312,35 @@ def test_fused_experts(make_moe):
         load(make_moe("qwen3_moe"), config(rotate=False))
 
 
-def test_rotation_of_an_unknown_architecture(tmp_path):
+def test_a_model_that_cannot_be_rotated_is_not_loaded(tmp_path, monkeypatch):
     OPTForCausalLM(OPTConfig(hidden_size=64, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4)).save_pretrained(
         tmp_path
     )
-    with pytest.raises(ValueError, match="Use `rotate=False`"):
-        load(tmp_path, config())
+
+    def loads(*_, **__):
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr("transformers.PreTrainedModel._load_pretrained_model", loads)
+    monkeypatch.setattr(pipeline, "calibration_tokens", loads)
+    for options in (dict(), dict(bits_per_layer="nsds:3.0")):
+        with pytest.raises(ValueError, match="Use `rotate=False`"):
+            load(tmp_path, config(resume_dir=str(tmp_path / "work"), **options))
+    with pytest.raises(ValueError, match="`seqlen=4096` is longer than the 2048 positions"):
+        load(tmp_path, config(rotate=False, seqlen=4096, resume_dir=str(tmp_path / "work")))
+    assert not (tmp_path / "work").exists()
 
 
 def test_fewer_tokens_than_columns(make_model, caplog):
     """The Hessian has no full rank; damping makes up for it."""
+    logging.enable_propagation()
     model = load(make_model("llama"), config(num_samples=1, seqlen=8, batch_size=1))
     assert logits(model).isfinite().all()
+    (warning,) = [text for text in caplog.messages if "fewer than" in text]
+    assert warning.startswith(
+        "The calibration text has 8 tokens, fewer than the 192 inputs of model.layers.0.self_attn.q_proj"
+    )
+    assert "Raise `num_samples` or `seqlen`" in warning
+    caplog.clear()
+    load(make_model("llama"), config(num_samples=6, seqlen=32))  # just as many
+    logging.disable_propagation()
+    assert not [text for text in caplog.messages if "fewer than" in text]

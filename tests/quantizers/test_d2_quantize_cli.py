@@ -3,13 +3,15 @@
 import argparse
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
 from hf_rb import D2QuantConfig, tiny
 from hf_rb._resources import resource_folder
@@ -75,6 +77,59 @@ def test_killed_and_resumed(data, tmp_path, capsys, monkeypatch):
     assert quantize("tiny:student", out, *arguments, "--seed", 5) == 2
     assert "calibration tokens was" in capsys.readouterr().err
     assert quantize("tiny:student", out, *arguments) == 0 and not kept.exists()
+
+
+def test_the_advice_of_a_refusal_works(data, tmp_path, capsys):
+    """In the same destination, also where an older version has left a folder with nothing done in it."""
+    source, out, partial = tmp_path / "gemma", tmp_path / "out", tmp_path / ".out.partial"
+    sizes = dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny.resolve("tiny:student"))
+    config = GemmaConfig(**sizes, head_dim=32, vocab_size=len(tokenizer), pad_token_id=None)
+    GemmaForCausalLM(config).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    arguments = source, out, "--dataset", data, *SMALL
+    assert quantize(*arguments) == 2
+    printed = capsys.readouterr().err
+    assert "GemmaForCausalLM is none" in printed and "(`--no-rotate`)" in printed and "What is done" not in printed
+    assert not partial.exists() and not out.exists()
+    partial.mkdir()
+    (partial / "state.json").write_text(json.dumps({"files": {}, "options": {"rotate": "block_hadamard"}}))
+    assert quantize(*arguments, "--no-rotate") == 0 and out.is_dir() and not partial.exists()
+
+
+def test_a_run_that_fails_before_anything_is_done_leaves_no_folder(data, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("no memory")
+
+    monkeypatch.setattr(pipeline.rotation, "fuse_and_rotate", fail)
+    assert quantize("tiny:student", tmp_path / "out", "--dataset", data, *SMALL) == 2
+    assert "no memory" in (printed := capsys.readouterr().err) and "What is done" not in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"private"}
+
+
+def test_missing_columns_cost_no_torch(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "?", "answer": "!"}) + "\n")
+    program = (
+        "import sys; from hf_rb.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(9 if 'torch' in sys.modules else code)"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        *"quantize tiny:student out --method d2quant --dataset".split(),
+        str(rows),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "has the columns question, answer; one called `text` is needed: rename" in result.stderr
+    with pytest.raises(ValueError, match="has the columns question, answer"):  # from Python, too, before the model
+        AutoModelForCausalLM.from_pretrained(
+            tiny.resolve("tiny:student"), quantization_config=D2QuantConfig(dataset=str(rows))
+        )
 
 
 def test_the_recipe_runs(tmp_path, capsys, monkeypatch):
@@ -159,7 +214,10 @@ def test_progress(data, tmp_path, capsys, monkeypatch):
         (["--dataset", "tiny:math", "--planes", "3"], "this method has `bits` (`--bits`)."),
         (["--dataset", "no/such/texts.txt"], "`dataset` names 'no/such/texts.txt', which does not exist"),
         (["--dataset", "tiny:math", "--seqlen", "1025"], "longer than the 1024 positions"),
-        (["--dataset", "tiny:math", "--num-samples", "100000"], "Give more text, or write `num_samples="),
+        (
+            ["--dataset", "tiny:math", "--num-samples", "100000", "--seqlen", "1024"],
+            "Give more text, or write `num_samples=",
+        ),
     ],
 )
 def test_bad_arguments(tmp_path, capsys, arguments, message):

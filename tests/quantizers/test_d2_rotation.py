@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from hf_rb.quantizers.d2quant.rotation import fuse_and_rotate, fuse_norms, hadamard, resolve_block, untie
+from hf_rb.quantizers.d2quant.rotation import check, fuse_and_rotate, fuse_norms, hadamard, resolve_block, untie
 
 
 SIZES = dict(hidden_size=96, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -133,3 +133,15 @@ def test_refuses_what_it_does_not_know(kind, options, reason):
     with pytest.raises(ValueError, match=f"in the manner of Llama(?s:.*){reason}(?s:.*)`rotate=False`"):
         fuse_and_rotate(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.device("meta"):  # the same answer before there are weights
+        skeleton = type(model)(model.config)
+    with pytest.raises(ValueError, match=f"in the manner of Llama(?s:.*){reason}"):
+        check(skeleton)
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_a_skeleton_tells_what_can_be_rotated(kind, options):
+    model = build(kind, torch.float32, **options).to("meta")
+    check(model)
+    with pytest.raises(ValueError, match="power of two that divides"):
+        check(model, 3)

@@ -270,6 +270,7 @@ def test_corrections_of_a_llama_have_a_place(make_model, tmp_path, monkeypatch, 
     dequantize_checkpoint(tmp_path / "one", tmp_path / "folder")
     stored = tensors(tmp_path / "folder")
     assert stored["model.layers.0.mlp.up_proj.bias"].any() and not stored["model.layers.0.mlp.down_proj.bias"].any()
+    caplog.clear()
     logging.enable_propagation()
     load(tmp_path / "one", back()).save_pretrained(tmp_path / "plain")
     model.dequantize()
@@ -379,7 +380,10 @@ def test_damaged_files(make_model, tmp_path, suffix, damage, message, dequantize
     [
         (dict(bits_per_layer={"_proj": 3}), "'_proj' matches no module of Qwen3ForCausalLM; did you mean 'down_proj'"),
         (dict(bits_per_layer={"lm_head": 3}), "`bits_per_layer` has 'lm_head', which matches nothing"),
-        (dict(modules_to_not_convert=["model"]), "no `nn.Linear` to quantize"),
+        (
+            dict(modules_to_not_convert=["model"]),
+            "nothing to quantize in Qwen3ForCausalLM: its weights are in 15 Linear, 1 Embedding",
+        ),
         (dict(dequantize=True), "`dequantize=True` is for loading a D²Quant checkpoint"),
     ],
 )

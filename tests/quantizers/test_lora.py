@@ -108,8 +108,8 @@ def test_no_other_adapter_is_merged_either(base):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(use_dora=True), "write `use_dora=False`"),
         (dict(init_lora_weights="pissa"), "'pissa'` starts from the plain weights"),
+        (dict(init_lora_weights="orthogonal"), "'orthogonal'` starts from the plain weights"),
     ],
 )
 def test_adapters_that_need_the_plain_weights(base, options, message):
@@ -132,17 +132,35 @@ def test_gradient_checkpointing(base):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-def test_gradients_are_those_of_the_plain_model(base):
-    model = adapted(base)
+@pytest.mark.parametrize("dora", [False, True])
+def test_gradients_are_those_of_the_plain_model(base, dora):
+    model = adapted(base, use_dora=dora)
+    values = logits(model)
     model(INPUT, labels=INPUT).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model.dequantize()
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected.keys()
+    torch.testing.assert_close(logits(model), values, atol=1e-4, rtol=1e-4)
     model(INPUT, labels=INPUT).loss.backward()
     for name, parameter in model.named_parameters():
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-3)
+    assert len(expected) == 14 * (3 if dora else 2)
+
+
+def test_dora_saves_loads_and_is_not_merged(base, folder, tmp_path):
+    model = adapted(base, use_dora=True)
+    losses = train(model, 4)
+    assert losses[-1] < losses[0] - 0.1
+    expected = logits(model)
+    with pytest.raises(ValueError, match="dequantize first"):
+        model.merge_and_unload()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(folder), tmp_path)
+    assert torch.equal(logits(again), expected)
+    again.dequantize()
+    torch.testing.assert_close(logits(again.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_prepared_for_kbit_training(base, tmp_path):
@@ -197,6 +215,11 @@ def test_experts_that_were_left_out(make_moe):
     model = get_peft_model(model, LoraConfig(target_parameters=["experts.gate_up_proj"], r=2))
     losses = train(model, 4)
     assert losses[-1] < losses[0]
+
+
+def test_no_dora_on_experts(make_moe):
+    with pytest.raises(ValueError, match="DoRA needs the norms .* of experts are packed: write `use_dora=False`"):
+        adapted(load(make_moe("qwen3_moe")), target_parameters=["experts.gate_up_proj"], use_dora=True)
 
 
 def test_a_packed_layer_as_a_parameter(base):

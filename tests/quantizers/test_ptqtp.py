@@ -463,7 +463,7 @@ def test_no_memory_names_the_layer(make_model, monkeypatch):
         (dict(planes_per_layer={"norm": 3}), "'norm', which matches nothing"),
         (dict(planes_per_layer={"q_proj": 3}, quantize_qk=False), "'q_proj', which matches nothing"),
         (dict(dequantize=True), "`dequantize=True` is for loading a PTQTP checkpoint"),
-        (dict(modules_to_not_convert=["model"]), "no `nn.Linear` to quantize"),
+        (dict(modules_to_not_convert=["model"]), "nothing to quantize in Qwen3ForCausalLM: its weights are in 15 Linear, 1 Embedding"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_act(make_model, options, message):

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from hf_rb.quantizers.d2quant.packing import is_dual, scale_rows
 from hf_rb.quantizers.experts import projections
+from hf_rb.quantizers.linear import LINEAR, features
 from hf_rb.quantizers.packed import PackedModule
 
 
@@ -159,15 +160,15 @@ def _search(model: nn.Module) -> Iterator[Pair | tuple[str, str]]:
 
 
 def _layers(name: str, module: nn.Module) -> Pair | tuple[str, str] | None:
-    linear = {child: layer for child, layer in module.named_children() if isinstance(layer, nn.Linear)}
+    linear = {child: layer for child, layer in module.named_children() if isinstance(layer, LINEAR)}
     for down, partners in NAMES.items():
-        inner = linear[down].in_features if down in linear else 0
-        known = [up for up in partners if up in linear and linear[up].out_features in (inner, 2 * inner)]
+        inner = _sizes(linear[down])[0] if down in linear else 0
+        known = [up for up in partners if up in linear and _sizes(linear[up])[1] in (inner, 2 * inner)]
         if not known:
             continue
         prefix = f"{name}." if name else ""
         for up in known:
-            fused = linear[up].out_features != inner
+            fused = _sizes(linear[up])[1] != inner
             for rows in _halves(inner) if fused else [slice(None)]:
                 small = [part for part, whole in zip(_halves(INNER), _halves(inner), strict=True) if whole == rows]
                 if _is_pair(module, linear, down, up, small[0] if fused else rows):
@@ -191,6 +192,11 @@ def _experts(name: str, experts: nn.Module) -> Pair | tuple[str, str]:
         if _scales(between, width, small):
             return Pair(down, up, rows)
     return down, _reason(experts, "gate_up_proj" if experts.has_gate else "up_proj")
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """Returns the sizes of the input and the output of a linear layer, before or after quantization."""
+    return (layer.in_features, layer.out_features) if isinstance(layer, PackedModule) else features(layer)
 
 
 def _halves(inner: int) -> list[slice]:
@@ -217,7 +223,7 @@ def _is_pair(module: nn.Module, linear: dict[str, nn.Linear], down: str, up: str
         activations = [getattr(module, name) for name in ACTIVATIONS if hasattr(module, name)]
         return len(activations) == 1 and _scales(activations[0], INNER, slice(None))
     generator = torch.Generator().manual_seed(0)
-    trial, inner = copy.copy(module), linear[down].in_features
+    trial, inner = copy.copy(module), _sizes(linear[down])[0]
     trial.training, trial._modules = False, {}
     for name, child in module.named_children():
         trial._modules[name] = _small(child, name == down, inner, generator) if name in linear else _still(child)
@@ -239,7 +245,7 @@ def _is_pair(module: nn.Module, linear: dict[str, nn.Linear], down: str, up: str
 
 def _small(layer: nn.Linear, is_down: bool, inner: int, generator: torch.Generator) -> nn.Linear:
     sizes = {inner: INNER, 2 * inner: 2 * INNER}
-    size = (INNER, HIDDEN) if is_down else (HIDDEN, sizes.get(layer.out_features, HIDDEN))
+    size = (INNER, HIDDEN) if is_down else (HIDDEN, sizes.get(_sizes(layer)[1], HIDDEN))
     small = nn.Linear(*size, layer.bias is not None, dtype=torch.float64).requires_grad_(False)
     for parameter in small.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))

@@ -40,6 +40,7 @@ from hf_rb.quantizers.d2quant import absorption, gptq, rotation
 from hf_rb.quantizers.d2quant.biases import set_bias
 from hf_rb.quantizers.d2quant.block import Block, Decoder
 from hf_rb.quantizers.d2quant.calibration import calibration_tokens, load_tokenizer, token_fingerprint
+from hf_rb.quantizers.d2quant.checks import warn_of_few
 from hf_rb.quantizers.d2quant.config import D2QuantConfig
 from hf_rb.quantizers.d2quant.dac import MeanShift, fold
 from hf_rb.quantizers.d2quant.dsq import DualCodes
@@ -82,18 +83,16 @@ def quantize_model(
 
     Raises:
         FileNotFoundError: There is no such calibration file.
-        ValueError: Weights are not in memory, experts are fused, the calibration text is empty or too short, an activation
-            is not finite, a Hessian cannot be factored, or unfinished work in `config.resume_dir` is of another run.
+        ValueError: Weights are not in memory, the calibration text is empty or too short, an activation is not finite, a
+            Hessian cannot be factored, or unfinished work in `config.resume_dir` is of another run.
     """
-    _check(model, packable)
+    _check_loaded(model)
     tokens = calibration_tokens(config, load_tokenizer(config, model), report)
     if (largest := int(tokens.max())) >= (rows := model.get_input_embeddings().num_embeddings):
         raise ValueError(
             f"The calibration text has the token id {largest}, and the model's embeddings {rows} rows: give the model's own `tokenizer`."
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.seqlen
-    if config.seqlen > positions:
-        raise ValueError(f"`seqlen={config.seqlen}` is longer than the {positions} positions of the model.")
+    warn_of_few(tokens.numel(), model, packable)
     training = model.training
     model.eval()
     with _unfinished(model, config, tokens) as folder:
@@ -104,17 +103,11 @@ def quantize_model(
     model.train(training)
 
 
-def _check(model: PreTrainedModel, packable: Iterable[str]) -> None:
+def _check_loaded(model: PreTrainedModel) -> None:
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(
             f"{missing[0]} is not in memory, and calibration runs the model. Load it without offloading to disk: leave out "
             "`device_map` or give it more memory; or use `backend='rtn'`, which quantizes while it loads."
-        )
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if experts := [name for name in packable if name not in linear]:
-        raise ValueError(
-            f"{experts[0]} holds fused experts, each of which sees too few of the calibration tokens for a Hessian. Use "
-            f"`backend='rtn'`, or leave them as they are with `modules_to_not_convert=[{experts[0].split('.')[-2]!r}]`."
         )
 
 
@@ -376,7 +369,7 @@ class _Calibration:
             self._set_shift(result.final_shift, (reader,), self._name_of(last) if keeps else None, {})
         for name, codes in result.codes.items():
             linear = self.model.get_submodule(name)
-            self.model.set_submodule(name, D2QuantLinear.from_codes(codes, linear.bias))
+            self.model.set_submodule(name, D2QuantLinear.from_codes(codes, linear.bias).stand_in_for(linear))
 
     def _name_of(self, module: nn.Module) -> str:
         return next(name for name, one in self.model.named_modules() if one is module)

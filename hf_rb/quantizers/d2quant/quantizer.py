@@ -16,8 +16,10 @@ from hf_rb.quantizers.d2quant.linear import D2QuantLinear
 from hf_rb.quantizers.d2quant.packing import code_bits, for_kernels, from_file, is_dual, layout_of, scale_rows, to_file
 from hf_rb.quantizers.experts import input_size
 from hf_rb.quantizers.kernels.layout import Layout
+from hf_rb.quantizers.linear import LINEAR, features
 from hf_rb.quantizers.packed import PackedModule
-from hf_rb.quantizers.selection import packable, setting
+from hf_rb.quantizers.selection import nothing_to_pack, packable, setting
+from hf_rb.quantizers.texts import check_texts
 
 
 if TYPE_CHECKING:
@@ -49,8 +51,17 @@ class D2QuantQuantizer(PackingQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.packable: dict[str, tuple[int, bool]] = {}
         self.calibrates = not self.pre_quantized and quantization_config.backend != "rtn"
+        if self.calibrates and isinstance(quantization_config.dataset, str):
+            check_texts(quantization_config.dataset)
 
     # What is quantized.
+
+    def preprocess_model(self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs) -> None:
+        if self.calibrates and isinstance(self.quantization_config.bits_per_layer, str):  # which reads all weights
+            from hf_rb.quantizers.d2quant.checks import check_model
+
+            check_model(model, self.quantization_config)
+        super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         self.downs = set(absorption.down_projections(model))
@@ -58,7 +69,11 @@ class D2QuantQuantizer(PackingQuantizer):
             for name, module, weights in packable(model, self):
                 self._plan(name, module, weights)
             if not self.packable:
-                raise ValueError(f"There is no `nn.Linear` to quantize in {type(model).__name__}.")
+                raise ValueError(nothing_to_pack(model, self))
+            from hf_rb.quantizers.d2quant.checks import check_model, check_packable
+
+            check_packable(model, self.packable)
+            check_model(model, self.quantization_config)
             return model
         model = super()._process_model_before_weight_loading(model, **kwargs)
         self.biased = [name for name, module in model.named_modules() if self._adds_bias(name, module)]
@@ -68,28 +83,28 @@ class D2QuantQuantizer(PackingQuantizer):
     def pack_module(self, name: str, module: nn.Module, weights: list[str]) -> PackedModule:
         layouts, columns = {}, []
         for weight, (bits, dual) in self._plan(name, module, weights).items():
-            linear = isinstance(module, nn.Linear)
-            width = module.in_features if linear else input_size(module, weight)
+            linear = isinstance(module, LINEAR)
+            width = features(module)[0] if linear else input_size(module, weight)
             layouts[weight] = layout_of(width, self.quantization_config.group_size, bits, dual)
             if dual and (not self.pre_quantized or self._keeps_column(name if linear else f"{name}.{weight}")):
                 columns.append(weight)
         if not linear:
             return D2QuantExperts(module, layouts, columns=tuple(columns))
         bias = module.bias is not None or _among(name, self.quantization_config.bias_modules)
-        return D2QuantLinear(
-            module.in_features,
-            module.out_features,
+        packed = D2QuantLinear(
+            *features(module),
             bias,
             layouts["weight"],
             column=bool(columns),
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
+        return packed.stand_in_for(module)
 
     def _plan(self, name: str, module: nn.Module, weights: list[str]) -> dict[str, tuple[int, bool]]:
         config, plan = self.quantization_config, {}
         for weight in weights:
-            full = name if isinstance(module, nn.Linear) else f"{name}.{weight}"
+            full = name if isinstance(module, LINEAR) else f"{name}.{weight}"
             bits = setting(config.bits_per_layer, config.bits, full, name)
             plan[weight] = self.packable[full] = bits, config.dsq and bits < 4 and full in self.downs
         return plan

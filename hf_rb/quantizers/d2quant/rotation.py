@@ -14,6 +14,7 @@ A model is only rotated if all of its parameters are known to be one of these pa
 without experts.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-__all__ = ["fuse_and_rotate", "fuse_norms", "hadamard", "resolve_block", "untie"]
+__all__ = ["check", "fuse_and_rotate", "fuse_norms", "hadamard", "resolve_block", "untie"]
 
 WIDEST_BLOCK = 128
 # In every decoder layer, the norm before and the module that holds what reads it and what writes to the hidden state.
@@ -67,6 +68,14 @@ def fuse_and_rotate(model: PreTrainedModel, block: int | str = "auto", seed: int
         if writer.bias is not None:
             _set(writer.bias, _rotate(writer.bias, matrix))
     return block
+
+
+def check(model: PreTrainedModel, block: int | str = "auto") -> None:
+    """
+    Raises the `ValueError` of [`fuse_and_rotate`] for a model that cannot be rotated. Its weights may be on the meta device.
+    """
+    _parts(model)
+    resolve_block(model.config.get_text_config().hidden_size, block)
 
 
 @torch.no_grad()
@@ -171,11 +180,18 @@ def _is_rms_norm(norm: nn.Module, hidden: int) -> bool:
     weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if weight is None or epsilon is None or sum(1 for _ in norm.parameters()) != 1:
         return False
-    inputs = torch.randn(4, hidden, generator=torch.Generator().manual_seed(0)).to(weight)
+    # On the CPU with weights of its own: those of the model may not be there yet, or be such that kinds of norms agree.
+    draws, trial = torch.Generator().manual_seed(0), copy.copy(norm)
+    options = dict(
+        generator=draws, dtype=torch.float32, device="cpu"
+    )  # while a model is made, the defaults are its own
+    gain, inputs = torch.randn(hidden, **options), torch.randn(4, hidden, **options)
     inputs[0] += 1  # a mean that a LayerNorm would take away
-    wide = inputs.to(_wide(weight))
-    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * weight
-    return torch.allclose(norm(inputs).to(wide), expected, rtol=0.05, atol=1e-3 * expected.abs().max().item())
+    trial._parameters = {"weight": gain}
+    expected = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + epsilon) * gain
+    with torch.no_grad():
+        found = trial(inputs)
+    return torch.allclose(found.float(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def _unknown(model: PreTrainedModel, reason: str) -> str:

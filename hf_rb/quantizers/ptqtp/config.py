@@ -16,8 +16,8 @@ class PTQTPConfig(PackedConfig):
     """
     Configuration of PTQTP, post-training quantization to trit-planes (https://huggingface.co/papers/2509.16989).
 
-    Every `nn.Linear` outside the skipped ones, and the weight of every expert where a model keeps them in one parameter,
-    becomes a sum of two ternary matrices with a pair of float16 scales for 128 weights. No calibration data is needed. These
+    Every layer outside the skipped ones that computes what `nn.Linear` does (a subclass, `Conv1D` of GPT-2), and the weight of
+    every expert where a model keeps them in one parameter, becomes a sum of two ternary matrices with a pair of float16 scales for 128 weights. No calibration data is needed. These
     are nine levels: 3.5 bits a weight with its scales in the dense packing, 4.25 in the nibble packing and in memory, not the
     1.58 bits of one plane. At 4.25 bits round-to-nearest on a 4-bit grid is the more accurate choice.
 
@@ -42,7 +42,7 @@ class PTQTPConfig(PackedConfig):
             Bytes in the file: `"dense"` (5 trits a byte) or `"nibble"` (two planes of a weight in 4 bits, as in memory).
         modules_to_not_convert (`list[str]`, *optional*):
             Names, endings (of whole components: `"mlp.up_proj"`) or regular expressions from the start of a name, of
-            modules to leave as they are, in addition to the output embeddings,
+            modules to leave as they are, in addition to the output embeddings, heads of every kind and poolers,
             everything tied to the input embeddings, linear layers beside fused experts (routers), and what is outside
             the language model of a multimodal one, none of which is ever quantized.
         quantize_qk (`bool`, *optional*, defaults to `True`):

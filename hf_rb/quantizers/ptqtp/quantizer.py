@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from hf_rb.quantizers.backend import DamagedTensor, PackingQuantizer
 from hf_rb.quantizers.kernels.layout import Layout
+from hf_rb.quantizers.linear import LINEAR, features
 from hf_rb.quantizers.packed import PackedModule
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
 from hf_rb.quantizers.ptqtp.experts import PTQTPExperts
@@ -25,11 +26,11 @@ class PTQTPQuantizer(PackingQuantizer):
 
     def pack_module(self, name: str, module: nn.Module, weights: list[str]) -> PackedModule:
         config = self.quantization_config
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, LINEAR):
             planes = {weight: self._planes(f"{name}.{weight}", name) for weight in weights}
             return PTQTPExperts(module, config, planes)
-        size, weight = (module.in_features, module.out_features, module.bias is not None), module.weight
-        return PTQTPLinear(*size, config, self._planes(name), weight.device, weight.dtype)
+        size, weight = (*features(module), module.bias is not None), module.weight
+        return PTQTPLinear(*size, config, self._planes(name), weight.device, weight.dtype).stand_in_for(module)
 
     def _planes(self, *names: str) -> int:
         return setting(self.quantization_config.planes_per_layer, self.quantization_config.planes, *names)

@@ -76,6 +76,8 @@ class Kernel:
         """Whether `gemv` and `expand` can work on this matrix in this type."""
         return (
             dtype in DTYPES
+            and weight.is_cpu
+            and scale.is_cpu
             and scale.dtype is torch.float16
             and weight.is_contiguous()
             and scale.is_contiguous()
