@@ -17,9 +17,9 @@ import copy
 import linecache
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,10 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging
 
 
-__all__ = ["endings", "find_readers"]
+if TYPE_CHECKING:
+    from hf_rb.quantizers.backend import PackingQuantizer
+
+__all__ = ["find_readers", "note_readers"]
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +43,43 @@ LISTING = {"enumerate", "iter", "list", "reversed", "tuple", "zip"}
 LIBRARY = {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}
 
 
-def find_readers(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
+def note_readers(
+    model: nn.Module, quantizer: "PackingQuantizer", layers: Collection[str], means: Callable[[str, str], bool]
+) -> Collection[str]:
+    """
+    Finds the layers that have readers, and notes them where the result says so: in its report and in its stored configuration.
+
+    Args:
+        model (`nn.Module`):
+            Model on the meta device.
+        quantizer ([`PackingQuantizer`]):
+            Gets the notes. Of a checkpoint that has such layers packed it is told to unpack them.
+        layers (`Collection[str]`):
+            Names of the linear layers that would be packed.
+        means (`Callable[[str, str], bool]`):
+            Whether a pattern of `modules_to_not_convert` means a name.
+
+    Returns:
+        `Collection[str]`: Names of the layers.
+    """
+    # What a checkpoint has packed was looked at when it was made; here the source tells of other versions of hf_rb and transformers.
+    readers = find_readers(model, layers, recorded=not quantizer.pre_quantized)
+    if readers and not quantizer.quantization_config.dequantize:
+        config = quantizer.quantization_config = copy.copy(
+            quantizer.quantization_config
+        )  # the user's may serve other models
+        patterns = _endings(readers, [name for name in layers if name not in readers], means)
+        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *patterns]
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in readers}))
+        by = " and ".join(sorted(set(readers.values())))
+        told = f"{len(readers)} linear layers of {type(model).__name__} ({kinds}), because {by} reads their weights."
+        logger.warning(f"{config.method} {'unpacks' if quantizer.pre_quantized else 'leaves as they are'} {told}")
+        quantizer.unpacked = set(readers) if quantizer.pre_quantized else set()
+        quantizer.report.readers = readers
+    return readers
+
+
+def find_readers(model: nn.Module, layers: Collection[str], recorded: bool = True) -> dict[str, str]:
     """
     Finds the layers that have readers.
 
@@ -49,27 +88,31 @@ def find_readers(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
             Model on the meta device.
         layers (`Collection[str]`):
             Names of the linear layers in question.
+        recorded (`bool`, *optional*, defaults to `True`):
+            Whether to run a copy of the model too.
 
     Returns:
         `dict[str, str]`: For each layer with a reader, which function that is.
 
     Raises:
-        ValueError: The source of a class with such layers cannot be read, or has a reader of something that it does not name,
+        ValueError: The source of a class with such layers cannot be read, or reads the weight of something that it does not name,
             and the model does not run on the meta device.
     """
     names = {id(model.get_submodule(name)): name for name in layers}
     found, unknown = _scan(model, names)
-    recorded, problem = _record(model, layers)
-    if unknown and problem:
-        raise ValueError(
-            f"{unknown[0]}, and {type(model).__name__} does not run on the meta device ({problem}), so nobody knows which weights have "
-            "to stay as they are. Define the class in a file, or name its linear layers in `modules_to_not_convert`."
-        )
-    return {name: found.get(name) or recorded[name] for name in layers if name in found or name in recorded}
+    if recorded:
+        seen, problem = _record(model, layers)
+        found = seen | found
+        if unknown and problem:
+            raise ValueError(
+                f"{unknown[0]}, and {type(model).__name__} does not run on the meta device ({problem}), so it is not known which weights "
+                "have to stay as they are. Define the class in a file, or name its linear layers in `modules_to_not_convert`."
+            )
+    return {name: found[name] for name in layers if name in found}
 
 
-def endings(names: Collection[str], others: Collection[str], means: Callable[[str, str], bool]) -> list[str]:
-    """Returns patterns that mean all `names` and none of the `others`, as short as they can be."""
+def _endings(names: Iterable[str], others: Collection[str], means: Callable[[str, str], bool]) -> list[str]:
+    """Returns patterns that mean all names and none of the others, as short as they can be: a model's part has other prefixes."""
     patterns: list[str] = []
     for name in names:
         if not any(means(pattern, name) for pattern in patterns):
@@ -137,9 +180,7 @@ def _first(module: nn.Module, names: dict[int, str]) -> str | None:
     return None
 
 
-def _resolve(
-    module: nn.Module, prefix: str, read: _Read, below: list[str], names: dict[int, str]
-) -> Iterator[str]:
+def _resolve(module: nn.Module, prefix: str, read: _Read, below: list[str], names: dict[int, str]) -> Iterator[str]:
     if not read.anchored:
         end = re.compile(r"(?:^|\.)" + r"\.".join(r"[^.]+" if p == EVERY else re.escape(p) for p in read.path) + "$")
         yield from (name for name in below if end.search(name[len(prefix) :]))
@@ -167,7 +208,9 @@ def _children(module: nn.Module, part: str) -> list[nn.Module]:
 @cache
 def _read_class(cls: type) -> _Source | None:
     """Returns what the source of a class says, or `None` if it cannot be read."""
-    if not any(callable(value) or isinstance(value, (property, classmethod, staticmethod)) for value in vars(cls).values()):
+    if not any(
+        callable(value) or isinstance(value, (property, classmethod, staticmethod)) for value in vars(cls).values()
+    ):
         return _Source([], [])
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     node = _classes(file).get(cls.__qualname__) if file else None
@@ -318,7 +361,9 @@ def _is_harmless(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
     parent, text = parents.get(node), ast.unparse(node)
     if isinstance(parent, ast.Attribute) and parent.attr in HARMLESS:
         return True
-    if isinstance(parent, ast.Call) and (_is_init(parent) or getattr(parent.func, "id", "") in ("isinstance", "hasattr")):
+    if isinstance(parent, ast.Call) and (
+        _is_init(parent) or getattr(parent.func, "id", "") in ("isinstance", "hasattr")
+    ):
         return True
     if isinstance(parent, ast.Compare) and any(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops):
         return True
@@ -326,9 +371,17 @@ def _is_harmless(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
         if isinstance(parent, (ast.If, ast.IfExp)):
             test = ast.unparse(parent.test)
             branch = parent.orelse if isinstance(parent.orelse, list) else [parent.orelse]
-            if "_is_quantized" in test and "not " not in test and any(node is part or _holds(part, node) for part in branch):
+            if (
+                "_is_quantized" in test
+                and "not " not in test
+                and any(node is part or _holds(part, node) for part in branch)
+            ):
                 return True
-            if f"{text}.dtype != torch.uint8" in test and " or " not in test and not any(_holds(part, node) for part in branch):
+            if (
+                f"{text}.dtype != torch.uint8" in test
+                and " or " not in test
+                and not any(_holds(part, node) for part in branch)
+            ):
                 return True
         parent = parents.get(parent)
     return False
@@ -348,7 +401,8 @@ class _Watched:
         if name == "weight":
             frame = sys._getframe(1)
             if frame.f_locals.get("self") is not self:
-                self.__dict__["_readers"].append(frame.f_code.co_qualname) if not _is_harmless_at(frame) else None
+                if not _is_harmless_at(frame):
+                    self.__dict__["_readers"].append(frame.f_code.co_qualname)
         return super().__getattr__(name)
 
 
@@ -364,8 +418,6 @@ def _record(model: nn.Module, layers: Collection[str]) -> tuple[dict[str, str], 
         layer = copied.get_submodule(name)
         layer.__dict__["_readers"] = readers.setdefault(name, [])
         layer.__class__ = type(type(layer).__name__, (_Watched, type(layer)), {})
-    if hasattr(getattr(copied, "config", None), "use_cache"):
-        copied.config.use_cache = False
     problem = None
     with torch.no_grad(), torch.device("meta"):
         for inputs in _inputs(copied):
@@ -395,14 +447,18 @@ def _inputs(model: nn.Module) -> list[dict[str, Tensor]]:
         "pixel_values": torch.zeros(1, size("num_channels", default=3), pixels, pixels, device="meta"),
         "input_values": torch.zeros(1, 16000, device="meta"),
         "input_features": torch.zeros(
-            1, size("num_mel_bins", "input_dim", default=80), 2 * size("max_source_positions", default=1500), device="meta"
+            1,
+            size("num_mel_bins", "input_dim", default=80),
+            2 * size("max_source_positions", default=1500),
+            device="meta",
         ),
     }
     main = getattr(model, "main_input_name", "input_ids")
     first = {main: kinds.get(main, ids)}
     if getattr(config, "is_encoder_decoder", False):
         first["decoder_input_ids"] = ids
-    return [first, *([{"input_ids": ids}] if main != "input_ids" else [])]
+    others = [first | {"use_cache": False}] if hasattr(text, "use_cache") else []
+    return [first, *others, *([{"input_ids": ids}] if main != "input_ids" else [])]
 
 
 def _is_harmless_at(frame) -> bool:
@@ -412,7 +468,9 @@ def _is_harmless_at(frame) -> bool:
     parents = _parents_in(file)
     at = (line, column, end)
     nodes = (node for node in parents if isinstance(node, ast.Attribute) and node.attr == "weight")
-    return any((node.lineno, node.col_offset, node.end_col_offset) == at and _is_harmless(node, parents) for node in nodes)
+    return any(
+        (node.lineno, node.col_offset, node.end_col_offset) == at and _is_harmless(node, parents) for node in nodes
+    )
 
 
 @cache

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from hf_rb import _compat
 from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.experts import fused_experts, projections
+from hf_rb.quantizers.readers import note_readers
 
 
 if TYPE_CHECKING:
@@ -39,6 +40,13 @@ def packable(model: nn.Module, quantizer: "PackingQuantizer") -> Iterator[tuple[
         patterns = [*_skips(config), *settings]
         _check_patterns(patterns, [*modules, *weights], [*linear, *weights], type(model).__name__)
     stays = _stays(model, quantizer)
+
+    def left(name: str, module: nn.Module) -> bool:
+        router = name.rpartition(".")[0] in blocks or "router" in name
+        return router or stays(name) or type(module) is not nn.Linear  # a subclass computes something else
+
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in experts]
+    read = note_readers(model, quantizer, [name for name in linear if not left(name, modules[name])], _means)
     unknown, packed = {}, []
     for name, module in modules.items():
         if name in experts:
@@ -51,8 +59,7 @@ def packable(model: nn.Module, quantizer: "PackingQuantizer") -> Iterator[tuple[
                 packed += [name, *(f"{name}.{weight}" for weight in chosen)]
                 yield name, module, chosen
         elif isinstance(module, nn.Linear):
-            router = name.rpartition(".")[0] in blocks or "router" in name
-            if router or stays(name) or type(module) is not nn.Linear:  # a subclass computes something else
+            if left(name, module) or (name in read and not quantizer.pre_quantized):
                 skipped.append(name)
                 continue
             packed.append(name)
