@@ -95,7 +95,8 @@ def moves_rows(conversion: Any) -> bool:
 
 def _ends_in(conversion: Any, names: dict) -> bool:
     targets = conversion._original_target_patterns
-    return any(re.search(f"(?:{target})$", name) for target in targets for name in names)
+    # A target may be a layer, of which a file has the weight and the bias in one: the query, key and value of a fused projection.
+    return any(re.search(rf"(?:{target})(?:\.weight)?$", name) for target in targets for name in names)
 
 
 class _Operation(_compat.ConversionOps):

@@ -15,6 +15,7 @@ from hf_rb.cli import main
 from hf_rb.quantizers import quantize, quantize_checkpoint, readers
 from hf_rb.quantizers.packed import PackedLinear
 from hf_rb.quantizers.readers import find_readers
+from hf_rb.quantizers.reads_in_forward import record
 
 
 METHODS = {"ptqtp": PTQTPConfig, "d2quant": lambda **options: D2QuantConfig(backend="rtn", **options)}
@@ -65,7 +66,7 @@ def test_either_means_alone_finds_what_it_can():
     with torch.device("meta"):
         hidden, elsewhere = odd_models.Hidden(OddConfig()), odd_models.OnlyOnOneDevice(OddConfig())
     assert not find_readers(hidden, LINEAR, recorded=False)
-    assert readers._record(elsewhere, LINEAR) == ({}, None)
+    assert record(elsewhere, LINEAR) == ({}, None)
 
 
 def test_looking_leaves_no_trace():
