@@ -2,10 +2,12 @@
 
 import inspect
 import re
+from functools import cache
 from itertools import product
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -25,8 +27,11 @@ TASKS = (
     "IMAGE_CLASSIFICATION",
 )
 
+LARGEST = 3e7  # parameters
+
 # What a field becomes, by the first pattern that fits its whole name.
 SIZES = {
+    r"(mamba_n_heads|mamba_num_heads)": 8,
     r"(num_key_value_heads|num_kv_heads|n_kv_heads|multi_query_group_num)": 2,
     r"\w*(num_attention_heads|attention_heads|num_heads|n_heads?|nhead|n_head|num_cross_attention_heads)": 4,
     r"(head_dim|attention_head_size|d_kv|kv_channels|v_head_dim|attention_head_dim|dim_head|mamba_d_head|mamba_head_dim|head_size)": 16,
@@ -45,10 +50,24 @@ SIZES = {
     r"patch_size": 8,
     r"(num_mel_bins|input_dim|feature_size)": 16,
     r"(state_size|ssm_state_size|mamba_d_state)": 8,
-    r"(mamba_n_heads|mamba_num_heads)": 8,
     r"(\w*n_groups|mamba_n_groups)": 1,
     r"(sliding_window|local_attention|attention_window|window_size)": 8,
     r"(first_k_dense_replace|first_k_dense)": 1,
+}
+# What the shrunk fields of a family would contradict.
+ROPE = dict(rope_type="default", rope_theta=10000.0)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "codegen": dict(rotary_dim=8),
+    "falcon_h1": dict(mamba_d_ssm=128),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
+    "gptj": dict(rotary_dim=8),
+    "llama4_text": dict(layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0], moe_layers=[1]),
+    "mamba2": dict(num_heads=8, head_dim=16),
+    "qwen2_5_vl": dict(rope_parameters=ROPE | dict(mrope_section=[2, 2, 4])),
+    "qwen2_vl": dict(rope_parameters=ROPE | dict(mrope_section=[2, 2, 4])),
+    "xlnet": dict(d_head=16),
+    "zamba": dict(layer_types=["mamba", "hybrid"], layers_block_type=["mamba", "hybrid"]),
+    "zamba2": dict(layer_types=["mamba", "hybrid"], layers_block_type=["mamba", "hybrid"], hybrid_layer_ids=[1]),
 }
 LEFT_OUT = {
     "transformers_version",
@@ -63,6 +82,7 @@ DERIVED = {"layer_types", "mlp_layer_types", "layers_block_type", "attention_typ
 TOKENS = re.compile(r"\w+_(token_id|token_index|token)")
 
 
+@cache
 def families() -> dict[str, str]:
     """Returns the name of the class to try for each model type."""
     found: dict[str, str] = {}
@@ -101,14 +121,16 @@ def shrunk(values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def make(model_type: str, class_name: str, **options: Any) -> PreTrainedModel:
+def make(model_type: str) -> PreTrainedModel:
     """Returns a random model in float32, with weights that make it no constant function."""
-    import transformers
-
-    default = CONFIG_MAPPING[model_type]()
-    config = AutoConfig.for_model(**({"model_type": model_type} | shrunk(default.to_dict(), options)))
+    options, default = OPTIONS.get(model_type, {}), CONFIG_MAPPING[model_type]().to_dict()
+    config = AutoConfig.for_model(**({"model_type": model_type} | options | shrunk(default, options)))
+    cls = getattr(transformers, families()[model_type])
+    with torch.device("meta"):
+        if sum(parameter.numel() for parameter in cls._from_config(config).parameters()) > LARGEST:
+            raise ValueError(f"{cls.__name__} stays large")
     torch.manual_seed(0)
-    model = getattr(transformers, class_name)._from_config(config).float().eval()
+    model = cls._from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1 and parameter.is_floating_point():
@@ -138,7 +160,7 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         "pixel_values_videos": [noise(4, 3, size, size)],
         "input_values": [noise(4000), noise(64, mels), noise(1, 4000)],
         "input_features": [noise(mels, frames), noise(frames, mels)],
-        "flattened_patches": [noise(8, 770).abs()],
+        "flattened_patches": [noise(8, 66).abs()],
         "bbox": [torch.zeros(1, 16, 4, dtype=torch.long)],
         "inputs_embeds": [noise(16, width)],
         "past_values": [noise(64)],
