@@ -60,8 +60,9 @@ def note_readers(
         config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *patterns]
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in readers}))
         by = " and ".join(sorted(set(readers.values())))
-        told = f"{len(readers)} linear layers of {type(model).__name__} ({kinds}), because {by} reads their weights."
-        logger.warning(f"{config.method} {'unpacks' if quantizer.pre_quantized else 'leaves as they are'} {told}")
+        what = f"{len(readers)} linear layers of {type(model).__name__} ({kinds})"
+        done = f"unpacks {what}" if quantizer.pre_quantized else f"leaves {what} as they are"
+        logger.warning(f"{config.method} {done}, because {by} reads their weights.")
         quantizer.unpacked = set(readers) if quantizer.pre_quantized else set()
         quantizer.report.readers = readers
     return readers

@@ -165,7 +165,7 @@ def test_a_warning(mamba):
     finally:
         logger.warning = warn
     assert messages == [
-        "PTQTP leaves as they are 6 linear layers of MambaForCausalLM (dt_proj, out_proj, x_proj), because MambaMixer.forward reads "
+        "PTQTP leaves 6 linear layers of MambaForCausalLM (dt_proj, out_proj, x_proj) as they are, because MambaMixer.forward reads "
         "their weights."
     ]
 
