@@ -111,7 +111,7 @@ class _Operation(_compat.ConversionOps):
         for operation in operations:
             tensors = operation.convert(tensors, full_layer_name=full_layer_name, **kwargs)
         if not operations and len(tensors) == 1:  # under a pattern, which the loader takes for a part of the name
-            return dict.fromkeys([full_layer_name], *tensors.values())
+            return {full_layer_name: next(iter(tensors.values()))}
         return tensors
 
     @property

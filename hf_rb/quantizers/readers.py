@@ -50,12 +50,13 @@ def note_readers(
     Returns:
         `Collection[str]`: Names of the layers.
     """
+    if quantizer.quantization_config.dequantize or not layers:
+        return ()
     # What a checkpoint has packed was looked at when it was made; here the source tells of other versions of hf_rb and transformers.
     readers = find_readers(model, layers, recorded=not quantizer.pre_quantized)
-    if readers and not quantizer.quantization_config.dequantize:
-        config = quantizer.quantization_config = copy.copy(
-            quantizer.quantization_config
-        )  # the user's may serve other models
+    if readers:
+        config = copy.copy(quantizer.quantization_config)  # the user's may serve other models
+        quantizer.quantization_config = config
         patterns = _endings(readers, [name for name in layers if name not in readers], means)
         config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *patterns]
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in readers}))
