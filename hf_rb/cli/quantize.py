@@ -295,6 +295,7 @@ def _summary(report: "Report", folder: str) -> str:
     facts = [
         ["weights quantized", f"{sum(layer.weights for layer in report.layers):,} of {report.parameters:,}"],
         ["left as they are", ", ".join(_kinds(report.skipped)) or "-"],
+        *([["  because the model reads them", _readers(report)]] if report.readers else []),
         *([["solved a second time", str(report.resolved)]] if report.method == "ptqtp" else []),
         ["solver", f"{report.seconds:.1f} s, {report.weights_per_second / 1e6:.1f} M weights/s"],
         ["weight files", f"{report.file_bytes:,} bytes; before {report.source_bytes:,}"],
@@ -362,6 +363,10 @@ def _allocation(report: "Report") -> str:
     ]
     given = "planes" if report.method == "ptqtp" else "bits"
     return format_table(["decoder layer (NSDS)", "numerical", "structural", "sensitivity", given], rows)
+
+
+def _readers(report: "Report") -> str:
+    return f"{', '.join(_kinds(list(report.readers)))} ({', '.join(sorted(set(report.readers.values())))})"
 
 
 def _kinds(names: list[str]) -> list[str]:

@@ -25,6 +25,7 @@ from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.conversion import Conversions
 from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.linear import is_transposed
+from hf_rb.quantizers.mpi import refuse_mpi
 from hf_rb.quantizers.packed import PackedModule
 from hf_rb.quantizers.report import LayerReport, Report
 from hf_rb.quantizers.selection import nothing_to_pack, packable
@@ -73,6 +74,7 @@ class PackingQuantizer(HfQuantizer):
         self.layouts: dict[str, Layout] = {}  # by the full name of a packed parameter
         self.missing: set[str] = set()
         self.checkpoint_files: list[str] | None = None
+        self.unpacked: set[str] = set()  # layers that a file has packed and the model cannot have so
         if quantization_config.dequantize and not self.pre_quantized:
             raise ValueError(
                 f"`dequantize=True` is for loading a {quantization_config.method} checkpoint, and this one is not quantized. "
@@ -100,10 +102,10 @@ class PackingQuantizer(HfQuantizer):
     # What is quantized.
 
     def preprocess_model(self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs) -> None:
-        strategy, self.checkpoint_files = (
-            getattr(self.quantization_config, self.per_layer),
-            kwargs.get("checkpoint_files"),
-        )
+        self.checkpoint_files = kwargs.get("checkpoint_files")
+        if not self.quantization_config.dequantize:
+            refuse_mpi(model, self.checkpoint_files, self.quantization_config.method)
+        strategy = getattr(self.quantization_config, self.per_layer)
         if isinstance(strategy, str):
             found = allocate_layers(self.per_layer, strategy, model, self.checkpoint_files)
             setattr(self.quantization_config, self.per_layer, {layer.name: layer.given for layer in found})
@@ -123,7 +125,7 @@ class PackingQuantizer(HfQuantizer):
                 self.missing |= {
                     f"{name}.{weight}{suffix}" for weight in weights for suffix in ("", *packed.companions(weight))
                 }
-            if not self.quantization_config.dequantize:
+            if not self.quantization_config.dequantize and name not in self.unpacked:
                 packed._is_hf_initialized = True  # bytes cannot be initialized; what is missing is reported
                 model.set_submodule(name, packed)
         if not self.layouts:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_rb import _compat
@@ -50,17 +51,17 @@ class Conversions:
                 self._add(quantizer, conversion, operations, origin=conversion)
         # What a file has under the parameter's own name: the `weight` of any module, `experts.down_proj`.
         ends = {tuple(name.split(".")[-2:]) for name in quantizer.layouts}
-        for name in sorted({"weight" if end[1] == "weight" else rf"\.{end[0]}\.{end[1]}" for end in ends}):
+        for name in sorted({r"\.weight" if end[1] == "weight" else rf"\.{end[0]}\.{end[1]}" for end in ends}):
             self._add(quantizer, _compat.WeightConverter(name, name, [_compat.IdentityOp()]), [], origin=None)
 
     def _add(self, quantizer: "PackingQuantizer", conversion: Any, operations: list, origin: Any) -> None:
-        sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+        # Copies: a conversion changes the lists that it is made of.
+        sources, targets = [*conversion._original_source_patterns], [*conversion._original_target_patterns]
         if quantizer.pre_quantized:
-            kind = _Dequantize if quantizer.quantization_config.dequantize else _Read
             sources = [*sources, *(pattern + suffix for suffix in self._suffixes for pattern in sources)]
-        else:
-            kind = _Quantize
-        ours = conversion.copy(sources, targets, operations=[kind(quantizer, operations)])
+        kind = _Read if quantizer.pre_quantized else _Quantize
+        plain = [] if origin is None else origin.operations
+        ours = conversion.copy(sources, targets, operations=[kind(quantizer, operations, plain)])
         self.loading.append(ours)
         self._origin.append((ours, origin))
 
@@ -95,19 +96,23 @@ def moves_rows(conversion: Any) -> bool:
 
 def _ends_in(conversion: Any, names: dict) -> bool:
     targets = conversion._original_target_patterns
-    return any(re.search(f"(?:{target})$", name) for target in targets for name in names)
+    # A target may be a layer, of which a file has the weight and the bias in one: the query, key and value of a fused projection.
+    return any(re.search(rf"(?:{target})(?:\.weight)?$", name) for target in targets for name in names)
 
 
 class _Operation(_compat.ConversionOps):
-    def __init__(self, quantizer: "PackingQuantizer", operations: list = ()):
-        self.quantizer, self.operations = quantizer, operations
+    def __init__(self, quantizer: "PackingQuantizer", operations: list, plain: list):
+        self.quantizer, self.operations, self.plain = quantizer, operations, plain
 
     def __deepcopy__(self, memo: dict) -> "_Operation":
         return self  # the loader copies a conversion for every parameter
 
-    def run(self, tensors: dict, full_layer_name: str, **kwargs) -> dict:
-        for operation in self.operations:
+    def run(self, tensors: dict, full_layer_name: str, packed: bool = True, **kwargs) -> dict:
+        operations = self.operations if packed else self.plain
+        for operation in operations:
             tensors = operation.convert(tensors, full_layer_name=full_layer_name, **kwargs)
+        if not operations and len(tensors) == 1:  # under a pattern, which the loader takes for a part of the name
+            return {full_layer_name: next(iter(tensors.values()))}
         return tensors
 
     @property
@@ -123,7 +128,7 @@ class _Quantize(_Operation):
     ) -> dict:
         quantizer, kwargs = self.quantizer, dict(kwargs, target_patterns=target_patterns, model=model)
         if not quantizer.packs(model, full_layer_name) and len(target_patterns) == 1:
-            return self.run(input_dict, full_layer_name, **kwargs)
+            return self.run(input_dict, full_layer_name, packed=False, **kwargs)
         try:
             _check_alike(input_dict)
             tensors = self.run(input_dict, full_layer_name, **kwargs)
@@ -165,53 +170,50 @@ class _FromPacked(_Operation):
 
 
 class _Read(_FromPacked):
-    """Packed tensors of a checkpoint -> a packed parameter and what stands beside it; what is not packed passes."""
-
-    def convert(self, input_dict: dict, *, full_layer_name: str, model: nn.Module, **kwargs) -> dict:
-        quantizer, kwargs = self.quantizer, dict(kwargs, model=model)
-        if not quantizer.packs(model, full_layer_name):
-            return self.run(input_dict, full_layer_name, **kwargs)
-        result = {}
-        try:
-            parts = self.parts(input_dict, full_layer_name, quantizer.restore)
-            for suffix, tensors in parts.items():
-                ((_, value),) = self.run(tensors, full_layer_name, **kwargs).items()
-                _check_shape(_single(value), model.get_parameter(full_layer_name + suffix).shape)
-                result[full_layer_name + suffix] = _single(value)
-        except (ValueError, RuntimeError, MemoryError) as error:
-            return quantizer.fail(model, full_layer_name, error)
-        quantizer.found(full_layer_name)
-        return result
-
-
-class _Dequantize(_FromPacked):
-    """Packed tensors of a checkpoint -> an ordinary parameter; what is not packed passes."""
+    """
+    Packed tensors of a checkpoint -> a packed parameter and what stands beside it, or an ordinary parameter where the model has
+    one; what is not packed passes.
+    """
 
     @property
     def hf_quantizer(self) -> "PackingQuantizer":
         return self.quantizer  # the name by which the loader knows not to cast what comes in
 
     def convert(self, input_dict: dict, *, full_layer_name: str, model: nn.Module, **kwargs) -> dict:
-        quantizer, target = self.quantizer, model.get_parameter_or_buffer(full_layer_name)
-        kwargs["model"] = model
+        quantizer, kwargs = self.quantizer, dict(kwargs, model=model)
+        packed, dtype = quantizer.packs(model, full_layer_name), _dtype(model, full_layer_name)
         if full_layer_name not in quantizer.layouts:
-            tensors = {name: [tensor.to(target.dtype) for tensor in found] for name, found in input_dict.items()}
-            return self.run(tensors, full_layer_name, **kwargs)
+            tensors = {name: [tensor.to(dtype) for tensor in found] for name, found in input_dict.items()}
+            return self.run(tensors, full_layer_name, packed=False, **kwargs)
 
         def weight(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {"": quantizer.unpack(name, tensors, target.dtype)}
+            return {"": quantizer.unpack(name, tensors, dtype)}
 
+        result = {}
         try:
-            tensors = self.parts(input_dict, full_layer_name, weight)[""]
-            ((_, value),) = self.run(tensors, full_layer_name, **kwargs).items()
-            value = _single(value)
-            if is_transposed(model.get_submodule(full_layer_name.rpartition(".")[0])):
-                value = value.mT.contiguous()
-            _check_shape(value, target.shape)
+            parts = self.parts(input_dict, full_layer_name, quantizer.restore if packed else weight)
+            for suffix, tensors in parts.items():
+                ((_, value),) = self.run(tensors, full_layer_name, **kwargs).items()
+                value = _single(value)
+                if not packed and is_transposed(_module(model, full_layer_name)):
+                    value = value.mT.contiguous()
+                _check_shape(value, model.get_parameter(full_layer_name + suffix).shape)
+                result[full_layer_name + suffix] = value
         except (ValueError, RuntimeError, MemoryError) as error:
             return quantizer.fail(model, full_layer_name, error)
         quantizer.found(full_layer_name)
-        return {full_layer_name: value}
+        return result
+
+
+def _module(model: nn.Module, parameter: str) -> nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
+
+
+def _dtype(model: nn.Module, name: str) -> torch.dtype:
+    """Returns the type that the loader gives a parameter."""
+    dtype = model.get_parameter_or_buffer(name).dtype
+    plan = model._get_dtype_plan(dtype) if dtype.is_floating_point else {}
+    return next((kept for pattern, kept in plan.items() if re.search(pattern.replace("*", ".*"), name)), dtype)
 
 
 def _single(value: Tensor | list[Tensor]) -> Tensor:

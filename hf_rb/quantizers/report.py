@@ -94,6 +94,7 @@ class Report:
         layers (`list[LayerReport]`): The quantized layers, in the order of the checkpoint.
         skipped (`list[str]`): Linear layers, and parameters of other shapes with a weight matrix for each expert, left as
             they were.
+        readers (`dict[str, str]`): Of these the linear layers with a `weight` that other code reads, with the function that does.
         resolved (`int`): Layers that were solved a second time.
         blocks (`list[BlockReport]`): The decoder layers, if there was calibration text.
         final_norm (`BlockReport`, *optional*): The final norm, if its mean shift was corrected.
@@ -119,6 +120,7 @@ class Report:
     method: str
     layers: list[LayerReport] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    readers: dict[str, str] = field(default_factory=dict)
     resolved: int = 0
     blocks: list[BlockReport] = field(default_factory=list)
     final_norm: BlockReport | None = None

@@ -15,6 +15,7 @@ from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.experts import fused_experts, projections
 from hf_rb.quantizers.heads import heads, packed_parameters
 from hf_rb.quantizers.linear import LINEAR, is_linear_map
+from hf_rb.quantizers.readers import note_readers
 
 
 if TYPE_CHECKING:
@@ -37,11 +38,20 @@ def packable(model: nn.Module, quantizer: "PackingQuantizer") -> Iterator[tuple[
     blocks = {name.rpartition(".")[0] for name in experts}
     weights = [f"{name}.{weight}" for name in experts for weight in experts[name]]
     settings = getattr(config, quantizer.per_layer) or {}
+    linear = [name for name, module in modules.items() if isinstance(module, LINEAR) and name not in experts]
     if not quantizer.pre_quantized:
-        linear = [name for name, module in modules.items() if isinstance(module, LINEAR)]
         patterns = [*_skips(config), *settings]
         _check_patterns(patterns, [*modules, *weights], [*linear, *weights], type(model).__name__)
     stays, in_doubt = _stays(model, quantizer), _in_doubt(model, quantizer)
+
+    def left(name: str, module: nn.Module) -> bool:
+        router = name.rpartition(".")[0] in blocks or "router" in name
+        return router or stays(name) or not is_linear_map(module) or in_doubt(name, module)
+
+    candidates = [name for name in linear if not left(name, modules[name])]
+    read = note_readers(model, quantizer, candidates, _means)
+    # What is read in a packed checkpoint is loaded as it is stored, and then unpacked.
+    to_pack = {name for name in candidates if quantizer.pre_quantized or name not in read}
     unknown, packed = {}, []
     for name, module in modules.items():
         if name in experts:
@@ -54,8 +64,7 @@ def packable(model: nn.Module, quantizer: "PackingQuantizer") -> Iterator[tuple[
                 packed += [name, *(f"{name}.{weight}" for weight in chosen)]
                 yield name, module, chosen
         elif isinstance(module, LINEAR):
-            router = name.rpartition(".")[0] in blocks or "router" in name
-            if router or stays(name) or not is_linear_map(module) or in_doubt(name, module):
+            if name not in to_pack:
                 skipped.append(name)
                 continue
             packed.append(name)

@@ -173,7 +173,8 @@ class _Plan:
             model=self.model, dtype=self.dtype, device_map=None, checkpoint_files=checkpoint.files
         )
         self.quantizer.prepare_streaming(self.model)
-        self.skipped, self.allocation = self.quantizer.report.skipped, self.quantizer.report.allocation
+        found = self.quantizer.report
+        self.beside = {"skipped": found.skipped, "readers": found.readers, "allocation": found.allocation}
 
         jobs = _without_tied_copies(self._jobs(checkpoint, needed), self.model.all_tied_weights_keys)
         self.by_parameter: dict[str, list[_Job]] = {}
@@ -306,7 +307,7 @@ class _Plan:
     def report(self, work: Path) -> Report:
         """What was done, in this process or before."""
         method = self.quantizer.quantization_config.quant_method
-        report = Report(method, skipped=self.skipped, allocation=self.allocation)
+        report = Report(method, **self.beside)
         for shard in self.shards:
             for part in json.loads(_done(work, shard).read_text()):
                 layers = [LayerReport(**layer) for layer in part["layers"]]
