@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from hf_rb import _compat
 from hf_rb.ops.packing import Leak, is_packed, leak_message, measure_leak
+from hf_rb.ops.processes import on_any_process
 
 
 __all__ = ["check_packing"]
@@ -36,10 +37,9 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
         return
     if inputs.get("position_ids") is None:  # then no process has any: they collate alike
         return
-    device = inputs["input_ids"].device
-    if not gather(torch.tensor([is_packed(inputs)], device=device)).any():
+    if not on_any_process(is_packed(inputs)):
         return
-    trainer._packing_is_checked = True
+    device = inputs["input_ids"].device
     unwrapped = trainer.accelerator.unwrap_model(model)
     with trainer.accelerator.autocast():
         # Inside the forward of the wrapper, where FSDP and DeepSpeed have the weights in place.
@@ -48,6 +48,7 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
         for source in (getattr(trainer, name, None) for name in ("teacher", "reference")):
             if hasattr(source, "measure_leak"):  # not a cache, nor the student without its adapters
                 _refuse(source.model, source.measure_leak(inputs), device)
+    trainer._packing_is_checked = True
 
 
 def _refuse(model: torch.nn.Module, leak: Leak, device: torch.device) -> None:

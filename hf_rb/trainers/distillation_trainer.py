@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
 from trl import is_conversational
 
-from hf_rb.ops.backbone import width_of
+from hf_rb.ops.backbone import name_of, width_of
 from hf_rb.ops.lm_head import Teacher as TeacherLogits
 from hf_rb.ops.lm_head import lm_head_loss
 from hf_rb.ops.logit_source import LogitSource
@@ -215,7 +215,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         if not all(is_head) and any(key.startswith(("pixel_", "image_")) for key in inputs):
             model = student if not is_head[0] else self.teacher.model
             raise ValueError(
-                f"The logits of {type(model).__name__} are not its last hidden states times its LM head, and for such a model "
+                f"The logits of {name_of(model)} are not its last hidden states times its LM head, and for such a model "
                 "`DistillationTrainer` reads text alone, while the dataset has images. Remove the images, or use another model."
             )
         return all(is_head)

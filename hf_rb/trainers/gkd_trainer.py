@@ -20,7 +20,7 @@ from transformers import (
 from hf_rb import _compat
 from hf_rb._fields import validate
 from hf_rb.ops import lm_head
-from hf_rb.ops.backbone import model_inputs, width_of
+from hf_rb.ops.backbone import model_inputs, own_randomness, width_of
 from hf_rb.ops.generation import generation_config, own_distribution
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.ops.sequences import Sequences
@@ -231,10 +231,8 @@ class GKDTrainer(TrainerMixin, GKDBase):
         """Samples a completion of each prompt; it ends with its first end-of-sequence token."""
         ids = pad_sequence(prompts, batch_first=True, padding_value=self._tokenizer.pad_token_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
-        device = self.accelerator.device
-        devices = [] if device.type == "cpu" else [device]
         with (
-            torch.random.fork_rng(devices, device_type=device.type),
+            own_randomness([self.accelerator.device]),
             _compat.unwrap_model_for_generation(
                 writer,
                 self.accelerator,
