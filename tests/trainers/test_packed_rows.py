@@ -82,6 +82,8 @@ def test_a_model_that_mixes_is_refused(make, trainer, family):
     with pytest.raises(ValueError, match=f"{name} {REFUSAL}"):
         one.train()
     assert one.model.training  # as it was
+    with pytest.raises(ValueError, match=f"{name} {REFUSAL}"):  # whoever caught the first is told again
+        one.train()
     assert all(torch.equal(value, before[key]) for key, value in one.model.state_dict().items())
     allowed = make(trainer, family, **LAYOUTS["packing"], allow_leaking_packing=True, max_steps=1)
     allowed.train()
