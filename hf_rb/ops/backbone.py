@@ -18,6 +18,7 @@ __all__ = [
     "backbone_output",
     "evaluating",
     "gathered_head",
+    "has_prompt_learning",
     "head_of",
     "model_inputs",
     "name_of",
@@ -172,6 +173,11 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
 def without_peft(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the transformers model inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def has_prompt_learning(model: PreTrainedModel) -> bool:
+    """Returns whether a model has an adapter of virtual tokens, such as prompt tuning."""
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
 
 
 def name_of(model: PreTrainedModel) -> str:

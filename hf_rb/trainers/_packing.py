@@ -8,6 +8,7 @@ from accelerate.utils import gather
 from transformers import Trainer
 
 from hf_rb import _compat
+from hf_rb.ops.backbone import has_prompt_learning
 from hf_rb.ops.packing import Leak, is_packed, leak_message, measure_leak
 from hf_rb.ops.processes import on_any_process
 
@@ -31,7 +32,7 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
             More arguments of the backbone's forward.
 
     Raises:
-        ValueError: A model lets the sequences see each other, on any process.
+        ValueError: A model lets the sequences see each other, on any process, or has a prompt-learning adapter.
     """
     if trainer.args.allow_leaking_packing or getattr(trainer, "_packing_is_checked", False):
         return
@@ -41,6 +42,11 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
         return
     device = inputs["input_ids"].device
     unwrapped = trainer.accelerator.unwrap_model(model)
+    if has_prompt_learning(unwrapped):  # of which no hidden states of the model alone tell
+        raise ValueError(
+            "Prompt-learning adapters do not keep the sequences of a packed row apart: PEFT drops their `position_ids`. Set `packing: "
+            "false` and `padding_free: false`, or use LoRA; `allow_leaking_packing: true` trains all the same, as TRL does."
+        )
     with trainer.accelerator.autocast():
         # Inside the forward of the wrapper, where FSDP and DeepSpeed have the weights in place.
         redirect = _compat.ForwardRedirection()
