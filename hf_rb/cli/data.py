@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_rb import tiny
 from hf_rb._fields import value_problem
+from hf_rb.quantizers.texts import check_texts
 
 
 __all__ = ["BUILDERS", "column_rules", "dataset_rules", "file_problem", "rows", "text_problem"]
@@ -67,9 +68,10 @@ def text_problem(key: str, name: str) -> str | None:
     if not path.exists():
         is_file = path.suffix in (".txt", ".jsonl", ".json") or name.startswith(("/", "./", "../"))
         return f"`{key}` names {name!r}, which does not exist." if is_file else None
-    columns = _first_row(path) if path.suffix == ".jsonl" else set()
-    if columns and "text" not in columns:
-        return f"`{key}`: {name} has the columns {', '.join(sorted(columns))}; one called `text` is needed."
+    try:
+        check_texts(name)
+    except ValueError as error:
+        return f"`{key}`: {error}"
     return None
 
 

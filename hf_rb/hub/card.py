@@ -4,6 +4,7 @@ TRL's card loses the base model when it is a local folder, prints `None` for a m
 key and cannot use another package's template; this one is rendered from our own data instead.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -299,8 +300,8 @@ def _to_eval_result(result: Result) -> huggingface_hub.EvalResult:
 
 def _public(value: Any) -> Any:
     """A value without paths of this machine."""
-    if isinstance(value, str):
-        return public_name(value)
+    if isinstance(value, str | os.PathLike):
+        return public_name(os.fspath(value))
     if isinstance(value, Mapping):
         return {key: _public(one) for key, one in value.items()}
     return [_public(one) for one in value] if isinstance(value, (list, tuple)) else value

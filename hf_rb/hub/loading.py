@@ -148,7 +148,7 @@ def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type", "adapter"))).lower()
     settings = {}
     for key, value in sorted(config.items()):
-        value = sorted(value) if isinstance(value, (set, frozenset, list, tuple)) and value else value
+        value = sorted(value) if isinstance(value, (set, frozenset)) else value
         if key not in _SILENT and value not in (None, False, "", "none", [], {}, set(), ()):
             settings[f"{kind}.{key}"] = value
     return settings

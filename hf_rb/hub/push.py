@@ -92,7 +92,7 @@ def plan_upload(folder: str | Path, repo_id: str | None = None, results: Sequenc
         folder (`str` or `Path`):
             Folder of a model, an adapter, GGUF files or a teacher cache, or the HTML file of `hf-rb report`.
         repo_id (`str`, *optional*):
-            Name that the examples of the card get in place of `path/to/…`.
+            Name that the card's own examples get in place of `path/to/NAME`, where NAME is what the card calls the model.
         results (`Sequence[Result]`, *optional*, defaults to `()`):
             Measurements that the card gets beside its own.
 
@@ -113,7 +113,7 @@ def plan_upload(folder: str | Path, repo_id: str | None = None, results: Sequenc
         notes = [] if card else [f"{folder} has no card of its own: README.md is written from its files."]
         upload = Upload(paths, card or model_card(folder), left_out, notes=notes)
     if repo_id:
-        upload = replace(upload, card=re.sub(r"\bpath/to/[^\s\"']+", lambda _: repo_id, upload.card))
+        upload = replace(upload, card=_named(upload.card, repo_id))
     upload.notes.extend(_missing(upload))
     return upload
 
@@ -135,6 +135,13 @@ def _plan_cache(folder: Path) -> Upload:
     return Upload(
         {name: folder / name for name in names}, existing_card(folder) or cache_card(folder), left_out, "dataset"
     )
+
+
+def _named(card: str, repo_id: str) -> str:
+    """Returns the card with the repository in its examples. Other paths are the user's, and stay."""
+    head = ModelCard(card, ignore_metadata_errors=True).data
+    name = head.get("model_name") or head.get("pretty_name")
+    return re.sub(rf"(?<![\w/.])path/to/{re.escape(name)}(?![\w/.-])", lambda _: repo_id, card) if name else card
 
 
 def _missing(upload: Upload) -> Iterator[str]:

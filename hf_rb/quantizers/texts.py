@@ -33,8 +33,7 @@ def check_texts(data: str) -> None:
 def _check_columns(data: str, columns: Iterable[str]) -> None:
     if "text" not in columns:
         raise ValueError(
-            f"{data} has the columns {', '.join(columns)}; one called `text` is needed: rename the one to read, or give the texts as a "
-            "list (`dataset=[...]`)."
+            f"{data} has the columns {', '.join(columns)}; one called `text` is needed: rename the one that is to be read."
         )
 
 

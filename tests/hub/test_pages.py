@@ -161,6 +161,13 @@ def test_a_card_that_says_all_is_left_alone(student, capsys):
     assert json.loads(capsys.readouterr().out)["notes"] == []
 
 
+def test_only_the_examples_of_the_card_get_the_name_of_the_repository(student):
+    other = "Run `train.py --data path/to/data.json` in /home/path/to/student, or `path/to/student-2`.\n"
+    write_model_card(student, ModelCardData("student", sections={"Use": other}))
+    card = plan_upload(student, "me/x").card
+    assert other.strip() in card and 'from_pretrained("me/x")' in card and '"path/to' not in card
+
+
 def test_a_path_of_this_machine_is_pointed_out(student, tmp_path, capsys):
     write_model_card(student, ModelCardData("student", sections={"Data": f"It read `{tmp_path / 'student'}`."}))
     assert main(["push", str(student), "me/x", "--dry-run"]) == 0
