@@ -98,7 +98,7 @@ def plan_upload(folder: str | Path, repo_id: str | None = None, results: Sequenc
 
     Raises:
         FileNotFoundError: There is no such folder, or a weight file is missing.
-        ValueError: No model, an incomplete one, or a file that is a link to somewhere else.
+        ValueError: No model, an incomplete one, a file that is a link to somewhere else, or results of what is no model.
     """
     folder = Path(folder)
     if folder.suffix == ".html" and folder.is_file():
@@ -112,6 +112,8 @@ def plan_upload(folder: str | Path, repo_id: str | None = None, results: Sequenc
         card = card_with_results(folder / "README.md", results) if results else existing_card(folder)
         notes = [] if card else [f"{folder} has no card of its own: README.md is written from its files."]
         upload = Upload(paths, card or model_card(folder), left_out, notes=notes)
+    if results and upload.repo_type != "model":
+        raise ValueError(f"{folder} is no model, and `--results` are measurements of one: leave them out.")
     if repo_id:
         upload = replace(upload, card=_named(upload.card, repo_id))
     upload.notes.extend(_missing(upload))

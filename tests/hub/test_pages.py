@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from hf_rb import PTQTPConfig, SFTConfig, SFTTrainer, tiny
 from hf_rb._model_folder import public_name
 from hf_rb.cli import main
-from hf_rb.hub import ModelCardData, loading, plan_upload, read_loading, render_card, write_model_card
+from hf_rb.hub import ModelCardData, Result, loading, plan_upload, read_loading, render_card, write_model_card
 from hf_rb.hub.loading import Loading
 from hf_rb.quantizers import quantize
 
@@ -192,6 +192,10 @@ def test_a_report_is_a_space_and_a_cache_a_dataset(tmp_path, capsys):
     capsys.readouterr()
     assert main(["push", str(tmp_path / "cache"), "me/cache", "--dry-run"]) == 0
     assert "would go to the dataset me/cache" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match="cache is no model, and `--results` are measurements of one: leave them out."
+    ):
+        plan_upload(tmp_path / "cache", results=[Result("loss", 1.0, "text.txt")])
 
     shard = tmp_path / "cache" / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
