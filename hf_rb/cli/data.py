@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_rb import tiny
 from hf_rb._fields import value_problem
-from hf_rb.quantizers.texts import check_texts
+from hf_rb.quantizers.texts import column_problem
 
 
 __all__ = ["BUILDERS", "column_rules", "dataset_rules", "file_problem", "rows", "text_problem"]
@@ -68,11 +68,8 @@ def text_problem(key: str, name: str) -> str | None:
     if not path.exists():
         is_file = path.suffix in (".txt", ".jsonl", ".json") or name.startswith(("/", "./", "../"))
         return f"`{key}` names {name!r}, which does not exist." if is_file else None
-    try:
-        check_texts(name)
-    except ValueError as error:
-        return f"`{key}`: {error}"
-    return None
+    problem = column_problem(name)
+    return problem and f"`{key}`: {problem}"
 
 
 def column_rules(args: Any, verb: str) -> Iterator[str]:
