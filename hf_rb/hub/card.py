@@ -211,7 +211,7 @@ def _environment() -> Environment:
 
 
 def write_model_card(folder: str | Path, data: ModelCardData) -> Path:
-    """Writes `README.md` into a model's folder and returns its path; what `data` does not say of loading, the folder does."""
+    """Writes `README.md` into a model's folder and returns its path. Without `data.loading` the folder's files say how to load it."""
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     data = data if data.loading else replace(data, loading=read_loading(folder))

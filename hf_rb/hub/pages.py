@@ -1,4 +1,4 @@
-"""Cards for what has none of ours: a folder that `save_pretrained` wrote, GGUF files, a teacher cache, a report."""
+"""Cards for what is pushed without one: a folder that `save_pretrained` wrote, GGUF files, a teacher cache, a report."""
 
 import json
 import re
@@ -20,7 +20,7 @@ BY = "by [`hf_rb`](https://github.com/hf-rb/hf_rb)"
 
 
 def existing_card(folder: Path) -> str | None:
-    """Returns the text of a folder's card; `None` if there is none, or PEFT's, which nobody has filled in."""
+    """Returns the text of a folder's card, or `None`. PEFT's card that nobody has filled in counts as none."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     is_empty = "# Model Card for Model ID" in text and text.count("[More Information Needed]") > 9

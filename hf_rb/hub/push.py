@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from jinja2.utils import htmlsafe_json_dumps
 
 from hf_rb._files import MANIFEST, sha256_file, verify_manifest
 from hf_rb._model_folder import ADAPTER_CONFIG, COMPANIONS
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Upload", "check_repo_id", "plan_upload", "push_folder"]
 
-# Configuration, tokenizer, card, code and measurements, beside the weights that somebody can load. Optimizer state, random states,
-# pickles, caches, checkpoints, old shards and hidden files match nothing here.
+# What is uploaded beside the weights: configuration, tokenizer, card, code and measurements. Optimizer state, random states,
+# pickles, caches, checkpoints, old shards and hidden files match none of these patterns.
 UPLOADED = (
     "README.md",
     "config.json",
@@ -50,7 +51,7 @@ UPLOADED = (
 ADAPTER = (ADAPTER_CONFIG, "adapter_model.safetensors", "base.json")
 
 
-# Files in which a path of this machine would be published.
+# Files that are searched for paths of this machine, which would be published.
 TEXTS = ("README.md", "config.json", ADAPTER_CONFIG, "*_results.json", "report.*", "index.html", MANIFEST)
 
 
@@ -143,7 +144,8 @@ def _named(card: str, repo_id: str) -> str:
     """Returns the card with the repository in its examples. Other paths are the user's, and stay."""
     head = ModelCard(card, ignore_metadata_errors=True).data
     name = head.get("model_name") or head.get("pretty_name")
-    return re.sub(rf"(?<![\w/.])path/to/{re.escape(name)}(?![\w/.-])", lambda _: repo_id, card) if name else card
+    spelled = "|".join(re.escape(one) for one in {name, htmlsafe_json_dumps(name)[1:-1]}) if name else ""
+    return re.sub(rf"(?<![\w/.])path/to/(?:{spelled})(?![\w/.-])", lambda _: repo_id, card) if name else card
 
 
 def _missing(upload: Upload) -> Iterator[str]:

@@ -168,6 +168,33 @@ def test_only_the_examples_of_the_card_get_the_name_of_the_repository(student):
     assert other.strip() in card and 'from_pretrained("me/x")' in card and '"path/to' not in card
 
 
+def test_a_class_that_comes_with_the_checkpoint(student):
+    """`from transformers import MineForCausalLM` fails for a visitor."""
+    config = json.loads((student / "config.json").read_text())
+    autos = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    for architecture in ("Qwen3ForCausalLM", "MineForCausalLM", "MineModel"):
+        text = json.dumps(config | {"architectures": [architecture], "auto_map": autos})
+        (student / "config.json").write_text(text)
+        card = render_card(ModelCardData("mine", loading=read_loading(student)))
+        trusted = ", trust_remote_code=True" * architecture.startswith("Mine")
+        assert f'AutoModelForCausalLM.from_pretrained("path/to/mine"{trusted})' in card
+        assert "pipeline_tag: text-generation" in card
+
+
+def test_an_adapter_of_a_base_that_is_not_here_says_its_task(tmp_path):
+    settings = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "org/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    card = render_card(ModelCardData("x", base_model="org/base", library_name="peft", loading=read_loading(tmp_path)))
+    assert 'base = AutoModelForSequenceClassification.from_pretrained("org/base")' in card
+    assert "text-generation" not in card and "generate" not in card
+
+
+def test_a_name_that_json_escapes_is_replaced_too(student, tmp_path):
+    student = student.rename(tmp_path / "r&d model")
+    card = plan_upload(student, "me/x").card
+    assert 'from_pretrained("me/x")' in card and "path/to" not in card
+
+
 def test_a_path_of_this_machine_is_pointed_out(student, tmp_path, capsys):
     write_model_card(student, ModelCardData("student", sections={"Data": f"It read `{tmp_path / 'student'}`."}))
     assert main(["push", str(student), "me/x", "--dry-run"]) == 0
