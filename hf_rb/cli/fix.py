@@ -34,15 +34,16 @@ def fix(text: str, recipe: dict[str, Any], known: Collection[str]) -> tuple[str,
     node = yaml.compose(text, yaml.SafeLoader)
     if node.flow_style:
         raise ValueError("`--fix` changes lines, and this recipe is written in braces. Write one key a line.")
-    lines, changes = text.splitlines(), []
+    lines, changes, taken = text.splitlines(), [], set(recipe)
     for key, value in reversed(node.value):  # from the end, so that the numbers of earlier lines stay right
         name, first, last = key.value, key.start_mark.line, _last_line(lines, value)
         indent = lines[first][: key.start_mark.column]
         new_name, new_value = _rewritten(name, recipe.get(name))
         if name in known and new_name is None:
             continue
-        if new_name is not None and new_name not in known or new_name in recipe and new_name != name:
+        if new_name is not None and new_name not in known or new_name in taken and new_name != name:
             new_name = None
+        taken.add(new_name)
         if new_name is None and (reason := former_key(name, known)) is None:
             continue
         if new_name is None:

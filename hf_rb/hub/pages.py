@@ -88,5 +88,6 @@ def _page(head: Any, name: str, text: str, heading: str, commands: list[str]) ->
 
 def paths_in(text: str) -> list[str]:
     """Returns the words of a text that are absolute paths of this machine."""
-    found = re.findall(r"""(?:^|[\s"'`(])(/[^\s"'`)]+)""", text)
-    return [path for path in dict.fromkeys(found) if len(Path(path).parts) > 2 and Path(path).exists()]
+    found = re.findall(r"""(?:^|[\s"'`(\[>=:,])(/[^\s"'`)\]<>,;]+)""", text)
+    paths = dict.fromkeys(path.rstrip(".:") for path in found)
+    return [path for path in paths if len(Path(path).parts) > 2 and Path(path).exists()]

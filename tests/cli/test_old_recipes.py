@@ -98,6 +98,9 @@ def test_fix_keeps_the_indentation_and_advises_nothing_that_changes_the_run(tmp_
     )
     cli.main(["check", "--for", "sft", "--fix", str(file)])
     assert read_recipe(file) == {"dtype": "float16", "max_length": 12, "packing_strategy": "bfd_split"}
+    file.write_text("use_liger: true\nuse_liger_loss: false\n")  # two old names of one key
+    cli.main(["check", "--for", "sft", "--fix", str(file)])
+    assert read_recipe(file) == {"use_liger_kernel": False}
     assert "`train_sampling_strategy: group_by_length`; in place of `false` nothing." in capsys.readouterr().err
 
 

@@ -15,6 +15,7 @@ from hf_rb._model_folder import public_name
 from hf_rb.cli import main
 from hf_rb.hub import ModelCardData, Result, loading, plan_upload, read_loading, render_card, write_model_card
 from hf_rb.hub.loading import Loading
+from hf_rb.hub.pages import paths_in
 from hf_rb.quantizers import quantize
 
 
@@ -199,6 +200,14 @@ def test_a_path_of_this_machine_is_pointed_out(student, tmp_path, capsys):
     write_model_card(student, ModelCardData("student", sections={"Data": f"It read `{tmp_path / 'student'}`."}))
     assert main(["push", str(student), "me/x", "--dry-run"]) == 0
     assert f"README.md names paths of this machine, {student} for one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "It read {}.", "<td>{}</td>", "`{}`", "data={}, x", "[{}]", 'a: "{}"', "model: {}: 3"]
+)
+def test_where_a_path_stands(text, tmp_path):
+    assert paths_in(text.format(tmp_path)) == [str(tmp_path)]
+    assert paths_in(text.format("/no/such/folder")) == paths_in("https://huggingface.co/me/x and 3/4") == []
 
 
 def test_reports_and_ggufs_go_with_a_model(student):
