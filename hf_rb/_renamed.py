@@ -48,7 +48,7 @@ _TEACHER = "TRL's stable trainer has no served teacher. Name a model in `teacher
 
 # Keys that are gone, and what to do.
 REMOVED = {
-    "adafactor": "Write `optim: adafactor`.",
+    "adafactor": "In place of `true` write `optim: adafactor`; in place of `false` nothing.",
     "benchmarks": "It belongs to open-r1's own scripts. Run `hf-rb eval` afterwards.",
     "callbacks": "It belongs to open-r1's own scripts. Remove it.",
     "chars_per_token": "Packing counts tokens. Remove it.",
@@ -58,10 +58,10 @@ REMOVED = {
     "fp16_backend": _TORCH_AMP,
     "fsdp_min_num_params": _FSDP,
     "fsdp_transformer_layer_cls_to_wrap": _FSDP,
-    "group_by_length": "Write `train_sampling_strategy: group_by_length`.",
+    "group_by_length": "In place of `true` write `train_sampling_strategy: group_by_length`; in place of `false` nothing.",
     "half_precision_backend": _TORCH_AMP,
-    "include_inputs_for_metrics": "Write `include_for_metrics: [inputs]`.",
-    "jit_mode_eval": "Write `torch_compile: true`.",
+    "include_inputs_for_metrics": "In place of `true` write `include_for_metrics: [inputs]`; in place of `false` nothing.",
+    "jit_mode_eval": "In place of `true` write `torch_compile: true`; in place of `false` nothing.",
     "log_completions_steps": "`log_completions: true` logs them whenever metrics are logged. Remove it.",
     "logging_dir": "TensorBoard's folder comes from the environment variable `TENSORBOARD_LOGGING_DIR`. Remove it.",
     "loss_add_tail": _WHOLE,
@@ -77,7 +77,7 @@ REMOVED = {
     "save_safetensors": "Weights are always saved as safetensors. Remove it.",
     "system_prompt": "It belongs to open-r1's own scripts. Put the system turn into the dataset's messages.",
     "teacher_model_server_url": _TEACHER,
-    "tpu_metrics_debug": "Write `debug: tpu_metrics_debug`.",
+    "tpu_metrics_debug": "In place of `true` write `debug: tpu_metrics_debug`; in place of `false` nothing.",
     "tpu_num_cores": "Set the environment variable `TPU_NUM_CORES`, and remove it.",
     "use_legacy_prediction_loop": "Remove it.",
     "use_mps_device": "An Apple GPU is used where there is one. Remove it.",

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "There is no folder for the cache. Write `hf-rb cache-teacher RECIPE FOLDER`, or `teacher_cache` in the recipe."
         )
-    # As a recipe that trains from the cache: what cannot is found before torch is imported.
+    # The recipe is checked as one that trains from the cache, so that its faults are told before torch is imported.
     values = recipe | {"teacher_cache": folder} | read_overrides(args.overrides, "gkd")
     found = check(path, values, "gkd")
     if found.errors:

@@ -34,25 +34,27 @@ def fix(text: str, recipe: dict[str, Any], known: Collection[str]) -> tuple[str,
     node = yaml.compose(text, yaml.SafeLoader)
     if node.flow_style:
         raise ValueError("`--fix` changes lines, and this recipe is written in braces. Write one key a line.")
-    lines, changes = text.splitlines(), []
+    lines, changes, taken = text.splitlines(), [], set(recipe)
     for key, value in reversed(node.value):  # from the end, so that the numbers of earlier lines stay right
         name, first, last = key.value, key.start_mark.line, _last_line(lines, value)
+        indent = lines[first][: key.start_mark.column]
         new_name, new_value = _rewritten(name, recipe.get(name))
         if name in known and new_name is None:
             continue
-        if new_name is not None and new_name not in known or new_name in recipe and new_name != name:
+        if new_name is not None and new_name not in known or new_name in taken and new_name != name:
             new_name = None
+        taken.add(new_name)
         if new_name is None and (reason := former_key(name, known)) is None:
             continue
         if new_name is None:
             lines[first : last + 1] = [f"# {reason}", *(f"# {line}" for line in lines[first : last + 1])]
             changes.append(f"`{name}` is now a comment: {reason}")
         elif new_value is None:
-            lines[first] = new_name + lines[first][key.end_mark.column :]
+            lines[first] = indent + new_name + lines[first][key.end_mark.column :]
             changes.append(f"`{name}` is now `{new_name}`.")
         else:
             line = f"{new_name}: {json.dumps(new_value) if isinstance(new_value, list) else new_value}"
-            lines[first : last + 1] = [line]
+            lines[first : last + 1] = [indent + line]
             changes.append(f"`{name}: {str(recipe[name]).lower()}` is now `{line}`.")
     return "\n".join(lines) + "\n", changes[::-1]
 

@@ -38,7 +38,7 @@ RUNTIME = {"cpu": 540 * MEBI, "cuda": 600 * MEBI}
 # The share of what a layer frees again that a CPU's allocator does not give to the next layer (measured with glibc, whose aligned
 # blocks do not fit into the holes that blocks of their own size have left).
 UNUSABLE = {"cpu": 0.2, "cuda": 0.0}
-# The same of what joining experts has freed (measured: 0.6 to 0.9).
+# The share of freed memory that stays unusable after experts were joined (measured: 0.6 to 0.9).
 UNUSABLE_EXPERTS = 0.75
 
 
@@ -135,7 +135,7 @@ class Architecture:
 
 
 def _tensors(folder: Path) -> list[tuple[str, str, int]]:
-    """Name, type and number of elements of every tensor in the model's safetensors files; of a folder without them nothing."""
+    """Returns name, type and number of elements of every tensor of the model. The list is empty for a folder without safetensors."""
     try:
         files = weight_files(folder).files
     except (FileNotFoundError, ValueError):
@@ -230,8 +230,8 @@ def estimate(model: Architecture, run: Run, frozen: list[tuple[Architecture, int
 
 def estimate_audit(model: Architecture, run: Run, frozen: list[tuple[Architecture, int]] = ()) -> dict[str, int]:
     """
-    Estimates the bytes of `hf-rb audit`: all logits and no optimizer, and as `comparison` the gradients of the reference and of a path
-    beside the model's, and at the end a copy of the student that is its own teacher, with the teacher still there.
+    Estimates the bytes of `hf-rb audit`. It makes all logits and has no optimizer. `comparison` is what it holds besides: the gradients
+    of the two paths that it compares, and at the end a copy of the student, which then is the teacher.
     """
     parts = estimate(model, replace(run, head="dense", optimizer="sgd", accumulates=False), frozen)
     return parts | {"comparison": 2 * parts["gradients"] + model.weights * run.weight_bytes}
@@ -247,7 +247,7 @@ def peak(parts: dict[str, int], accumulates: bool) -> int:
 
 @dataclass(frozen=True)
 class _Load:
-    """Bytes of a model, of what is there beside it only while it is loaded, and of what the allocator does not give back later."""
+    """Bytes of a model (`weights`), of what loading needs in addition (`beside`), and of what stays unusable afterwards (`unusable`)."""
 
     weights: int
     beside: int
@@ -267,7 +267,7 @@ class _Load:
 
 
 def _loading(loads: list[_Load]) -> int:
-    """Bytes that are there, while a model is loaded, beyond the sum of all models: they are loaded one after the other."""
+    """Returns by how many bytes loading exceeds the sum of all models. They are loaded in turn, so the later ones are not there yet."""
     later = sum(load.weights for load in loads)
     highest = 0
     for load in loads:

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _show(args, upload, len(results), url=None)
         return 0
-    if results and upload.repo_type == "model":
+    if results:
         hub.add_results(f"{args.folder}/README.md", results)
     commit = hub.push_folder(
         args.folder,

@@ -17,8 +17,9 @@ class Verdict:
     How much worse a model is than the one that it was made from.
 
     Attributes:
-        times (`float`): Its perplexity over the original's, on the same tokens. NaN if the original's is not finite.
-        word (`str`): `"close"`, `"damaged"` or `"broken"`.
+        times (`float`): Its perplexity over the original's, on the same tokens. Infinite if its own is NaN, NaN if the original's
+            is not finite.
+        word (`str`): `"close"`, `"damaged"` or `"broken"`; `"unknown"` if the original's perplexity is not finite.
         original (`str`): What the original is, such as `"16 bits"`.
         rounded_times (`float`, *optional*): The same ratio for the original with its layers rounded to 4 bits.
     """
@@ -37,8 +38,12 @@ class Verdict:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the verdict for JSON, with its sentence and the thresholds."""
-        return {**vars(self), "sentence": str(self), "close_below": CLOSE_BELOW, "damaged_below": DAMAGED_BELOW}
+        """Returns the verdict for JSON, with its sentence and the thresholds. JSON has no infinity and no NaN: they are `None`."""
+        values = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in vars(self).items()
+        }
+        return values | {"sentence": str(self), "close_below": CLOSE_BELOW, "damaged_below": DAMAGED_BELOW}
 
 
 def judge(perplexity: float, original_perplexity: float, original: str, rounded: float | None = None) -> Verdict:
@@ -53,10 +58,14 @@ def judge(perplexity: float, original_perplexity: float, original: str, rounded:
         rounded (`float`, *optional*):
             Perplexity of the original with the same layers rounded to 4 bits.
     """
-    known = math.isfinite(original_perplexity)
-    times = (math.inf if math.isnan(perplexity) else perplexity / original_perplexity) if known else math.nan
+    if not math.isfinite(original_perplexity):
+        return Verdict(math.nan, "unknown", original)
+    times, rounded_times = (
+        None if value is None else math.inf if math.isnan(value) else value / original_perplexity
+        for value in (perplexity, rounded)
+    )
     word = "close" if times < CLOSE_BELOW else "damaged" if times < DAMAGED_BELOW else "broken"
-    return Verdict(times, word, original, rounded / original_perplexity if known and rounded is not None else None)
+    return Verdict(times, word, original, rounded_times)
 
 
 def _times(ratio: float) -> str:

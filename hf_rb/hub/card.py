@@ -4,6 +4,7 @@ TRL's card loses the base model when it is a local folder, prints `None` for a m
 key and cannot use another package's template; this one is rendered from our own data instead.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -210,7 +211,7 @@ def _environment() -> Environment:
 
 
 def write_model_card(folder: str | Path, data: ModelCardData) -> Path:
-    """Writes `README.md` into a model's folder and returns its path; what `data` does not say of loading, the folder does."""
+    """Writes `README.md` into a model's folder and returns its path. Without `data.loading` the folder's files say how to load it."""
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     data = data if data.loading else replace(data, loading=read_loading(folder))
@@ -299,8 +300,8 @@ def _to_eval_result(result: Result) -> huggingface_hub.EvalResult:
 
 def _public(value: Any) -> Any:
     """A value without paths of this machine."""
-    if isinstance(value, str):
-        return public_name(value)
+    if isinstance(value, str | os.PathLike):
+        return public_name(os.fspath(value))
     if isinstance(value, Mapping):
         return {key: _public(one) for key, one in value.items()}
     return [_public(one) for one in value] if isinstance(value, (list, tuple)) else value

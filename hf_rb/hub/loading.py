@@ -15,6 +15,14 @@ from hf_rb._model_folder import ADAPTER_CONFIG, PACKED, local_folder
 __all__ = ["Loading", "adapter_settings", "hf_rb_requirement", "model_loading", "read_json", "read_loading"]
 
 SOURCE = "git+https://github.com/hf-rb/hf_rb"
+# Classes for the base of an adapter that cannot be read, by PEFT's `task_type`.
+_TASK_TYPES = {
+    "FEATURE_EXTRACTION": "AutoModel",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
 # What loads other formats; the versions are those with which an exported model was loaded.
 _LOADERS = {"gptq": ("optimum>=2.3", "gptqmodel>=7.7"), "bitsandbytes": ("bitsandbytes",)}
 
@@ -34,6 +42,8 @@ class Loading:
             `quant_method` of the weights, or of those of an adapter's base.
         mpi (`bool`, *optional*, defaults to `False`):
             Whether the class is one of ours.
+        remote_code (`bool`, *optional*, defaults to `False`):
+            Whether the class comes with the checkpoint, and transformers has none of its name.
     """
 
     architecture: str = "AutoModelForCausalLM"
@@ -41,10 +51,11 @@ class Loading:
     reader: str = "AutoTokenizer"
     method: str | None = None
     mpi: bool = False
+    remote_code: bool = False
 
     @cached_property
     def task(self) -> str | None:
-        """The Hub's `pipeline_tag`, by transformers' own table of classes; `None` for a class that stands in none."""
+        """The Hub's `pipeline_tag`, from transformers' tables of classes by task. `None` if no table has the class."""
         if self.architecture.endswith(("ForCausalLM", "LMHeadModel")):
             return "text-generation"
         from hf_rb import _compat
@@ -53,7 +64,7 @@ class Loading:
             found = (name if isinstance(name, (tuple, list)) else (name,) for name in mapping.values())
             return {name for names in found for name in names}
 
-        # From the last: a class for images and text may stand among those for text too.
+        # The tables go from text to images: a class for images and text is in both, so the last table decides.
         tasks = reversed(_compat.TASK_MAPPING.items())
         return next((task for task, mapping in tasks if self.architecture in classes(mapping)), None)
 
@@ -82,7 +93,7 @@ def hf_rb_requirement() -> str:
 
 
 def _at_least(library: str) -> str:
-    """A requirement as it is; of a bare name that is installed here, the version that was tried, without its last part."""
+    """Returns a requirement. A bare name of an installed library gets that library's version, without the last part, as the lowest."""
     try:
         return f"{library}>={'.'.join(version(library).split('.')[:2])}"
     except (PackageNotFoundError, ValueError):
@@ -99,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_loading(folder: str | Path) -> Loading:
-    """Returns how the model or the adapter in a folder is loaded; a base that is not on this machine counts as ordinary."""
+    """Returns how the model or the adapter in a folder is loaded. An adapter's base that cannot be read counts as a causal model."""
     folder = Path(folder)
     config, adapter = read_json(folder / "config.json"), read_json(folder / ADAPTER_CONFIG)
     if not config and not adapter:
@@ -108,7 +119,8 @@ def read_loading(folder: str | Path) -> Loading:
     if not config and base and (found := local_folder(base)):
         config = read_json(found / "config.json")
     named = (adapter.get("auto_mapping") or {}).get("base_model_class")
-    architecture = (config.get("architectures") or [named or Loading.architecture])[0]
+    default = _TASK_TYPES.get(adapter.get("task_type"), Loading.architecture)
+    architecture, remote_code = _class_name(config, (config.get("architectures") or [named or default])[0])
     chat = any(folder.glob("chat_template*")) or read_json(folder / "tokenizer_config.json").get("chat_template")
     has = {"AutoProcessor": "*processor_config.json", "AutoTokenizer": "tokenizer*"}
     return Loading(
@@ -117,6 +129,7 @@ def read_loading(folder: str | Path) -> Loading:
         next((reader for reader, pattern in has.items() if any(folder.glob(pattern))), ""),
         (config.get("quantization_config") or {}).get("quant_method"),
         str(config.get("model_type")).startswith("mpi_"),
+        remote_code,
     )
 
 
@@ -127,16 +140,28 @@ def model_loading(model: Any, reader: Any) -> Loading:
     quantization = getattr(config, "quantization_config", None)
     quantization = quantization if isinstance(quantization, dict) else vars(quantization or object)
     method = quantization.get("quant_method")
+    architecture, remote_code = _class_name(vars(config), (config.architectures or [type(base).__name__])[0])
     return Loading(
-        (config.architectures or [type(base).__name__])[0],
+        architecture,
         bool(getattr(reader, "chat_template", None)),
         "AutoProcessor" if hasattr(reader, "tokenizer") else "AutoTokenizer",
         method and str(getattr(method, "value", method)),
         config.model_type.startswith("mpi_"),
+        remote_code,
     )
 
 
-# What an adapter's configuration says of its place, its use and its loading, and not of what was trained.
+def _class_name(config: Mapping[str, Any], architecture: str) -> tuple[str, bool]:
+    """Returns the class that loads a model, and whether its code comes with the checkpoint: then it is the auto class that finds it."""
+    autos = [name for name in config.get("auto_map") or {} if name.startswith("AutoModel")]
+    if not autos:
+        return architecture, False
+    import transformers
+
+    return (architecture, False) if hasattr(transformers, architecture) else (autos[0], True)
+
+
+# Keys of an adapter's configuration that do not describe its training: where it lies, how it is used and loaded.
 _SILENT = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "revision", "task_type",
@@ -144,11 +169,11 @@ _SILENT = {
 
 
 def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a card says of an adapter, given the contents of its adapter_config.json: all that is set, by `lora.r` and the like."""
+    """Returns the settings of an adapter for its card, such as `lora.r`, from the contents of its adapter_config.json."""
     kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type", "adapter"))).lower()
     settings = {}
     for key, value in sorted(config.items()):
-        value = sorted(value) if isinstance(value, (set, frozenset, list, tuple)) and value else value
+        value = sorted(value) if isinstance(value, (set, frozenset)) else value
         if key not in _SILENT and value not in (None, False, "", "none", [], {}, set(), ()):
             settings[f"{kind}.{key}"] = value
     return settings

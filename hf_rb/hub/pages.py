@@ -1,4 +1,4 @@
-"""Cards for what has none of ours: a folder that `save_pretrained` wrote, GGUF files, a teacher cache, a report."""
+"""Cards for what is pushed without one: a folder that `save_pretrained` wrote, GGUF files, a teacher cache, a report."""
 
 import json
 import re
@@ -20,7 +20,7 @@ BY = "by [`hf_rb`](https://github.com/hf-rb/hf_rb)"
 
 
 def existing_card(folder: Path) -> str | None:
-    """Returns the text of a folder's card; `None` if there is none, or PEFT's, which nobody has filled in."""
+    """Returns the text of a folder's card, or `None`. PEFT's card that nobody has filled in counts as none."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     is_empty = "# Model Card for Model ID" in text and text.count("[More Information Needed]") > 9
@@ -88,5 +88,6 @@ def _page(head: Any, name: str, text: str, heading: str, commands: list[str]) ->
 
 def paths_in(text: str) -> list[str]:
     """Returns the words of a text that are absolute paths of this machine."""
-    found = re.findall(r"""(?:^|[\s"'`(])(/[^\s"'`)]+)""", text)
-    return [path for path in dict.fromkeys(found) if len(Path(path).parts) > 2 and Path(path).exists()]
+    found = re.findall(r"""(?:^|[\s"'`(\[>=:,])(/[^\s"'`)\]<>,;]+)""", text)
+    paths = dict.fromkeys(path.rstrip(".:") for path in found)
+    return [path for path in paths if len(Path(path).parts) > 2 and Path(path).exists()]

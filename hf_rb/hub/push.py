@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from jinja2.utils import htmlsafe_json_dumps
 
 from hf_rb._files import MANIFEST, sha256_file, verify_manifest
 from hf_rb._model_folder import ADAPTER_CONFIG, COMPANIONS
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Upload", "check_repo_id", "plan_upload", "push_folder"]
 
-# Configuration, tokenizer, card, code and measurements, beside the weights that somebody can load. Optimizer state, random states,
-# pickles, caches, checkpoints, old shards and hidden files match nothing here.
+# What is uploaded beside the weights: configuration, tokenizer, card, code and measurements. Optimizer state, random states,
+# pickles, caches, checkpoints, old shards and hidden files match none of these patterns.
 UPLOADED = (
     "README.md",
     "config.json",
@@ -50,7 +51,7 @@ UPLOADED = (
 ADAPTER = (ADAPTER_CONFIG, "adapter_model.safetensors", "base.json")
 
 
-# Files in which a path of this machine would be published.
+# Files that are searched for paths of this machine, which would be published.
 TEXTS = ("README.md", "config.json", ADAPTER_CONFIG, "*_results.json", "report.*", "index.html", MANIFEST)
 
 
@@ -92,13 +93,13 @@ def plan_upload(folder: str | Path, repo_id: str | None = None, results: Sequenc
         folder (`str` or `Path`):
             Folder of a model, an adapter, GGUF files or a teacher cache, or the HTML file of `hf-rb report`.
         repo_id (`str`, *optional*):
-            Name that the examples of the card get in place of `path/to/…`.
+            Name that the card's own examples get in place of `path/to/NAME`, where NAME is what the card calls the model.
         results (`Sequence[Result]`, *optional*, defaults to `()`):
             Measurements that the card gets beside its own.
 
     Raises:
         FileNotFoundError: There is no such folder, or a weight file is missing.
-        ValueError: No model, an incomplete one, or a file that is a link to somewhere else.
+        ValueError: No model, an incomplete one, a file that is a link to somewhere else, or results of what is no model.
     """
     folder = Path(folder)
     if folder.suffix == ".html" and folder.is_file():
@@ -112,8 +113,10 @@ def plan_upload(folder: str | Path, repo_id: str | None = None, results: Sequenc
         card = card_with_results(folder / "README.md", results) if results else existing_card(folder)
         notes = [] if card else [f"{folder} has no card of its own: README.md is written from its files."]
         upload = Upload(paths, card or model_card(folder), left_out, notes=notes)
+    if results and upload.repo_type != "model":
+        raise ValueError(f"{folder} is no model, and `--results` are measurements of one: leave them out.")
     if repo_id:
-        upload = replace(upload, card=re.sub(r"\bpath/to/[^\s\"']+", lambda _: repo_id, upload.card))
+        upload = replace(upload, card=_named(upload.card, repo_id))
     upload.notes.extend(_missing(upload))
     return upload
 
@@ -135,6 +138,14 @@ def _plan_cache(folder: Path) -> Upload:
     return Upload(
         {name: folder / name for name in names}, existing_card(folder) or cache_card(folder), left_out, "dataset"
     )
+
+
+def _named(card: str, repo_id: str) -> str:
+    """Returns the card with the repository in its examples. Other paths are the user's, and stay."""
+    head = ModelCard(card, ignore_metadata_errors=True).data
+    name = head.get("model_name") or head.get("pretty_name")
+    spelled = "|".join(re.escape(one) for one in {name, htmlsafe_json_dumps(name)[1:-1]}) if name else ""
+    return re.sub(rf"(?<![\w/.])path/to/(?:{spelled})(?![\w/.-])", lambda _: repo_id, card) if name else card
 
 
 def _missing(upload: Upload) -> Iterator[str]:

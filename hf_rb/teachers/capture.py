@@ -276,7 +276,9 @@ def _open(folder: Path, identity: Identity, number_of_shards: int, overwrite: bo
         return Manifest(identity, number_of_shards)
     try:
         found = Manifest.read(folder)
-        different = [name for name, value in vars(identity).items() if value != getattr(found.identity, name)]
+        # Not the name, which was once a path: `model` is a fingerprint of the weights.
+        compared = [name for name in vars(identity) if name != "model_name"]
+        different = [name for name in compared if getattr(identity, name) != getattr(found.identity, name)]
     except ValueError:
         if not overwrite or not all(_is_ours(name) for name in names):
             raise
@@ -293,6 +295,7 @@ def _open(folder: Path, identity: Identity, number_of_shards: int, overwrite: bo
             check_shard(folder, shard, identity)
         except ValueError:
             del found.shards[number]  # written again
+    found.identity = identity
     return found
 
 
@@ -301,7 +304,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _other_cache(folder: Path, found: Identity, wanted: Identity, different: list[str]) -> str:
-    name = "model_name" if "model_name" in different else different[0]
+    name = "model_name" if "model" in different and found.model_name != wanted.model_name else different[0]
     values = f"`{name}: {getattr(found, name)}` where this one has `{name}: {getattr(wanted, name)}`"
     return f"{folder} holds a teacher cache with {values}. Choose another folder, or pass `--overwrite` to replace the cache."
 

@@ -138,6 +138,7 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
             for message in grpo_warnings(args, any(shaper.level == "token" for shaper in self.shapers)):
                 logger.warning(message)
         self._generation: ScoredGeneration | None = None
+        self._has_warned_of_infinite = False
 
     def _check_shaping(
         self,
@@ -179,9 +180,20 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._warn_of_infinite(rewards_per_func)
         if self._acts:
             self._generation = ScoredGeneration(inputs, prompts, completions, completion_ids_list, rewards_per_func)
         return rewards_per_func
+
+    def _warn_of_infinite(self, rewards: torch.Tensor) -> None:
+        """Says once which reward function has returned infinity: TRL goes on without a word."""
+        names = [self.reward_func_names[index] for index in rewards.isinf().any(dim=0).nonzero().flatten()]
+        if names and not self._has_warned_of_infinite and self.accelerator.is_main_process:
+            self._has_warned_of_infinite = True
+            logger.warning(
+                f"The reward function {names[0]} returned infinity at step {self.state.global_step}, so its group has no advantages: TRL "
+                "trains with 0 or the largest number in place of them. Return a finite number, or `None` for no reward."
+            )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)

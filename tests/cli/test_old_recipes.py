@@ -91,6 +91,19 @@ def test_fix_keeps_what_it_does_not_know(tmp_path, capsys):
     assert "is written in braces" in capsys.readouterr().err
 
 
+def test_fix_keeps_the_indentation_and_advises_nothing_that_changes_the_run(tmp_path, capsys):
+    file = tmp_path / "indented.yaml"
+    file.write_text(
+        "  torch_dtype: float16\n  max_length: 12\n  packing_strategy: bfd-requeue\n  group_by_length: false\n"
+    )
+    cli.main(["check", "--for", "sft", "--fix", str(file)])
+    assert read_recipe(file) == {"dtype": "float16", "max_length": 12, "packing_strategy": "bfd_split"}
+    file.write_text("use_liger: true\nuse_liger_loss: false\n")  # two old names of one key
+    cli.main(["check", "--for", "sft", "--fix", str(file)])
+    assert read_recipe(file) == {"use_liger_kernel": False}
+    assert "`train_sampling_strategy: group_by_length`; in place of `false` nothing." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", SCRIPTS)
 def test_the_table_holds_for_the_installed_versions(verb):
     """A key that TRL or transformers has again must leave the table; a new name must exist somewhere."""

@@ -43,6 +43,22 @@ def test_the_sentence():
         )
 
 
+@pytest.mark.parametrize(
+    ("measured", "original", "rounded", "word", "stored"),
+    [
+        (3.0, math.nan, 2.0, "unknown", (None, None)),
+        (3.0, math.inf, 2.0, "unknown", (None, None)),
+        (math.inf, 3.0, 3.0, "broken", (None, 1.0)),
+        (3.0, 3.0, math.nan, "close", (1.0, None)),
+    ],
+)
+def test_what_is_not_finite_is_valid_json_and_no_verdict_of_the_model(measured, original, rounded, word, stored):
+    found = judge(measured, original, "16 bits", rounded)
+    document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert (document["times"], document["rounded_times"]) == stored
+    assert found.word == document["word"] == word and "nan" not in document["sentence"]
+
+
 def test_a_report_of_quantization():
     report = Report("ptqtp", [LayerReport("model.layers.0.mlp.up_proj", 4, 0.2)])
     assert report.quality() is None and report.to_dict()["quality"] is None

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from hf_rb import PTQTPConfig, SFTConfig, SFTTrainer, tiny
 from hf_rb._model_folder import public_name
 from hf_rb.cli import main
-from hf_rb.hub import ModelCardData, loading, plan_upload, read_loading, render_card, write_model_card
+from hf_rb.hub import ModelCardData, Result, loading, plan_upload, read_loading, render_card, write_model_card
 from hf_rb.hub.loading import Loading
+from hf_rb.hub.pages import paths_in
 from hf_rb.quantizers import quantize
 
 
@@ -161,10 +162,52 @@ def test_a_card_that_says_all_is_left_alone(student, capsys):
     assert json.loads(capsys.readouterr().out)["notes"] == []
 
 
+def test_only_the_examples_of_the_card_get_the_name_of_the_repository(student):
+    other = "Run `train.py --data path/to/data.json` in /home/path/to/student, or `path/to/student-2`.\n"
+    write_model_card(student, ModelCardData("student", sections={"Use": other}))
+    card = plan_upload(student, "me/x").card
+    assert other.strip() in card and 'from_pretrained("me/x")' in card and '"path/to' not in card
+
+
+def test_a_class_that_comes_with_the_checkpoint(student):
+    """`from transformers import MineForCausalLM` fails for a visitor."""
+    config = json.loads((student / "config.json").read_text())
+    autos = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    for architecture in ("Qwen3ForCausalLM", "MineForCausalLM", "MineModel"):
+        text = json.dumps(config | {"architectures": [architecture], "auto_map": autos})
+        (student / "config.json").write_text(text)
+        card = render_card(ModelCardData("mine", loading=read_loading(student)))
+        trusted = ", trust_remote_code=True" * architecture.startswith("Mine")
+        assert f'AutoModelForCausalLM.from_pretrained("path/to/mine"{trusted})' in card
+        assert "pipeline_tag: text-generation" in card
+
+
+def test_an_adapter_of_a_base_that_is_not_here_says_its_task(tmp_path):
+    settings = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "org/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    card = render_card(ModelCardData("x", base_model="org/base", library_name="peft", loading=read_loading(tmp_path)))
+    assert 'base = AutoModelForSequenceClassification.from_pretrained("org/base")' in card
+    assert "text-generation" not in card and "generate" not in card
+
+
+def test_a_name_that_json_escapes_is_replaced_too(student, tmp_path):
+    student = student.rename(tmp_path / "r&d model")
+    card = plan_upload(student, "me/x").card
+    assert 'from_pretrained("me/x")' in card and "path/to" not in card
+
+
 def test_a_path_of_this_machine_is_pointed_out(student, tmp_path, capsys):
     write_model_card(student, ModelCardData("student", sections={"Data": f"It read `{tmp_path / 'student'}`."}))
     assert main(["push", str(student), "me/x", "--dry-run"]) == 0
     assert f"README.md names paths of this machine, {student} for one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "It read {}.", "<td>{}</td>", "`{}`", "data={}, x", "[{}]", 'a: "{}"', "model: {}: 3"]
+)
+def test_where_a_path_stands(text, tmp_path):
+    assert paths_in(text.format(tmp_path)) == [str(tmp_path)]
+    assert paths_in(text.format("/no/such/folder")) == paths_in("https://huggingface.co/me/x and 3/4") == []
 
 
 def test_reports_and_ggufs_go_with_a_model(student):
@@ -185,6 +228,10 @@ def test_a_report_is_a_space_and_a_cache_a_dataset(tmp_path, capsys):
     capsys.readouterr()
     assert main(["push", str(tmp_path / "cache"), "me/cache", "--dry-run"]) == 0
     assert "would go to the dataset me/cache" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match="cache is no model, and `--results` are measurements of one: leave them out."
+    ):
+        plan_upload(tmp_path / "cache", results=[Result("loss", 1.0, "text.txt")])
 
     shard = tmp_path / "cache" / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -257,8 +257,11 @@ def test_an_interrupted_capture_goes_on(capturing, cache, tmp_path, monkeypatch)
     report = cache_teacher(capturing, tmp_path, **settings)
     assert 0 < report.shards_kept < report.shards
     assert json.loads((tmp_path / "manifest.json").read_text()) == whole
+    older = whole | {"identity": whole["identity"] | {"model_name": "/of/an/earlier/version"}}
+    (tmp_path / "manifest.json").write_text(json.dumps(older))
     again = cache_teacher(capturing, tmp_path, **settings)
     assert again.shards_kept == again.shards and again.truncation_kl == report.truncation_kl
+    assert json.loads((tmp_path / "manifest.json").read_text()) == whole
 
 
 def test_a_damaged_shard_is_captured_again(capturing, copied):
