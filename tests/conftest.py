@@ -11,3 +11,16 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     CUDA_VISIBLE_DEVICES="",
 )
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def one_thread():
+    """Torch with one thread: threads that wait for others of a busy machine count as processor time."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -370,7 +370,7 @@ def test_soft_penalty_needs_a_scorer():
     assert_close(advantages, base[:, None] * ctx.mask)
 
 
-def test_cost():
+def test_cost(one_thread):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 200, (4096, 4), generator=generator).tolist()
     base, quality = grpo(torch.rand(4096, generator=generator).tolist(), 16), [[0.0, 0.5, 1.0]] * 4096

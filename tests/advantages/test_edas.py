@@ -360,7 +360,7 @@ def test_shaper_refuses_bad_parameters_at_once():
         EdasShaper(no_answer="drop")
 
 
-def test_cost():
+def test_cost(one_thread):
     rollouts, group_size = 4096, 16
     generator = torch.Generator().manual_seed(0)
     answers = torch.randint(6, (rollouts,), generator=generator)
