@@ -93,6 +93,11 @@ def test_a_baseline_that_does_not_compare(text, tmp_path, capsys):
     other.mkdir()
     for file in tiny.path("teacher").iterdir():
         (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    assert main(["eval", "tiny:student", "--perplexity", str(text), "--baseline", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert "has room for windows of 512 tokens" in error and "write `--window 128`" in error
     stored = json.loads((other / "tokenizer.json").read_text())
     stored["normalizer"] = {"type": "Lowercase"}
     (other / "tokenizer.json").write_text(json.dumps(stored))
