@@ -8,7 +8,7 @@ from accelerate.utils import gather
 from transformers import Trainer
 
 from hf_rb import _compat
-from hf_rb.ops.packing import Leak, is_packed, leak_message, measure_leak
+from hf_rb.ops.packing import Leak, LeakingPacking, is_packed, leak_message, measure_leak
 
 
 __all__ = ["check_packing"]
@@ -54,4 +54,4 @@ def _refuse(model: torch.nn.Module, leak: Leak, device: torch.device) -> None:
     """Raises on all processes if one of them has seen a leak."""
     difference, ratio = max(gather(torch.tensor([[*leak]], device=device)).tolist(), key=lambda one: one[1])
     if ratio > 1:
-        raise ValueError(leak_message(model, Leak(difference, ratio)))
+        raise LeakingPacking(leak_message(model, Leak(difference, ratio)))
