@@ -115,7 +115,10 @@ def run(prepare: Callable, build: Callable, argv: Sequence[str] | None = None, n
     try:
         train_and_save(trainer, script_args, model_args, mixture)
     except LeakingPacking:
-        with readable_errors(name) if name else nullcontext():
+        if name is None:
+            raise
+        print(file=sys.stderr)  # the progress bar has not ended its line
+        with readable_errors(name):
             raise
 
 

@@ -64,6 +64,11 @@ def test_a_report_of_a_recovery():
     sentence = f"Perplexity is 1.20 times that of full precision: this model is damaged {THRESHOLDS}. Plain 4-bit rounding: 1.04 times."
     assert report.sentences() == [sentence, "A note."] and sentence in report.markdown()
     assert report.to_dict()["quality"]["sentence"] == sentence
+    report.rows[0].exact_match, report.rows[-1].exact_match = 1.0, 2 / 3
+    fell = "Exact match fell from 100.0% to 66.7%, which perplexity need not show: judge by both."
+    assert report.sentences() == [sentence, fell, "A note."]
+    report.rows[-1].exact_match = 1.0
+    assert report.sentences() == [sentence, "A note."]
 
 
 @pytest.fixture

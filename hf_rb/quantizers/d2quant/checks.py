@@ -25,7 +25,10 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig) -> None:
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.seqlen
     if config.seqlen > positions:
-        raise ValueError(f"`seqlen={config.seqlen}` is longer than the {positions} positions of the model.")
+        raise ValueError(
+            f"`seqlen={config.seqlen}` is longer than the {positions} positions of the model: write `seqlen={positions}` (`--seqlen "
+            f"{positions}`) or less."
+        )
     Decoder(model)
     if config.rotate:
         rotation.check(model, config.rotation_block)
