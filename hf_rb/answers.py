@@ -3,12 +3,12 @@ r"""When two answers are the same: one notion for rewards, evaluation, EDAS's cl
 [`same_answer`] decides, in this order:
 
 1. Nothing equals no answer.
-2. Equal texts are the same answer. Blanks around them, case, dollar signs around formulas and `\text{}` do not count.
+2. Equal texts are the same answer. Blanks around them, case, dollar signs around formulas, `\text{}` and a final point do not count.
 3. Numbers are compared as numbers: `1,080` is `1080`, `$18` and `18.` are `18.00`. A comma separates thousands, so that `1,2` is not
-   `12`. A currency may be left out but not changed.
-4. Words are compared as text only.
+   `12`. A currency may be left out but not changed, and so may a unit: `5 km` is `5` and not `5 m`.
+4. Words are compared as text only, and so are dates, clock times, versions and the like, which arithmetic would make numbers of.
 5. What is left is compared by `math-verify` where it is installed (`pip install 'hf_rb[math]'`): `\frac{1}{2}` is `0.5`, `\{1, 2\}` is
-   `\{2, 1\}`, `50\%` is both `50` and `1/2`, decimals are equal to six places. Where it is not installed, what is left is different.
+   `\{2, 1\}`, `50\%` is both `50` and `1/2`, decimals are equal to six places, of which five digits count. Where it is not installed, what is left is different.
 
 Standard library only; `math-verify` runs in a process of its own.
 """
@@ -27,11 +27,14 @@ __all__ = ["check_gold", "gold_answer", "is_readable", "math_equivalent", "requi
 _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\{([^{}]*)\}")
 _SPELLINGS = {r"\$": "$", r"\%": "%", "{,}": ",", r"\,": ",", r"\!": "", "−": "-"}
 _NUMBER = re.compile(
-    r"(?P<sign>[-+]?)\s*(?:(?P<before>[$€£¥])\s*)?(?P<minus>-?)"
+    r"(?P<sign>[-+]?)\s*(?:(?P<before>[$€£¥¢₹₩₽])\s*)?(?P<minus>-?)"
     r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(?P<fraction>(?:\.[0-9]*)?)(?P<exponent>(?:[eE][-+]?[0-9]{1,3})?)"
-    r"\s*(?P<after>[$€£¥%]?)"
+    r"\s*(?P<after>[$€£¥¢₹₩₽%]?)"
 )
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s.,;:!?'’&]+[^\W\d_]+)*[.!?]?")
+# What only looks like arithmetic: 2020-01-02, 1:1:2, 192.168.0.1; 9:05; 0x10; 2 3.
+_CODE = re.compile(r"[0-9]+(?:[-/.:][0-9]+){2,}|[0-9]+:0[0-9]|0[xX][0-9a-fA-F]+|[0-9.,]+(?:\s+[0-9.,]+)+")
+_QUANTITY = re.compile(r"[-+]?[0-9][0-9.,/]*\s*((?:[^\W\d_]+/)?[^\W\d_]+(?:\^[0-9]|[²³])?)")
 _COMMAND, _WORD = re.compile(r"\\[A-Za-z]+"), re.compile(r"[^\W\d_]{2,}")
 # Names of mathematics that are written without a backslash: words, and formulas all the same.
 _FORMULAS = frozenset(
@@ -66,8 +69,11 @@ def same_answer(first: Any, second: Any) -> bool:
     if amount and other_amount:
         if amount.value == other_amount.value and _fits(amount.unit, other_amount.unit):
             return True
-        if amount.is_whole and other_amount.is_whole:
+        if (amount.is_whole and other_amount.is_whole) or _are_apart(amount, other_amount):
             return False
+    units = {_unit(amount, text), _unit(other_amount, other_text)} - {""}
+    if _CODE.fullmatch(text) or _CODE.fullmatch(other_text) or len(units) > 1:
+        return False
     # To math-verify a word is the product of its letters: "listen" would be "silent".
     words, other_words = _words(text), _words(other_text)
     if _is_text(text) or _is_text(other_text) or (words and other_words and words != other_words):
@@ -152,7 +158,7 @@ def _plain(answer: str) -> str:
         text = text[1:-1]
     for spelling, sign in _SPELLINGS.items():
         text = text.replace(spelling, sign)
-    return text.strip()
+    return text.strip().removesuffix(".")
 
 
 def _amount(text: str) -> _Amount | None:
@@ -167,6 +173,22 @@ def _amount(text: str) -> _Amount | None:
 
 def _fits(unit: str, other: str) -> bool:
     return unit == other or ("" in (unit, other) and "%" not in (unit, other))
+
+
+def _are_apart(one: _Amount, other: _Amount) -> bool:
+    """Whether two numbers differ in unit or in their first five digits, which rounding to six places does not see in small ones."""
+    if "%" in (one.unit, other.unit):  # a percentage is two numbers
+        return bool({one.unit, other.unit} - {"", "%"})
+    difference, size = abs(one.value - other.value), max(abs(one.value), abs(other.value))
+    return not _fits(one.unit, other.unit) or difference > size / 100_000
+
+
+def _unit(amount: _Amount | None, text: str) -> str:
+    """The unit of a number with one, a currency or letters; that of a percentage is not."""
+    if amount:
+        return amount.unit.replace("%", "")
+    found = _QUANTITY.fullmatch(text)
+    return found[1].lower() if found else ""
 
 
 def _is_text(text: str) -> bool:

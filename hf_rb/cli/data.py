@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_rb import tiny
 from hf_rb._fields import value_problem
+from hf_rb.quantizers.texts import column_problem
 
 
 __all__ = ["BUILDERS", "column_rules", "dataset_rules", "file_problem", "rows", "text_problem"]
@@ -67,10 +68,8 @@ def text_problem(key: str, name: str) -> str | None:
     if not path.exists():
         is_file = path.suffix in (".txt", ".jsonl", ".json") or name.startswith(("/", "./", "../"))
         return f"`{key}` names {name!r}, which does not exist." if is_file else None
-    columns = _first_row(path) if path.suffix == ".jsonl" else set()
-    if columns and "text" not in columns:
-        return f"`{key}`: {name} has the columns {', '.join(sorted(columns))}; one called `text` is needed."
-    return None
+    problem = column_problem(name)
+    return problem and f"`{key}`: {problem}"
 
 
 def column_rules(args: Any, verb: str) -> Iterator[str]:

@@ -186,12 +186,6 @@ def run(args: argparse.Namespace) -> int:
     if not arguments.stream:  # which may have its result, and be about to clean up
         check_replaceable(Path(arguments.output_dir).resolve(), arguments.overwrite)
 
-    from hf_rb.quantizers.texts import check_texts
-
-    for data in (arguments.quantization_config.get("dataset"), arguments.eval_data):
-        if isinstance(data, str):
-            check_texts(data)
-
     from hf_rb.hub import add_section
     from hf_rb.quantizers import measure_perplexity, quantize, quantize_checkpoint
     from hf_rb.quantizers.offline import check_measurable, read_text

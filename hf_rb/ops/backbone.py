@@ -1,6 +1,6 @@
 """A causal language model in two parts: the backbone, which makes the last hidden states, and the LM head as the tile loop takes it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -18,8 +18,11 @@ __all__ = [
     "backbone_output",
     "evaluating",
     "gathered_head",
+    "has_prompt_learning",
     "head_of",
     "model_inputs",
+    "name_of",
+    "own_randomness",
     "recorded_hidden",
     "undisturbed",
     "width_of",
@@ -89,7 +92,7 @@ def recorded_hidden(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     def record(module, args, output):
         if getattr(output, "last_hidden_state", None) is None:
             raise ValueError(
-                f"The backbone of {type(without_peft(model)).__name__}, a {type(module).__name__}, returns no "
+                f"The backbone of {name_of(model)}, a {type(module).__name__}, returns no "
                 "`last_hidden_state`, which Hidden-Align reads. Train without `hidden_align_coef`, or another model."
             )
         states.append(output.last_hidden_state)
@@ -139,6 +142,12 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def own_randomness(devices: Iterable[torch.device]) -> AbstractContextManager:
+    """Context after which the random states of the CPU and of devices are as before. MPS cannot tell its state, and does not keep it."""
+    devices = [device for device in devices if device.type not in ("cpu", "meta", "mps")]
+    return torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cpu")
+
+
 @contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """
@@ -151,9 +160,7 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_meta and buffer.numel() <= 65_536
     ]
-    devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
-    kind = next(iter(devices)).type if devices else "cpu"
-    with torch.random.fork_rng(list(devices), device_type=kind), evaluating(model), torch.no_grad():
+    with own_randomness({parameter.device for parameter in model.parameters()}), evaluating(model), torch.no_grad():
         try:
             yield
         finally:
@@ -165,7 +172,17 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
 def without_peft(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the transformers model inside a `PeftModel`, or the model itself."""
-    return model.base_model.model if is_peft_model(model) else model
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def has_prompt_learning(model: PreTrainedModel) -> bool:
+    """Returns whether a model has an adapter of virtual tokens, such as prompt tuning."""
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """Returns the name of a model's class in transformers."""
+    return type(without_peft(model)).__name__
 
 
 def _full(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from accelerate.utils import is_peft_model
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_rb.ops.backbone import without_peft
 
 
 __all__ = ["generation_config", "own_distribution", "stop_tokens"]
@@ -25,7 +26,7 @@ def own_distribution(model: PreTrainedModel) -> Iterator[None]:
         model ([`~transformers.PreTrainedModel`] or `PeftModel`):
             Unwrapped model.
     """
-    model = model.get_base_model() if is_peft_model(model) else model
+    model = without_peft(model)
     inherited = model.generation_config
     model.generation_config = GenerationConfig(**{name: getattr(inherited, name, None) for name in _KEPT})
     try:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_rb.ops.backbone import gathered_head, head_of, undisturbed, width_of, without_peft
 from hf_rb.ops.lm_head import Head, lm_head_logits
+from hf_rb.ops.rounding import coarsest_eps
 
 
 __all__ = ["head_difference", "why_not_head"]
@@ -76,7 +77,7 @@ def head_difference(model: PreTrainedModel) -> tuple[float, float]:
             raise ValueError(
                 f"its logits have the shape {tuple(logits.shape)}, and those of the head {(1, *ours.shape)}"
             )
-        unit = max(SMALLEST_UNIT, *map(_unit, [head.weight.dtype, *types, logits.dtype]))
+        unit = max(SMALLEST_UNIT, coarsest_eps(hidden.device, head.weight.dtype, *types, logits.dtype) / 2)
         theirs = logits[0].to(ours.device, torch.float32)
         difference = ((theirs - ours).norm(dim=-1) / ours.norm(dim=-1)).max().item()
     return difference if difference == difference else torch.inf, ROUNDINGS * unit
@@ -125,7 +126,7 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> tuple[torch.Tensor,
 
 @contextmanager
 def _giving(module: torch.nn.Module, hidden: torch.Tensor) -> Iterator[list[torch.dtype]]:
-    """Context in which a module gives certain last hidden states. Yields a list that the types they go on in are added to."""
+    """Context in which a module gives certain last hidden states. Yields a list to which the type is added that they go on in."""
     types: list[torch.dtype] = []
 
     def replace(module, args, output):
@@ -135,8 +136,6 @@ def _giving(module: torch.nn.Module, hidden: torch.Tensor) -> Iterator[list[torc
                 f"its hidden states have the shape {tuple(states.shape)}, and its LM head reads {(1, *hidden.shape)}"
             )
         types.append(states.dtype)
-        if torch.is_autocast_enabled(states.device.type):
-            types.append(torch.get_autocast_dtype(states.device.type))
         output.last_hidden_state = hidden.unsqueeze(0).to(states)
         return output
 
@@ -164,7 +163,3 @@ def _other_trained(model: PreTrainedModel) -> list[str]:
         and id(parameter) not in head
         and (id(parameter) in inside or id(parameter) not in backbone)
     ]
-
-
-def _unit(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2

@@ -10,13 +10,14 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_rb.ops.backbone import backbone_output, gathered_head, head_of, model_inputs, width_of
+from hf_rb.ops.backbone import backbone_output, gathered_head, head_of, model_inputs, name_of, width_of
 from hf_rb.ops.head_check import why_not_head
 from hf_rb.ops.lm_head import Head
+from hf_rb.ops.processes import on_any_process
 from hf_rb.ops.wide_head import wide_heads
 
 
-__all__ = ["LogitSource"]
+__all__ = ["LogitSource", "agreed_reason"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,10 @@ class LogitSource:
     def is_head(self, model: PreTrainedModel) -> bool:
         """Returns whether a model's logits are its last hidden states through its LM head; compares them in the first call."""
         if self.outcome is None:
-            reason = why_not_head(model)
-            self.outcome = not _on_any_process(reason is not None)
-            if not self.outcome and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
-                logger.warning(_notice(model, reason or "so it is on another process"))
+            reason = agreed_reason(model)
+            self.outcome = reason is None
+            if reason and PartialState().is_main_process:
+                logger.warning(_notice(model, reason))
         return self.outcome
 
     def output(
@@ -79,7 +80,7 @@ class LogitSource:
         if logits is None or logits.shape != (*inputs["input_ids"].shape, width_of(model)):
             given = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
             raise ValueError(
-                f"{_name(model)} gives {given} for input ids of shape {tuple(inputs['input_ids'].shape)} and a vocabulary of "
+                f"{name_of(model)} gives {given} for input ids of shape {tuple(inputs['input_ids'].shape)} and a vocabulary of "
                 f"{width_of(model):,}, so that no distribution of the next token can be read from it. Use a causal language model "
                 "as student, teacher or reference."
             )
@@ -95,21 +96,15 @@ class LogitSource:
             yield head_of(model)
 
 
-def _on_any_process(found: bool) -> bool:
-    if not torch.distributed.is_initialized():
-        return found
-    flag = torch.tensor(int(found), device=PartialState().device)
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag)
-
-
-def _name(model: PreTrainedModel) -> str:
-    return type(getattr(model, "get_base_model", lambda: model)()).__name__
+def agreed_reason(model: PreTrainedModel) -> str | None:
+    """[`~hf_rb.ops.head_check.why_not_head`] of all processes: a reason on any of them is one on each."""
+    reason = why_not_head(model)
+    return (reason or "so it is on another process") if on_any_process(reason is not None) else None
 
 
 def _notice(model: PreTrainedModel, reason: str) -> str:
     return (
-        f"The logits of {_name(model)} are not its last hidden states times its LM head, with a scale and a cap that are known: "
+        f"The logits of {name_of(model)} are not its last hidden states times its LM head, with a scale and a cap that are known: "
         f"{reason}. So its own logits are taken, of all tokens of a batch at once, as with `loss_impl: dense`: the loss is right and "
         "takes more memory. Where it does not fit, lower `per_device_train_batch_size`."
     )

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather, is_peft_model
 from transformers import PreTrainedModel
 
-from hf_rb.ops.backbone import backbone_output, undisturbed
+from hf_rb.ops.backbone import backbone_output, name_of, undisturbed
+from hf_rb.ops.processes import on_any_process
+from hf_rb.ops.rounding import coarsest_eps
 from hf_rb.ops.sequences import Sequences
 
 
@@ -88,7 +89,7 @@ def measure_leak(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: An
         packed, alone = hidden(inputs, row, start, **kwargs), hidden({"input_ids": own}, 0, 0)
         is_judged = place is not None and bool(alone.isfinite().all())
         difference = _apart(packed, alone) if is_judged else 0.0
-        if not _anywhere(difference > ROUNDING, ids.device):
+        if not on_any_process(difference > ROUNDING):
             return Leak(difference)
         exchanged = torch.full_like(ids, own[0, -1].item())
         exchanged[row, start:stop] = own
@@ -96,7 +97,8 @@ def measure_leak(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: An
         beside = hidden({"input_ids": torch.cat([own, own.flip(-1)])}, 0, 0)
     if difference <= ROUNDING:
         return Leak(difference)
-    eps, noise = _eps(model, packed), 10 * _apart(beside, alone)
+    eps = coarsest_eps(packed.device, packed.dtype, getattr(model, "dtype", packed.dtype))
+    noise = 10 * _apart(beside, alone)
     influence = _apart(changed, packed) / max(ROUNDING, eps / 2, noise)
     # A model that separates, but counts positions from the start of the row, is found by the first difference alone.
     return Leak(difference, max(influence, difference / max(10 * ROUNDING, 16 * eps, noise)))
@@ -108,9 +110,8 @@ class LeakingPacking(ValueError):
 
 def leak_message(model: PreTrainedModel, leak: Leak) -> str:
     """Returns why a model is refused, and the remedy."""
-    name = type(model.get_base_model() if is_peft_model(model) else model).__name__
     return (
-        f"{name} does not keep the sequences of a packed row apart: the hidden states of one differ by {leak.difference:.2g} "
+        f"{name_of(model)} does not keep the sequences of a packed row apart: the hidden states of one differ by {leak.difference:.2g} "
         "(relative) from those of the same sequence alone. Set `packing: false` and `padding_free: false`, or use a model or an "
         "attention implementation that separates them; `allow_leaking_packing: true` trains all the same, as TRL does."
     )
@@ -120,18 +121,3 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
     """Returns the lower median over tokens (n, H) of the relative difference: one token may have gone to another expert."""
     one, other = one.float(), other.float()
     return ((one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-12)).nan_to_num(torch.inf).median().item()
-
-
-def _anywhere(condition: bool, device: torch.device) -> bool:
-    """Says whether a condition holds on any process."""
-    return bool(gather(torch.tensor([condition], device=device)).any())
-
-
-def _eps(model: PreTrainedModel, hidden: torch.Tensor) -> float:
-    """Returns the coarsest rounding that hidden states have gone through."""
-    types, device = [hidden.dtype, getattr(model, "dtype", hidden.dtype)], hidden.device.type
-    if torch.is_autocast_enabled(device):
-        types.append(torch.get_autocast_dtype(device))
-    eps = [torch.finfo(kind).eps for kind in types if kind.is_floating_point]
-    # Matrix products of float32 that are made with fewer bits: TF32 has 10, bfloat16 7.
-    return max(*eps, {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()])

@@ -6,36 +6,48 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-__all__ = ["check_texts", "read_texts"]
+__all__ = ["check_columns", "column_problem", "read_texts"]
 
 
-def check_texts(data: str) -> None:
+def column_problem(data: str) -> str | None:
     """
-    Refuses a JSON-lines file whose first row has no column `text`, without reading the others or importing anything.
+    Returns what is wrong with the columns of a JSON-lines file, by its first row alone and without importing anything.
 
     Args:
         data (`str`):
             As in [`read_texts`]. Of anything but a JSON-lines file nothing is said.
+    """
+    if not data.endswith((".jsonl", ".json")) or not os.path.isfile(data):
+        return None
+    with open(data, encoding="utf-8") as lines:
+        try:
+            row = json.loads(next((line for line in lines if line.strip()), "null"))
+        except ValueError:  # not one row a line: `read_texts` tells
+            return None
+    return _without_text(data, row) if isinstance(row, dict) else None
+
+
+def check_columns(data: str, columns: Iterable[str] | None = None) -> None:
+    """
+    Refuses texts without the column `text`.
+
+    Args:
+        data (`str`):
+            As in [`read_texts`].
+        columns (`Iterable[str]`, *optional*):
+            Its columns. Defaults to those of the first row of a JSON-lines file.
 
     Raises:
         ValueError: No column `text`.
     """
-    if data.endswith((".jsonl", ".json")) and os.path.isfile(data):
-        with open(data, encoding="utf-8") as lines:
-            try:
-                row = json.loads(next((line for line in lines if line.strip()), "null"))
-            except ValueError:  # not one row a line: `read_texts` tells
-                return
-        if isinstance(row, dict):
-            _check_columns(data, row)
+    if problem := column_problem(data) if columns is None else _without_text(data, columns):
+        raise ValueError(problem)
 
 
-def _check_columns(data: str, columns: Iterable[str]) -> None:
-    if "text" not in columns:
-        raise ValueError(
-            f"{data} has the columns {', '.join(columns)}; one called `text` is needed: rename the one to read, or give the texts as a "
-            "list (`dataset=[...]`)."
-        )
+def _without_text(data: str, columns: Iterable[str]) -> str | None:
+    if "text" in columns:
+        return None
+    return f"{data} has the columns {', '.join(columns)}; one called `text` is needed: rename the one to read."
 
 
 def read_texts(data: str, split: str) -> list[str]:
@@ -69,7 +81,7 @@ def read_texts(data: str, split: str) -> list[str]:
         else:
             name, _, config = data.partition(":")
             rows = load_dataset(name, config or None, split=split)
-        _check_columns(data, rows.column_names)
+        check_columns(data, rows.column_names)
         texts = list(rows["text"])
         if others := [(row, text) for row, text in enumerate(texts) if not isinstance(text, str)]:
             raise ValueError(f"The column `text` of {data} has {others[0][1]!r} in row {others[0][0]}; expected text.")

@@ -1,11 +1,14 @@
-"""The layouts of data that GKD takes beside SFT's, made into prompts and completions: functions of one example for `Dataset.map`."""
+"""GKD's prompts and completions: the layouts of data that it takes beside SFT's, as functions of one example for `Dataset.map`, and the
+prompts of a collated batch."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 import trl
 
 
-__all__ = ["last_turn_as_completion", "require_completion", "with_empty_completion"]
+__all__ = ["last_turn_as_completion", "prompts_of", "require_completion", "with_empty_completion"]
 
 
 def with_empty_completion(example: dict[str, Any]) -> dict[str, Any]:
@@ -56,3 +59,26 @@ def _require_prompt(prompt: list[dict[str, Any]] | str, completion: Any) -> None
             f"A conversation has no turn before the assistant's {str(completion or '')[:60]!r}, and without a prompt there is nothing that "
             "it completes. Put a user's turn before it, or remove that example."
         )
+
+
+def prompts_of(inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """
+    Returns the prompt of each row of a padded batch: what comes before its last run of labels, or all of it without any.
+
+    Raises:
+        ValueError: A row has no prompt.
+    """
+    prompts = []
+    for ids, labels, is_token in zip(
+        inputs["input_ids"], inputs["labels"], inputs["attention_mask"].bool(), strict=True
+    ):
+        ids, is_label = ids[is_token], labels[is_token] != -100
+        starts = is_label & ~torch.cat([is_label.new_zeros(1), is_label[:-1]])
+        end = int(starts.nonzero()[-1]) if starts.any() else len(ids)
+        if end == 0:
+            raise ValueError(
+                "An example has no prompt to sample a completion of: all its tokens are labels, as in plain text. Give prompts with "
+                "`prompt` or `messages`, or set `lmbda: 0.0` without `seq_kd`."
+            )
+        prompts.append(ids[:end])
+    return prompts

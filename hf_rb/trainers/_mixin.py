@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from hf_rb import _compat
 from hf_rb._files import MANIFEST, start_manifest, verify_manifest, write_manifest
 from hf_rb.hub import METHODS, plan_upload, push_folder
+from hf_rb.ops.backbone import has_prompt_learning
 from hf_rb.trainers._card import write_card
 from hf_rb.trainers._routers import has_mpi, prepare_routers
 
@@ -73,7 +74,7 @@ class TrainerMixin:
         Raises:
             ValueError: With the name of what does not support it.
         """
-        if any(config.is_prompt_learning for config in getattr(self.model, "peft_config", {}).values()):
+        if has_prompt_learning(self.model):
             raise ValueError(
                 f"{name} does not support prompt-learning adapters, whose virtual tokens shift the labels. Use LoRA."
             )

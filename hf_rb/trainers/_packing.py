@@ -8,7 +8,9 @@ from accelerate.utils import gather
 from transformers import Trainer
 
 from hf_rb import _compat
+from hf_rb.ops.backbone import has_prompt_learning
 from hf_rb.ops.packing import Leak, LeakingPacking, is_packed, leak_message, measure_leak
+from hf_rb.ops.processes import on_any_process
 
 
 __all__ = ["check_packing"]
@@ -30,17 +32,21 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
             More arguments of the backbone's forward.
 
     Raises:
-        ValueError: A model lets the sequences see each other, on any process.
+        ValueError: A model lets the sequences see each other, on any process, or has a prompt-learning adapter.
     """
     if trainer.args.allow_leaking_packing or getattr(trainer, "_packing_is_checked", False):
         return
     if inputs.get("position_ids") is None:  # then no process has any: they collate alike
         return
-    device = inputs["input_ids"].device
-    if not gather(torch.tensor([is_packed(inputs)], device=device)).any():
+    if not on_any_process(is_packed(inputs)):
         return
-    trainer._packing_is_checked = True
+    device = inputs["input_ids"].device
     unwrapped = trainer.accelerator.unwrap_model(model)
+    if has_prompt_learning(unwrapped):  # of which no hidden states of the model alone tell
+        raise LeakingPacking(
+            "Prompt-learning adapters do not keep the sequences of a packed row apart: PEFT drops their `position_ids`. Set `packing: "
+            "false` and `padding_free: false`, or use LoRA; `allow_leaking_packing: true` trains all the same, as TRL does."
+        )
     with trainer.accelerator.autocast():
         # Inside the forward of the wrapper, where FSDP and DeepSpeed have the weights in place.
         redirect = _compat.ForwardRedirection()
@@ -48,6 +54,7 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
         for source in (getattr(trainer, name, None) for name in ("teacher", "reference")):
             if hasattr(source, "measure_leak"):  # not a cache, nor the student without its adapters
                 _refuse(source.model, source.measure_leak(inputs), device)
+    trainer._packing_is_checked = True
 
 
 def _refuse(model: torch.nn.Module, leak: Leak, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """On-policy distillation: TRL's trainer with other objectives, among them G-OPD with its reference and its teachers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
 from trl import is_conversational
 
-from hf_rb.ops.backbone import width_of
+from hf_rb.ops.backbone import name_of, width_of
 from hf_rb.ops.lm_head import Teacher as TeacherLogits
 from hf_rb.ops.lm_head import lm_head_loss
 from hf_rb.ops.logit_source import LogitSource
@@ -24,7 +24,7 @@ from hf_rb.trainers._distillation import (
     log_token_metrics,
     sampled_stats,
 )
-from hf_rb.trainers._generation import OwnDistributionMixin
+from hf_rb.trainers._generation import OwnDistributionMixin, SamplerLogProbs
 from hf_rb.trainers._gopd import RoutedTeacher, given_reference, make_reference, share_vocabulary, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers.distillation_config import DistillationConfig
@@ -106,7 +106,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
             self.reference.prepare(self)
         self._rule = build_rule(args)
         self._student_logits = LogitSource()
-        self._sampler = _SamplerLogProbs(self.vllm_generation) if args.gopd_tis_cap is not None else None
+        self._sampler = SamplerLogProbs(self.vllm_generation) if args.gopd_tis_cap is not None else None
         self._vocabulary = share_vocabulary(self)
         if args.objective == "jsd" and isinstance(teacher, LocalTeacher):
             if width_of(teacher.model) == width_of(self.model) == self._vocabulary:
@@ -215,7 +215,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         if not all(is_head) and any(key.startswith(("pixel_", "image_")) for key in inputs):
             model = student if not is_head[0] else self.teacher.model
             raise ValueError(
-                f"The logits of {type(model).__name__} are not its last hidden states times its LM head, and for such a model "
+                f"The logits of {name_of(model)} are not its last hidden states times its LM head, and for such a model "
                 "`DistillationTrainer` reads text alone, while the dataset has images. Remove the images, or use another model."
             )
         return all(is_head)
@@ -377,56 +377,3 @@ def _padded(rows: list[list], value: float, side: str, device: torch.device) -> 
 
     filled = torch.tensor([fill(row, value) for row in rows], device=device)
     return filled, torch.tensor([fill([1] * len(row), 0) for row in rows], device=device)
-
-
-class _SamplerLogProbs:
-    """
-    Keeps the log-probabilities with which vLLM has sampled, which the parent does not ask for.
-
-    Args:
-        generation (`VLLMGeneration`):
-            TRL's handle of vLLM.
-    """
-
-    def __init__(self, generation: Any):
-        self._turns: list[tuple[list[int], list[int], list[float]]] = []
-        generation.logprobs = 0  # of the sampled token alone
-        generation.generate = self._keeping(generation.generate)
-
-    def _keeping(self, generate: Callable) -> Callable:
-        def keeping(prompts, **kwargs):
-            result = generate(prompts=prompts, **kwargs)
-            _, completions, log_probs, _ = result
-            if log_probs is None:
-                raise ValueError(
-                    "`gopd_tis_cap` needs the log-probabilities of the sampler, and vLLM has reported none. Remove `gopd_tis_cap`, "
-                    "or use a vLLM server of `trl vllm-serve`, which reports them."
-                )
-            # vLLM's NaN comes as None.
-            values = [[float("nan") if top[0] is None else top[0] for top in row] for row in log_probs]
-            self._turns += zip(prompts, completions, values, strict=True)
-            return result
-
-        return keeping
-
-    def collect(self, rows: Iterable[tuple[list[int], list[int]]]) -> list[list[float]]:
-        """
-        Returns the log-probabilities of the tokens of whole completions, given with their prompts.
-
-        A completion with tool calls has several turns, each sampled after everything before it, and cut where it was too long;
-        what the tools have said was not sampled and gets NaN.
-        """
-        result = []
-        for prompt, completion in rows:
-            whole, values = prompt + completion, [float("nan")] * len(completion)
-            for context, sampled, log_probs in self._turns:
-                start, end = len(context), min(len(context) + len(sampled), len(whole))
-                if (
-                    len(prompt) <= start < end
-                    and whole[:start] == context
-                    and whole[start:end] == sampled[: end - start]
-                ):
-                    values[start - len(prompt) : end - len(prompt)] = log_probs[: end - start]
-            result.append(values)
-        self._turns.clear()
-        return result

@@ -20,7 +20,7 @@ from transformers import (
 from hf_rb import _compat
 from hf_rb._fields import validate
 from hf_rb.ops import lm_head
-from hf_rb.ops.backbone import model_inputs, width_of
+from hf_rb.ops.backbone import model_inputs, own_randomness, width_of
 from hf_rb.ops.generation import generation_config, own_distribution
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.ops.sequences import Sequences
@@ -38,7 +38,7 @@ from hf_rb.trainers._distillation import (
     sampled_stats,
 )
 from hf_rb.trainers._gkd_base import GKDBase
-from hf_rb.trainers._gkd_data import last_turn_as_completion, require_completion, with_empty_completion
+from hf_rb.trainers._gkd_data import last_turn_as_completion, prompts_of, require_completion, with_empty_completion
 from hf_rb.trainers._gopd import given_reference, make_reference, share_vocabulary, token_weights
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers._packing import check_packing
@@ -214,7 +214,7 @@ class GKDTrainer(TrainerMixin, GKDBase):
 
     def _with_completions(self, inputs: Mapping[str, Any], writer: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Replaces the completions of a batch; nothing of its old completions is left."""
-        prompts = _prompts(inputs)
+        prompts = prompts_of(inputs)
         completions = self._sample(writer, prompts)
         rows = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
         labels = [
@@ -231,10 +231,8 @@ class GKDTrainer(TrainerMixin, GKDBase):
         """Samples a completion of each prompt; it ends with its first end-of-sequence token."""
         ids = pad_sequence(prompts, batch_first=True, padding_value=self._tokenizer.pad_token_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
-        device = self.accelerator.device
-        devices = [] if device.type == "cpu" else [device]
         with (
-            torch.random.fork_rng(devices, device_type=device.type),
+            own_randomness([self.accelerator.device]),
             _compat.unwrap_model_for_generation(
                 writer,
                 self.accelerator,
@@ -401,26 +399,3 @@ def _teacher(args: GKDConfig, teacher: Teacher | None, teacher_model: Any) -> Te
             "set `seq_kd: false`."
         )
     return teacher
-
-
-def _prompts(inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """
-    Returns the prompt of each row of a padded batch: what comes before its last run of labels, or all of it without any.
-
-    Raises:
-        ValueError: A row has no prompt.
-    """
-    prompts = []
-    for ids, labels, is_token in zip(
-        inputs["input_ids"], inputs["labels"], inputs["attention_mask"].bool(), strict=True
-    ):
-        ids, is_label = ids[is_token], labels[is_token] != -100
-        starts = is_label & ~torch.cat([is_label.new_zeros(1), is_label[:-1]])
-        end = int(starts.nonzero()[-1]) if starts.any() else len(ids)
-        if end == 0:
-            raise ValueError(
-                "An example has no prompt to sample a completion of: all its tokens are labels, as in plain text. Give prompts with "
-                "`prompt` or `messages`, or set `lmbda: 0.0` without `seq_kd`."
-            )
-        prompts.append(ids[:end])
-    return prompts

@@ -11,8 +11,10 @@ from torch.nn.functional import pad
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.utils import ModelOutput
 
+from hf_rb import _compat
 from hf_rb.objectives import profit_mask
-from hf_rb.ops.backbone import model_inputs
+from hf_rb.ops.backbone import model_inputs, name_of
+from hf_rb.ops.logit_source import agreed_reason
 from hf_rb.ops.sequences import Sequences
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers._packing import check_packing
@@ -46,9 +48,12 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     `allow_leaking_packing` is set.
 
     Raises:
-        ValueError: In training, a model that leaks between packed sequences. With ProFit: a `compute_loss_func`, a prompt-learning adapter, context or sequence parallelism, or a model
-            that TRL trains without a token count when `profit_normalize="sequence"`.
+        ValueError: In training, a model that leaks between packed sequences. With ProFit: a `compute_loss_func`, a prompt-learning
+            adapter, context or sequence parallelism, a model that TRL trains without a token count when
+            `profit_normalize="sequence"`, or, in training, one with logits that are not last hidden states times LM head.
     """
+
+    _head_is_checked = False
 
     def __init__(
         self,
@@ -85,12 +90,12 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         return [] if self.args.profit_threshold is None else ["profit"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mask = inputs.get(
-            "attention_mask"
-        )  # which TRL hands to the model beside `position_ids`, if a collator made both
+        # TRL hands the mask to the model beside `position_ids`, if a collator made both.
+        mask = inputs.get("attention_mask")
         check_packing(self, model, inputs, **({} if mask is None else {"attention_mask": mask}))
         if self.args.profit_threshold is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._check_head(model)
 
         def gated_model(**kwargs):
             outputs = model(**kwargs)
@@ -101,6 +106,21 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             return outputs
 
         return super().compute_loss(gated_model, inputs, return_outputs, num_items_in_batch)
+
+    def _check_head(self, model: torch.nn.Module) -> None:
+        """Refuses a model with other logits than TRL's loss takes it to have, once a run: the gate would read wrong probabilities."""
+        if self._head_is_checked:
+            return
+        unwrapped = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            # Inside the forward of the wrapper, where FSDP and DeepSpeed have the weights in place.
+            reason = _compat.ForwardRedirection()(model, unwrapped, agreed_reason, unwrapped)
+        if reason is not None:
+            raise ValueError(
+                f"`profit_threshold` reads the probabilities that TRL's loss makes of last hidden states and LM head, and the logits of "
+                f"{name_of(unwrapped)} are not that: {reason}. Train it without `profit_threshold`, or another model."
+            )
+        self._head_is_checked = True
 
     def _gate(self, outputs: ModelOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Returns the log-probabilities (B, L-1) that the parent's loss must sum in place of `outputs.log_probs`."""

@@ -19,7 +19,7 @@ def files(tmp_path, monkeypatch):
 
 
 NOWHERE = "There is no folder WRONG, and the Hub has no such model or cannot be reached"
-COLUMN = "rows.jsonl has the columns content; one called `text` is needed."
+COLUMN = "rows.jsonl has the columns content; one called `text` is needed: rename the one to read."
 CASES = [
     (["eval", "WRONG"], NOWHERE),
     (["export", "WRONG", "out"], NOWHERE),

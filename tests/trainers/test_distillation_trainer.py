@@ -13,8 +13,8 @@ from transformers.trainer_utils import set_seed
 
 from hf_rb import DistillationConfig, DistillationTrainer, GKDConfig, tiny
 from hf_rb.teachers import AdapterOffTeacher, LocalTeacher
+from hf_rb.trainers._generation import SamplerLogProbs
 from hf_rb.trainers._gopd import RoutedTeacher, start_reference
-from hf_rb.trainers.distillation_trainer import _SamplerLogProbs
 
 
 EXOPD = {"objective": "gopd", "reward_scale": 1.25}
@@ -308,7 +308,7 @@ def test_sampler_log_probs_of_several_turns():
             return prompts, completions, values, None
 
     generation = Generation()
-    sampler = _SamplerLogProbs(generation)
+    sampler = SamplerLogProbs(generation)
     assert generation.logprobs == 0
     generation.generate(prompts=[[1, 2], [1, 2]], num_generations=1)
     generation.generate(prompts=[[1, 2, 4, 5, 3, 3]], num_generations=1)
@@ -328,7 +328,7 @@ def test_a_sampler_without_log_probs_is_refused():
             return prompts, [[4]], None, None
 
     generation = Generation()
-    _SamplerLogProbs(generation)
+    SamplerLogProbs(generation)
     with pytest.raises(ValueError, match="vLLM has reported none"):
         generation.generate(prompts=[[1, 2]])
 

@@ -13,7 +13,7 @@ from trl.experimental.utils import DataCollatorForChatML
 
 from hf_rb import GKDConfig, GKDTrainer, tiny
 from hf_rb.teachers import AdapterOffTeacher, CachedTeacher, LocalTeacher
-from hf_rb.trainers.gkd_trainer import _prompts
+from hf_rb.trainers._gkd_data import prompts_of
 
 
 FORMATS = ("messages", "prompt_completion", "prompt_only")
@@ -182,7 +182,7 @@ def test_messages_are_labelled_as_trls_collator_does(make, data, tokenizer):
         expected = collator([example])
         assert row["input_ids"] == expected["input_ids"][0].tolist()
         assert row["labels"] == expected["labels"][0].tolist()
-        assert _prompts(trainer.data_collator([row]))[0].tolist() == expected["prompts"][0].tolist()
+        assert prompts_of(trainer.data_collator([row]))[0].tolist() == expected["prompts"][0].tolist()
 
 
 def test_other_layouts_are_labelled_alike(make, data, tokenizer):

@@ -8,7 +8,7 @@ import transformers
 from tiny_zoo import build_tiny
 from transformers import AutoTokenizer
 
-from hf_rb import DistillationConfig, DistillationTrainer, GKDConfig, GKDTrainer, tiny
+from hf_rb import DistillationConfig, DistillationTrainer, GKDConfig, GKDTrainer, SFTConfig, SFTTrainer, tiny
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.teachers import CachedTeacher, cache_teacher
 from hf_rb.trainers._audit import audit
@@ -141,3 +141,19 @@ def test_distillation_with_usual_heads_is_trls(models, config, caplog):
     trainer._our_loss = called.append
     trainer.train()
     assert not called and "not its last hidden states" not in caplog.text
+
+
+def test_profit_reads_no_wrong_probabilities(models, config):
+    """TRL's loss, which ProFit gates, takes logits for hidden states times LM head. Without the flag it is TRL's to say so."""
+    config |= {"max_steps": 1}
+    data = tiny.load_dataset("math", config="prompt_completion", size=4)
+
+    def train(name, **flags):
+        SFTTrainer(str(models / name), SFTConfig(**config | flags), train_dataset=data).train()
+
+    train("gemma2", profit_threshold=1e-3)
+    train("modernbert")
+    with pytest.raises(
+        ValueError, match="the logits of ModernBertDecoderForCausalLM are not that: .* without `profit_threshold`"
+    ):
+        train("modernbert", profit_threshold=1e-3)

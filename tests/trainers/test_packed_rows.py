@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_rb import GKDConfig, GKDTrainer, SFTConfig, SFTTrainer, tiny
@@ -82,6 +82,8 @@ def test_a_model_that_mixes_is_refused(make, trainer, family):
     with pytest.raises(ValueError, match=f"{name} {REFUSAL}"):
         one.train()
     assert one.model.training  # as it was
+    with pytest.raises(ValueError, match=f"{name} {REFUSAL}"):  # whoever caught the first is told again
+        one.train()
     assert all(torch.equal(value, before[key]) for key, value in one.model.state_dict().items())
     allowed = make(trainer, family, **LAYOUTS["packing"], allow_leaking_packing=True, max_steps=1)
     allowed.train()
@@ -96,6 +98,18 @@ def test_a_model_that_separates_trains_bit_for_bit_as_without_the_check(make, tr
     expected_logs, expected = trained(make(trainer, family, **LAYOUTS[layout], allow_leaking_packing=True))
     assert logs == expected_logs
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+
+
+def test_prompt_learning_drops_positions(make):
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="PEFT drops their `position_ids`.*`allow_leaking_packing: true`"):
+        make("sft", "llama", **LAYOUTS["packing"], peft_config=prompt).train()
+    one = make("sft", "llama", **LAYOUTS["packing"], peft_config=prompt, allow_leaking_packing=True).model.eval()
+    ids, positions = torch.arange(20, 28).unsqueeze(0), torch.tensor([[0, 1, 2, 3] * 2])
+    other = torch.cat([ids[:, :4] + 9, ids[:, 4:]], dim=1)
+    with torch.no_grad(), pytest.warns(UserWarning, match="Position ids are not supported"):
+        packed, changed = (one(input_ids=one_row, position_ids=positions).logits[:, -4:] for one_row in (ids, other))
+    assert not torch.allclose(packed, changed)  # the second sequence has seen the first
 
 
 def test_padding_free_bf16_adapters_and_evaluation_are_checked_too(make):

@@ -19,7 +19,7 @@ from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.linear import LINEAR, features
 from hf_rb.quantizers.packed import PackedModule
 from hf_rb.quantizers.selection import nothing_to_pack, packable, setting
-from hf_rb.quantizers.texts import check_texts
+from hf_rb.quantizers.texts import check_columns
 
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class D2QuantQuantizer(PackingQuantizer):
         self.packable: dict[str, tuple[int, bool]] = {}
         self.calibrates = not self.pre_quantized and quantization_config.backend != "rtn"
         if self.calibrates and isinstance(quantization_config.dataset, str):
-            check_texts(quantization_config.dataset)
+            check_columns(quantization_config.dataset)
 
     # What is quantized.
 
