@@ -37,7 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="the model that MODEL was made from: its perplexity is measured too, and the ratio said in words",
     )
-    parser.add_argument("--window", type=int, default=512, help="window of the perplexity in tokens (default 512)")
+    parser.add_argument(
+        "--window", type=int, help="window of the perplexity in tokens (default 512, or what the model has room for)"
+    )
     parser.add_argument("--stride", type=int, help="distance between windows (default: the window)")
     parser.add_argument(
         "--harness",
@@ -97,8 +99,14 @@ def run(args: argparse.Namespace) -> int:
             )
         )
 
-    from hf_rb import evaluation
+    from transformers import AutoConfig
 
+    from hf_rb import evaluation
+    from hf_rb._model_class import check_causal
+
+    if flags := [f"`--{name}`" for name in ("task", "perplexity", "harness", "speed") if getattr(args, name)]:
+        for folder in folders.values():
+            check_causal(AutoConfig.from_pretrained(folder), f"Measuring {', '.join(flags)}")
     rows = evaluation.load_task(args.task, args.limit) if args.task else None
     text = Path(args.perplexity).read_text(encoding="utf-8") if args.perplexity else None
     if not (rows or text or args.speed or args.harness):
@@ -159,8 +167,7 @@ def _baseline(args: argparse.Namespace, text: str, folders: Iterable[Path]) -> A
 def _perplexity(model: Any, tokenizer: Any, args: argparse.Namespace, text: str) -> Any:
     from hf_rb import evaluation
 
-    stride = args.window if args.stride is None else args.stride
-    return evaluation.perplexity(model, tokenizer, text, args.window, stride)
+    return evaluation.perplexity(model, tokenizer, text, args.window, args.stride)
 
 
 def _measure(
@@ -176,7 +183,12 @@ def _measure(
     if text:
         measured["perplexity"] = _perplexity(model, tokenizer, args, text)
     if baseline:
-        found = measured["perplexity"].perplexity
+        window, found = measured["perplexity"].window, measured["perplexity"].perplexity
+        if window != baseline.window:
+            raise ValueError(
+                f"{folder} has room for windows of {window} tokens and --baseline {args.baseline} for {baseline.window}: write `--window "
+                f"{min(window, baseline.window)}`, so that their perplexities compare."
+            )
         measured["quality"] = evaluation.judge(found, baseline.perplexity, _name(args.baseline))
     if args.harness:
         options = {"fewshot": args.fewshot, "chat": args.chat, "allow_local_code": args.allow_local_code}

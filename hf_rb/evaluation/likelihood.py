@@ -109,7 +109,7 @@ def perplexity(
     if window > room:
         front = f" with {name} in front of it" if head else ""
         raise ValueError(
-            f"window={window}{front} is longer than the {positions} positions of the model: write window={room}."
+            f"window={window}{front} is longer than the {positions} positions of the model: write window={room} (`--window {room}`)."
         )
 
     windows, size, tokens = [], 0, 0

@@ -174,6 +174,9 @@ def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {}
     for key, value in sorted(config.items()):
         value = sorted(value) if isinstance(value, (set, frozenset)) else value
+        if key == "target_modules" and isinstance(value, list) and value and all("." in name for name in value):
+            ends = sorted({name.rpartition(".")[2] for name in value})
+            value = f"{len(value)} modules, whose names end in {', '.join(ends)}"  # what "all-linear" has become
         if key not in _SILENT and value not in (None, False, "", "none", [], {}, set(), ()):
             settings[f"{kind}.{key}"] = value
     return settings

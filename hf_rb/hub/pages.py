@@ -70,7 +70,7 @@ def cache_card(folder: Path) -> str:
     commands = [
         f'pip install "{hf_rb_requirement()}"',
         f"hf download path/to/{name} --repo-type dataset --local-dir {name}",
-        f"hf-rb gkd RECIPE --teacher_cache {name}",
+        f"hf-rb gkd RECIPE --teacher_cache {name}  # a recipe without `teacher_model_name_or_path`",
     ]
     return _page(head, name, text, "Train from it", commands)
 

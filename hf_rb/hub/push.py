@@ -105,6 +105,10 @@ def plan_upload(folder: str | Path, repo_id: str | None = None, results: Sequenc
     if folder.suffix == ".html" and folder.is_file():
         upload = Upload({"index.html": folder}, report_card(folder.stem), repo_type="space")
     elif not folder.is_dir():
+        if folder.is_file():
+            raise ValueError(
+                f"{folder} is a file: give the folder that holds it. Of files only the .html of a report is uploaded alone."
+            )
         raise FileNotFoundError(f"There is no folder {folder}.")
     elif read_json(folder / MANIFEST).get("format") == CACHE_FORMAT:
         upload = _plan_cache(folder)

@@ -12,7 +12,7 @@ from hf_rb.ops.rounding import coarsest_eps
 from hf_rb.ops.sequences import Sequences
 
 
-__all__ = ["Leak", "is_packed", "leak_message", "measure_leak"]
+__all__ = ["Leak", "LeakingPacking", "is_packed", "leak_message", "measure_leak"]
 
 # How many tokens of a sequence are compared: what comes before it reaches its first tokens most.
 TOKENS = 4
@@ -102,6 +102,10 @@ def measure_leak(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: An
     influence = _apart(changed, packed) / max(ROUNDING, eps / 2, noise)
     # A model that separates, but counts positions from the start of the row, is found by the first difference alone.
     return Leak(difference, max(influence, difference / max(10 * ROUNDING, 16 * eps, noise)))
+
+
+class LeakingPacking(ValueError):
+    """Says that a model lets packed sequences see each other."""
 
 
 def leak_message(model: PreTrainedModel, leak: Leak) -> str:

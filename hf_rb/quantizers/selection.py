@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, TypeVar
 
@@ -41,7 +41,7 @@ def packable(model: nn.Module, quantizer: "PackingQuantizer") -> Iterator[tuple[
     linear = [name for name, module in modules.items() if isinstance(module, LINEAR) and name not in experts]
     if not quantizer.pre_quantized:
         patterns = [*_skips(config), *settings]
-        _check_patterns(patterns, [*modules, *weights], [*linear, *weights], type(model).__name__)
+        _check_patterns(patterns, [*modules, *weights], [*linear, *experts, *weights], type(model).__name__)
     stays, in_doubt = _stays(model, quantizer), _in_doubt(model, quantizer)
 
     def left(name: str, module: nn.Module) -> bool:
@@ -158,9 +158,15 @@ def _means(pattern: str, name: str) -> bool:
     return bool(re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name)) or f".{name}".endswith(f".{pattern}")
 
 
-def _check_patterns(patterns: list[str], names: list[str], weights: Iterable[str], model: str) -> None:
+def _check_patterns(patterns: list[str], names: list[str], weights: list[str], model: str) -> None:
     for pattern in patterns:
-        if any(_means(pattern, name) for name in names):
+        if meant := [name for name in names if _means(pattern, name)]:
+            whole = next((name for name in meant if any(each.startswith(f"{name}.") for each in weights)), None)
+            if whole and not any(_means(pattern, name) for name in weights):
+                raise ValueError(
+                    f"{pattern!r} is the ending of {whole}, which holds linear layers, and an ending does not reach into a module: "
+                    f"write {whole!r}, or '.*{pattern}' for all modules that end so."
+                )
             continue
         if pattern in QK:
             raise ValueError(

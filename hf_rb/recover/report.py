@@ -76,8 +76,11 @@ class RecoverReport:
         """How much worse the model of the package is than in full precision: the first recovered one, or else the quantized one."""
         if len(self.rows) < 2:
             return None
-        result = next((row for row in self.rows if row.objective), self.rows[1])
-        return judge(result.perplexity, self.rows[0].perplexity, "full precision", self.rounded_perplexity)
+        return judge(self._result.perplexity, self.rows[0].perplexity, "full precision", self.rounded_perplexity)
+
+    @property
+    def _result(self) -> Row:
+        return next((row for row in self.rows if row.objective), self.rows[1])
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         columns = ["model", "trained with", "examples", "bytes", "exact match", "regained", "perplexity", "tokens/s"]
@@ -117,8 +120,17 @@ class RecoverReport:
 
     def sentences(self) -> list[str]:
         """What follows the table: how good the result is, and what a reader should know."""
-        quality = self.quality()
-        return [*([str(quality)] if quality else []), *self.notes]
+        if (quality := self.quality()) is None:
+            return list(self.notes)
+        before, after = self.rows[0].exact_match, self._result.exact_match
+        fell = (
+            []
+            if before is None or after is None or after >= before
+            else [
+                f"Exact match fell from {_percent(before)} to {_percent(after)}, which perplexity need not show: judge by both."
+            ]
+        )
+        return [str(quality), *fell, *self.notes]
 
 
 def _percent(value: float | None) -> str:

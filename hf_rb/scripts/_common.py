@@ -24,6 +24,7 @@ from hf_rb._model_folder import check_model
 from hf_rb._renamed import former_key, nearest_key
 from hf_rb.cli.data import BUILDERS, file_problem
 from hf_rb.cli.plan import cpu_arguments
+from hf_rb.ops.packing import LeakingPacking
 from hf_rb.trainers._routers import add_router_doctor
 from hf_rb.trainers._rules import only_gkd
 from hf_rb.trainers.token_samples import add_token_samples
@@ -94,8 +95,8 @@ def run(prepare: Callable, build: Callable, argv: Sequence[str] | None = None, n
         argv (`Sequence[str]`, *optional*):
             Arguments. Defaults to those of the process.
         name (`str`, *optional*):
-            The script as a program of its own, which ends with one line on stderr where `prepare` raises, or where there is no such
-            model or teacher.
+            The script as a program of its own, which ends with one line on stderr where `prepare` raises, where there is no such
+            model or teacher, or where the first packed batch shows that a model cannot pack.
     """
     with readable_errors(name) if name else nullcontext():
         script_args, args, model_args, mixture, splits = prepare(argv)
@@ -111,7 +112,14 @@ def run(prepare: Callable, build: Callable, argv: Sequence[str] | None = None, n
         add_token_samples(trainer)
     if script_args.router_doctor:
         add_router_doctor(trainer, per_layer=script_args.router_doctor == "layers")
-    train_and_save(trainer, script_args, model_args, mixture)
+    try:
+        train_and_save(trainer, script_args, model_args, mixture)
+    except LeakingPacking:
+        if name is None:
+            raise
+        print(file=sys.stderr)  # the progress bar has not ended its line
+        with readable_errors(name):
+            raise
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from hf_rb import _compat
 from hf_rb.ops.backbone import has_prompt_learning
-from hf_rb.ops.packing import Leak, is_packed, leak_message, measure_leak
+from hf_rb.ops.packing import Leak, LeakingPacking, is_packed, leak_message, measure_leak
 from hf_rb.ops.processes import on_any_process
 
 
@@ -43,7 +43,7 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
     device = inputs["input_ids"].device
     unwrapped = trainer.accelerator.unwrap_model(model)
     if has_prompt_learning(unwrapped):  # of which no hidden states of the model alone tell
-        raise ValueError(
+        raise LeakingPacking(
             "Prompt-learning adapters do not keep the sequences of a packed row apart: PEFT drops their `position_ids`. Set `packing: "
             "false` and `padding_free: false`, or use LoRA; `allow_leaking_packing: true` trains all the same, as TRL does."
         )
@@ -61,4 +61,4 @@ def _refuse(model: torch.nn.Module, leak: Leak, device: torch.device) -> None:
     """Raises on all processes if one of them has seen a leak."""
     difference, ratio = max(gather(torch.tensor([[*leak]], device=device)).tolist(), key=lambda one: one[1])
     if ratio > 1:
-        raise ValueError(leak_message(model, Leak(difference, ratio)))
+        raise LeakingPacking(leak_message(model, Leak(difference, ratio)))

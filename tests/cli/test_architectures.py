@@ -96,7 +96,11 @@ def test_perplexity_says_what_it_takes_before_the_work(name, why, tmp_path, caps
     assert f"Perplexity (`--eval-data`) needs a causal language model, and {name} {why}." in message
     assert not (tmp_path / "packed").exists()
     assert main(["eval", str(folder), "--perplexity", str(text)]) == 2
-    assert f"needs a causal language model, and {name} {why}." in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert (
+        f"Measuring `--perplexity` needs a causal language model, and {name} {why}. Give another model, or leave"
+        in message
+    )
 
 
 def test_a_vision_language_model_decodes_text(tmp_path):

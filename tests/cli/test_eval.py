@@ -87,7 +87,7 @@ def test_size_alone_needs_no_weights_in_memory(folder, capsys, monkeypatch):
             ["{model}", "--perplexity", "{tmp}/columns.jsonl", "--window", "8", "--stride", "9"],
             "1 <= stride <= window",
         ),
-        (["{model}", "--perplexity", "{tmp}/columns.jsonl"], "write window=256"),
+        (["{model}", "--perplexity", "{tmp}/columns.jsonl", "--window", "300"], "write window=256 (`--window 256`)"),
         (["{model}", "--out", "{tmp}/none/out.json"], "there is no folder"),
         (["{model}", "--batch-size", "0"], "--batch-size 0: write 1 or more"),
         (["{model}", "--limit", "0"], "--limit 0: write 1 or more"),

@@ -200,6 +200,9 @@ def test_verbs_say_it(folders, tmp_path, capsys):
         measured = ["--perplexity", str(text), "--window", "64", "--out", str(out), "--overwrite"]
         assert main(["eval", str(folder), *measured]) == 0
         printed = " ".join(capsys.readouterr().out.split())
+        assert main(["eval", str(folder), "--perplexity", str(text)]) == 0
+        window = 511 if folder is folders[1] else 512  # unasked, as much as fits beside BOS
+        assert f"perplexity, window {window}, stride {window} " in " ".join(capsys.readouterr().out.split())
         metric = json.loads(out.read_text())["results"][0]["metric"]
         is_said = folder is folders[1]
         assert (f"each window begins with {BOS}" in printed) == is_said

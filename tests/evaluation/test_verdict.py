@@ -80,6 +80,11 @@ def test_a_report_of_a_recovery():
     sentence = f"Perplexity is 1.20 times that of full precision: this model is damaged {THRESHOLDS}. Plain 4-bit rounding: 1.04 times."
     assert report.sentences() == [sentence, "A note."] and sentence in report.markdown()
     assert report.to_dict()["quality"]["sentence"] == sentence
+    report.rows[0].exact_match, report.rows[-1].exact_match = 1.0, 2 / 3
+    fell = "Exact match fell from 100.0% to 66.7%, which perplexity need not show: judge by both."
+    assert report.sentences() == [sentence, fell, "A note."]
+    report.rows[-1].exact_match = 1.0
+    assert report.sentences() == [sentence, "A note."]
 
 
 @pytest.fixture
@@ -109,6 +114,11 @@ def test_a_baseline_that_does_not_compare(text, tmp_path, capsys):
     other.mkdir()
     for file in tiny.path("teacher").iterdir():
         (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    assert main(["eval", "tiny:student", "--perplexity", str(text), "--baseline", str(other)]) == 2
+    error = capsys.readouterr().err
+    assert "has room for windows of 512 tokens" in error and "write `--window 128`" in error
     stored = json.loads((other / "tokenizer.json").read_text())
     stored["normalizer"] = {"type": "Lowercase"}
     (other / "tokenizer.json").write_text(json.dumps(stored))

@@ -14,7 +14,7 @@ from hf_rb import PTQTPConfig, SFTConfig, SFTTrainer, tiny
 from hf_rb._model_folder import public_name
 from hf_rb.cli import main
 from hf_rb.hub import ModelCardData, Result, loading, plan_upload, read_loading, render_card, write_model_card
-from hf_rb.hub.loading import Loading
+from hf_rb.hub.loading import Loading, adapter_settings
 from hf_rb.hub.pages import paths_in
 from hf_rb.quantizers import quantize
 
@@ -121,6 +121,8 @@ def test_a_lora_run_from_python_has_our_card(student, tmp_path, capsys):
         "| `lora.target_modules` | `['q_proj', 'v_proj']` |",
     ):
         assert row in text
+    settings = adapter_settings({"peft_type": "LORA", "target_modules": {"a.0.up_proj", "a.1.up_proj", "a.1.q_proj"}})
+    assert settings == {"lora.target_modules": "3 modules, whose names end in q_proj, up_proj"}
     assert 'from_pretrained("folder/of/student")' in text  # nobody can guess where the base is
     trainer.save_model(str(tmp_path / "elsewhere"))
     assert (tmp_path / "elsewhere" / "README.md").read_text() == text

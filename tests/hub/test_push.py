@@ -131,6 +131,7 @@ def test_the_folder_of_a_recovery_names_its_model(folder, capsys):
     ("arguments", "message"),
     [
         (["{tmp}/absent", "me/x"], "There is no folder"),
+        (["{tmp}/model.gguf", "me/x"], "model.gguf is a file: give the folder that holds it."),
         (["{folder}", "me/x y"], "'me/x y' is no name of a repository"),
         (["{folder}", "me/x y", "--dry-run"], "'me/x y' is no name of a repository"),
         (["{folder}", "me/x y", "--results", "{tmp}/eval.json"], "'me/x y' is no name of a repository"),
@@ -142,6 +143,7 @@ def test_bad_input(folder, tmp_path, arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(HfApi, "create_repo", None)
     results = [vars(result) for result in RESULTS]
     (tmp_path / "eval.json").write_text(json.dumps({"model": "me/x y", "results": results}))
+    (tmp_path / "model.gguf").touch()
     before = (folder / "README.md").read_bytes()
     assert main(["push", *(argument.format(tmp=tmp_path, folder=folder) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err and (folder / "README.md").read_bytes() == before

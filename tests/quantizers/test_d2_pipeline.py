@@ -14,11 +14,14 @@ from transformers import (
     GPTNeoXForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    T5ForConditionalGeneration,
+    ViTForImageClassification,
 )
 from transformers.utils import logging
 
 from hf_rb import D2QuantConfig, tiny
 from hf_rb.quantizers.d2quant import gptq, pipeline
+from hf_rb.quantizers.d2quant.checks import check_model
 from hf_rb.quantizers.d2quant.linear import D2QuantLinear
 
 
@@ -310,6 +313,27 @@ def test_weights_on_disk(make_model, tmp_path):
 def test_fused_experts(make_moe):
     with pytest.raises(ValueError, match="holds fused experts.* Use `backend='rtn'`"):
         load(make_moe("qwen3_moe"), config(rotate=False))
+
+
+@pytest.mark.parametrize("rotate", ["block_hadamard", False])
+@pytest.mark.parametrize(
+    ("kind", "sizes", "reads"),
+    [
+        (
+            T5ForConditionalGeneration,
+            dict(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2),
+            "an encoder's output",
+        ),
+        (ViTForImageClassification, dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1), "`pixel_values`"),
+    ],
+)
+def test_a_model_that_reads_more_than_text(kind, sizes, reads, rotate):
+    with torch.device("meta"):
+        model = kind(kind.config_class(**sizes))
+    with pytest.raises(
+        ValueError, match=f"{kind.__name__} needs {reads}, .* Use `backend='rtn'` \\(`--backend rtn`\\)"
+    ):
+        check_model(model, config(rotate=rotate))
 
 
 def test_a_model_that_cannot_be_rotated_is_not_loaded(tmp_path, monkeypatch):

@@ -213,7 +213,10 @@ def test_progress(data, tmp_path, capsys, monkeypatch):
         (["--backend", "rtn", "--no-resume"], "is for streaming and calibration"),
         (["--dataset", "tiny:math", "--planes", "3"], "this method has `bits` (`--bits`)."),
         (["--dataset", "no/such/texts.txt"], "`dataset` names 'no/such/texts.txt', which does not exist"),
-        (["--dataset", "tiny:math", "--seqlen", "1025"], "longer than the 1024 positions"),
+        (
+            ["--dataset", "tiny:math", "--seqlen", "1025"],
+            "longer than the 1024 positions of the model: write `seqlen=1024` (`--seqlen 1024`)",
+        ),
         (
             ["--dataset", "tiny:math", "--num-samples", "100000", "--seqlen", "1024"],
             "Give more text, or write `num_samples=",

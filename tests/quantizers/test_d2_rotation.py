@@ -120,7 +120,7 @@ REFUSED = [
     ("gemma2", {}, "it has model.layers.0.pre_feedforward_layernorm.weight"),
     ("olmo2", {}, "input_layernorm"),
     ("cohere", {}, "post_attention_layernorm"),
-    ("opt", dict(ffn_dim=80, word_embed_proj_dim=96), "input_layernorm"),
+    ("opt", dict(ffn_dim=80, word_embed_proj_dim=96), "is none: OPTDecoderLayer has no input_layernorm."),
     ("stablelm", {}, "LayerNorm is no RMSNorm"),
     ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32), "experts"),
 ]

@@ -458,6 +458,8 @@ def test_no_memory_names_the_layer(make_model, monkeypatch):
     [
         (dict(modules_to_not_convert=["dwon_proj"]), "'dwon_proj' matches no module of Qwen3ForCausalLM; did you mean 'down_proj'"),
         (dict(modules_to_not_convert=["_proj"]), "'_proj' matches no module of Qwen3ForCausalLM; did you mean 'down_proj'"),
+        (dict(modules_to_not_convert=["layers.0"]), "'layers.0' is the ending of model.layers.0, .* write 'model.layers.0', or '.[*]layers.0'"),
+        (dict(planes_per_layer={"mlp": 3}), "'mlp' is the ending of model.layers.0.mlp, .* or '.[*]mlp' for all"),
         (dict(planes_per_layer={"experts": 1}), "'experts' matches no module of .*; its weights are down_proj, gate_proj, k_proj"),
         (dict(planes_per_layer={"lm_head": 3}), "'lm_head', which matches nothing of Qwen3ForCausalLM that is quantized"),
         (dict(planes_per_layer={"norm": 3}), "'norm', which matches nothing"),

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rb import tiny
 from hf_rb._resources import resource_folder
@@ -167,6 +167,23 @@ def test_an_error_is_one_line_and_exit_code_2(capsys, monkeypatch):
     assert errors == [
         "hf_rb.scripts.sft: error: `profit_treshold` in recipe.yaml is not an option. Did you mean `profit_threshold`?"
     ]
+
+
+def test_a_model_that_cannot_pack_is_one_line_too(capsys):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.resolve("tiny:student"))
+    tokenizer.save_pretrained("opt")
+    sizes = dict(hidden_size=32, ffn_dim=32, word_embed_proj_dim=32, num_hidden_layers=1, num_attention_heads=2)
+    OPTForCausalLM(OPTConfig(**sizes, vocab_size=len(tokenizer), pad_token_id=0)).save_pretrained("opt")
+    packed = recipe(model_name_or_path="opt", packing=True)
+    with pytest.raises(SystemExit, match="2"):
+        _common.run(sft.prepare, sft.build, packed, "hf_rb.scripts.sft")
+    lines, start = (
+        capsys.readouterr().err.splitlines(),
+        "hf_rb.scripts.sft: error: OPTForCausalLM does not keep the sequences",
+    )
+    assert sum(line.startswith(start) for line in lines) == 1 and not any("Traceback" in line for line in lines)
 
 
 def test_a_recipe_quantizes_what_it_loads(monkeypatch):

@@ -42,7 +42,7 @@ class Decoder:
         if self.layers is None:
             raise ValueError(
                 f"{type(model).__name__} has no list of {count} decoder layers: calibration runs them one by one. Use "
-                "`backend='rtn'`, which needs no calibration."
+                "`backend='rtn'` (`--backend rtn`), which needs no calibration."
             )
         self.name = next(name for name, module in model.named_modules() if module is self.layers)
         self.final_norm: nn.Module | None = None
@@ -64,7 +64,7 @@ class Decoder:
         if len(calls) != len(self.layers) or not _same(known, calls):
             raise ValueError(
                 f"The layers of {type(self.model).__name__} get more than a hidden state and positions, so that they cannot be "
-                "calibrated one by one. Use `backend='rtn'`, which needs no calibration."
+                "calibrated one by one. Use `backend='rtn'` (`--backend rtn`), which needs no calibration."
             )
         makes_output = (
             part for part, args, output in made if output is result.last_hidden_state and args and args[0] is last

@@ -160,7 +160,7 @@ def _parts(model: PreTrainedModel) -> _Parts:
             head_norms += [norm for name in HEAD_NORMS if (norm := getattr(layer.self_attn, name, None)) is not None]
         norms.append((decoder.norm, [head]))
     except AttributeError as error:
-        raise ValueError(_unknown(model, str(error))) from error
+        raise ValueError(_unknown(model, f"{type(error.obj).__name__} has no {error.name}")) from error
     known = [embeddings, *writers, *head_norms, *(part for norm, readers in norms for part in (norm, *readers))]
     known = {id(parameter) for part in known for parameter in part.parameters()}
     if others := [name for name, parameter in model.named_parameters() if id(parameter) not in known]:
