@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import families, inputs_of, make, output_of
+from tiny_zoo import build_family, families, inputs_of, output_of
 
 from hf_rb import D2QuantConfig, PTQTPConfig
 
@@ -23,6 +23,8 @@ READ = {
 }
 KINDS = [
     "llama",
+    "gpt2",
+    "falcon",
     "jamba",
     "gpt_oss",
     "deepseek_v4",
@@ -39,7 +41,7 @@ BITWISE = (torch.nn.Conv2d, torch.nn.Conv3d)
 
 
 def check(model_type, method, folder):
-    model = make(model_type)
+    model = build_family(model_type)
     inputs, cls, config = inputs_of(model), type(model), METHODS[method]
     model.save_pretrained(folder / "model")
     quantized = cls.from_pretrained(folder / "model", quantization_config=config(), dtype=torch.float32)
@@ -84,12 +86,12 @@ def test_every_family(tmp_path, model_type):
     if model_type == "shieldgemma2":
         pytest.skip("shieldgemma2 is not loaded from what it saves")
     try:
-        inputs_of(make(model_type))
+        inputs_of(build_family(model_type))
     except Exception as error:
         pytest.skip(f"{model_type} is not built: {type(error).__name__}: {error}"[:200])
     for method in METHODS:
         try:
             check(model_type, method, tmp_path / method)
         except ValueError as error:
-            if "There is nothing to quantize" not in str(error):
+            if "There is nothing to quantize" not in str(error) or "Conv1D" in str(error):
                 raise
