@@ -1,5 +1,7 @@
 """Every family of transformers that builds tiny, quantized both ways: what is packed computes what its weights say."""
 
+import re
+
 import pytest
 import torch
 from tiny_zoo import build_family, families, inputs_of, output_of
@@ -93,5 +95,5 @@ def test_every_family(tmp_path, model_type):
         try:
             check(model_type, method, tmp_path / method)
         except ValueError as error:
-            if "There is nothing to quantize" not in str(error) or "Conv1D" in str(error):
+            if "There is nothing to quantize" not in str(error) or re.search(r"\d Conv1D", str(error)):
                 raise

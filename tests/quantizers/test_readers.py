@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_rb import D2QuantConfig, PTQTPConfig
 from hf_rb.cli import main
-from hf_rb.quantizers import quantize, quantize_checkpoint, readers
+from hf_rb.quantizers import dequantize_checkpoint, quantize, quantize_checkpoint, readers
 from hf_rb.quantizers.packed import PackedLinear
 from hf_rb.quantizers.readers import find_readers
 from hf_rb.quantizers.reads_in_forward import record
@@ -193,7 +193,10 @@ def test_an_older_checkpoint_is_unpacked(mamba, tmp_path, monkeypatch, method):
     assert len(packed(loaded)) == 2
     plain = load(tmp_path / "old", METHODS[method](dequantize=True))
     assert relative(logits(loaded), logits(plain)) < CLOSE
-    loaded.save_pretrained(tmp_path / "new")
+    for folder in ("old", "new"):
+        loaded.save_pretrained(tmp_path / "new")
+        dequantize_checkpoint(tmp_path / folder, tmp_path / f"plain-{folder}", progress=False)
+        assert torch.equal(logits(load(tmp_path / f"plain-{folder}")), logits(plain))
     again = load(tmp_path / "new")
     assert torch.equal(logits(again), logits(loaded)) and len(packed(again)) == 2
 
