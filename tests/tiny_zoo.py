@@ -69,7 +69,6 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
-    "dots3_note_text": {"head_dim": 16},
     "glm5_next": {"index_kpool": 4, "qk_rope_head_dim": 0, "qk_head_dim": 8},
     "glm5_next_text": {"index_kpool": 4, "qk_rope_head_dim": 0, "qk_head_dim": 8},
     "hgnet_v2": {"stage_num_blocks": [1, 1, 3, 1], "stage_numb_of_layers": [6, 6, 6, 6]},
@@ -96,7 +95,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-_DERIVED = {"out_features", "out_indices", "stage_names"}  # from the numbers of layers
+_DERIVED = {"out_features", "out_indices", "per_layer_config", "stage_names"}  # from other fields
 
 
 def tiny_config(model_type: str, **fields: Any) -> PreTrainedConfig:
@@ -126,8 +125,6 @@ def _shrunk_value(key: str, value: Any, layers: set, fields: Mapping[str, Any]) 
     for name, given in fields.items():
         if re.fullmatch(name, key):
             return copy.deepcopy(given)
-    if key == "per_layer_config":
-        return None
     if key == "head_dim" and value is None:
         return 8
     if isinstance(value, Mapping):

@@ -31,6 +31,7 @@ CANNOT_BE_BUILT = {
     "BltForCausalLM",
     "CohereCompassForCausalLM",
     "DbrxForCausalLM",
+    "Dots3NoteForCausalLM",
     "Gemma3nForConditionalGeneration",
     "Gemma4AssistantForCausalLM",
     "Gemma4UnifiedAssistantForCausalLM",
