@@ -44,9 +44,16 @@ def allocate_layers(
             Its safetensors files. The weights of one layer are in memory at a time.
 
     Raises:
-        ValueError: The weights are in no safetensors files, or the layers are not those of a dense decoder in the manner of Llama.
+        ValueError: The weights are in no safetensors files, or the layers are not those of a dense decoder in the manner of Llama with
+            an LM head.
     """
     layers, wanted = _decoder_layers(model), {}
+    if not layers or model.get_output_embeddings() is None:
+        lacks = "list of decoder layers called `layers`" if not layers else "LM head"
+        raise ValueError(
+            f"`{per_layer}={strategy!r}` compares the layers of a decoder in the manner of Llama by its LM head, and {type(model).__name__} "
+            f"has no {lacks}. Name layers yourself: `{per_layer}={{'NAME': {NSDS_RANGES[per_layer][1]}}}`, with the end of a layer's name."
+        )
     for name, layer in layers.items():
         for role, projection in PROJECTIONS.items():
             if not isinstance(_find(layer, projection), nn.Linear):

@@ -37,6 +37,7 @@ from hf_rb.evaluation import Size, model_size
 from hf_rb.hub import ModelCardData, read_origin, write_model_card
 from hf_rb.quantizers.d2quant.biases import BIAS_SWITCH, biases_by_switch
 from hf_rb.quantizers.kernels.layout import Layout, unpack
+from hf_rb.quantizers.linear import is_transposed
 from hf_rb.quantizers.ptqtp.packing import row_blocks
 from hf_rb.quantizers.streaming import ParameterNames
 
@@ -202,7 +203,7 @@ class _PackedModel:
             parameter = next(iter(find(name)[0]), None)
             if parameter in quantizer.layouts:
                 owner, layout = model.get_submodule(parameter.rpartition(".")[0]), quantizer.layouts[parameter]
-                transposed = owner.is_transposed and len(entry.shape) == len(self.shapes[parameter])
+                transposed = is_transposed(owner) and len(entry.shape) == len(self.shapes[parameter])
                 whole = len(entry.shape) == 3 or transposed
                 shape = self.shapes[parameter] if whole else (entry.shape[0], layout.in_features)
                 self.weights[name] = _Packed(parameter, layout, shape, transposed)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_rb._random import random_states_kept
+
 
 __all__ = ["LINEAR", "features", "is_linear_map", "is_transposed"]
 
@@ -58,7 +60,7 @@ def is_linear_map(module: nn.Module) -> bool:
     trial._parameters = {name: value for name, value in (("weight", matrix), ("bias", bias))}
     matrix = matrix.T if is_transposed(module) else matrix
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with random_states_kept(), torch.no_grad():
             for trial.training in (True, False):
                 for leading in INPUTS:
                     input = random(*leading, matrix.shape[1])

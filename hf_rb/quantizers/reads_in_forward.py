@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_rb._random import random_states_kept
 from hf_rb.quantizers.reads_in_source import is_harmless_at
 
 
@@ -30,8 +31,8 @@ class _Watched:
 def record(model: nn.Module, layers: Collection[str]) -> tuple[dict[str, str], str | None]:
     """Returns the readers of layers in a forward pass on the meta device, and why it did not come to its end."""
     readers, problem = _run(model, layers, _alike(model))
-    # Code that counts the blocks of a model misses those that were left out.
-    return (readers, problem) if problem is None else _run(model, layers, {})
+    # Code that counts the blocks of a model misses those that were left out. What asks for values stops all blocks alike.
+    return (readers, problem) if problem is None or "meta tensor" in problem else _run(model, layers, {})
 
 
 def _run(model: nn.Module, layers: Collection[str], alike: dict[str, str]) -> tuple[dict[str, str], str | None]:
@@ -48,7 +49,7 @@ def _run(model: nn.Module, layers: Collection[str], alike: dict[str, str]) -> tu
             layer.__dict__["_readers"] = readers.setdefault(name, [])
             layer.__class__ = type(type(layer).__name__, (_Watched, type(layer)), {})
     problem = None
-    with torch.no_grad(), torch.device("meta"):
+    with random_states_kept(), torch.no_grad(), torch.device("meta"):  # some set a seed while they run
         for inputs in _inputs(copied):
             try:
                 copied(**inputs)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_rb import _compat
+from hf_rb._random import random_states_kept
 from hf_rb.quantizers.adapters import PlainWeightsNeeded
 from hf_rb.quantizers.packed import PackedLinear
 
@@ -117,7 +118,7 @@ def _outcome(kind: type, config: Any, layer: nn.Module) -> Tensor | Exception:
     input = torch.randn(2, layer.in_features, generator=draws, dtype=torch.float32)
     tuner = kind.__new__(kind)
     _on_trial.add(tuner)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with random_states_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         try:

@@ -101,11 +101,19 @@ def test_refuses_what_is_no_strategy():
         PTQTPConfig(planes_per_layer="nsds:2.5", scale_mode="tied")
 
 
-def test_refuses_models_that_it_cannot_score(make_moe, make_model):
+def test_refuses_models_that_it_cannot_score(make_moe, make_model, tmp_path):
     with pytest.raises(ValueError, match="model.layers.0 of Qwen3MoeForCausalLM has no mlp.up_proj. Name the layers"):
         load(make_moe("qwen3_moe"), PTQTPConfig(planes_per_layer="nsds:2.5"))
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
+    with pytest.raises(
+        ValueError, match="GPT2LMHeadModel has no list of decoder layers called `layers`. Name layers yourself"
+    ):
+        GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=96)).save_pretrained(tmp_path)
+        load(tmp_path, PTQTPConfig(planes_per_layer="nsds:2.5"))
+    with pytest.raises(ValueError, match="LlamaModel has no LM head"):
+        options = {"quantization_config": PTQTPConfig(planes_per_layer="nsds:2.5")}
+        LlamaModel.from_pretrained(make_model("llama"), **options)
     folder = make_model("llama")
     state = {name: tensor.clone() for name, tensor in load(folder).state_dict().items()}
     with pytest.raises(ValueError, match="from safetensors files"):

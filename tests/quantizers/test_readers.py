@@ -1,7 +1,9 @@
 """Layers with a weight that other code reads stay as they are, in every way of quantizing, and the result says so."""
 
 import json
+import random
 
+import numpy as np
 import odd_models
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers.utils import logging
 
 from hf_rb import D2QuantConfig, PTQTPConfig
 from hf_rb.cli import main
-from hf_rb.quantizers import quantize, quantize_checkpoint, readers
+from hf_rb.quantizers import dequantize_checkpoint, quantize, quantize_checkpoint, readers
 from hf_rb.quantizers.packed import PackedLinear
 from hf_rb.quantizers.readers import find_readers
 from hf_rb.quantizers.reads_in_forward import record
@@ -71,10 +73,12 @@ def test_either_means_alone_finds_what_it_can():
 
 def test_looking_leaves_no_trace():
     with torch.device("meta"):
-        model = odd_models.Product(OddConfig()).train()
+        model = odd_models.Seeding(OddConfig()).train()
     state, classes = torch.get_rng_state(), [type(module) for module in model.modules()]
+    others = random.getstate(), np.random.get_state()[1].tolist()
     find_readers(model, LINEAR)
     assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == others
     assert [type(module) for module in model.modules()] == classes and not hasattr(model.config, "_is_quantized")
 
 
@@ -119,7 +123,9 @@ def test_a_class_without_a_source(tmp_path):
     with pytest.raises(ValueError, match="source of Shell cannot be read, and Shell does not run on the meta device"):
         scope["Shell"].from_pretrained(tmp_path, quantization_config=PTQTPConfig())
     config = PTQTPConfig(modules_to_not_convert=["a", "b", "c", "pair", "free"])
-    with pytest.raises(ValueError, match="no `nn.Linear`"):  # what the message asks for: nothing is left to be read
+    with pytest.raises(
+        ValueError, match="nothing to quantize in Shell"
+    ):  # what the message asks for: nothing is left to be read
         scope["Shell"].from_pretrained(tmp_path, quantization_config=config)
 
 
@@ -187,7 +193,10 @@ def test_an_older_checkpoint_is_unpacked(mamba, tmp_path, monkeypatch, method):
     assert len(packed(loaded)) == 2
     plain = load(tmp_path / "old", METHODS[method](dequantize=True))
     assert relative(logits(loaded), logits(plain)) < CLOSE
-    loaded.save_pretrained(tmp_path / "new")
+    for folder in ("old", "new"):
+        loaded.save_pretrained(tmp_path / "new")
+        dequantize_checkpoint(tmp_path / folder, tmp_path / f"plain-{folder}", progress=False)
+        assert torch.equal(logits(load(tmp_path / f"plain-{folder}")), logits(plain))
     again = load(tmp_path / "new")
     assert torch.equal(logits(again), logits(loaded)) and len(packed(again)) == 2
 

@@ -1,14 +1,12 @@
 """The calibration sets that GPTQ users know by name, as optimum draws them."""
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from hf_rb._random import random_states_kept
 
 
 __all__ = ["NAMED_SETS", "named_set"]
@@ -45,7 +43,7 @@ def named_set(
         from optimum.gptq.data import get_dataset
 
         plain = partial(tokenizer, add_special_tokens=False, verbose=False)
-        with _random_states_kept():
+        with random_states_kept(range(torch.cuda.device_count())):
             drawn = get_dataset(name, plain, nsamples=num_samples, seqlen=seqlen - len(head), seed=seed)
     except (ImportError, OSError, DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
@@ -55,14 +53,3 @@ def named_set(
         ) from error
     front = torch.tensor([head] * num_samples, dtype=torch.int64).view(num_samples, len(head))
     return torch.cat([front, torch.cat([one["input_ids"] for one in drawn])], dim=1)
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
