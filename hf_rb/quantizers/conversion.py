@@ -44,7 +44,7 @@ class Conversions:
         self._origin: list[tuple[Any, Any]] = []  # one of ours, and what of the model's it stands for
         for conversion in originals:
             if not isinstance(conversion, _compat.WeightConverter) or not _ends_in(conversion, quantizer.layouts):
-                self.loading.append(conversion)
+                self.loading += [conversion, *(self._beside(conversion) if quantizer.pre_quantized else ())]
             elif moves_rows(conversion) or not quantizer.pre_quantized:
                 # An operation that turns a tensor when the shape says so would look at the packed one.
                 operations = [op for op in conversion.operations if not getattr(op, "check_dims", False)]
@@ -65,6 +65,17 @@ class Conversions:
         self.loading.append(ours)
         self._origin.append((ours, origin))
 
+    def _beside(self, conversion: Any) -> list:
+        """Returns what renames the tensors beside a weight as a renaming of the weight renames that."""
+        sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+        # A name of a module within is renamed for all that follows it.
+        if not isinstance(conversion, _compat.WeightRenaming) or not all(one.endswith(".weight") for one in targets):
+            return []
+        return [
+            conversion.copy([one + suffix for one in sources], [one + suffix for one in targets])
+            for suffix in self._suffixes
+        ]
+
     def plain(self, used: list) -> list:
         """Returns the conversions whose reverse saves an ordinary model; `used` are those of `loading` that matched."""
         kept = []
@@ -78,7 +89,7 @@ class Conversions:
         replaced, kept = [origin for _, origin in self._origin], []
         for conversion in self.plain(used):
             if not any(conversion is origin for origin in replaced):
-                kept.append(conversion)
+                kept += [conversion, *self._beside(conversion)]
             elif moves_rows(conversion):
                 patterns = conversion._original_source_patterns, conversion._original_target_patterns
                 for suffix in ("", *self._suffixes):
