@@ -62,10 +62,16 @@ _SIZES = [
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 # What rules by name cannot know, by model type.
 _SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        (
+            *("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen2_5_omni_thinker"),
+            *("glm4v", "glm4v_text", "glm46v", "glm_image", "glm_image_text", "glm_ocr", "glm_ocr_text", "glmga"),
+            *("cosmos3_edge", "cosmos3_edge_text"),
+        ),
+        {"rope_parameters": _MROPE},
+    ),
     "bridgetower": {"hidden_size": 64},
     "cohere_compass_text": {"layer_types": None},
-    "cosmos3_edge": {"rope_parameters": _MROPE},
-    "cosmos3_edge_text": {"rope_parameters": _MROPE},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
@@ -74,6 +80,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "hgnet_v2": {"stage_num_blocks": [1, 1, 3, 1], "stage_numb_of_layers": [6, 6, 6, 6]},
     "maskformer": {"depths": [2, 2, 2, 2], "num_heads": [4, 8, 16, 32], "num_layers": 4},
     "mistral4": {"head_dim": 16},
+    "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 2},
     "falcon_h1": {"mamba_d_ssm": 64},
     "mamba2": {"num_heads": 8},
     "neomme": {"head_dim": 16},
