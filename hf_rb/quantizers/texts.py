@@ -65,22 +65,19 @@ def read_texts(data: str, split: str) -> list[str]:
         `list[str]`: One text of a text file, else one a row.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: There is no such file, and no such dataset that can be loaded.
         ValueError: No column `text`, something else in it, no JSON lines, or no text at all.
     """
     path = Path(data)
     if path.is_file() and path.suffix not in (".jsonl", ".json"):
         texts = [path.read_text(encoding="utf-8")]
     else:
-        from datasets import load_dataset
-
         if path.is_file():
             rows = _json_rows(path)
         elif path.suffix in (".txt", ".jsonl", ".json"):
             raise FileNotFoundError(f"There is no file {data}.")
         else:
-            name, _, config = data.partition(":")
-            rows = load_dataset(name, config or None, split=split)
+            rows = _hub_rows(data, split)
         check_columns(data, rows.column_names)
         texts = list(rows["text"])
         if others := [(row, text) for row, text in enumerate(texts) if not isinstance(text, str)]:
@@ -88,6 +85,21 @@ def read_texts(data: str, split: str) -> list[str]:
     if not any(text.strip() for text in texts):
         raise ValueError(f"{data} holds no text.")
     return texts
+
+
+def _hub_rows(data: str, split: str):
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    name, _, config = data.partition(":")
+    try:
+        return load_dataset(name, config or None, split=split)
+    except (OSError, DatasetsError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise FileNotFoundError(
+            f"{data} is no file here, and loading it as a dataset of the Hub failed ({reason}). Write the path of a text file or of a "
+            "JSON-lines file with the column `text`, or a dataset by its full name, such as `Salesforce/wikitext:wikitext-2-raw-v1`."
+        ) from error
 
 
 def _json_rows(path: Path):

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from hf_rb import D2QuantConfig, tiny
 from hf_rb.quantizers.d2quant.calibration import calibration_tokens, load_tokenizer, token_fingerprint
+from hf_rb.quantizers.texts import read_texts
 
 
 WORDS = "a farmer has three hens and every hen lays two eggs a day so how many eggs does she sell".split()
@@ -111,3 +112,10 @@ def test_tokenizers(tokenizer, tmp_path):
     assert load_tokenizer(named, Model).get_vocab() == tokenizer.get_vocab()
     with pytest.raises(ValueError, match="There is no tokenizer in .* give `tokenizer=...`"):
         load_tokenizer(D2QuantConfig(dataset=TEXTS), Model)
+
+
+def test_a_dataset_that_cannot_be_loaded_is_named_with_what_to_write():
+    with pytest.raises(
+        FileNotFoundError, match=r"wikitext2 is no file here, .* failed \(.*\)\. Write the path of a text file"
+    ):
+        read_texts("wikitext2", "test")
