@@ -66,9 +66,9 @@ class Conversions:
         self._origin.append((ours, origin))
 
     def _beside(self, conversion: Any) -> list:
-        """Returns what renames the tensors beside a weight as a renaming of the weight renames that."""
+        """Returns the renamings of a weight's companions (`weight_scale`, …) that go with a renaming of the weight."""
         sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
-        # A name of a module within is renamed for all that follows it.
+        # A renaming of a module already covers all tensors inside it.
         if not isinstance(conversion, _compat.WeightRenaming) or not all(one.endswith(".weight") for one in targets):
             return []
         return [
