@@ -17,6 +17,7 @@ from hf_rb.hub import METHODS
 from hf_rb.ops.backbone import recorded_hidden
 from hf_rb.rewards import EXTRACTORS, GOLD_COLUMNS
 from hf_rb.trainers import _hidden_align
+from hf_rb.trainers._fused_head import check_fused_head
 from hf_rb.trainers._generation import OwnDistributionMixin
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers._rules import grpo_warnings
@@ -228,9 +229,12 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
             )
         return answered
 
-    # The auxiliary loss
+    # The loss
 
     def _compute_loss(self, model, inputs):
+        check_fused_head(
+            self, model, "Train another model, or this one with `GKDTrainer`, which takes its own logits."
+        )
         if "align_weight" not in inputs:
             return super()._compute_loss(model, inputs)
         with recorded_hidden(self.accelerator.unwrap_model(model)) as states:

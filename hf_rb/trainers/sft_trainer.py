@@ -11,11 +11,10 @@ from torch.nn.functional import pad
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.utils import ModelOutput
 
-from hf_rb import _compat
 from hf_rb.objectives import profit_mask
 from hf_rb.ops.backbone import model_inputs, name_of
-from hf_rb.ops.logit_source import agreed_reason
 from hf_rb.ops.sequences import Sequences
+from hf_rb.trainers._fused_head import check_fused_head, why_not_fused
 from hf_rb.trainers._mixin import TrainerMixin, own_config
 from hf_rb.trainers._packing import check_packing
 from hf_rb.trainers.sft_config import SFTConfig
@@ -94,6 +93,9 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         mask = inputs.get("attention_mask")
         check_packing(self, model, inputs, **({} if mask is None else {"attention_mask": mask}))
         if self.args.profit_threshold is None:
+            is_fused = self.compute_loss_func is None and (self.label_smoother is None or self.args.loss_type != "nll")
+            if is_fused:
+                check_fused_head(self, model, "Pass a `compute_loss_func`: it gets the model's own logits.")
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_head(model)
 
@@ -111,14 +113,12 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         """Refuses a model with other logits than TRL's loss takes it to have, once a run: the gate would read wrong probabilities."""
         if self._head_is_checked:
             return
-        unwrapped = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():
-            # Inside the forward of the wrapper, where FSDP and DeepSpeed have the weights in place.
-            reason = _compat.ForwardRedirection()(model, unwrapped, agreed_reason, unwrapped)
+        reason = why_not_fused(self, model)
         if reason is not None:
             raise ValueError(
                 f"`profit_threshold` reads the probabilities that TRL's loss makes of last hidden states and LM head, and the logits of "
-                f"{name_of(unwrapped)} are not that: {reason}. Train it without `profit_threshold`, or another model."
+                f"{name_of(self.accelerator.unwrap_model(model))} are not that: {reason}. Train it without `profit_threshold`, or another "
+                "model."
             )
         self._head_is_checked = True
 

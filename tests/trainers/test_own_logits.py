@@ -5,10 +5,21 @@ import logging
 import pytest
 import torch
 import transformers
+from peft import PromptTuningConfig
 from tiny_zoo import build_tiny
 from transformers import AutoTokenizer
 
-from hf_rb import DistillationConfig, DistillationTrainer, GKDConfig, GKDTrainer, SFTConfig, SFTTrainer, tiny
+from hf_rb import (
+    DistillationConfig,
+    DistillationTrainer,
+    GKDConfig,
+    GKDTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+    tiny,
+)
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.teachers import CachedTeacher, cache_teacher
 from hf_rb.trainers._audit import audit
@@ -157,3 +168,29 @@ def test_profit_reads_no_wrong_probabilities(models, config):
         ValueError, match="the logits of ModernBertDecoderForCausalLM are not that: .* without `profit_threshold`"
     ):
         train("modernbert", profit_threshold=1e-3)
+
+
+ANSWERS = {
+    "sft": (SFTTrainer, SFTConfig, "prompt_completion", {}),
+    "grpo": (GRPOTrainer, GRPOConfig, "prompt_only", {"num_generations": 2, "max_completion_length": 4}),
+}
+
+
+@pytest.mark.parametrize("trainer", ANSWERS)
+@pytest.mark.parametrize("name, peft", [("gemma2", None), ("modernbert", None), ("llama", "prompt")])
+def test_trls_fused_head_on_another_head_is_named(models, config, caplog, trainer, name, peft):
+    """TRL's loss multiplies hidden states by the head. One warning says where that is not the model, and no number changes."""
+    kind, args, layout, flags = ANSWERS[trainer]
+    if trainer == "grpo":
+        flags = {"reward_funcs": lambda completions, **_: [float(len(text)) for text in completions], **flags}
+    functions = {key: value for key, value in flags.items() if key == "reward_funcs"}
+    if peft is not None:
+        functions["peft_config"] = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    flags = {key: value for key, value in flags.items() if key not in functions}
+    data = tiny.load_dataset("math", config=layout, size=4)
+    with caplog.at_level(logging.WARNING):
+        kind(
+            str(models / name), args=args(**config | {"max_steps": 2} | flags), train_dataset=data, **functions
+        ).train()
+    said = [record.message for record in caplog.records if "The run goes on as TRL's does" in record.message]
+    assert len(said) == (name in ODD)
