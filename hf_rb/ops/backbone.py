@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -182,7 +183,8 @@ def has_prompt_learning(model: PreTrainedModel) -> bool:
 
 def name_of(model: PreTrainedModel) -> str:
     """Returns the name of a model's class in transformers."""
-    return type(without_peft(model)).__name__
+    kinds = type(without_peft(model)).__mro__
+    return next(kind for kind in kinds if not issubclass(kind, FSDPModule)).__name__
 
 
 def _full(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -23,8 +23,8 @@ def why_not_fused(trainer: Trainer, model: torch.nn.Module) -> str | None:
     """
     unwrapped: PreTrainedModel = trainer.accelerator.unwrap_model(model)
     with trainer.accelerator.autocast():
-        # Inside the forward of the wrapper, where FSDP and DeepSpeed have the weights in place.
-        return _compat.ForwardRedirection()(model, unwrapped, agreed_reason, without_peft(unwrapped))
+        # Inside the forward of the wrapper, where FSDP and DeepSpeed have the weights in place. DeepSpeed takes no text as an output.
+        return _compat.ForwardRedirection()(model, unwrapped, lambda: (agreed_reason(without_peft(unwrapped)),))[0]
 
 
 def check_fused_head(trainer: Trainer, model: torch.nn.Module, remedy: str) -> None:
