@@ -1,9 +1,12 @@
-"""Tables for a terminal."""
+"""What the verbs print: tables for a terminal, and JSON for a program."""
 
+import json
+import math
 from collections.abc import Sequence
+from typing import Any
 
 
-__all__ = ["format_table"]
+__all__ = ["finite", "format_table", "json_text"]
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -27,3 +30,17 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in (header, *rows)
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def json_text(value: Any) -> str:
+    """Returns indented JSON that every reader takes: [`finite`] first."""
+    return json.dumps(finite(value), indent=2, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """Returns a value of lists and dictionaries with `None` for infinity and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

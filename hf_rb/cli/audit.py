@@ -6,12 +6,13 @@ what the cache holds, and its teacher, where it can be loaded, with a cache of a
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from hf_rb._tables import json_text
 
 
 EXAMPLE = "hf-rb audit --config exopd/tiny-cpu"
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     is_good = {one.path: max(one.loss, one.gradient) <= args.tolerance for one in comparisons}
     if args.json:
         rows = [asdict(one) | {"ok": is_good[one.path]} for one in comparisons]
-        print(json.dumps({"recipe": str(path), "tolerance": args.tolerance, "paths": rows}, indent=1))
+        print(json_text({"recipe": str(path), "tolerance": args.tolerance, "paths": rows}))
     else:
         print(f"{'path':<24} {'loss':>10} {'gradient':>10}")
         for one in comparisons:

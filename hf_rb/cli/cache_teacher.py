@@ -1,12 +1,13 @@
 """`hf-rb cache-teacher`: runs the teacher of a GKD recipe once over its data, so that training needs no teacher."""
 
 import argparse
-import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from hf_rb._tables import json_text
 
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     check_models(values | {"teacher_model_name_or_path": teacher})
     report = capture(recipe | {"teacher_cache": folder}, args.overrides, teacher, args)
     if args.json:
-        print(json.dumps(asdict(report), indent=2))
+        print(json_text(asdict(report)))
     else:
         print(f"{_summary(report)}\n\n{_next_step(args, path, recipe, report.folder, has_teacher=named is not None)}")
     return 0

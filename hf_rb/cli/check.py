@@ -6,7 +6,6 @@ two know equally many; `--for` says it outright.
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -23,6 +22,7 @@ from hf_rb._fields import Rule, value_problem
 from hf_rb._renamed import former_key, nearest_key
 from hf_rb._resources import find_recipe, recipe_names
 from hf_rb._shapers import LOCAL, pipeline_line
+from hf_rb._tables import json_text
 from hf_rb.cli import schemas
 from hf_rb.cli.data import column_rules, dataset_rules, file_problem, text_problem
 from hf_rb.cli.fix import fix
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{path}: {change}", file=sys.stderr)
     reports = [check(path, read_recipe(path), args.target) for path in map(find_recipe, args.recipes)]
     if args.json:
-        print(json.dumps([report.as_dict() for report in reports], indent=1))
+        print(json_text([report.as_dict() for report in reports]))
     else:
         for report in reports:
             report.show()

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 
 from hf_rb._files import check_new_file
 from hf_rb._model_folder import adapter_beside, find_model, public_name
+from hf_rb._tables import json_text
 
 
 EXAMPLE = "hf-rb eval tiny:student --task tiny:math --limit 200 --speed"
@@ -123,14 +123,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         everything |= {"results": _plain(list(_results(measured[None], args)))} | results[None]
     if args.out:
-        Path(args.out).write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+        Path(args.out).write_text(json_text(everything) + "\n", encoding="utf-8")
     if args.plot:
         evaluation.plot_curves(args.plot, list(folders), _curves(list(measured.values())), "lambda")
     if args.json:
         for result in results.values():
             for key in ("completions", "correct"):  # thousands of lines that only --out keeps
                 result.get("exact_match", {}).pop(key, None)
-        print(json.dumps(everything, indent=2))
+        print(json_text(everything))
     elif sweep:
         names, *_ = ([name for name, _ in _rows(values)] for values in measured.values())
         columns = [[value for _, value in _rows(values)] for values in measured.values()]

@@ -1,11 +1,11 @@
 """`hf-rb merge`: makes models from models, without training."""
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hf_rb._model_folder import find_model
+from hf_rb._tables import json_text
 
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     function = {"linear": weights.interpolate, "graft": weights.graft, "timber": weights.refine}[args.method]
     report = function(destination=args.destination, **models, **options)
     if args.json:
-        print(json.dumps(report and asdict(report), indent=2))
+        print(json_text(report and asdict(report)))
     elif report is None:
         print(f"Saved in {args.destination}: the adapter, as it is, as one of {args.onto}.")
     else:

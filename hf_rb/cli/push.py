@@ -1,7 +1,8 @@
 """`hf-rb push`: uploads a model, an adapter, GGUF files, a teacher cache or a report to the Hub."""
 
 import argparse
-import json
+
+from hf_rb._tables import json_text
 
 
 EXAMPLE = "hf-rb push outputs/student-ptqtp me/student-ptqtp --results eval.json --dry-run"
@@ -61,7 +62,7 @@ def _show(args: argparse.Namespace, upload, results: int, url: str | None) -> No
             "results": results,
             "notes": upload.notes,
         }
-        print(json.dumps(report, indent=1))
+        print(json_text(report))
         return
     for name, size in upload.files.items():
         of_card = f", with {results} results of {', '.join(args.results)}" if results and name == "README.md" else ""

@@ -1,7 +1,6 @@
 """`hf-rb quantize`: quantizes a model, saves it with its tokenizer, and says what came of it."""
 
 import argparse
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from hf_rb._fields import described, validate
 from hf_rb._files import check_replaceable
 from hf_rb._model_folder import find_model
 from hf_rb._resources import find_recipe
+from hf_rb._tables import json_text
 from hf_rb.cli.check import check, read_recipe
 
 
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
         measure_perplexity(report, *models, arguments.eval_data)
     if measured := report.markdown():
         add_section(Path(arguments.output_dir, "README.md"), "Measured by `hf-rb quantize`", measured)
-    found = json.dumps(report.to_dict(), indent=2)
+    found = json_text(report.to_dict())
     Path(arguments.output_dir, "report.json").write_text(found + "\n", encoding="utf-8")  # for `hf-rb report`
     if args.json:
         print(found)

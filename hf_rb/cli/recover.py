@@ -1,7 +1,6 @@
 """`hf-rb recover`: quantizes a model and wins back what that has cost, in stages of which each is done once."""
 
 import argparse
-import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from hf_rb._model_folder import check_models
 from hf_rb._resources import find_recipe
+from hf_rb._tables import json_text
 from hf_rb.cli import schemas
 from hf_rb.cli.check import check, read_overrides, read_recipe
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # the trainers print what they log
         report = recover(config, lambda line: print(line, flush=True))
     if args.json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json_text(report.to_dict()))
     else:
         model = Path(config.output_dir, "model")
         where = f"The model is in {model}, and its card says how to load it." if model.is_dir() else ""

@@ -1,12 +1,12 @@
 """`hf-rb router-report`: looks at the routers of a mixture of experts while it reads some text."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_rb._files import check_new_file
 from hf_rb._model_folder import find_model, public_name
+from hf_rb._tables import json_text
 from hf_rb.cli.data import text_problem
 
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     batches = tqdm(rows.split(args.batch_size), desc="router-report", delay=2, leave=False, disable=None)
     report = examine(model, ({"input_ids": batch} for batch in batches), args.seed)
 
-    text = json.dumps({"model": public_name(args.model), "data": public_name(args.data)} | report.to_dict(), indent=2)
+    text = json_text({"model": public_name(args.model), "data": public_name(args.data)} | report.to_dict())
     if args.out:
         Path(args.out).write_text(text + "\n", encoding="utf-8")
     print(text if args.json else _table(report))

@@ -1,7 +1,6 @@
 """`hf-rb upcycle`: makes a mixture of experts from a dense model, saves it with its tokenizer, and says what came of it."""
 
 import argparse
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from hf_rb._fields import described, validate
 from hf_rb._files import check_replaceable
 from hf_rb._model_folder import check_apart, find_model
 from hf_rb._resources import find_recipe
+from hf_rb._tables import json_text
 from hf_rb.cli.check import check, read_recipe, upcycle_rules
 
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         seed=arguments.seed,
         overwrite=arguments.overwrite,
     )
-    print(json.dumps(report.to_dict(), indent=2) if args.json else _summary(report, arguments.output_dir))
+    print(json_text(report.to_dict()) if args.json else _summary(report, arguments.output_dir))
     return 0
 
 

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from hf_rb._tables import finite
+
 
 __all__ = ["CLOSE_BELOW", "DAMAGED_BELOW", "Verdict", "judge"]
 
@@ -39,11 +41,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the verdict for JSON, with its sentence and the thresholds. JSON has no infinity and no NaN: they are `None`."""
-        values = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in vars(self).items()
-        }
-        return values | {"sentence": str(self), "close_below": CLOSE_BELOW, "damaged_below": DAMAGED_BELOW}
+        return finite(vars(self)) | {"sentence": str(self), "close_below": CLOSE_BELOW, "damaged_below": DAMAGED_BELOW}
 
 
 def judge(perplexity: float, original_perplexity: float, original: str, rounded: float | None = None) -> Verdict:

@@ -1,6 +1,7 @@
 """Measurements of `hf-rb eval` in a model card: the Hub's `model-index` in its head, and a table in its text."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -36,6 +37,8 @@ def read_results(path: str | Path, models: Sequence[str | Path] = ()) -> list[Re
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
         entries = [] if "sweep" in document else document["results"]
+        # `null` stands for what is infinite or no number, such as the perplexity of a broken model.
+        entries = [{**entry, "value": math.nan if entry["value"] is None else entry["value"]} for entry in entries]
         results = [Result(**{key: value for key, value in entry.items() if key in names}) for entry in entries]
         if not all(isinstance(result.value, (int, float)) for result in results):
             raise TypeError("a value is no number")

@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 
 import pytest
@@ -56,6 +57,25 @@ def test_table(folder, tmp_path, capsys):
     assert second.dataset == "text.txt" and second.value == written["perplexity"]["perplexity"]
     assert second.metric.startswith("perplexity (window 64, stride 32, ")
     assert written["size"]["file_bytes"] == (folder / "model.safetensors").stat().st_size
+
+
+def test_infinite_perplexity_is_null(folder, tmp_path, capsys):
+    """JSON has no infinity: strict readers refuse a file that says `Infinity`."""
+    broken, text, out = tmp_path / "broken", tmp_path / "text.txt", tmp_path / "out.json"
+    model = Qwen3ForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= 1e4
+        model.model.norm.weight *= 1e4
+    model.save_pretrained(broken)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(broken)
+    text.write_text("There are 7 red, 9 blue and 12 green cups. " * 20)
+    arguments = ["eval", str(broken), "--perplexity", str(text), "--window", "64", "--out", str(out), "--json"]
+    assert main(arguments) == 0
+    for written in (capsys.readouterr().out, out.read_text()):
+        document = json.loads(written, parse_constant=pytest.fail)
+        assert document["perplexity"]["perplexity"] is None
+    (result,) = read_results(out)
+    assert math.isnan(result.value)
 
 
 def test_json(folder, capsys):

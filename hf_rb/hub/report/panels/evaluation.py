@@ -53,10 +53,12 @@ def _sweep(sweep: list[dict]) -> list[Block]:
         return (one.get(part) or {}).get(name)
 
     measures = {"exact match": ("exact_match", "accuracy"), "perplexity": ("perplexity", "perplexity")}
-    measures = {title: key for title, key in measures.items() if value(sweep[0], *key) is not None}
+    measures = {title: key for title, key in measures.items() if any(value(one, *key) is not None for one in sweep)}
     rows = [[f"{one['lambda']:g}", *(number(value(one, *key)) for key in measures.values())] for one in sweep]
+    # An infinite perplexity is `null` in the document.
+    points = {title: [one for one in sweep if value(one, *key) is not None] for title, key in measures.items()}
     drawn = {
-        title: {title: ([one["lambda"] for one in sweep], [value(one, *key) for one in sweep])}
+        title: {title: ([one["lambda"] for one in points[title]], [value(one, *key) for one in points[title]])}
         for title, key in measures.items()
     }
     figures = [curves(drawn, "Over lambda.", "lambda")] if drawn else []
