@@ -13,12 +13,16 @@ With `variant="fp16"` the names have `.fp16` before their last suffix. Only the 
 """
 
 import json
+import logging
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 
 __all__ = ["INDEX", "SINGLE", "WeightFiles", "find_weights", "published_names", "weight_bytes", "weight_files"]
+
+logger = logging.getLogger(__name__)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -121,11 +125,23 @@ def _chosen(folder: Path, variant: str | None) -> tuple[Path | None, Path | None
             raise FileNotFoundError(f"{folder} has no {named}, which its config.json names as `transformers_weights`.")
         return (None, path) if named.endswith(INDEX_SUFFIX) else (path, None)
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
-        if (path := folder / _of_variant(single, variant)).is_file():
-            return path, None
-        if (path := folder / _of_variant(index, variant)).is_file():
-            return None, path
+        alone, of_shards = folder / _of_variant(single, variant), folder / _of_variant(index, variant)
+        if alone.is_file() and of_shards.is_file():
+            _say_what_is_left(alone, of_shards.name)
+        if alone.is_file():
+            return alone, None
+        if of_shards.is_file():
+            return None, of_shards
     raise FileNotFoundError(_nothing(folder, variant))
+
+
+@cache
+def _say_what_is_left(alone: Path, index: str) -> None:
+    """Warns, once a folder, of weights that nobody loads: the model in shards may be the newer one."""
+    logger.warning(
+        f"{alone.parent} holds a model in one file ({alone.name}) and one in shards ({index}). The one file is taken, as "
+        "`from_pretrained` does. Remove what is old, or save the model to a new folder."
+    )
 
 
 def _of_variant(name: str, variant: str | None) -> str:

@@ -283,3 +283,14 @@ def test_quantizing_names_a_missing_shard_before_it_loads(tmp_path):
         with pytest.raises(FileNotFoundError, match=f"has no {lost.name}, which model.safetensors.index.json names"):
             way(folder, tmp_path / "out", PTQTPConfig(group_size=32))
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_nobody_loads_are_named_once(tmp_path, caplog):
+    folder = lay(tmp_path / "model", [SINGLE, INDEX])
+    for _ in range(2):
+        assert find_weights(folder).files == [folder / SINGLE]
+    (record,) = caplog.records
+    assert "one in shards (model.safetensors.index.json). The one file is taken" in record.message
+    caplog.clear()
+    find_weights(lay(tmp_path / "other", [INDEX]))
+    assert not caplog.records
