@@ -204,7 +204,7 @@ def train(verb: str, arguments: list[str]) -> None:
 
 def measure(model_folder: str | Path, problems: int) -> dict[str, Any]:
     from hf_rb import evaluation
-    from hf_rb._model_folder import adapter_beside
+    from hf_rb.io.model_folder import adapter_beside
     from hf_rb.recover import load_recovered
 
     found = evaluation.find_model(str(model_folder))

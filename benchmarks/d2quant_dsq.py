@@ -21,8 +21,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_rb.quantizers.d2quant import gptq
-from hf_rb.quantizers.d2quant.rotation import hadamard
+from hf_rb.quantizers.d2quant.maths import gptq
+from hf_rb.quantizers.d2quant.maths.rotation import hadamard
 
 
 RESULTS = Path(__file__).parent / "results"

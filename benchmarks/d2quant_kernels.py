@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from ptqtp_kernels import DECODE, GROUP_SIZE, copies, environment, race, write
 
-from hf_rb import _native
+from hf_rb.io import native
 from hf_rb.quantizers import kernels
-from hf_rb.quantizers.d2quant.packing import layout_of
+from hf_rb.quantizers.d2quant.format import layout_of
 from hf_rb.quantizers.kernels import cpu
 from hf_rb.quantizers.kernels.layout import Layout
 
@@ -52,8 +52,8 @@ def contestants(shape: tuple[int, int]) -> dict[str, Callable]:
         "bf16": copies(2 * out * width, lambda: torch.randn(shape).bfloat16())(lambda weight: F.linear(xb, weight)),
         "fp32": copies(4 * out * width, lambda: torch.randn(shape))(lambda weight: F.linear(x, weight)),
     }
-    avx2 = _native.variant() != "avx2" and "avx2" in _native.supported()
-    other = cpu.Kernel(_native.load(cpu.SOURCE, "avx2"), "avx2") if avx2 else None
+    avx2 = native.variant() != "avx2" and "avx2" in native.supported()
+    other = cpu.Kernel(native.load(cpu.SOURCE, "avx2"), "avx2") if avx2 else None
     for start, (name, kind) in enumerate(KINDS.items()):
         layout = layout_of(width, GROUP_SIZE, *kind)
         take = copies(size(out, layout), lambda layout=layout: packed(out, layout))

@@ -50,7 +50,7 @@ class ExactMatch(TrainerCallback):
 def run(method: str, seed: int, args: argparse.Namespace) -> dict:
     """Trains one student; returns its curves as `{name: [(step, value), ...]}`."""
     from hf_rb import GRPOConfig, GRPOTrainer, tiny
-    from hf_rb.rewards import build_reward
+    from hf_rb.rl.rewards import build_reward
 
     prompts = args.batch_size // args.group
     data = tiny.load_dataset("math", "prompt_only", size=args.steps * prompts, seed=1000 + seed)

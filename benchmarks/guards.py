@@ -43,7 +43,7 @@ def measure(folder: str, repeats: int) -> dict:
     from hf_rb import PTQTPConfig
     from hf_rb.ops.head_check import why_not_head
     from hf_rb.ops.packing import measure_leak
-    from hf_rb.quantizers import readers, selection
+    from hf_rb.quantizers.loading import readers, selection
 
     looking = []
 

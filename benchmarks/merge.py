@@ -146,7 +146,7 @@ def differences(start: Path, end: Path, results: dict[str, Path]) -> dict[str, d
     """
     import torch
 
-    from hf_rb._safetensors import Checkpoint
+    from hf_rb.io.safetensors import Checkpoint
 
     ends = [Checkpoint(folder).entries for folder in (start, end)]
     merged = [Checkpoint(folder).entries for folder in results.values()]

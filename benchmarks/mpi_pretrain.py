@@ -27,9 +27,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hf_rb import MPIQwen3MoeConfig, MPIQwen3MoeForCausalLM, tiny
-from hf_rb.models.doctor import examine
 from hf_rb.models.mpi.losses import auxiliary_loss
 from hf_rb.models.mpi.optim import weight_decay_groups
+from hf_rb.models.router_report import examine
 
 
 RESULTS = Path(__file__).parent / "results"

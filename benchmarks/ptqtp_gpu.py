@@ -179,7 +179,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def layouts() -> dict:
     from hf_rb.quantizers.kernels.layout import Layout, Part
-    from hf_rb.quantizers.ptqtp.packing import layout_of
+    from hf_rb.quantizers.ptqtp.format import layout_of
 
     signs = Part(2, ((-1, 1, -1, 1), (-1, -1, 1, 1)))
     return {
@@ -302,7 +302,7 @@ def copies(size: int) -> int:
 
 def multiplication(name: str, out_features: int, in_features: int, rows: int, planes: int = 2) -> dict:
     from hf_rb.quantizers.kernels import triton
-    from hf_rb.quantizers.ptqtp.packing import layout_of
+    from hf_rb.quantizers.ptqtp.format import layout_of
 
     layout = layout_of(in_features, 128, planes)
     x = torch.randn(rows, in_features, device="cuda", dtype=torch.bfloat16)
@@ -334,7 +334,7 @@ def multiplication(name: str, out_features: int, in_features: int, rows: int, pl
 
 def sweep(name: str, out_features: int, in_features: int, rows: int, block_m: int) -> dict:
     from hf_rb.quantizers.kernels.triton import gemm
-    from hf_rb.quantizers.ptqtp.packing import layout_of
+    from hf_rb.quantizers.ptqtp.format import layout_of
 
     layout = layout_of(in_features, 128, 2)
     x = torch.randn(rows, in_features, device="cuda", dtype=torch.bfloat16)

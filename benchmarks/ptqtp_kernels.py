@@ -24,10 +24,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_rb import _native
+from hf_rb.io import native
 from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels import cpu
-from hf_rb.quantizers.ptqtp.packing import layout_of
+from hf_rb.quantizers.ptqtp.format import layout_of
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -71,7 +71,7 @@ def environment(threads: int) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "instructions": _native.variant(),
+        "instructions": native.variant(),
         "threads": threads,
         "load": os.getloadavg()[0],
         "gigabytes_per_second": bandwidth(threads) / 1e9,
@@ -137,8 +137,8 @@ def contestants(shape: tuple[int, int], m: int) -> dict[str, Callable]:
         "int8": own(partial(multiply, activations="int8"), 2 / 4),
         "tied int8": own_tied(partial(multiply, activations="int8")),
     }
-    if "avx2" in _native.supported() and _native.variant() != "avx2" and m == 1:
-        avx2 = cpu.Kernel(_native.load(cpu.SOURCE, "avx2"), "avx2")
+    if "avx2" in native.supported() and native.variant() != "avx2" and m == 1:
+        avx2 = cpu.Kernel(native.load(cpu.SOURCE, "avx2"), "avx2")
         fns["exact avx2"] = own(lambda tensors: avx2.gemv(xb, *tensors, layout), 3 / 4)
     if width % GROUP_SIZE == 0 and out % 64 == 0:
         codes = torch.randint(4, 13, shape, dtype=torch.int32)

@@ -24,10 +24,10 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rb import PTQTPConfig
-from hf_rb._safetensors import Checkpoint
 from hf_rb.evaluation import model_size, perplexity
+from hf_rb.io.safetensors import Checkpoint
 from hf_rb.quantizers import dequantize_checkpoint, quantize_checkpoint
-from hf_rb.quantizers.baseline import round_to_nearest
+from hf_rb.quantizers.packed.baseline import round_to_nearest
 
 
 RESULTS = Path(__file__).parent / "results"

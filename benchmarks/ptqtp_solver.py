@@ -22,9 +22,9 @@ from statistics import median
 
 import torch
 
-from hf_rb import _native
+from hf_rb.io import native
 from hf_rb.quantizers.kernels import dequantize
-from hf_rb.quantizers.ptqtp.packing import layout_of
+from hf_rb.quantizers.ptqtp.format import layout_of
 from hf_rb.quantizers.ptqtp.solver import quantize_matrix
 
 
@@ -60,7 +60,7 @@ def main() -> None:
         "environment": {
             "torch": torch.__version__,
             "machine": platform.machine(),
-            "instructions": _native.variant(),
+            "instructions": native.variant(),
             "hqq": _version("hqq"),
             "load": os.getloadavg()[0],
         },
@@ -88,7 +88,7 @@ def measure(shape: tuple[int, int]) -> list[dict]:
                 "method": name,
                 "instructions": "torch"
                 if variant == "off"
-                else variant or ("torch" if options is None else _native.variant()),
+                else variant or ("torch" if options is None else native.variant()),
                 "bits_per_weight": bits,
                 "relative_error": error,
                 "seconds": [],
@@ -145,7 +145,7 @@ def relative_error(quantized, weight: torch.Tensor) -> float:
 
 def bars(rows: list[dict]) -> list[dict]:
     """The claims, each on the shape where it is hardest to keep."""
-    ours = [row for row in rows if row["method"] == "PTQTP" and row["instructions"] == _native.variant()]
+    ours = [row for row in rows if row["method"] == "PTQTP" and row["instructions"] == native.variant()]
     speed = min(row["weights_per_core_second"] for row in ours)
     errors = [row["relative_error"] for row in ours]
     found = [

@@ -73,8 +73,8 @@ def measure(flags: dict, steps: int, group: int, tokens: int) -> dict:
     from datasets import Dataset
 
     from hf_rb import GRPOConfig, GRPOTrainer, tiny
-    from hf_rb.rewards import build_reward
-    from hf_rb.trainers import grpo_trainer
+    from hf_rb.rl.rewards import build_reward
+    from hf_rb.trainers.grpo import trainer as grpo_trainer
 
     seconds = {"context": [], "shape": [], "step": []}
 
@@ -125,7 +125,7 @@ def measure(flags: dict, steps: int, group: int, tokens: int) -> dict:
 def math_verify(group: int, groups: int) -> float:
     """Median seconds that EDAS with `math-verify`, a process of its own, takes for a group of new answers, in LaTeX."""
     from hf_rb.advantages import edas
-    from hf_rb.rewards import math_equivalent
+    from hf_rb.rl.rewards import math_equivalent
 
     math_equivalent("1", "2")  # imports
     spent = []

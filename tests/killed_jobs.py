@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from hf_rb import PTQTPConfig, SFTConfig, SFTTrainer, tiny
-from hf_rb._files import verify_manifest
-from hf_rb.quantizers import streaming
+from hf_rb.io.files import verify_manifest
+from hf_rb.quantizers.folders import stream as streaming
 from hf_rb.teachers import LocalTeacher
 from hf_rb.teachers.cache_format import Manifest
 from hf_rb.teachers.capture import cache_teacher

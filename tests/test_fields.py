@@ -2,7 +2,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hf_rb._fields import described, validate, value_problem
+from hf_rb.utils.fields import described, validate, value_problem
 
 
 @dataclass

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from hf_rb._files import MANIFEST, atomic_folder, start_manifest, verify_manifest, write_manifest
+from hf_rb.io.files import MANIFEST, atomic_folder, start_manifest, verify_manifest, write_manifest
 
 
 def fill(folder, text="weights"):

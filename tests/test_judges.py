@@ -11,7 +11,7 @@ import torch
 from hf_rb import tiny
 from hf_rb.advantages.pipeline import ShapingContext, run_pipeline
 from hf_rb.advantages.srar import JudgeRequest, SrarShaper, find_steps, parse_rubric, parse_verdicts
-from hf_rb.judges import Endpoint, Judge, check_rubrics, judge_from_config, judge_messages, judge_tiny
+from hf_rb.rl.judges import Endpoint, Judge, check_rubrics, judge_from_config, judge_messages, judge_tiny
 from hf_rb.tiny.problems import generate
 
 
@@ -208,7 +208,7 @@ def test_a_coroutine_function_is_no_judge():
     async def ask(asked):
         return VERDICTS
 
-    with pytest.raises(TypeError, match=r"judge=hf_rb.judges.Judge\(ask\)"):
+    with pytest.raises(TypeError, match=r"judge=hf_rb.rl.judges.Judge\(ask\)"):
         SrarShaper(ask)
 
 

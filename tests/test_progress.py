@@ -3,12 +3,12 @@ import re
 
 import pytest
 
-from hf_rb import _progress
+from hf_rb.utils import progress
 
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch):
-    monkeypatch.setattr(_progress, "SECONDS", 0.1)
+    monkeypatch.setattr(progress, "SECONDS", 0.1)
 
 
 def slowly(bar, clock, seconds):
@@ -19,7 +19,7 @@ def slowly(bar, clock, seconds):
 
 def test_a_log_gets_few_whole_lines(capsys):
     clock = [0.0]
-    bar = _progress.tqdm(range(20), desc="perplexity", unit="window", delay=2, leave=False, disable=None)
+    bar = progress.tqdm(range(20), desc="perplexity", unit="window", delay=2, leave=False, disable=None)
     bar._time, bar.start_t, bar.last_print_t = lambda: clock[0], 0.0, 0.0
     assert list(slowly(bar, clock, 0.03)) == list(range(20))
     written = capsys.readouterr().err
@@ -29,10 +29,10 @@ def test_a_log_gets_few_whole_lines(capsys):
 
 
 def test_short_work_and_what_is_switched_off_say_nothing(capsys):
-    with _progress.tqdm(total=3, desc="write", unit="B", unit_scale=True, disable=None) as bar:
+    with progress.tqdm(total=3, desc="write", unit="B", unit_scale=True, disable=None) as bar:
         bar.update(3)
         bar.set_postfix_str("x", refresh=False)
-    list(_progress.tqdm(range(5), disable=True))
+    list(progress.tqdm(range(5), disable=True))
     assert capsys.readouterr().err == ""
 
 
@@ -42,5 +42,5 @@ def test_a_terminal_gets_a_bar(monkeypatch):
             return True
 
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    list(_progress.tqdm(range(5), desc="write", disable=None))
+    list(progress.tqdm(range(5), desc="write", disable=None))
     assert "\r" in terminal.getvalue() and "write: 100%" in terminal.getvalue()

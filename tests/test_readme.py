@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hf_rb import cli
-from hf_rb._resources import find_recipe
 from hf_rb.cli import schemas
 from hf_rb.cli.check import check, read_overrides, read_recipe
+from hf_rb.io.resources import find_recipe
 
 
 README = Path(__file__).parents[1] / "README.md"

@@ -5,8 +5,9 @@ from types import ModuleType
 
 import pytest
 
-from hf_rb import _compat, _registration
-from hf_rb._registration import LazyMapping
+from hf_rb.integrations import registration
+from hf_rb.integrations.registration import LazyMapping
+from hf_rb.utils import compat, import_hooks
 
 
 # What a program imports first, one statement a line; each order runs in a process of its own.
@@ -33,9 +34,10 @@ SLOW = {
 CHECK = """
 import sys
 from transformers.quantizers import auto
-from hf_rb import PTQTPConfig, _registration
+from hf_rb import PTQTPConfig
+from hf_rb.utils.import_hooks import require
 
-_registration.require("transformers")
+require("transformers")
 config = auto.AutoQuantizationConfig.from_dict({"quant_method": "ptqtp"})
 assert type(config) is PTQTPConfig, type(config)
 assert isinstance(config, auto.LOADING_ATTRIBUTES_CONFIG_TYPES)
@@ -46,9 +48,9 @@ if "peft" in sys.modules:
     from peft.tuners.lora.model import LoraModel
     from peft.tuners.tuners_utils import BaseTuner
 
-    _registration.require("peft")
+    require("peft")
     ours = LoraModel._create_new_module, BaseTuner._check_merge_allowed
-    assert {function.__module__ for function in ours} == {"hf_rb._registration"}
+    assert {function.__module__ for function in ours} == {"hf_rb.integrations.registration"}
 """
 
 
@@ -84,14 +86,14 @@ def test_copying_a_lazy_mapping_imports_nothing():
 
 
 def test_a_failed_hook_does_not_raise_and_the_first_use_does(monkeypatch):
-    monkeypatch.setattr(_registration, "_errors", {})
-    monkeypatch.setitem(
-        _compat.TABLE, "AUTO_QUANTIZER_MAPPING", _compat.Entry("transformers.quantizers.auto", "MOVED")
-    )
-    hook = _registration._guarded("transformers.quantizers.auto", _registration._register_quantizers)
-    hook(ModuleType("auto"))
-    _registration.require("peft")
+    monkeypatch.setattr(import_hooks, "_errors", {})
+    monkeypatch.setattr(import_hooks, "when_imported", lambda name: hooks.append)
+    hooks = []
+    monkeypatch.setitem(compat.TABLE, "AUTO_QUANTIZER_MAPPING", compat.Entry("transformers.quantizers.auto", "MOVED"))
+    import_hooks.on_import("transformers.quantizers.auto", registration._register_quantizers)
+    hooks[0](ModuleType("auto"))
+    import_hooks.require("peft")
     with pytest.raises(
         ImportError, match=r"could not register with transformers.quantizers.auto: .*MOVED.*tested with"
     ):
-        _registration.require("transformers")
+        import_hooks.require("transformers")

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_rb import _resources
-from hf_rb._resources import find_recipe, recipe_names, resource_folder
+from hf_rb.io import resources
+from hf_rb.io.resources import find_recipe, recipe_names, resource_folder
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def installed(tmp_path, monkeypatch) -> Path:
     (package / "_recipes" / "profit").mkdir(parents=True)
     (package / "_recipes" / "profit" / "tiny-cpu.yaml").write_text("output_dir: out\n")
     (package.parent / "recipes").mkdir()
-    monkeypatch.setattr(_resources, "__file__", str(package / "_resources.py"))
+    monkeypatch.setattr(resources, "__file__", str(package / "io" / "resources.py"))
     return package
 
 

@@ -4,9 +4,9 @@ from importlib.util import find_spec
 
 import pytest
 
-from hf_rb import _math_verify, answers
 from hf_rb.evaluation import is_correct
-from hf_rb.rewards import (
+from hf_rb.rl import answers, math_verify
+from hf_rb.rl.rewards import (
     EXTRACTORS,
     MARKERS,
     REWARDS,
@@ -196,7 +196,7 @@ class TestMathVerify:
         assert math_equivalent(first, second) == equal
 
     def test_a_solution_that_takes_too_long_scores_nothing_but_itself(self, monkeypatch):
-        monkeypatch.setattr(_math_verify, "SECONDS", 1.0)
+        monkeypatch.setattr(math_verify, "SECONDS", 1.0)
         tower = "7^{7^{7^{7}}}"
         assert math_accuracy_reward([rf"\boxed{{{tower}}}", r"\boxed{2}"], [tower] * 2) == [1.0, None]
 
@@ -238,5 +238,7 @@ def test_names_that_are_refused(name, message):
 
 
 def test_names_are_known_without_heavy_imports():
-    program = "import sys, hf_rb.rewards; print(*{'torch', 'transformers', 'trl', 'math_verify'} & set(sys.modules))"
+    program = (
+        "import sys, hf_rb.rl.rewards; print(*{'torch', 'transformers', 'trl', 'math_verify'} & set(sys.modules))"
+    )
     assert subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60).strip() == ""

@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from hf_rb import PTQTPConfig
-from hf_rb._safetensors import Checkpoint
-from hf_rb._weight_files import INDEX, SINGLE, find_weights, weight_bytes, weight_files
 from hf_rb.cli.memory import Architecture
 from hf_rb.evaluation import model_size
 from hf_rb.hub import plan_upload
+from hf_rb.io.safetensors import Checkpoint
+from hf_rb.io.weight_files import INDEX, SINGLE, find_weights, weight_bytes, weight_files
 from hf_rb.models.upcycle import upcycle
 from hf_rb.quantizers import dequantize_checkpoint, quantize, quantize_checkpoint
 from hf_rb.recover.stages import fingerprint

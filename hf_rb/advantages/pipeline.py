@@ -30,7 +30,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from hf_rb._shapers import registered_shapers
+from hf_rb.methods.registry import registered_shapers
 
 
 __all__ = [

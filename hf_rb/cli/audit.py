@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from hf_rb._tables import json_text
+from hf_rb.utils.output import json_text
 
 
 EXAMPLE = "hf-rb audit --config exopd/tiny-cpu"
@@ -45,9 +45,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hf_rb._model_folder import check_models
-    from hf_rb._resources import find_recipe
     from hf_rb.cli.check import check, read_overrides, read_recipe
+    from hf_rb.io.model_folder import check_models
+    from hf_rb.io.resources import find_recipe
 
     if args.config is None:
         given = args.overrides[:1]
@@ -105,7 +105,7 @@ def _audit(recipe: dict[str, Any], verb: str, batches: int, captured: str | None
 
     import yaml
 
-    from hf_rb.trainers._audit import audit
+    from hf_rb.trainers.audit import audit
 
     script = import_module(f"hf_rb.scripts.{verb}")
     with TemporaryDirectory() as scratch:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from hf_rb._tables import json_text
+from hf_rb.utils.output import json_text
 
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hf_rb._model_folder import check_models
-    from hf_rb._resources import find_recipe
     from hf_rb.cli.check import check, read_overrides, read_recipe
+    from hf_rb.io.model_folder import check_models
+    from hf_rb.io.resources import find_recipe
 
     path = find_recipe(args.recipe)
     recipe = read_recipe(path)

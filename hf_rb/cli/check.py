@@ -18,20 +18,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from hf_rb import tiny
-from hf_rb._fields import Rule, value_problem
-from hf_rb._renamed import former_key, nearest_key
-from hf_rb._resources import find_recipe, recipe_names
-from hf_rb._shapers import LOCAL, pipeline_line
-from hf_rb._tables import json_text
 from hf_rb.cli import schemas
-from hf_rb.cli.data import column_rules, dataset_rules, file_problem, text_problem
 from hf_rb.cli.fix import fix
 from hf_rb.cli.plan import Plan, make_plan, recover_lines
-from hf_rb.quantizers._rules import d2quant_rules, ptqtp_rules
+from hf_rb.io.data_files import column_rules, dataset_rules, file_problem, text_problem
+from hf_rb.io.resources import find_recipe, recipe_names
+from hf_rb.methods.registry import LOCAL, pipeline_line
+from hf_rb.quantizers.rules import d2quant_rules, ptqtp_rules
 from hf_rb.recover.config import recover_rules
-from hf_rb.rewards import reward_name, reward_problem
-from hf_rb.trainers._agent_arguments import agent_rules
-from hf_rb.trainers._rules import (
+from hf_rb.rl.rewards import reward_name, reward_problem
+from hf_rb.trainers.common.rules import (
     distillation_rules,
     gkd_rules,
     grpo_rules,
@@ -40,7 +36,11 @@ from hf_rb.trainers._rules import (
     packing_rules,
     profit_rules,
 )
-from hf_rb.weights._rules import graft_rules
+from hf_rb.trainers.grpo.agent_config import agent_rules
+from hf_rb.utils.fields import Rule, value_problem
+from hf_rb.utils.output import json_text
+from hf_rb.utils.renamed import former_key, nearest_key
+from hf_rb.weights.rules import graft_rules
 
 
 __all__ = ["Report", "check", "read_overrides", "read_recipe", "upcycle_rules"]

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     # Everything is embedded: nothing may go online. Set before anything of the Hugging Face stack is imported.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
 
-    from hf_rb.demo import demo
+    from hf_rb.scripts.demo import demo
 
     steps = [] if args.max_steps is None else ["--max_steps", str(args.max_steps)]
     demo(

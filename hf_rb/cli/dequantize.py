@@ -2,7 +2,7 @@
 
 import argparse
 
-from hf_rb._model_folder import find_packed
+from hf_rb.io.model_folder import find_packed
 
 
 EXAMPLE = "hf-rb dequantize outputs/student-ptqtp outputs/student-16bit --dtype bfloat16"

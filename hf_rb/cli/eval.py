@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_rb._files import check_new_file
-from hf_rb._model_folder import adapter_beside, find_model, public_name
-from hf_rb._tables import json_text
+from hf_rb.io.files import check_new_file
+from hf_rb.io.model_folder import adapter_beside, find_model, public_name
+from hf_rb.utils.output import json_text
 
 
 EXAMPLE = "hf-rb eval tiny:student --task tiny:math --limit 200 --speed"
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from hf_rb import evaluation
-    from hf_rb._model_class import check_causal
+    from hf_rb.io.model_class import check_causal
 
     if flags := [f"`--{name}`" for name in ("task", "perplexity", "harness", "speed") if getattr(args, name)]:
         for folder in folders.values():

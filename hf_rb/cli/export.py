@@ -2,7 +2,7 @@
 
 import argparse
 
-from hf_rb._model_folder import find_packed
+from hf_rb.io.model_folder import find_packed
 
 
 EXAMPLE = "hf-rb export outputs/student-ptqtp outputs/student-gptq --format gptq"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from hf_rb._renamed import RENAMED, REWRITTEN, former_key
+from hf_rb.utils.renamed import RENAMED, REWRITTEN, former_key
 
 
 __all__ = ["fix"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from hf_rb._weight_files import weight_files
+from hf_rb.io.weight_files import weight_files
 
 
 __all__ = ["Architecture", "Run", "estimate", "estimate_audit", "peak"]

@@ -4,8 +4,8 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from hf_rb._model_folder import find_model
-from hf_rb._tables import json_text
+from hf_rb.io.model_folder import find_model
+from hf_rb.utils.output import json_text
 
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def summary(report: "MergeReport", destination: str) -> str:
     """A table by kinds of tensors, and what a user should know."""
     from pathlib import Path
 
-    from hf_rb._tables import format_table
+    from hf_rb.utils.output import format_table
     from hf_rb.weights.sweep import sweep_folder
 
     kinds: dict[str, list] = {}

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_rb._model_folder import local_folder
-from hf_rb.cli import data
 from hf_rb.cli.memory import DTYPES, Architecture, Run, estimate, estimate_audit, peak
+from hf_rb.io import data_files as data
+from hf_rb.io.model_folder import local_folder
 from hf_rb.recover.config import TRAINING
+from hf_rb.utils.devices import cpu_arguments
 
 
-__all__ = ["Plan", "cpu_arguments", "make_plan", "recover_lines"]
+__all__ = ["Plan", "make_plan", "recover_lines"]
 
 # Tokens of a prompt where a recipe bounds the completion alone.
 PROMPT_TOKENS = 256
@@ -107,14 +108,6 @@ _REMEDIES = {
     "loading": "save the model once in the type that the run loads it in",
     "comparison": "lower `--batch_size`, or audit a smaller student",
 }
-
-
-def cpu_arguments(use_cpu: bool | None, fp16: bool | None, bf16: bool | None) -> list[str]:
-    """Returns what the values of a recipe lack to run where there is no GPU: bfloat16 is possible, float16 is not."""
-    if use_cpu:
-        return []
-    plain = ["--fp16", "false"] * bool(fp16) + ["--bf16", "false"] if fp16 or bf16 is None else []
-    return ["--use_cpu", "true", *plain]
 
 
 def make_plan(args: Any, verb: str) -> Plan:

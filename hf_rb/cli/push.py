@@ -2,7 +2,7 @@
 
 import argparse
 
-from hf_rb._tables import json_text
+from hf_rb.utils.output import json_text
 
 
 EXAMPLE = "hf-rb push outputs/student-ptqtp me/student-ptqtp --results eval.json --dry-run"

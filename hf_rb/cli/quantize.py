@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_rb._fields import described, validate
-from hf_rb._files import check_replaceable
-from hf_rb._model_folder import find_model
-from hf_rb._resources import find_recipe
-from hf_rb._tables import json_text
 from hf_rb.cli.check import check, read_recipe
+from hf_rb.io.files import check_replaceable
+from hf_rb.io.model_folder import find_model
+from hf_rb.io.resources import find_recipe
+from hf_rb.utils.fields import described, validate
+from hf_rb.utils.output import json_text
 
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
 
     from hf_rb.hub import add_section
     from hf_rb.quantizers import measure_perplexity, quantize, quantize_checkpoint
-    from hf_rb.quantizers.offline import check_measurable, read_text
+    from hf_rb.quantizers.folders.quantize import check_measurable, read_text
 
     models = arguments.model_name_or_path, arguments.output_dir
     if arguments.eval_data:

@@ -6,11 +6,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from hf_rb._model_folder import check_models
-from hf_rb._resources import find_recipe
-from hf_rb._tables import json_text
 from hf_rb.cli import schemas
 from hf_rb.cli.check import check, read_overrides, read_recipe
+from hf_rb.io.model_folder import check_models
+from hf_rb.io.resources import find_recipe
+from hf_rb.utils.output import json_text
 
 
 EXAMPLE = "hf-rb recover recover/tiny-cpu --output_dir outputs/recovered --objectives forward_kl sft"

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from hf_rb._files import check_new_file
+from hf_rb.io.files import check_new_file
 
 
 EXAMPLE = "hf-rb report outputs/profit-tiny outputs/profit-tiny-lower --out report.html"
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     for path in (out, out.with_suffix(".md")):
         check_new_file(path, "--out", args.overwrite)
 
-    from hf_rb.hub.report import write_report
+    from hf_rb.report import write_report
 
     html, markdown = write_report(args.sources, out)
     if args.json:

@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_rb._files import check_new_file
-from hf_rb._model_folder import find_model, public_name
-from hf_rb._tables import json_text
-from hf_rb.cli.data import text_problem
+from hf_rb.io.data_files import text_problem
+from hf_rb.io.files import check_new_file
+from hf_rb.io.model_folder import find_model, public_name
+from hf_rb.utils.output import json_text
 
 
 if TYPE_CHECKING:
-    from hf_rb.models.doctor import RouterReport
+    from hf_rb.models.router_report import RouterReport
 
 EXAMPLE = "hf-rb router-report tiny:moe tiny:math --json"
 
@@ -47,11 +47,11 @@ def run(args: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from hf_rb import evaluation
-    from hf_rb._model_class import skeleton
-    from hf_rb._progress import tqdm
-    from hf_rb._special_tokens import cut, special_tokens
-    from hf_rb.models.doctor import RouterMeter, examine
-    from hf_rb.quantizers.texts import read_texts
+    from hf_rb.io.model_class import skeleton
+    from hf_rb.io.texts import read_texts
+    from hf_rb.models.router_report import RouterMeter, examine
+    from hf_rb.utils.progress import tqdm
+    from hf_rb.utils.special_tokens import cut, special_tokens
 
     RouterMeter(skeleton(AutoConfig.from_pretrained(folder))).close()  # a dense model is refused before it is loaded
     texts = None if args.data.startswith("tiny:") else read_texts(args.data, "test")  # before a model is loaded

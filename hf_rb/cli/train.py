@@ -4,12 +4,12 @@ import argparse
 import subprocess
 from pathlib import Path
 
-from hf_rb import _compat
-from hf_rb._model_folder import check_models
-from hf_rb._resources import find_recipe, resource_folder
-from hf_rb._shapers import LOCAL
 from hf_rb.cli import schemas
 from hf_rb.cli.check import check, read_overrides, read_recipe
+from hf_rb.io.model_folder import check_models
+from hf_rb.io.resources import find_recipe, resource_folder
+from hf_rb.methods.registry import LOCAL
+from hf_rb.utils import compat
 
 
 EXAMPLE = "hf-rb {verb} recipe.yaml --accelerate_config fsdp2 --learning_rate 1e-5"
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     launch = ["--config_file", str(_accelerate_config(args.accelerate_config))] if args.accelerate_config else []
     if report.plan and not args.accelerate_config:  # which may know of devices that this machine shows nowhere
         args.overrides = [*args.overrides, *report.plan.cpu_arguments]
-        if report.plan.device == "cpu" and not Path(_compat.default_config_file).is_file():
+        if report.plan.device == "cpu" and not Path(compat.default_config_file).is_file():
             launch = CPU_DEFAULTS
     processes = ["--num_processes", args.num_processes] if args.num_processes else []
     script = ["--module", f"hf_rb.scripts.{args.verb}", "--config", str(recipe), *args.overrides]
@@ -65,7 +65,7 @@ def _launch(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        _compat.launch_command(_compat.launch_command_parser().parse_args(arguments))
+        compat.launch_command(compat.launch_command_parser().parse_args(arguments))
     except subprocess.CalledProcessError as error:  # one process
         code = error.returncode
     except ChildFailedError as error:  # several

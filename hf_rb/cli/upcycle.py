@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_rb._fields import described, validate
-from hf_rb._files import check_replaceable
-from hf_rb._model_folder import check_apart, find_model
-from hf_rb._resources import find_recipe
-from hf_rb._tables import json_text
 from hf_rb.cli.check import check, read_recipe, upcycle_rules
+from hf_rb.io.files import check_replaceable
+from hf_rb.io.model_folder import check_apart, find_model
+from hf_rb.io.resources import find_recipe
+from hf_rb.utils.fields import described, validate
+from hf_rb.utils.output import json_text
 
 
 if TYPE_CHECKING:

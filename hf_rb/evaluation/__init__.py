@@ -1,6 +1,5 @@
 """What a model is worth and what it costs: perplexity, exact match, public benchmarks, size on disk and decoding speed."""
 
-from hf_rb._tables import format_table
 from hf_rb.evaluation.generation import Completion, ExactMatch, PassAtK, exact_match, generate, pass_at_k
 from hf_rb.evaluation.harness import HarnessScore, run_harness
 from hf_rb.evaluation.likelihood import Perplexity, beginning, perplexity
@@ -10,6 +9,7 @@ from hf_rb.evaluation.size import Size, model_size
 from hf_rb.evaluation.speed import Speed, decode_speed
 from hf_rb.evaluation.tasks import is_correct, load_task, solutions
 from hf_rb.evaluation.verdict import Verdict, judge
+from hf_rb.utils.output import format_table
 
 
 __all__ = [

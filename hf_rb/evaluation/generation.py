@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_rb._progress import tqdm
 from hf_rb.evaluation.tasks import is_correct
 from hf_rb.ops.generation import generation_config, own_distribution
+from hf_rb.utils.progress import tqdm
 
 
 __all__ = ["Completion", "ExactMatch", "PassAtK", "exact_match", "generate", "pass_at_k"]

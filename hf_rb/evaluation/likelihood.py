@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_rb._progress import tqdm
-from hf_rb._special_tokens import begins_with, special_tokens
+from hf_rb.utils.progress import tqdm
+from hf_rb.utils.special_tokens import begins_with, special_tokens
 
 
 __all__ = ["Perplexity", "beginning", "perplexity"]

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_rb  # noqa: F401  (registers our quantizers with transformers)
-from hf_rb._model_class import check_causal
-from hf_rb._model_folder import find_model
+from hf_rb.io.model_class import check_causal
+from hf_rb.io.model_folder import find_model
 
 
 __all__ = ["find_model", "load_model"]

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from hf_rb._model_class import skeleton
-from hf_rb._model_folder import adapter_beside
-from hf_rb._safetensors import Checkpoint
+from hf_rb.io.model_class import skeleton
+from hf_rb.io.model_folder import adapter_beside
+from hf_rb.io.safetensors import Checkpoint
 
 
 __all__ = ["Size", "model_size"]

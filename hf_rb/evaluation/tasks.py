@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hf_rb import tiny
-from hf_rb.answers import gold_answer, same_answer
+from hf_rb.rl.answers import gold_answer, same_answer
 
 
 __all__ = ["is_correct", "load_task", "solutions"]
@@ -106,7 +106,7 @@ def solutions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) ->
 
 
 def is_correct(text: str, answer: str | float | None, lenient: bool = False) -> bool:
-    """Says whether what follows the last `####` of `text` is `answer`, as [`~hf_rb.answers.same_answer`] compares them.
+    """Says whether what follows the last `####` of `text` is `answer`, as [`~hf_rb.rl.answers.same_answer`] compares them.
 
     Args:
         text (`str`):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hf_rb._tables import finite
+from hf_rb.utils.output import finite
 
 
 __all__ = ["CLOSE_BELOW", "DAMAGED_BELOW", "Verdict", "judge"]

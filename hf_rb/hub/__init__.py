@@ -10,9 +10,9 @@ from hf_rb.hub.card import (
     write_model_card,
 )
 from hf_rb.hub.loading import Loading, adapter_settings, model_loading, read_loading
-from hf_rb.hub.methods import METHODS, Method
 from hf_rb.hub.push import Upload, check_repo_id, plan_upload, push_folder
 from hf_rb.hub.results import add_results, add_section, card_with_results, read_results
+from hf_rb.methods.table import METHODS, Method
 
 
 __all__ = [

@@ -18,10 +18,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_rb import __version__
-from hf_rb._model_folder import public_name
-from hf_rb._resources import resource_folder
 from hf_rb.hub.loading import Loading, read_loading
-from hf_rb.hub.methods import METHODS
+from hf_rb.io.model_folder import public_name
+from hf_rb.io.resources import resource_folder
+from hf_rb.methods.table import METHODS
 
 
 if TYPE_CHECKING:

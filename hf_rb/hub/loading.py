@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_rb import __version__
-from hf_rb._model_folder import ADAPTER_CONFIG, PACKED, local_folder
+from hf_rb.io.model_folder import ADAPTER_CONFIG, PACKED, local_folder
 
 
 __all__ = ["Loading", "adapter_settings", "hf_rb_requirement", "model_loading", "read_json", "read_loading"]
@@ -58,14 +58,14 @@ class Loading:
         """The Hub's `pipeline_tag`, from transformers' tables of classes by task. `None` if no table has the class."""
         if self.architecture.endswith(("ForCausalLM", "LMHeadModel")):
             return "text-generation"
-        from hf_rb import _compat
+        from hf_rb.utils import compat
 
         def classes(mapping: Mapping[str, Any]) -> set[str]:
             found = (name if isinstance(name, (tuple, list)) else (name,) for name in mapping.values())
             return {name for names in found for name in names}
 
         # The tables go from text to images: a class for images and text is in both, so the last table decides.
-        tasks = reversed(_compat.TASK_MAPPING.items())
+        tasks = reversed(compat.TASK_MAPPING.items())
         return next((task for task, mapping in tasks if self.architecture in classes(mapping)), None)
 
     @property

@@ -7,10 +7,10 @@ from typing import Any
 
 import huggingface_hub
 
-from hf_rb._files import MANIFEST
-from hf_rb._model_folder import ADAPTER_CONFIG, PACKED, public_name
 from hf_rb.hub.card import ModelCardData, render_card
 from hf_rb.hub.loading import adapter_settings, hf_rb_requirement, read_json, read_loading
+from hf_rb.io.files import MANIFEST
+from hf_rb.io.model_folder import ADAPTER_CONFIG, PACKED, public_name
 
 
 __all__ = ["CACHE_FORMAT", "cache_card", "existing_card", "model_card", "paths_in", "report_card"]

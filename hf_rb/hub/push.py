@@ -15,13 +15,13 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2.utils import htmlsafe_json_dumps
 
-from hf_rb._files import MANIFEST, sha256_file, verify_manifest
-from hf_rb._model_folder import ADAPTER_CONFIG, COMPANIONS
-from hf_rb._weight_files import published_names
 from hf_rb.hub.card import Result
 from hf_rb.hub.loading import read_json
 from hf_rb.hub.pages import CACHE_FORMAT, cache_card, existing_card, model_card, paths_in, report_card
 from hf_rb.hub.results import card_with_results
+from hf_rb.io.files import MANIFEST, sha256_file, verify_manifest
+from hf_rb.io.model_folder import ADAPTER_CONFIG, COMPANIONS
+from hf_rb.io.weight_files import published_names
 
 
 if TYPE_CHECKING:

@@ -30,16 +30,15 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
-from hf_rb._files import atomic_folder
-from hf_rb._model_folder import check_plain
-from hf_rb._progress import tqdm
-from hf_rb._safetensors import Checkpoint, Entry, Output, standard_names, write_index, write_tensors
-from hf_rb._skeleton import loading_problem
 from hf_rb.evaluation import find_model
 from hf_rb.hub import ModelCardData, write_model_card
-from hf_rb.models.doctor import row_cosine
+from hf_rb.io.files import atomic_folder
+from hf_rb.io.model_folder import check_apart, check_plain, copy_companions
+from hf_rb.io.safetensors import Checkpoint, Entry, Output, standard_names, write_index, write_tensors
+from hf_rb.io.skeleton import loading_problem
 from hf_rb.models.mpi.functional import effective_router
-from hf_rb.quantizers.offline import check_apart, copy_companions
+from hf_rb.models.router_report import row_cosine
+from hf_rb.utils.progress import tqdm
 
 
 __all__ = ["UpcycleReport", "upcycle"]

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_rb import _compat
 from hf_rb.ops.lm_head import Head
+from hf_rb.utils import compat
 
 
 __all__ = [
@@ -123,7 +123,7 @@ def head_of(model: PreTrainedModel) -> Head:
 def gathered_head(model: PreTrainedModel) -> AbstractContextManager:
     """Context in which ZeRO-3 holds the whole LM head on every process. Does nothing without ZeRO-3."""
     layer = model.get_output_embeddings()
-    return _compat.maybe_gather_lm_head_ctx(layer.weight, getattr(layer, "bias", None))
+    return compat.maybe_gather_lm_head_ctx(layer.weight, getattr(layer, "bias", None))
 
 
 def width_of(model: PreTrainedModel) -> int:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_rb import _registration
+from hf_rb.utils.import_hooks import require
 
 
 __all__ = ["FORMAT_VERSION", "PackedConfig"]
@@ -17,13 +17,14 @@ FORMAT_VERSION = 1
 class PackedConfig(QuantizationConfigMixin):
     """A dataclass with the fields `quant_method`, `format_version` and `dequantize`, of which the last is never stored."""
 
+    is_packed_config: ClassVar[bool] = True  # tells our configs without an import
     method: ClassVar[str]
     loading: ClassVar[tuple[str, ...]] = ("dequantize",)  # what may be given when a checkpoint is loaded
     written: ClassVar[tuple[str, ...]] = ()  # fields that quantizing fills in
     calibrated: ClassVar[bool] = False  # a property where the method may run the model on text
 
     def __post_init__(self):
-        _registration.require("transformers")
+        require("transformers")
         self.check_version(self.format_version)
 
     @classmethod

@@ -1,7 +1,8 @@
 """Quantize, measure, win the loss back by LoRA distillation from the full-precision model, measure, package."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_rb.utils.lazy import lazy_names
 
 
 if TYPE_CHECKING:
@@ -11,21 +12,7 @@ if TYPE_CHECKING:
     from hf_rb.recover.pipeline import recover
     from hf_rb.recover.report import RecoverReport
 
-# On first use: `hf-rb check` reads the configuration without torch.
-_MODULES = {
-    "Comparison": "failures",
-    "RecoverConfig": "config",
-    "RecoverReport": "report",
-    "compare_failures": "failures",
-    "load_recovered": "measuring",
-    "recover": "pipeline",
-}
-
 __all__ = ["Comparison", "RecoverConfig", "RecoverReport", "compare_failures", "load_recovered", "recover"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    return value
+# On first use: `hf-rb check` reads the configuration without torch.
+__getattr__, __dir__ = lazy_names(__name__)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_rb._fields import described, validate
+from hf_rb.utils.fields import described, validate
 
 
 __all__ = ["OBJECTIVES", "TRAINING", "RecoverConfig", "recover_rules"]

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_rb._special_tokens import cut, special_tokens
 from hf_rb.evaluation import ExactMatch, solutions
+from hf_rb.utils.special_tokens import cut, special_tokens
 
 
 __all__ = [

@@ -9,8 +9,6 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_rb._model_folder import find_model
-from hf_rb._unfinished import write_json
 from hf_rb.evaluation import (
     ExactMatch,
     beginning,
@@ -21,7 +19,9 @@ from hf_rb.evaluation import (
     perplexity,
     solutions,
 )
-from hf_rb.quantizers.baseline import packed_weights, round_weights
+from hf_rb.io.model_folder import find_model
+from hf_rb.io.resumable import write_json
+from hf_rb.quantizers.packed.baseline import packed_weights, round_weights
 from hf_rb.recover.stages import fingerprint
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from peft import PeftModel
 from transformers.quantizers import AutoQuantizationConfig
 
-from hf_rb._files import atomic_folder
-from hf_rb._model_folder import copy_companions
-from hf_rb._unfinished import write_json
 from hf_rb.evaluation import load_model, model_size
 from hf_rb.hub import ModelCardData, Result, write_model_card
-from hf_rb.quantizers.offline import describe
+from hf_rb.io.files import atomic_folder
+from hf_rb.io.model_folder import copy_companions
+from hf_rb.io.resumable import write_json
+from hf_rb.quantizers.folders.quantize import describe
 from hf_rb.recover.config import RecoverConfig
 from hf_rb.recover.measuring import ADAPTER
 from hf_rb.recover.report import RecoverReport

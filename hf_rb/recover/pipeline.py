@@ -10,15 +10,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from hf_rb._files import check_replaceable, sha256_file
-from hf_rb._model_folder import companions
-from hf_rb._special_tokens import special_tokens
-from hf_rb._unfinished import file_stamps, write_json
-from hf_rb._weight_files import find_weights
 from hf_rb.evaluation import load_task
+from hf_rb.io.files import check_replaceable, sha256_file
+from hf_rb.io.model_folder import companions
+from hf_rb.io.resumable import file_stamps, write_json
+from hf_rb.io.texts import read_texts
+from hf_rb.io.weight_files import find_weights
 from hf_rb.quantizers import quantize
-from hf_rb.quantizers.offline import open_source
-from hf_rb.quantizers.texts import read_texts
+from hf_rb.quantizers.folders.quantize import open_source
 from hf_rb.recover import failures
 from hf_rb.recover.config import RecoverConfig
 from hf_rb.recover.measuring import (
@@ -34,6 +33,7 @@ from hf_rb.recover.package import merged_model, write_package
 from hf_rb.recover.report import RecoverReport, Row
 from hf_rb.recover.stages import Stages, fingerprint
 from hf_rb.recover.training import capture, make_config, train
+from hf_rb.utils.special_tokens import special_tokens
 
 
 __all__ = ["recover"]

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hf_rb._tables import format_table
 from hf_rb.evaluation import Verdict, judge
+from hf_rb.utils.output import format_table
 
 
 __all__ = ["RecoverReport", "Row"]

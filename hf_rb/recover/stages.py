@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_rb._files import sha256_file, verify_manifest, write_manifest
-from hf_rb._unfinished import write_json
-from hf_rb._weight_files import find_weights
+from hf_rb.io.files import sha256_file, verify_manifest, write_manifest
+from hf_rb.io.resumable import write_json
+from hf_rb.io.weight_files import find_weights
 
 
 __all__ = ["Stages", "fingerprint"]

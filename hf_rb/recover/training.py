@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import Trainer, set_seed
 
 from hf_rb import GKDConfig, GKDTrainer, SFTConfig, SFTTrainer
-from hf_rb._unfinished import write_json
+from hf_rb.io.resumable import write_json
 from hf_rb.recover.config import TRAINING, RecoverConfig
 from hf_rb.recover.measuring import ADAPTER, BASE
 from hf_rb.recover.stages import fingerprint

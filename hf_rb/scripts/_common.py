@@ -19,15 +19,15 @@ from transformers.hf_argparser import string_to_bool
 from transformers.utils import is_torch_xla_available
 
 from hf_rb import tiny
-from hf_rb._fields import described
-from hf_rb._model_folder import check_model
-from hf_rb._renamed import former_key, nearest_key
-from hf_rb.cli.data import BUILDERS, file_problem
-from hf_rb.cli.plan import cpu_arguments
+from hf_rb.io.data_files import BUILDERS, file_problem
+from hf_rb.io.model_folder import check_model
 from hf_rb.ops.packing import LeakingPacking
-from hf_rb.trainers._routers import add_router_doctor
-from hf_rb.trainers._rules import only_gkd
-from hf_rb.trainers.token_samples import add_token_samples
+from hf_rb.trainers.common.routers import add_router_doctor
+from hf_rb.trainers.common.rules import only_gkd
+from hf_rb.trainers.common.token_samples import add_token_samples
+from hf_rb.utils.devices import cpu_arguments
+from hf_rb.utils.fields import described
+from hf_rb.utils.renamed import former_key, nearest_key
 
 
 __all__ = [

@@ -30,10 +30,10 @@ from dataclasses import dataclass, field
 import trl
 
 from hf_rb import GRPOConfig, GRPOTrainer
-from hf_rb._fields import described
-from hf_rb._shapers import LOCAL
-from hf_rb.rewards import build_reward, reward_problem
+from hf_rb.methods.registry import LOCAL
+from hf_rb.rl.rewards import build_reward, reward_problem
 from hf_rb.scripts import _common
+from hf_rb.utils.fields import described
 
 
 __all__ = ["GRPOScriptArguments", "build", "main", "make_parser", "prepare"]
@@ -46,7 +46,7 @@ class GRPOScriptArguments(_common.ScriptArguments):
 
     Args:
         reward_funcs (`list[str]`, *optional*):
-            Reward functions: keys of `hf_rb.rewards.REWARDS`, or `module:attribute` of code that `--allow_local_code` allows.
+            Reward functions: keys of `hf_rb.rl.rewards.REWARDS`, or `module:attribute` of code that `--allow_local_code` allows.
         reward_model_name_or_path (`str`, *optional*):
             Reward model, a Hub id or a folder. It comes before the functions.
     """

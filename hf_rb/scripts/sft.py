@@ -23,9 +23,9 @@ import trl
 from transformers import AutoTokenizer
 
 from hf_rb import SFTConfig, SFTTrainer, tiny
-from hf_rb._fields import described
 from hf_rb.scripts import _common
-from hf_rb.weights._rules import graft_rules
+from hf_rb.utils.fields import described
+from hf_rb.weights.rules import graft_rules
 
 
 __all__ = ["SFTScriptArguments", "build", "main", "make_parser", "prepare"]

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hf_rb._files import MANIFEST, fsync_file, sha256_file
+from hf_rb.io.files import MANIFEST, fsync_file, sha256_file
 
 
 __all__ = [

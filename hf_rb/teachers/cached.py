@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from hf_rb._files import sha256_file
+from hf_rb.io.files import sha256_file
 from hf_rb.ops import lm_head
 from hf_rb.ops.backbone import width_of
 from hf_rb.ops.sequences import Sequences

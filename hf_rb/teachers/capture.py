@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 
-from hf_rb._files import MANIFEST, sha256_file
-from hf_rb._model_folder import public_name
+from hf_rb.io.files import MANIFEST, sha256_file
+from hf_rb.io.model_folder import public_name
 from hf_rb.ops.lm_head import TopK, lm_head_top_k
 from hf_rb.ops.packing import is_packed, leak_message
 from hf_rb.ops.sequences import Sequences

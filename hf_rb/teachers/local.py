@@ -10,12 +10,13 @@ from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_rb import _compat, tiny
+from hf_rb import tiny
 from hf_rb.ops.backbone import evaluating, model_inputs, width_of
 from hf_rb.ops.lm_head import Head, Teacher, lm_head_log_probs
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.ops.packing import Leak, measure_leak
 from hf_rb.teachers.vocabulary import shared_vocabulary
+from hf_rb.utils import compat
 
 
 __all__ = ["AdapterOffTeacher", "LocalTeacher"]
@@ -111,10 +112,10 @@ class LocalTeacher(_ModelTeacher):
         if isinstance(self.model, str):
             # Between processes a model is not split by a device map; the wrapper places it.
             placement = {"device_map": None} if trainer.accelerator.num_processes > 1 else {}
-            self.model = _compat.create_model_from_path(self.model, **self._init_kwargs | placement)
+            self.model = compat.create_model_from_path(self.model, **self._init_kwargs | placement)
         self.model.requires_grad_(False).eval()
         if trainer.is_deepspeed_enabled:
-            self.wrapped = _compat.prepare_deepspeed(self.model, trainer.accelerator)
+            self.wrapped = compat.prepare_deepspeed(self.model, trainer.accelerator)
         else:
             self.wrapped = trainer.accelerator.prepare_model(self.model, evaluation_mode=True)
         self._unwrapped = trainer.accelerator.unwrap_model(self.wrapped)
@@ -153,7 +154,7 @@ class LocalTeacher(_ModelTeacher):
     def _run(self, function):
         self.wrapped.eval()
         # Through the wrapper's forward, which is where FSDP and DeepSpeed gather the parameters.
-        return _compat.ForwardRedirection()(self.wrapped, self._unwrapped, function, self._unwrapped)
+        return compat.ForwardRedirection()(self.wrapped, self._unwrapped, function, self._unwrapped)
 
 
 class AdapterOffTeacher(_ModelTeacher):

@@ -1,7 +1,8 @@
 """Models made from models, without training: interpolation, Shadow-FT's graft and Timber, file by file over safetensors."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_rb.utils.lazy import lazy_names
 
 
 if TYPE_CHECKING:
@@ -11,23 +12,6 @@ if TYPE_CHECKING:
     from hf_rb.weights.report import MergeReport, TensorReport
     from hf_rb.weights.shadow_ft import graft, graft_tensors, sigma
     from hf_rb.weights.timber import effective_rank, refine, refine_tensors
-
-# On first use: streaming needs torch alone, and the callback transformers.
-_MODULES = {
-    "GraftCallback": "callback",
-    "MergeReport": "report",
-    "TensorReport": "report",
-    "adapter_problems": "adapters",
-    "combine_adapters": "adapters",
-    "effective_rank": "timber",
-    "graft": "shadow_ft",
-    "graft_tensors": "shadow_ft",
-    "interpolate": "interpolation",
-    "interpolate_tensors": "interpolation",
-    "refine": "timber",
-    "refine_tensors": "timber",
-    "sigma": "shadow_ft",
-}
 
 __all__ = [
     "GraftCallback",
@@ -45,9 +29,5 @@ __all__ = [
     "sigma",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    return value
+# On first use: streaming needs torch alone, and the callback transformers.
+__getattr__, __dir__ = lazy_names(__name__)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from hf_rb import __version__
-from hf_rb._files import atomic_folder
-from hf_rb._model_folder import ADAPTER_CONFIG, check_apart, copy_companions, find_model
-from hf_rb._safetensors import Entry, Output, read_header, write_tensors
-from hf_rb._unfinished import write_json
 from hf_rb.hub import ModelCardData, write_model_card
+from hf_rb.io.files import atomic_folder
+from hf_rb.io.model_folder import ADAPTER_CONFIG, check_apart, copy_companions, find_model
+from hf_rb.io.resumable import write_json
+from hf_rb.io.safetensors import Entry, Output, read_header, write_tensors
 from hf_rb.weights.engine import Source, public_name, some
 from hf_rb.weights.report import MergeReport, TensorReport
 from hf_rb.weights.sweep import REPORT

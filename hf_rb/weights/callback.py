@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_rb._files import check_replaceable
+from hf_rb.io.files import check_replaceable
 from hf_rb.weights.adapters import REMEDY, adapter_problems
 from hf_rb.weights.engine import Source
 from hf_rb.weights.report import MergeReport

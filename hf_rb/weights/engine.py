@@ -4,7 +4,7 @@ One of the models receives: the result has its tensors, their names, shapes and 
 how its pieces become those of the result, or of several results at a time, one for each lambda of a sweep.
 
 Every file is written from its beginning to its end, so that its length says how far the work has come. Beside the destination
-lies `.NAME.partial` with the state (see `hf_rb._unfinished`), the folder `model` that becomes the destination, and
+lies `.NAME.partial` with the state (see `hf_rb.io.resumable`), the folder `model` that becomes the destination, and
 `journal.jsonl`: a line every 64 MB or 10 seconds, written after the files are on disk, with how many tensors of which file are
 complete and what they measured. A run that was killed goes on behind the last line.
 """
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from hf_rb import __version__
-from hf_rb._files import check_replaceable, publish_folder
-from hf_rb._model_folder import check_apart, companions, copy_companions, public_name
-from hf_rb._progress import tqdm
-from hf_rb._safetensors import Entry, TensorFile, read_header, standard_names, write_index
-from hf_rb._skeleton import loading_problem
-from hf_rb._unfinished import STATE, file_stamps, finish, partial_folder, unfinished, write_json
 from hf_rb.hub import ModelCardData, write_model_card
+from hf_rb.io.files import check_replaceable, publish_folder
+from hf_rb.io.model_folder import check_apart, companions, copy_companions, public_name
+from hf_rb.io.resumable import STATE, file_stamps, finish, partial_folder, unfinished, write_json
+from hf_rb.io.safetensors import Entry, TensorFile, read_header, standard_names, write_index
+from hf_rb.io.skeleton import loading_problem
+from hf_rb.utils.progress import tqdm
 from hf_rb.weights.patterns import matcher, select
 from hf_rb.weights.reasons import difference, padding
 from hf_rb.weights.report import MergeReport, TensorReport

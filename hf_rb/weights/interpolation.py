@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rb._model_folder import find_model
-from hf_rb._safetensors import Entry
+from hf_rb.io.model_folder import find_model
+from hf_rb.io.safetensors import Entry
 from hf_rb.weights.adapters import combine_adapters, is_adapter
 from hf_rb.weights.engine import Job, Operation, Options, Piece, Source, check_lambdas, measure, merge, pieces
 from hf_rb.weights.patterns import matcher, select

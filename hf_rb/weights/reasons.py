@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hf_rb._safetensors import Entry
+from hf_rb.io.safetensors import Entry
 from hf_rb.weights.source import EMBEDDINGS, HEADS, Source
 
 
@@ -55,8 +55,8 @@ def padding(one: Source, other: Source, name: str) -> str | None:
 def _parameters(config: dict[str, Any], entries: Mapping[str, Entry]) -> dict[str, str] | None:
     """Returns a tensor's name by each parameter that the tensors become, or nothing where transformers does not know the model."""
     # By transformers' rules, which merging itself does without.
-    from hf_rb._skeleton import skeleton_of
-    from hf_rb.quantizers.streaming import ParameterNames
+    from hf_rb.io.parameter_names import ParameterNames
+    from hf_rb.io.skeleton import skeleton_of
 
     try:
         find = ParameterNames(skeleton_of(config))

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_rb._model_folder import find_model
-from hf_rb._safetensors import Entry
+from hf_rb.io.model_folder import find_model
+from hf_rb.io.safetensors import Entry
 from hf_rb.weights.adapters import Adapter, is_adapter, retarget
 from hf_rb.weights.engine import (
     ELEMENTS,

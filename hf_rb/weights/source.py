@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hf_rb._model_folder import check_plain, find_model
-from hf_rb._safetensors import Checkpoint, Entry
+from hf_rb.io.model_folder import check_plain, find_model
+from hf_rb.io.safetensors import Checkpoint, Entry
 
 
 __all__ = [

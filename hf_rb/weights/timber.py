@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rb._model_folder import find_model
-from hf_rb._safetensors import Entry
+from hf_rb.io.model_folder import find_model
+from hf_rb.io.safetensors import Entry
 from hf_rb.weights.adapters import Adapter, factor_svd, is_adapter, write_adapter
 from hf_rb.weights.engine import Job, Operation, Options, Piece, Source, check_finite, check_lambdas, measure, merge
 from hf_rb.weights.report import MergeReport, TensorReport

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hf_rb import _shapers
 from hf_rb.advantages import (
     CalibAdvShaper,
     EdasShaper,
@@ -23,6 +22,7 @@ from hf_rb.advantages import (
     check_shapers,
     run_pipeline,
 )
+from hf_rb.methods import registry
 
 
 class Halve(SequenceShaper):
@@ -268,22 +268,22 @@ def test_unknown_name():
 
 @pytest.mark.parametrize("where", ["os:getcwd", "collections:Counter"])
 def test_a_name_of_something_else(monkeypatch, where):
-    monkeypatch.setattr(_shapers, "LOCAL", {where})
+    monkeypatch.setattr(registry, "LOCAL", {where})
     with pytest.raises(TypeError, match=f"'{where}' is .*, no class of advantage shapers"):
         build_shapers([where], ARGS, TRAINER)
 
 
 def test_shapers_of_other_packages(monkeypatch):
-    entry = EntryPoint("halve", f"{__name__}:Halve", _shapers.GROUP)
-    monkeypatch.setattr(_shapers, "entry_points", lambda group: [entry])
+    entry = EntryPoint("halve", f"{__name__}:Halve", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
     monkeypatch.setattr(EntryPoint, "load", lambda self: Halve if self.name == "halve" else None)
     assert isinstance(build_shapers(["halve"], ARGS, TRAINER)[0], Halve)
 
 
 @pytest.mark.parametrize("name", ["edas", "mine"])
 def test_a_name_that_collides(monkeypatch, name):
-    entries = [EntryPoint(name, "a:Shaper", _shapers.GROUP), EntryPoint(name, "b:Shaper", _shapers.GROUP)]
-    monkeypatch.setattr(_shapers, "entry_points", lambda group: entries)
+    entries = [EntryPoint(name, "a:Shaper", registry.GROUP), EntryPoint(name, "b:Shaper", registry.GROUP)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
     with pytest.raises(ValueError, match=f"'{name}'.*Rename it"):
         build_shapers(["edas"], ARGS, TRAINER)
 

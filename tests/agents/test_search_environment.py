@@ -6,7 +6,7 @@ from transformers.utils import get_json_schema
 
 import hf_rb
 from hf_rb import tiny
-from hf_rb.agents.search import Index, Passage, PassageSearch, read_passages, search_environment
+from hf_rb.rl.agents.search import Index, Passage, PassageSearch, read_passages, search_environment
 from hf_rb.tiny.facts import _QUERIES, fact_base, questions, search
 
 

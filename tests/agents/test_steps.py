@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_rb.advantages.pipeline import ShapingContext
-from hf_rb.agents.rewards import answer_f1, is_well_formed, search_f1
-from hf_rb.agents.steps import FieldScores, SilverDocuments, search_steps
+from hf_rb.rl.agents.rewards import answer_f1, is_well_formed, search_f1
+from hf_rb.rl.agents.steps import FieldScores, SilverDocuments, search_steps
 
 
 def call(text=""):

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaConfig
 
 from hf_rb import PTQTPConfig, tiny
-from hf_rb._model_class import check_causal, model_class, skeleton
 from hf_rb.cli import main
 from hf_rb.evaluation import decode_speed
+from hf_rb.io.model_class import check_causal, model_class, skeleton
 
 
 TEXT = dict(

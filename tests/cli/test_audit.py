@@ -8,8 +8,8 @@ import yaml
 from random_models import save_qwen3
 
 from hf_rb import tiny
-from hf_rb._resources import find_recipe
 from hf_rb.cli import main
+from hf_rb.io.resources import find_recipe
 from hf_rb.ops import rules
 from hf_rb.teachers import CachedTeacher
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_rb._resources import find_recipe
 from hf_rb.cli import main, schemas
 from hf_rb.cli.check import check, read_overrides, read_recipe
+from hf_rb.io.resources import find_recipe
 
 
 GOOD = {

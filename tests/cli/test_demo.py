@@ -6,8 +6,9 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from hf_rb import demo, tiny
+from hf_rb import tiny
 from hf_rb.cli import main
+from hf_rb.scripts import demo
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_rb._resources import find_recipe
 from hf_rb.cli.check import check, read_recipe
+from hf_rb.io.resources import find_recipe
 
 
 REMOVED = object()

@@ -4,11 +4,12 @@ import pytest
 import trl
 import yaml
 
-from hf_rb import _renamed, cli
-from hf_rb._resources import find_recipe
+from hf_rb import cli
 from hf_rb.cli import schemas
 from hf_rb.cli.check import check, read_recipe
+from hf_rb.io.resources import find_recipe
 from hf_rb.scripts import distillation, gkd, grpo, sft
+from hf_rb.utils import renamed
 
 
 SCRIPTS = {"sft": sft, "gkd": gkd, "distillation": distillation, "grpo": grpo}
@@ -108,9 +109,9 @@ def test_fix_keeps_the_indentation_and_advises_nothing_that_changes_the_run(tmp_
 def test_the_table_holds_for_the_installed_versions(verb):
     """A key that TRL or transformers has again must leave the table; a new name must exist somewhere."""
     keys = schemas.load(verb)["keys"]
-    assert not {*_renamed.RENAMED, *_renamed.REMOVED} & keys.keys()
+    assert not {*renamed.RENAMED, *renamed.REMOVED} & keys.keys()
     everywhere = {key for one in SCRIPTS for key in schemas.load(one)["keys"]}
-    assert {*_renamed.RENAMED.values(), *(key for key, _ in _renamed.REWRITTEN.values())} <= everywhere
+    assert {*renamed.RENAMED.values(), *(key for key, _ in renamed.REWRITTEN.values())} <= everywhere
 
 
 def parsed(parser, tmp_path, values):

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 import pytest
 
 from hf_rb import tiny
-from hf_rb._resources import find_recipe
-from hf_rb.cli import data, memory, plan, schemas
+from hf_rb.cli import memory, plan, schemas
 from hf_rb.cli.check import check, read_recipe
 from hf_rb.cli.memory import Architecture, Run, estimate, peak
+from hf_rb.io import data_files as data
+from hf_rb.io.resources import find_recipe
 
 
 RUN = Run(

@@ -4,8 +4,8 @@ import pytest
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from hf_rb import _compat
 from hf_rb.cli import main
+from hf_rb.utils import compat
 
 
 @pytest.fixture
@@ -20,12 +20,12 @@ def recipe(tmp_path) -> str:
 def launched(monkeypatch) -> list:
     """What would have been launched, as accelerate has parsed it."""
     calls = []
-    monkeypatch.setattr(_compat, "launch_command", calls.append, raising=False)
+    monkeypatch.setattr(compat, "launch_command", calls.append, raising=False)
     return calls
 
 
 def test_the_recipe_and_the_overrides_reach_the_script(recipe, launched, monkeypatch):
-    monkeypatch.setattr(_compat, "default_config_file", "none", raising=False)
+    monkeypatch.setattr(compat, "default_config_file", "none", raising=False)
     assert main(["sft", recipe, "--learning_rate", "1e-3", "--packing"]) == 0
     (call,) = launched
     assert call.module and call.training_script == "hf_rb.scripts.sft"
@@ -83,7 +83,7 @@ def test_the_exit_code_is_the_scripts(recipe, monkeypatch, error, script, code):
     def fail(args):
         raise error(script)
 
-    monkeypatch.setattr(_compat, "launch_command", fail, raising=False)
+    monkeypatch.setattr(compat, "launch_command", fail, raising=False)
     assert main(["sft", recipe]) == code
 
 

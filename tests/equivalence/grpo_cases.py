@@ -16,8 +16,8 @@ from seeded_runs import ARGUMENTS, logs_and_weights, save_results
 
 from hf_rb import GRPOConfig, GRPOTrainer, tiny
 from hf_rb.advantages import CalibAdvShaper, EdasShaper, Shaped, SrarShaper, TokenShaper
-from hf_rb.agents.rewards import search_f1
-from hf_rb.rewards import exact_answer_reward
+from hf_rb.rl.agents.rewards import search_f1
+from hf_rb.rl.rewards import exact_answer_reward
 
 
 STEPS = 2

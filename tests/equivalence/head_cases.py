@@ -13,9 +13,9 @@ from seeded_runs import save_results
 from tiny_zoo import build_tiny
 from torch.distributed.fsdp import fully_shard
 
-from hf_rb import _compat
 from hf_rb.ops.lm_head import lm_head_logits
 from hf_rb.ops.logit_source import LogitSource
+from hf_rb.utils import compat
 
 
 CASES = {name: gkd_cases.CASES[name] for name in ("forward_kl", "on-policy jsd")}
@@ -44,7 +44,7 @@ def sharded(name):
         fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
     fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
     source = LogitSource()
-    found = _compat.ForwardRedirection()(model, model, logits, source, model)
+    found = compat.ForwardRedirection()(model, model, logits, source, model)
     return source.is_head(model), (found - expected).abs().max().item()
 
 

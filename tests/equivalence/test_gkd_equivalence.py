@@ -10,8 +10,9 @@ from seeded_runs import in_two_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.utils import DataCollatorForChatML
 
-from hf_rb import GKDConfig, GKDTrainer, _compat, tiny
+from hf_rb import GKDConfig, GKDTrainer, tiny
 from hf_rb.teachers import AdapterOffTeacher, CachedTeacher, cache_teacher
+from hf_rb.utils import compat
 
 
 CASES = gkd_cases.CASES
@@ -78,7 +79,7 @@ def test_dense_jsd_on_data_is_trl_bit_for_bit(full_models, beta, collator):
             "dataset_kwargs": {"skip_prepare_dataset": True},
             "remove_unused_columns": False,
         }
-    expected_logs, expected = gkd_cases.train(full_models, _compat.GKDTrainer, _compat.GKDConfig, **config)
+    expected_logs, expected = gkd_cases.train(full_models, compat.GKDTrainer, compat.GKDConfig, **config)
     logs, weights = gkd_cases.train(full_models, GKDTrainer, GKDConfig, loss_impl="dense", **config)
     for entry, expected_entry in zip(logs[:5], expected_logs[:5], strict=True):
         assert {key: entry[key] for key in expected_entry} == expected_entry

@@ -12,13 +12,13 @@ from tokenizers.processors import TemplateProcessing
 
 import hf_rb
 from hf_rb import D2QuantConfig
-from hf_rb._special_tokens import cut, special_tokens
 from hf_rb.cli import main
 from hf_rb.evaluation import beginning, load_model, perplexity
 from hf_rb.quantizers import Report
-from hf_rb.quantizers.d2quant.calibration import calibration_tokens
+from hf_rb.quantizers.d2quant.calibrate.text import calibration_tokens
 from hf_rb.recover import RecoverConfig, failures, pipeline
 from hf_rb.recover.stages import _changes
+from hf_rb.utils.special_tokens import cut, special_tokens
 
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"

@@ -180,7 +180,7 @@ def test_changed_hyperparameters_of_a_trainer_config(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_method_has_a_card_of_its_own(method):
-    from hf_rb._resources import resource_folder
+    from hf_rb.io.resources import resource_folder
 
     text = (resource_folder("model_cards") / f"{method.key}.md").read_text(encoding="utf-8")
     assert method.name in text and method.paper_url in text and method.citation in text

@@ -11,11 +11,11 @@ from random_models import save_qwen3
 from transformers import AutoModelForCausalLM
 
 from hf_rb import PTQTPConfig, SFTConfig, SFTTrainer, tiny
-from hf_rb._model_folder import public_name
 from hf_rb.cli import main
 from hf_rb.hub import ModelCardData, Result, loading, plan_upload, read_loading, render_card, write_model_card
 from hf_rb.hub.loading import Loading, adapter_settings
 from hf_rb.hub.pages import paths_in
+from hf_rb.io.model_folder import public_name
 from hf_rb.quantizers import quantize
 
 

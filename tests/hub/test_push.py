@@ -9,9 +9,9 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 from random_models import save_qwen3
 
-from hf_rb import _files
 from hf_rb.cli import main
 from hf_rb.hub import ModelCardData, Result, add_results, plan_upload, read_results, write_model_card
+from hf_rb.io import files as _files
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 
 from hf_rb.cli import main
 from hf_rb.hub.card import ModelCardData, write_model_card
-from hf_rb.hub.report import Figure, figures, make_report, read_source, write_report
-from hf_rb.hub.report.page import Report
-from hf_rb.hub.report.panels import PANELS, _tokens, overview
+from hf_rb.report import Figure, figures, make_report, read_source, write_report
+from hf_rb.report.page import Report
+from hf_rb.report.panels import PANELS, _tokens, overview
 
 
 pytest.importorskip("matplotlib")

@@ -11,11 +11,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_rb.models.doctor import layer_alignments, max_vio
 from hf_rb.models.mpi import apply_mpi, effective_router
 from hf_rb.models.mpi.callbacks import LossFreeBalanceCallback, MPICallback, RouterDoctorCallback
 from hf_rb.models.mpi.conversion import routers
 from hf_rb.models.mpi.optim import weight_decay_groups
+from hf_rb.models.router_report import layer_alignments, max_vio
 
 
 COMMON = dict(

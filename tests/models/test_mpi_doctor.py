@@ -7,9 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3M
 
 from hf_rb import tiny
 from hf_rb.cli import main
-from hf_rb.models.doctor import RouterMeter, examine, layer_alignments, max_vio, row_cosine
 from hf_rb.models.mpi import alignment, apply_mpi, effective_router
 from hf_rb.models.mpi.conversion import routers
+from hf_rb.models.router_report import RouterMeter, examine, layer_alignments, max_vio, row_cosine
 
 
 def small(seed=0, **fields):

@@ -31,15 +31,15 @@ from hf_rb import (
     SFTTrainer,
     tiny,
 )
-from hf_rb._resources import resource_folder
 from hf_rb.cli import main
-from hf_rb.hub.report import make_report, read_source
+from hf_rb.io.resources import resource_folder
 from hf_rb.models.mpi import apply_mpi, fold_mpi
 from hf_rb.models.mpi.callbacks import MPICallback
 from hf_rb.models.mpi.conversion import routers
+from hf_rb.report import make_report, read_source
 from hf_rb.scripts import sft
-from hf_rb.trainers._audit import audit
-from hf_rb.trainers._routers import add_router_doctor
+from hf_rb.trainers.audit import audit
+from hf_rb.trainers.common.routers import add_router_doctor
 
 
 RECIPES = resource_folder("recipes") / "mpi"

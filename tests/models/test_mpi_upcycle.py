@@ -16,11 +16,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from hf_rb._safetensors import Checkpoint
 from hf_rb.cli import main
-from hf_rb.models.doctor import row_cosine
+from hf_rb.io.safetensors import Checkpoint
 from hf_rb.models.mpi import apply_mpi
 from hf_rb.models.mpi.conversion import routers
+from hf_rb.models.router_report import row_cosine
 from hf_rb.models.upcycle import SIMILAR, _shared_width, upcycle
 
 

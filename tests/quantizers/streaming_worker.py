@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hf_rb import PTQTPConfig
-from hf_rb.quantizers import streaming
+from hf_rb.quantizers.folders import stream as streaming
 from hf_rb.quantizers.ptqtp import PTQTPQuantizer
 
 

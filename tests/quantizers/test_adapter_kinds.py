@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_rb import D2QuantConfig, PTQTPConfig
-from hf_rb.quantizers.adapters import PlainWeightsNeeded
+from hf_rb.quantizers.loading.adapters import PlainWeightsNeeded
 
 
 LAYERS = dict(target_modules=["q_proj", "o_proj"])

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_rb import PTQTPConfig
-from hf_rb.quantizers.baseline import packed_weights, round_to_nearest, round_weights
+from hf_rb.quantizers.packed.baseline import packed_weights, round_to_nearest, round_weights
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe", "gpt_oss"])

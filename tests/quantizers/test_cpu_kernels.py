@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_rb import _native
+from hf_rb.io import native
 from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels import cpu, reference
 from hf_rb.quantizers.kernels.layout import Layout, Part, pack, unpack
@@ -36,10 +36,10 @@ SIZES = [(128, 128), (576, 128), (300, 128), (7, 128), (1, 1), (130, 13), (513, 
 ROWS = [1, 6]
 
 
-@pytest.fixture(params=_native.supported())
+@pytest.fixture(params=native.supported())
 def kernel(request):
     """The kernel of each instruction set."""
-    library = _native.load(cpu.SOURCE, request.param)
+    library = native.load(cpu.SOURCE, request.param)
     if library is None:
         pytest.skip("there is no compiler")
     return cpu.Kernel(library, request.param)
@@ -271,7 +271,7 @@ class Layer(nn.Module):
         return matrix, None if self.bias is None else self.bias.double()
 
 
-@pytest.fixture(params=[*_native.supported(), "off"])
+@pytest.fixture(params=[*native.supported(), "off"])
 def dispatch(request, monkeypatch):
     """What `kernels` choose with each instruction set, and without a kernel."""
     monkeypatch.setenv("HF_RB_NATIVE", request.param)

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_rb import D2QuantConfig, tiny
-from hf_rb.quantizers.d2quant.calibration import calibration_tokens, load_tokenizer, token_fingerprint
-from hf_rb.quantizers.texts import read_texts
+from hf_rb.io.texts import read_texts
+from hf_rb.quantizers.d2quant.calibrate.text import calibration_tokens, load_tokenizer, token_fingerprint
 
 
 WORDS = "a farmer has three hens and every hen lays two eggs a day so how many eggs does she sell".split()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_rb.quantizers.d2quant.dac import MeanShift, fold
+from hf_rb.quantizers.d2quant.maths.dac import MeanShift, fold
 
 
 def gaussian(*shape, seed=0, dtype=torch.float32):

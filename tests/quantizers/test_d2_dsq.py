@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rb.quantizers.d2quant.dsq import fit_dsq, round_to_nearest
+from hf_rb.quantizers.d2quant.maths.dsq import fit_dsq, round_to_nearest
 
 
 EXAMPLE = torch.tensor(
@@ -105,7 +105,7 @@ def test_one_plane_without_columns_is_the_binary_least_squares():
 
 
 def test_binary_row_scale_is_the_mean():
-    from hf_rb.quantizers.d2quant.dsq import _fit_rows
+    from hf_rb.quantizers.d2quant.maths.dsq import _fit_rows
 
     block = gaussian(8, 16)
     rows, _ = _fit_rows(block, torch.ones(16).double(), torch.ones(8, 1).double(), block.sign()[None])
@@ -131,7 +131,7 @@ def test_gaussian_weights(planes, expected):
 
 def test_columns_of_different_size():
     weight = gaussian(256, 128, dtype=torch.float32) * gaussian(128, seed=1, dtype=torch.float32).exp()
-    from hf_rb.quantizers.d2quant.grids import round_to_nearest as affine
+    from hf_rb.quantizers.d2quant.maths.grids import round_to_nearest as affine
 
     for planes in (2, 3):
         dual = relative_error(round_to_nearest(weight, planes).dequantize(), weight)

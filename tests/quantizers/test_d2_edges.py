@@ -13,11 +13,12 @@ from transformers.utils import logging
 
 from hf_rb import D2QuantConfig
 from hf_rb.cli import quantize as verb
-from hf_rb.quantizers.d2quant import gptq, pipeline
 from hf_rb.quantizers.d2quant.biases import set_bias
-from hf_rb.quantizers.d2quant.block import Block
-from hf_rb.quantizers.d2quant.packing import code_bits, is_dual
-from hf_rb.quantizers.report import BlockReport, Report
+from hf_rb.quantizers.d2quant.calibrate import pipeline
+from hf_rb.quantizers.d2quant.calibrate.block import Block
+from hf_rb.quantizers.d2quant.format import code_bits, is_dual
+from hf_rb.quantizers.d2quant.maths import gptq
+from hf_rb.quantizers.packed.report import BlockReport, Report
 
 
 TEXT = "".join(chr(32 + int(i)) for i in torch.randint(95, (400,), generator=torch.Generator().manual_seed(0)))

@@ -7,8 +7,9 @@ from round_trips import load, logits, same_files, train
 from safetensors.torch import load_file, save_file
 
 from hf_rb import D2QuantConfig
-from hf_rb.quantizers.d2quant import D2QuantExperts, D2QuantLinear, dsq, grids
-from hf_rb.quantizers.d2quant.packing import code_bits, is_dual
+from hf_rb.quantizers.d2quant import D2QuantExperts, D2QuantLinear
+from hf_rb.quantizers.d2quant.format import code_bits, is_dual
+from hf_rb.quantizers.d2quant.maths import dsq, grids
 
 
 ARCHITECTURES = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss"]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hf_rb.quantizers.d2quant import dsq, grids
-from hf_rb.quantizers.d2quant.gptq import (
+from hf_rb.quantizers.d2quant.maths import dsq, grids
+from hf_rb.quantizers.d2quant.maths.gptq import (
     InputStatistics,
     _invert_upper,
     _residual_factor,

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rb.quantizers.d2quant.grids import AffineCodes, fit_grid, round_to_nearest
+from hf_rb.quantizers.d2quant.maths.grids import AffineCodes, fit_grid, round_to_nearest
 
 
 def gaussian(*shape, seed=0, dtype=torch.float32):

@@ -10,7 +10,8 @@ from mixtures import MOE, MOE_SIZES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_rb.quantizers.d2quant import D2QuantLinear, absorption, dsq, grids
+from hf_rb.quantizers.d2quant import D2QuantLinear
+from hf_rb.quantizers.d2quant.maths import absorption, dsq, grids
 
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4)

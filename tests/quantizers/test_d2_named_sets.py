@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from hf_rb import D2QuantConfig, tiny
 from hf_rb.cli import main
-from hf_rb.quantizers.d2quant.calibration import calibration_tokens
-from hf_rb.quantizers.d2quant.named_sets import NAMED_SETS
+from hf_rb.quantizers.d2quant.calibrate.named_sets import NAMED_SETS
+from hf_rb.quantizers.d2quant.calibrate.text import calibration_tokens
 
 
 BOS = "<|im_start|>"

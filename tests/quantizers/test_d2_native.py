@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_rb import _native
-from hf_rb.quantizers.d2quant import dsq, gptq, grids, native
+from hf_rb.io import native as _native
+from hf_rb.quantizers.d2quant.maths import dsq, gptq, grids, native
 
 
 def gaussian(*shape, seed=0):

@@ -4,10 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_rb.quantizers import kernels
-from hf_rb.quantizers.backend import DamagedTensor
-from hf_rb.quantizers.d2quant import dsq, grids, packing
-from hf_rb.quantizers.d2quant.dsq import DualCodes
-from hf_rb.quantizers.d2quant.grids import AffineCodes
+from hf_rb.quantizers.d2quant import format as packing
+from hf_rb.quantizers.d2quant.maths import dsq, grids
+from hf_rb.quantizers.d2quant.maths.dsq import DualCodes
+from hf_rb.quantizers.d2quant.maths.grids import AffineCodes
+from hf_rb.quantizers.loading.quantizer import DamagedTensor
 
 
 def random_codes(bits, dual, rows, columns, group_size, seed=0):

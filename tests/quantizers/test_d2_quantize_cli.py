@@ -14,12 +14,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GemmaForCausalLM
 
 from hf_rb import D2QuantConfig, tiny
-from hf_rb._resources import resource_folder
 from hf_rb.cli import INTERRUPTED, main
 from hf_rb.cli import quantize as verb
-from hf_rb.quantizers import offline
-from hf_rb.quantizers.d2quant import pipeline
+from hf_rb.io.resources import resource_folder
+from hf_rb.quantizers.d2quant.calibrate import pipeline
 from hf_rb.quantizers.d2quant.linear import D2QuantLinear
+from hf_rb.quantizers.folders import quantize as offline
 
 
 TEXTS = [f"{i} hens lay {2 * i} eggs a day, and {3 * i} foxes watch them from the hill." for i in range(80)]

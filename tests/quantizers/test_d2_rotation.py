@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from hf_rb.quantizers.d2quant.rotation import check, fuse_and_rotate, fuse_norms, hadamard, resolve_block, untie
+from hf_rb.quantizers.d2quant.maths.rotation import check, fuse_and_rotate, fuse_norms, hadamard, resolve_block, untie
 
 
 SIZES = dict(hidden_size=96, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)

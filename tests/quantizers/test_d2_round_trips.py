@@ -30,8 +30,9 @@ from transformers.utils import logging
 from hf_rb import D2QuantConfig, tiny
 from hf_rb.cli import main
 from hf_rb.quantizers import dequantize_checkpoint, export_gptq, quantize, quantize_checkpoint
-from hf_rb.quantizers.d2quant import D2QuantLinear, pipeline
-from hf_rb.quantizers.d2quant.packing import is_dual
+from hf_rb.quantizers.d2quant import D2QuantLinear
+from hf_rb.quantizers.d2quant.calibrate import pipeline
+from hf_rb.quantizers.d2quant.format import is_dual
 
 
 def rtn(**options):
@@ -102,7 +103,7 @@ def test_bits_of_layers(make_model):
 
 
 def test_weights_are_those_of_the_rounding(make_model):
-    from hf_rb.quantizers.d2quant import dsq, grids
+    from hf_rb.quantizers.d2quant.maths import dsq, grids
 
     source = make_model(dtype=torch.float32)
     weights, layer = load_file(source / "model.safetensors"), load(source, rtn()).model.layers[1]
@@ -181,8 +182,8 @@ def test_columns_of_any_size(tmp_path):
 
 def test_streaming_in_any_order(tmp_path, monkeypatch):
     # Up before down, and in another process: whoever comes first solves the down projection.
-    from hf_rb.quantizers import streaming
     from hf_rb.quantizers.d2quant import D2QuantQuantizer
+    from hf_rb.quantizers.folders import stream as streaming
 
     torch.manual_seed(1)
     experts(tmp_path / "source")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from hf_rb import PTQTPConfig, tiny
-from hf_rb.quantizers.experts import projections
+from hf_rb.quantizers.packed.experts import projections
 from hf_rb.quantizers.ptqtp import PTQTPLinear, solve
 from hf_rb.quantizers.ptqtp.experts import PTQTPExperts
 

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from hf_rb import D2QuantConfig, PTQTPConfig, tiny
-from hf_rb.quantizers import selection
-from hf_rb.quantizers.heads import heads
-from hf_rb.quantizers.packed import PackedModule
+from hf_rb.quantizers.loading import selection
+from hf_rb.quantizers.loading.heads import heads
+from hf_rb.quantizers.packed.linear import PackedModule
 
 
 CONFIGS = [PTQTPConfig, lambda **options: D2QuantConfig(backend="rtn", **options)]

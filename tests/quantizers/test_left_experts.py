@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from hf_rb import D2QuantConfig, PTQTPConfig
 from hf_rb.cli import main
-from hf_rb.quantizers.packed import PackedModule
+from hf_rb.quantizers.packed.linear import PackedModule
 
 
 ARCHITECTURES = ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss"]

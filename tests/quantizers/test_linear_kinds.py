@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_rb import D2QuantConfig, PTQTPConfig
 from hf_rb.quantizers import dequantize_checkpoint, export_gptq, quantize, quantize_checkpoint
-from hf_rb.quantizers.linear import features, is_linear_map, is_transposed
-from hf_rb.quantizers.packed import PackedLinear
+from hf_rb.quantizers.packed.layer_kinds import features, is_linear_map, is_transposed
+from hf_rb.quantizers.packed.linear import PackedLinear
 
 
 CONFIGS = {

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_rb import PTQTPConfig
-from hf_rb.quantizers.adapters import ParamWrapper
+from hf_rb.quantizers.loading.adapters import ParamWrapper
 from hf_rb.quantizers.ptqtp import PTQTPLinear
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from hf_rb.quantizers.nsds import (
+from hf_rb.quantizers.allocation.nsds import (
     LayerWeights,
     _circuit_spectrum,
     _gram_spectrum,

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hf_rb import D2QuantConfig, PTQTPConfig
-from hf_rb.quantizers import nsds, quantize, quantize_checkpoint
+from hf_rb.quantizers import quantize, quantize_checkpoint
+from hf_rb.quantizers.allocation import nsds
 
 
 LAYERS = ["model.layers.0", "model.layers.1"]

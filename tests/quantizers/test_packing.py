@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from hf_rb import PTQTPConfig
 from hf_rb.quantizers.ptqtp import TritPlanes, solve
-from hf_rb.quantizers.ptqtp.packing import layout_of, packed_width, repack
+from hf_rb.quantizers.ptqtp.format import layout_of, packed_width, repack
 
 
 def planes_of(trits, group_size):

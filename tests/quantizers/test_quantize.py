@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_rb import PTQTPConfig, tiny
-from hf_rb._resources import resource_folder
 from hf_rb.cli import main
 from hf_rb.cli import quantize as verb
+from hf_rb.io.resources import resource_folder
 from hf_rb.quantizers import quantize
-from hf_rb.quantizers.baseline import round_to_nearest, rtn
+from hf_rb.quantizers.packed.baseline import round_to_nearest, rtn
 from hf_rb.quantizers.ptqtp import PTQTPLinear
 
 

@@ -14,10 +14,11 @@ from transformers.utils import logging
 
 from hf_rb import D2QuantConfig, PTQTPConfig
 from hf_rb.cli import main
-from hf_rb.quantizers import dequantize_checkpoint, quantize, quantize_checkpoint, readers
-from hf_rb.quantizers.packed import PackedLinear
-from hf_rb.quantizers.readers import find_readers
-from hf_rb.quantizers.reads_in_forward import record
+from hf_rb.quantizers import dequantize_checkpoint, quantize, quantize_checkpoint
+from hf_rb.quantizers.loading import readers
+from hf_rb.quantizers.loading.readers import find_readers
+from hf_rb.quantizers.loading.reads_in_forward import record
+from hf_rb.quantizers.packed.linear import PackedLinear
 
 
 METHODS = {"ptqtp": PTQTPConfig, "d2quant": lambda **options: D2QuantConfig(backend="rtn", **options)}
@@ -163,7 +164,7 @@ def test_one_line_of_the_output(mamba, tmp_path, capsys):
 
 
 def test_a_warning(mamba):
-    logger = logging.get_logger("hf_rb.quantizers.readers")
+    logger = logging.get_logger("hf_rb.quantizers.loading.readers")
     messages, warn = [], logger.warning
     logger.warning = messages.append
     try:
@@ -229,7 +230,7 @@ def test_calibrated(tmp_path, monkeypatch):
     # Bloom reads `dense.weight` with `slow_but_exact`.
     from transformers import BloomConfig, BloomForCausalLM
 
-    monkeypatch.setattr("hf_rb.quantizers.d2quant.pipeline.load_tokenizer", lambda config, model: Tokens())
+    monkeypatch.setattr("hf_rb.quantizers.d2quant.calibrate.pipeline.load_tokenizer", lambda config, model: Tokens())
     torch.manual_seed(0)
     BloomForCausalLM(BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=96)).save_pretrained(
         tmp_path / "bloom"

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from literal_ptqtp import nearest_trits as literal_trits
 from literal_ptqtp import ptqtp, ridge_scales
 
-from hf_rb import _native
-from hf_rb.quantizers.ptqtp import native, solve
+from hf_rb.io import native as _native
+from hf_rb.quantizers.ptqtp import solve
+from hf_rb.quantizers.ptqtp import solver_c as native
 from hf_rb.quantizers.ptqtp.solver import nearest_trits, quantize_matrix
 
 

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from hf_rb import PTQTPConfig
 from hf_rb.cli import main
-from hf_rb.quantizers import quantize, quantize_checkpoint, streaming
+from hf_rb.quantizers import quantize, quantize_checkpoint
+from hf_rb.quantizers.folders import stream as streaming
 from hf_rb.quantizers.ptqtp import PTQTPQuantizer
 
 

@@ -17,6 +17,7 @@ import torch
 
 from hf_rb.quantizers.kernels import triton as gpu
 from hf_rb.quantizers.kernels.layout import Layout, Part
+from hf_rb.quantizers.ptqtp import solver
 
 
 CASES = Path(__file__).with_name("triton_cases.py")
@@ -50,7 +51,7 @@ def test_without_triton(monkeypatch):
         importlib.reload(gpu)
         assert not gpu.available(torch.device("cuda"))
         assert not gpu.available(torch.device("cpu"))
-        assert gpu.compiled_solver(torch.zeros(1, 1)) is None
+        assert solver._compiled(torch.zeros(1, 1, device="meta")) is None
     finally:
         monkeypatch.undo()
         importlib.reload(gpu)
@@ -108,7 +109,7 @@ class TestCompiles:
 
     @pytest.mark.parametrize(("planes", "tied"), [(1, False), (2, False), (2, True), (3, False)])
     def test_solver(self, compile_for_gpu, planes, tied):
-        from hf_rb.quantizers.kernels.triton import solver
+        from hf_rb.quantizers.ptqtp import solver_triton as solver
 
         sizes, start = ["i32"] * 4, int(planes < 3)
         options = {"num_warps": solver._warps(128), "enable_fp_fusion": False}

@@ -9,9 +9,9 @@ from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels import triton as gpu
 from hf_rb.quantizers.kernels.layout import Layout, Part, pack
 from hf_rb.quantizers.kernels.triton import gemm
-from hf_rb.quantizers.kernels.triton import solver as triton_solver
 from hf_rb.quantizers.ptqtp import solver
-from hf_rb.quantizers.ptqtp.packing import TritPlanes, packed_width
+from hf_rb.quantizers.ptqtp import solver_triton as triton_solver
+from hf_rb.quantizers.ptqtp.format import TritPlanes, packed_width
 
 
 DEVICE = "cpu" if gemm.INTERPRETED.value else "cuda"
@@ -201,7 +201,7 @@ def test_they_are_what_the_dispatch_takes_on_a_gpu(monkeypatch):
 
     dense = gaussian(6, 70)
     expected = solver.quantize_matrix(dense, group_size=32)
-    monkeypatch.setattr(solver, "_compiled", gpu.compiled_solver)
+    monkeypatch.setattr(solver, "_compiled", lambda weight: triton_solver)
     monkeypatch.setattr(solver, "_fit", None)
     for found, value in zip(solver.quantize_matrix(dense, group_size=32), expected, strict=True):
         assert (

@@ -6,10 +6,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from hf_rb._resources import resource_folder
 from hf_rb.cli.check import check, read_recipe
 from hf_rb.cli.quantize import QuantizeArguments
 from hf_rb.cli.upcycle import UpcycleArguments
+from hf_rb.io.resources import resource_folder
 from hf_rb.recover import RecoverConfig
 
 

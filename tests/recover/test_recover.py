@@ -12,11 +12,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from hf_rb import tiny
-from hf_rb._resources import find_recipe
 from hf_rb.cli import main
 from hf_rb.cli.check import read_recipe
 from hf_rb.evaluation import Completion, decode_speed, generation
 from hf_rb.hub import plan_upload
+from hf_rb.io.resources import find_recipe
 from hf_rb.recover import RecoverConfig, load_recovered, measuring, recover
 from hf_rb.recover.pipeline import _calibration_stamp, _Pipeline
 from hf_rb.recover.stages import fingerprint

@@ -11,9 +11,9 @@ from datasets import Dataset
 import hf_rb
 from hf_rb import GRPOConfig, GRPOTrainer, tiny
 from hf_rb.advantages.calibadv import model_runs
-from hf_rb.agents.rewards import is_tool_error, is_well_formed, search_f1
-from hf_rb.judges import Judge
-from hf_rb.rewards import exact_answer_reward
+from hf_rb.rl.agents.rewards import is_tool_error, is_well_formed, search_f1
+from hf_rb.rl.judges import Judge
+from hf_rb.rl.rewards import exact_answer_reward
 
 
 GROUP = 8

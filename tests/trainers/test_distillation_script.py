@@ -6,8 +6,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from hf_rb import tiny
-from hf_rb._resources import resource_folder
 from hf_rb.cli.check import check, read_recipe
+from hf_rb.io.resources import resource_folder
 from hf_rb.scripts import distillation
 
 

@@ -13,8 +13,8 @@ from transformers.trainer_utils import set_seed
 
 from hf_rb import DistillationConfig, DistillationTrainer, GKDConfig, tiny
 from hf_rb.teachers import AdapterOffTeacher, LocalTeacher
-from hf_rb.trainers._generation import SamplerLogProbs
-from hf_rb.trainers._gopd import RoutedTeacher, start_reference
+from hf_rb.trainers.common.generation import SamplerLogProbs
+from hf_rb.trainers.common.gopd import RoutedTeacher, start_reference
 
 
 EXOPD = {"objective": "gopd", "reward_scale": 1.25}

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from hf_rb._resources import resource_folder
 from hf_rb.cli import main as cli
+from hf_rb.io.resources import resource_folder
 from hf_rb.scripts import gkd
 
 

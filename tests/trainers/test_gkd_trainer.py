@@ -13,7 +13,7 @@ from trl.experimental.utils import DataCollatorForChatML
 
 from hf_rb import GKDConfig, GKDTrainer, tiny
 from hf_rb.teachers import AdapterOffTeacher, CachedTeacher, LocalTeacher
-from hf_rb.trainers._gkd_data import prompts_of
+from hf_rb.trainers.gkd.data import prompts_of
 
 
 FORMATS = ("messages", "prompt_completion", "prompt_only")

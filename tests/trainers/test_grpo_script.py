@@ -6,9 +6,10 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from hf_rb import _shapers, tiny
+from hf_rb import tiny
 from hf_rb.cli import main
 from hf_rb.cli.check import check, read_recipe
+from hf_rb.methods import registry
 from hf_rb.scripts import grpo
 
 
@@ -61,7 +62,7 @@ ALLOW = ["--allow_local_code", "mine:length", "--allow_local_code", "mine:Double
 @pytest.fixture(autouse=True)
 def nothing_stays_allowed():
     yield
-    _shapers.LOCAL.clear()
+    registry.LOCAL.clear()
     sys.modules.pop("mine", None)
 
 
@@ -126,10 +127,10 @@ def test_a_recipe_cannot_allow_it_itself():
 
 
 def test_the_verb_passes_it_on(monkeypatch):
-    from hf_rb import _compat
+    from hf_rb.utils import compat
 
     calls = []
-    monkeypatch.setattr(_compat, "launch_command", calls.append, raising=False)
+    monkeypatch.setattr(compat, "launch_command", calls.append, raising=False)
     recipe(**LOCAL)
     assert main(["check", "recipe.yaml"]) == 2
     assert main(["grpo", "recipe.yaml"]) == 2

@@ -10,12 +10,14 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_rb import GRPOConfig, GRPOTrainer, _shapers, answers
+from hf_rb import GRPOConfig, GRPOTrainer
 from hf_rb.advantages import EdasShaper, Requires, SequenceShaper, Shaped, TokenShaper, edas, srar_offsets
+from hf_rb.methods import registry
 from hf_rb.objectives.hidden_align import hidden_align
-from hf_rb.rewards import EXTRACTORS, answer_format_reward, exact_answer_reward, math_accuracy_reward
-from hf_rb.trainers._hidden_align import anchor_of
-from hf_rb.trainers._shaping import names_of_rewards
+from hf_rb.rl import answers
+from hf_rb.rl.rewards import EXTRACTORS, answer_format_reward, exact_answer_reward, math_accuracy_reward
+from hf_rb.trainers.grpo.hidden_align import anchor_of
+from hf_rb.trainers.grpo.shaping import names_of_rewards
 
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -317,15 +319,15 @@ def test_objects_win_over_the_config(make):
 
 
 def test_an_installed_package_registers_one(make, monkeypatch):
-    entry = EntryPoint("halve", f"{__name__}:Halve", _shapers.GROUP)
-    monkeypatch.setattr(_shapers, "entry_points", lambda group: [entry])
+    entry = EntryPoint("halve", f"{__name__}:Halve", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
     trainer = make({**EDAS, "advantage_shapers": ["edas", "halve"]})
     assert [type(shaper) for shaper in trainer.shapers] == [EdasShaper, Halve]
 
 
 def test_a_package_may_not_take_a_built_in_name(config, monkeypatch):
-    entry = EntryPoint("edas", "elsewhere:Edas", _shapers.GROUP)
-    monkeypatch.setattr(_shapers, "entry_points", lambda group: [entry])
+    entry = EntryPoint("edas", "elsewhere:Edas", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
     with pytest.raises(ValueError, match="'edas' of 'elsewhere:Edas'.* is a built-in of hf_rb"):
         GRPOConfig(**{**config, **EDAS, "num_generations": 4})
 

@@ -22,7 +22,7 @@ from hf_rb import (
 )
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.teachers import CachedTeacher, cache_teacher
-from hf_rb.trainers._audit import audit
+from hf_rb.trainers.audit import audit
 
 
 NAMES = {

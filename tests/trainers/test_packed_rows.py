@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hf_rb import GKDConfig, GKDTrainer, SFTConfig, SFTTrainer, tiny
 from hf_rb.cli import main
 from hf_rb.teachers import LocalTeacher, cache_teacher
-from hf_rb.trainers import _packing
+from hf_rb.trainers.common import packing
 
 
 WORKER = Path(__file__).parent / "packing_worker.py"
@@ -134,14 +134,14 @@ def test_every_model_that_reads_the_batch_is_checked(make, tmp_path):
 
 
 def test_padded_rows_and_wrapped_packing_are_not_checked(make, monkeypatch):
-    monkeypatch.setattr(_packing, "measure_leak", None)  # would raise
+    monkeypatch.setattr(packing, "measure_leak", None)  # would raise
     make("sft", "opt").train()
     make("sft", "opt", packing=True, packing_strategy="wrapped", max_length=64).train()
     make("sft", "opt", **LAYOUTS["packing"], eval_packing=False, allow_leaking_packing=True).train()
 
 
 def test_the_check_costs_one_pass_over_a_packed_batch_a_run(make, monkeypatch):
-    tokens, checks, measure = [], [], _packing.measure_leak
+    tokens, checks, measure = [], [], packing.measure_leak
 
     def counting(model, *args, **kwargs):
         handle = model.base_model.register_forward_hook(
@@ -153,7 +153,7 @@ def test_the_check_costs_one_pass_over_a_packed_batch_a_run(make, monkeypatch):
         finally:
             handle.remove()
 
-    monkeypatch.setattr(_packing, "measure_leak", counting)
+    monkeypatch.setattr(packing, "measure_leak", counting)
     trainer = make("sft", "llama", **LAYOUTS["packing"], max_steps=3)
     trainer.train()
     trainer.evaluate()

@@ -6,9 +6,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rb import tiny
-from hf_rb._resources import resource_folder
 from hf_rb.hub import plan_upload
-from hf_rb.hub.report import make_report, read_source
+from hf_rb.io.resources import resource_folder
+from hf_rb.report import make_report, read_source
 from hf_rb.scripts import _common, sft
 
 

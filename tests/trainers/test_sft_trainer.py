@@ -10,7 +10,7 @@ from transformers.trainer_utils import set_seed
 from hf_rb import SFTConfig, SFTTrainer, tiny
 from hf_rb.objectives import profit_mask
 from hf_rb.ops.sequences import Sequences
-from hf_rb.trainers._mixin import own_config
+from hf_rb.trainers.common.mixin import own_config
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rb import DistillationConfig, DistillationTrainer, GKDConfig, GKDTrainer, SFTConfig, SFTTrainer, tiny
 from hf_rb.objectives import reverse_kl
-from hf_rb.trainers.token_samples import (
+from hf_rb.trainers.common.token_samples import (
     TOKEN_SAMPLES,
     CompletionSamplesCallback,
     TokenSamplesCallback,

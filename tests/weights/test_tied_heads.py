@@ -9,7 +9,7 @@ from raw_models import noise, read, write
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from hf_rb._skeleton import loading_problem
+from hf_rb.io.skeleton import loading_problem
 from hf_rb.weights import graft, interpolate, refine
 from hf_rb.weights.source import Source, with_ties_of
 

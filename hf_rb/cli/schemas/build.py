@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from importlib import import_module, metadata
 from typing import Any
 
-from hf_rb._fields import is_described
 from hf_rb.cli import schemas
+from hf_rb.utils.fields import is_described
 
 
 __all__ = ["build"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_rb.models.doctor import Load, RouterMeter, evenness, layer_alignments, max_vio
 from hf_rb.models.mpi.conversion import RoutedLayer, advance
+from hf_rb.models.router_report import Load, RouterMeter, evenness, layer_alignments, max_vio
 
 
 __all__ = ["LossFreeBalanceCallback", "MPICallback", "RouterDoctorCallback"]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from hf_rb import _compat
 from hf_rb.models.mpi.functional import expert_matrix
 from hf_rb.models.mpi.router import EffectiveRouter, check_rows
+from hf_rb.utils import compat
 
 
 __all__ = ["RoutedLayer", "advance", "apply_mpi", "fold_mpi", "routers"]
@@ -233,7 +233,7 @@ def _make_native(module: nn.Module) -> None:
         return
     module._keep_in_fp32_modules_strict = set(native._keep_in_fp32_modules_strict or ())
     # What a model may return is looked up by its class, and put there by the constructor.
-    _compat.CAN_RECORD_REGISTRY[module] = native._can_record_outputs
+    compat.CAN_RECORD_REGISTRY[module] = native._can_record_outputs
     config = module.config
     if hasattr(type(config), "native_class"):
         ours = {field.name for field in fields(config)} - {field.name for field in fields(config.native_class)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from hf_rb._model_class import skeleton
+from hf_rb.io.model_class import skeleton
 
 
 __all__ = ["BIAS_SWITCH", "add_biases", "biases_by_switch", "set_bias"]

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from transformers.utils import logging
 
-from hf_rb._fields import described, validate
-from hf_rb.quantizers._rules import NSDS_RANGES, d2quant_rules
 from hf_rb.quantizers.config import FORMAT_VERSION, PackedConfig
+from hf_rb.quantizers.rules import NSDS_RANGES, d2quant_rules
+from hf_rb.utils.fields import described, validate
 
 
 __all__ = ["D2QuantConfig", "text_fingerprint"]

@@ -1,7 +1,7 @@
 """Fused experts of D²Quant."""
 
 from hf_rb.quantizers.d2quant.linear import described
-from hf_rb.quantizers.experts import PackedExperts
+from hf_rb.quantizers.packed.experts import PackedExperts
 
 
 __all__ = ["D2QuantExperts"]

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from hf_rb.quantizers.d2quant.dsq import DualCodes
-from hf_rb.quantizers.d2quant.grids import AffineCodes
-from hf_rb.quantizers.d2quant.packing import code_bits, for_kernels, is_dual, layout_of
-from hf_rb.quantizers.packed import PackedLinear
+from hf_rb.quantizers.d2quant.format import code_bits, for_kernels, is_dual, layout_of
+from hf_rb.quantizers.d2quant.maths.dsq import DualCodes
+from hf_rb.quantizers.d2quant.maths.grids import AffineCodes
+from hf_rb.quantizers.packed.linear import PackedLinear
 
 
 __all__ = ["D2QuantLinear"]
@@ -16,7 +16,7 @@ class D2QuantLinear(PackedLinear):
     A linear layer whose weight has codes of 2, 3 or 4 bits, on integer grids or as sign planes.
 
     `weight` is a frozen uint8 parameter `(out_features, layout.row_bytes)` in the kernels' layout, `weight_scale` a frozen
-    float16 parameter `(out_features, ceil(in_features / group_size), scales)` (`hf_rb/quantizers/d2quant/packing.py`). Sign planes
+    float16 parameter `(out_features, ceil(in_features / group_size), scales)` (`hf_rb/quantizers/d2quant/format.py`). Sign planes
     whose column scales are not in another layer have them as `weight_column`, float32 `(in_features,)`.
     """
 

@@ -7,23 +7,23 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_rb.quantizers.backend import PackingQuantizer
-from hf_rb.quantizers.d2quant import absorption, dsq, grids
+from hf_rb.io.texts import check_columns
 from hf_rb.quantizers.d2quant.biases import BIAS_SWITCH, add_biases, biases_by_switch, set_bias
 from hf_rb.quantizers.d2quant.config import D2QuantConfig
 from hf_rb.quantizers.d2quant.experts import D2QuantExperts
+from hf_rb.quantizers.d2quant.format import code_bits, for_kernels, from_file, is_dual, layout_of, scale_rows, to_file
 from hf_rb.quantizers.d2quant.linear import D2QuantLinear
-from hf_rb.quantizers.d2quant.packing import code_bits, for_kernels, from_file, is_dual, layout_of, scale_rows, to_file
-from hf_rb.quantizers.experts import input_size
+from hf_rb.quantizers.d2quant.maths import absorption, dsq, grids
 from hf_rb.quantizers.kernels.layout import Layout
-from hf_rb.quantizers.linear import LINEAR, features
-from hf_rb.quantizers.packed import PackedModule
-from hf_rb.quantizers.selection import nothing_to_pack, packable, setting
-from hf_rb.quantizers.texts import check_columns
+from hf_rb.quantizers.loading.quantizer import PackingQuantizer
+from hf_rb.quantizers.loading.selection import nothing_to_pack, packable, setting
+from hf_rb.quantizers.packed.experts import input_size
+from hf_rb.quantizers.packed.layer_kinds import LINEAR, features
+from hf_rb.quantizers.packed.linear import PackedModule
 
 
 if TYPE_CHECKING:
-    from hf_rb.quantizers.streaming import Place
+    from hf_rb.quantizers.folders.stream import Place
 
 __all__ = ["D2QuantQuantizer"]
 
@@ -58,7 +58,7 @@ class D2QuantQuantizer(PackingQuantizer):
 
     def preprocess_model(self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs) -> None:
         if self.calibrates and isinstance(self.quantization_config.bits_per_layer, str):  # which reads all weights
-            from hf_rb.quantizers.d2quant.checks import check_model
+            from hf_rb.quantizers.d2quant.calibrate.checks import check_model
 
             check_model(model, self.quantization_config)
         super().preprocess_model(model, dtype=dtype, **kwargs)
@@ -70,7 +70,7 @@ class D2QuantQuantizer(PackingQuantizer):
                 self._plan(name, module, weights)
             if not self.packable:
                 raise ValueError(nothing_to_pack(model, self))
-            from hf_rb.quantizers.d2quant.checks import check_model, check_packable
+            from hf_rb.quantizers.d2quant.calibrate.checks import check_model, check_packable
 
             check_packable(model, self.packable)
             check_model(model, self.quantization_config)
@@ -190,7 +190,7 @@ class D2QuantQuantizer(PackingQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         config = self.quantization_config
         if self.calibrates:
-            from hf_rb.quantizers.d2quant.pipeline import quantize_model  # what it needs, loading does not
+            from hf_rb.quantizers.d2quant.calibrate.pipeline import quantize_model  # what it needs, loading does not
 
             quantize_model(model, config, self.packable, self.report)
             self.plain_conversions = model._weight_conversions

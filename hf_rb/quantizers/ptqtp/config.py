@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hf_rb._fields import described, validate
-from hf_rb.quantizers._rules import NSDS_RANGES, ptqtp_rules
 from hf_rb.quantizers.config import FORMAT_VERSION, PackedConfig
+from hf_rb.quantizers.rules import NSDS_RANGES, ptqtp_rules
+from hf_rb.utils.fields import described, validate
 
 
 __all__ = ["PTQTPConfig"]

@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from hf_rb.quantizers.experts import PackedExperts, input_size
+from hf_rb.quantizers.packed.experts import PackedExperts, input_size
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
-from hf_rb.quantizers.ptqtp.packing import layout_of
+from hf_rb.quantizers.ptqtp.format import layout_of
 
 
 __all__ = ["PTQTPExperts"]

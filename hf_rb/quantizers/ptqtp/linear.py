@@ -2,9 +2,9 @@
 
 import torch
 
-from hf_rb.quantizers.packed import PackedLinear
+from hf_rb.quantizers.packed.linear import PackedLinear
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
-from hf_rb.quantizers.ptqtp.packing import layout_of
+from hf_rb.quantizers.ptqtp.format import layout_of
 
 
 __all__ = ["PTQTPLinear"]

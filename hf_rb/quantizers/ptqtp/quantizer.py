@@ -2,16 +2,16 @@
 
 from torch import Tensor, nn
 
-from hf_rb.quantizers.backend import DamagedTensor, PackingQuantizer
 from hf_rb.quantizers.kernels.layout import Layout
-from hf_rb.quantizers.linear import LINEAR, features
-from hf_rb.quantizers.packed import PackedModule
+from hf_rb.quantizers.loading.quantizer import DamagedTensor, PackingQuantizer
+from hf_rb.quantizers.loading.selection import setting
+from hf_rb.quantizers.packed.layer_kinds import LINEAR, features
+from hf_rb.quantizers.packed.linear import PackedModule
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
 from hf_rb.quantizers.ptqtp.experts import PTQTPExperts
+from hf_rb.quantizers.ptqtp.format import check_scales, repack
 from hf_rb.quantizers.ptqtp.linear import PTQTPLinear
-from hf_rb.quantizers.ptqtp.packing import check_scales, repack
 from hf_rb.quantizers.ptqtp.solver import quantize_matrix
-from hf_rb.quantizers.selection import setting
 
 
 __all__ = ["PTQTPQuantizer"]

@@ -17,7 +17,7 @@ therefore sorted once, with its prefix sums; an iteration is then one binary sea
 ties included (`tests/quantizers/test_solver.py` compares them).
 
 This file is the reference, in torch, for any device and type. `solver.c` takes the same steps in the same precision, several times
-faster, wherever a weight of at most 32 bits lies in main memory and there is a compiler (`hf_rb/_native.py`); on a GPU with Triton
+faster, wherever a weight of at most 32 bits lies in main memory and there is a compiler (`hf_rb/io/native.py`); on a GPU with Triton
 the two half-steps are one kernel (`hf_rb/quantizers/kernels/triton`). Every group is solved on its own, so neither threads nor
 blocks change a result.
 
@@ -44,8 +44,8 @@ from torch import Tensor
 
 from hf_rb.quantizers.kernels import triton
 from hf_rb.quantizers.kernels.layout import sections
-from hf_rb.quantizers.ptqtp import native
-from hf_rb.quantizers.ptqtp.packing import TritPlanes, layout_of, row_blocks
+from hf_rb.quantizers.ptqtp import solver_c as native
+from hf_rb.quantizers.ptqtp.format import TritPlanes, layout_of, row_blocks
 
 
 __all__ = ["QuantizedMatrix", "fit_scales", "nearest_trits", "quantize_matrix", "search_trits", "solve"]
@@ -235,7 +235,13 @@ def search_trits(weight: Tensor, scales: Tensor, group_size: int) -> Tensor:
 
 def _compiled(weight: Tensor):
     """Returns what has `fit` and `encode` for this weight, or `None`."""
-    return native.solver(weight) if weight.device.type == "cpu" else triton.compiled_solver(weight)
+    if weight.device.type == "cpu":
+        return native.solver(weight)
+    if not triton.available(weight.device):
+        return None
+    from hf_rb.quantizers.ptqtp import solver_triton  # needs Triton
+
+    return solver_triton
 
 
 class Rule(NamedTuple):

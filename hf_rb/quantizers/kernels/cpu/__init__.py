@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_rb import _native
+from hf_rb.io import native
 from hf_rb.quantizers.kernels.layout import Layout
 
 
@@ -34,8 +34,8 @@ WEIGHTS_PER_THREAD = 1 << 17  # below that, waking a thread costs more than it g
 @cache
 def kernel() -> "Kernel | None":
     """Returns the kernel for this processor, or `None` (after one warning) if it cannot be built."""
-    variant = _native.variant()
-    library = _native.load(SOURCE, variant)
+    variant = native.variant()
+    library = native.load(SOURCE, variant)
     return Kernel(library, variant) if library else None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_rb.quantizers.kernels.layout import Layout
 
 
-__all__ = ["available", "compiled_solver", "dequantize", "matmul", "supports"]
+__all__ = ["available", "dequantize", "matmul", "supports"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,15 +34,6 @@ def matmul(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout) 
 def dequantize(weight: Tensor, weight_scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """See [`~hf_rb.quantizers.kernels.triton.gemm.dequantize`]."""
     return _gemm().dequantize(weight, weight_scale, layout, dtype)
-
-
-def compiled_solver(weight: Tensor) -> ModuleType | None:
-    """Returns the solver, `fit` and `encode` of [`~hf_rb.quantizers.kernels.triton.solver`], if it can take `weight`."""
-    if not available(weight.device):
-        return None
-    from hf_rb.quantizers.kernels.triton import solver
-
-    return solver
 
 
 def _gemm() -> ModuleType:

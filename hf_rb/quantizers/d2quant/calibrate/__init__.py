@@ -1,0 +1,1 @@
+"""Calibration of D²Quant, one decoder layer at a time."""

@@ -1,0 +1,289 @@
+r"""How D²Quant's weights are stored, in files and for the kernels.
+
+There are two kinds of matrices, each with codes of 2 or 3 bits, the first also of 4:
+
+- affine: w = step * code + lowest, with lowest = -step * zero in float16;
+- dual (DSQ): w = column * sum_k scale_k * sign_k, bit k of a code says whether sign k is positive.
+
+File, for a matrix with N rows, K columns and groups of G (g = ceil(K / G)), with uint8 codes in the kernels' order: every group
+starts at a byte of its own, byte j of n codes of b bits holds the codes j, j + q, ..., with q = ceil(n b / 8), lowest bits first
+(`hf_rb/quantizers/kernels/layout.py`).
+
+    weight          the codes at 2 and 4 bits; at 3 bits their lower two bits
+    weight_hi       3 bits only: the third bits
+    weight_scale    float16: steps (N, g), or the scales of the planes (N, g, planes)
+    weight_zero     affine only, uint8 (N, ceil(g b / 8)): zero point i in the bits i b to i b + b - 1 of its row
+    weight_column   float32 (K,): column scales, dual only, and only where they are not in the scales of another matrix
+
+In memory the bytes are those of the file, at 3 bits both parts of a group one after the other, and the scales are those that
+the kernels multiply with: of an affine matrix (step, lowest), at 3 bits (step, lowest, step), whose last is for the third bit.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_rb.quantizers.d2quant.maths.dsq import DualCodes
+from hf_rb.quantizers.d2quant.maths.grids import AffineCodes
+from hf_rb.quantizers.kernels import layout as kernel_layout
+from hf_rb.quantizers.kernels.layout import Layout, Part
+from hf_rb.quantizers.loading.quantizer import DamagedTensor
+
+
+__all__ = [
+    "code_bits",
+    "for_kernels",
+    "from_file",
+    "from_kernels",
+    "is_dual",
+    "layout_of",
+    "pack",
+    "scale_rows",
+    "to_file",
+    "unpack",
+]
+
+ONES = (1, 1, 1, 1)
+AFFINE = {
+    2: (Part(2, (tuple(range(4)), ONES)),),
+    3: (Part(2, (tuple(range(4)), ONES)), Part(1, ((0, 4),))),
+    4: (Part(4, (tuple(range(16)), 4 * ONES)),),
+}
+SIGNS = Part(2, ((-1, 1, -1, 1), (-1, -1, 1, 1)))
+DUAL = {2: (SIGNS,), 3: (SIGNS, Part(1, ((-1, 1),)))}
+
+
+@cache
+def layout_of(in_features: int, group_size: int, bits: int, dual: bool = False) -> Layout:
+    """Returns the kernels' layout of a matrix with `in_features` columns."""
+    return Layout(in_features, group_size, (DUAL if dual else AFFINE)[bits])
+
+
+def code_bits(layout: Layout) -> int:
+    """Returns the bits of a code."""
+    return sum(part.bits for part in layout.parts)
+
+
+def is_dual(layout: Layout) -> bool:
+    """Whether a layout is that of sign planes."""
+    return layout.parts[0] == SIGNS
+
+
+# Codes of a matrix <-> tensors of memory.
+
+
+def for_kernels(codes: AffineCodes | DualCodes) -> dict[str, Tensor]:
+    """Returns what a layer holds of a quantized matrix, by the suffix of the parameter's name."""
+    dual = isinstance(codes, DualCodes)
+    layout = layout_of(codes.shape[1], codes.group_size, codes.bits, dual)
+    if dual:
+        numbers = sum((codes.signs[plane] > 0).to(torch.uint8) << plane for plane in range(codes.bits))
+        beside = {"_scale": codes.row_scale, "_column": codes.column_scale}
+    else:
+        numbers, beside = codes.codes, {"_scale": _scales(codes.scale, codes.zero, codes.bits)}
+    parts = [numbers] if codes.bits != 3 else [numbers & 3, numbers >> 2]
+    return {"": kernel_layout.pack(parts, layout), **beside}
+
+
+def from_kernels(layout: Layout, tensors: dict[str, Tensor]) -> AffineCodes | DualCodes:
+    """Inverse of [`for_kernels`]. Without column scales, those of sign planes are 1."""
+    parts = kernel_layout.unpack(tensors[""], layout)
+    numbers = parts[0] | parts[1] << 2 if len(parts) > 1 else parts[0]
+    if not is_dual(layout):
+        bits = code_bits(layout)
+        return AffineCodes(numbers, *_grids(tensors["_scale"], bits), bits, layout.group_size)
+    signs = torch.stack([2 * (numbers >> plane & 1).to(torch.int8) - 1 for plane in range(code_bits(layout))])
+    columns = tensors.get("_column", torch.ones(layout.in_features, device=signs.device))
+    return DualCodes(signs, tensors["_scale"], columns, layout.group_size)
+
+
+def _scales(step: Tensor, zero: Tensor, bits: int) -> Tensor:
+    lowest = -(step.float() * zero).half()
+    return torch.stack([step, lowest, step] if bits == 3 else [step, lowest], -1)
+
+
+def _grids(scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    # Rounding to float16 moves a lowest value by less than 1/100 of a step.
+    step, lowest = scale[..., 0], scale[..., 1].float()
+    zero = torch.where(step > 0, -lowest / step.float(), 0).round_().clamp_(0, 2**bits - 1)
+    return step.contiguous(), zero.to(torch.uint8)
+
+
+def scale_rows(layout: Layout, scale: Tensor, factor: Tensor) -> Tensor:
+    """
+    Returns the scales of an affine matrix whose rows are multiplied with factors, none of them negative; codes stay, and so do
+    zero points but where the factor is 0.
+
+    Args:
+        layout ([`~hf_rb.quantizers.kernels.layout.Layout`]):
+            That of the matrix.
+        scale (`torch.Tensor`):
+            float16 `(..., rows, groups, scales)`, in the form of memory.
+        factor (`torch.Tensor`):
+            float32 `(..., rows)`.
+
+    Raises:
+        ValueError: A product is too large or too small for float16.
+    """
+    bits = code_bits(layout)
+    step, zero = _grids(scale, bits)
+    product = step.float() * factor[..., None]
+    result = _scales(product.half(), zero, bits)
+    if not result.isfinite().all() or ((result[..., 0].float() - product).abs() > product / 512).any():
+        raise ValueError("A scale times its factor is out of the range of float16.")
+    return result
+
+
+# Tensors of memory <-> tensors of a file. Leading dimensions, those of experts, stay as they are.
+
+
+def to_file(layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns what a file holds of a weight in memory; both by the suffix of the name."""
+    result, bits = dict(tensors), code_bits(layout)
+    if bits == 3:
+        result[""], result["_hi"] = _apart(tensors[""], layout)
+    if not is_dual(layout):
+        result["_scale"], zero = _grids(tensors["_scale"], bits)
+        result["_zero"] = _pack_zeros(zero, bits)
+    return result
+
+
+def from_file(layout: Layout, tensors: dict[str, Tensor], column: bool = False) -> dict[str, Tensor]:
+    """
+    Inverse of [`to_file`], which checks every tensor.
+
+    Args:
+        layout ([`~hf_rb.quantizers.kernels.layout.Layout`]):
+            That of the matrix.
+        tensors (`dict[str, torch.Tensor]`):
+            Those of the file, by the suffix of their names.
+        column (`bool`, *optional*, defaults to `False`):
+            Whether there are to be column scales.
+
+    Raises:
+        DamagedTensor: A tensor is missing or too many, has another type or shape, or a scale that is none.
+    """
+    _check(layout, tensors, column)
+    result = {suffix: tensor for suffix, tensor in tensors.items() if suffix in ("", "_scale", "_column")}
+    if code_bits(layout) == 3:
+        result[""] = _together(tensors[""], tensors["_hi"], layout)
+    if not is_dual(layout):
+        bits, groups = code_bits(layout), layout.groups
+        result["_scale"] = _scales(tensors["_scale"], _unpack_zeros(tensors["_zero"], bits, groups), bits)
+        if not result["_scale"].isfinite().all():
+            raise DamagedTensor(
+                "A scale times its zero point is too large for float16: the file is damaged.", "_scale"
+            )
+    return result
+
+
+def _check(layout: Layout, tensors: dict[str, Tensor], column: bool) -> None:
+    bits, rows = code_bits(layout), tensors[""].shape[:-1]
+    widths = [_row_bytes(layout, part) for part in layout.parts]
+    expected = {"": (torch.uint8, (*rows, widths[0]))}
+    if bits == 3:
+        expected["_hi"] = torch.uint8, (*rows, widths[1])
+    if is_dual(layout):
+        expected["_scale"] = torch.float16, (*rows, layout.groups, bits)
+    else:
+        expected["_scale"] = torch.float16, (*rows, layout.groups)
+        expected["_zero"] = torch.uint8, (*rows, -(-layout.groups * bits // 8))
+    if column:
+        expected["_column"] = torch.float32, (*rows[:-1], layout.in_features)
+    for suffix, (dtype, shape) in expected.items():
+        if suffix not in tensors:
+            raise DamagedTensor("not in the checkpoint.", suffix)
+        tensor = tensors[suffix]
+        if tensor.dtype != dtype or tensor.shape != shape:
+            found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise DamagedTensor(f"Expected {dtype} of shape {tuple(shape)}, got {found}.", suffix)
+    for suffix in tensors.keys() - expected.keys():
+        kind = "sign planes" if is_dual(layout) else "grids"
+        raise DamagedTensor(
+            f"There is no such tensor for {bits}-bit {kind}; is the configuration another one?", suffix
+        )
+    for suffix in ("_scale", "_column"):
+        if suffix in expected and not ((tensors[suffix] >= 0) & tensors[suffix].isfinite()).all():
+            raise DamagedTensor("A scale is negative, infinite or NaN: the file is damaged.", suffix)
+
+
+def _row_bytes(layout: Layout, part: Part) -> int:
+    return sum(groups * part.bytes(length) for _, groups, length in layout.sections())
+
+
+def _apart(packed: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    pieces, first = [], 0
+    for _, groups, length in layout.sections():
+        block = packed[..., first : first + groups * layout.group_bytes(length)].unflatten(-1, (groups, -1))
+        first += block.shape[-2] * block.shape[-1]
+        split = block.split([part.bytes(length) for part in layout.parts], dim=-1)
+        pieces.append([piece.flatten(-2) for piece in split])
+    return tuple(torch.cat(part, -1) for part in zip(*pieces, strict=True))
+
+
+def _together(low: Tensor, high: Tensor, layout: Layout) -> Tensor:
+    blocks, first = [], [0, 0]
+    for _, groups, length in layout.sections():
+        pieces = []
+        for i, (rows, part) in enumerate(zip((low, high), layout.parts, strict=True)):
+            count = groups * part.bytes(length)
+            pieces.append(rows[..., first[i] : first[i] + count].unflatten(-1, (groups, -1)))
+            first[i] += count
+        blocks.append(torch.cat(pieces, -1).flatten(-2))
+    return torch.cat(blocks, -1)
+
+
+def _pack_zeros(zero: Tensor, bits: int) -> Tensor:
+    places = torch.arange(bits, dtype=torch.uint8, device=zero.device)
+    stream = (zero[..., None] >> places & 1).flatten(-2)
+    stream = F.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (stream << torch.arange(8, dtype=torch.uint8, device=zero.device)).sum(-1, dtype=torch.uint8)
+
+
+def _unpack_zeros(packed: Tensor, bits: int, groups: int) -> Tensor:
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = (packed[..., None] >> places & 1).flatten(-2)[..., : groups * bits].unflatten(-1, (groups, bits))
+    return (stream << places[:bits]).sum(-1, dtype=torch.uint8)
+
+
+# Codes of a matrix <-> tensors of a file.
+
+
+def pack(codes: AffineCodes | DualCodes) -> dict[str, Tensor]:
+    """
+    Returns the tensors of file format v1, column scales among them.
+
+    Args:
+        codes (`AffineCodes` or `DualCodes`):
+            A quantized matrix.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `weight`, `weight_scale`, and of `weight_zero`, `weight_hi`, `weight_column` those that there
+        are.
+    """
+    layout = layout_of(codes.shape[1], codes.group_size, codes.bits, isinstance(codes, DualCodes))
+    return {f"weight{suffix}": tensor for suffix, tensor in to_file(layout, for_kernels(codes)).items()}
+
+
+def unpack(tensors: dict[str, Tensor], in_features: int, group_size: int, bits: int) -> AffineCodes | DualCodes:
+    """
+    Inverse of [`pack`].
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`):
+            Those of one matrix. Without `weight_column`, the column scales of sign planes are 1.
+        in_features (`int`):
+            Columns of the matrix.
+        group_size (`int`):
+            Neighbouring weights of a row that share their scales.
+        bits (`int`):
+            Bits of a code.
+
+    Raises:
+        DamagedTensor: See [`from_file`].
+    """
+    layout = layout_of(in_features, group_size, bits, dual="weight_zero" not in tensors)
+    parts = {name.removeprefix("weight"): tensor for name, tensor in tensors.items()}
+    return from_kernels(layout, from_file(layout, parts, "_column" in parts))

@@ -1,0 +1,1 @@
+"""The maths of D²Quant, on tensors."""

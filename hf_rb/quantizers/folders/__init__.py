@@ -1,0 +1,1 @@
+"""Whole checkpoints: quantize, stream, dequantize, export."""

@@ -1,0 +1,1 @@
+"""How transformers loads a model with packed layers."""

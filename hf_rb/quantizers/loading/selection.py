@@ -1,0 +1,179 @@
+"""Which parts of a model are packed."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hf_rb.quantizers.config import PackedConfig
+from hf_rb.quantizers.loading.heads import heads, packed_parameters
+from hf_rb.quantizers.loading.readers import note_readers
+from hf_rb.quantizers.packed.experts import fused_experts, projections
+from hf_rb.quantizers.packed.layer_kinds import LINEAR, is_linear_map
+from hf_rb.utils import compat
+
+
+if TYPE_CHECKING:
+    from hf_rb.quantizers.loading.quantizer import PackingQuantizer
+
+__all__ = ["nothing_to_pack", "packable", "setting"]
+
+logger = logging.get_logger(__name__)
+
+QK = ["q_proj", "k_proj"]
+
+Value = TypeVar("Value")
+
+
+def packable(model: nn.Module, quantizer: "PackingQuantizer") -> Iterator[tuple[str, nn.Module, list[str]]]:
+    """Yields what is to be packed: a linear layer or fused experts, and which of its weights; the report gets the rest."""
+    config, skipped = quantizer.quantization_config, quantizer.report.skipped
+    modules = dict(model.named_modules())
+    experts = {name: weights for name, module in modules.items() if (weights := fused_experts(name, module))}
+    blocks = {name.rpartition(".")[0] for name in experts}
+    weights = [f"{name}.{weight}" for name in experts for weight in experts[name]]
+    settings = getattr(config, quantizer.per_layer) or {}
+    linear = [name for name, module in modules.items() if isinstance(module, LINEAR) and name not in experts]
+    if not quantizer.pre_quantized:
+        patterns = [*_skips(config), *settings]
+        _check_patterns(patterns, [*modules, *weights], [*linear, *experts, *weights], type(model).__name__)
+    stays, in_doubt = _stays(model, quantizer), _in_doubt(model, quantizer)
+
+    def left(name: str, module: nn.Module) -> bool:
+        router = name.rpartition(".")[0] in blocks or "router" in name
+        return router or stays(name) or not is_linear_map(module) or in_doubt(name, module)
+
+    candidates = [name for name in linear if not left(name, modules[name])]
+    read = note_readers(model, quantizer, candidates, _means)
+    # What is read in a packed checkpoint is loaded as it is stored, and then unpacked.
+    to_pack = {name for name in candidates if quantizer.pre_quantized or name not in read}
+    unknown, packed = {}, []
+    for name, module in modules.items():
+        if name in experts:
+            known = projections(module)
+            if known is None and not stays(name):
+                unknown[name] = module
+            chosen = [weight for weight in known or () if not stays(name) and not stays(f"{name}.{weight}")]
+            skipped += [f"{name}.{weight}" for weight in experts[name] if weight not in chosen]
+            if chosen:
+                packed += [name, *(f"{name}.{weight}" for weight in chosen)]
+                yield name, module, chosen
+        elif isinstance(module, LINEAR):
+            if name not in to_pack:
+                skipped.append(name)
+                continue
+            packed.append(name)
+            yield name, module, ["weight"]
+    if quantizer.pre_quantized:
+        return
+    for pattern in settings:
+        if packed and not any(_means(pattern, name) for name in packed):
+            raise ValueError(
+                f"`{quantizer.per_layer}` has {pattern!r}, which matches nothing of {type(model).__name__} that is quantized: "
+                "leave it out, or let what it names be quantized."
+            )
+    if unknown:
+        weights = sum(modules[name].get_parameter(weight).numel() for name in unknown for weight in experts[name])
+        kinds = ", ".join(sorted({type(module).__name__ for module in unknown.values()}))
+        logger.warning(
+            f"{config.method} leaves {weights / 1e6:.1f}M weights of {type(model).__name__} as they are: it does not know how "
+            f"the fused experts of {kinds} are laid out."
+        )
+
+
+def setting(by_pattern: Mapping[str, Value] | None, default: Value, *names: str) -> Value:
+    """Returns what the first pattern that means one of the names says, or the default."""
+    for pattern, value in (by_pattern or {}).items():
+        if any(_means(pattern, name) for name in names):
+            return value
+    return default
+
+
+def _stays(model: nn.Module, quantizer: "PackingQuantizer") -> Callable[[str], bool]:
+    """Returns whether what has a name is to stay as it is."""
+    patterns = _skips(quantizer.quantization_config)
+    in_fp32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    skip = quantizer.get_modules_to_not_convert(model, None, in_fp32, add_default_skips=True)
+    inside = _language_model(model)
+    return lambda name: (
+        not name.startswith(inside)
+        or not compat.should_convert_module(name, skip)
+        or any(_means(pattern, name) for pattern in patterns)
+    )
+
+
+def _in_doubt(model: nn.Module, quantizer: "PackingQuantizer") -> Callable[[str, nn.Module], bool]:
+    """
+    Returns whether a linear layer stays as it is for being a head, or for having been left out by an earlier version.
+
+    Earlier versions packed some heads, and no layer of a subclass: there the files of a quantized checkpoint say what is packed.
+    """
+    inside, files, stored = heads(model), quantizer.checkpoint_files, None
+
+    def stays(name: str, module: nn.Module) -> bool:
+        nonlocal stored
+        is_head = any(f"{name}.".startswith(f"{head}.") for head in inside)
+        if not quantizer.pre_quantized or not files:
+            return is_head
+        if not is_head and type(module) is nn.Linear:
+            return False
+        stored = packed_parameters(model, files) if stored is None else stored
+        return f"{name}.weight" not in stored
+
+    return stays
+
+
+def nothing_to_pack(model: nn.Module, quantizer: "PackingQuantizer") -> str:
+    """Says why there is nothing to quantize in a model, and what it has."""
+    holders = [module for module in model.modules() if any(p.ndim > 1 for p in module.parameters(recurse=False))]
+    seen = Counter(type(module).__name__ for module in holders).most_common()
+    method, left = quantizer.quantization_config.method, len(quantizer.report.skipped)
+    return (
+        f"There is nothing to quantize in {type(model).__name__}: its weights are in {', '.join(f'{n} {kind}' for kind, n in seen)}. "
+        f"{method} packs layers that compute what `nn.Linear` does, Conv1D of GPT-2 and fused experts; heads, routers and "
+        f"`modules_to_not_convert` stay as they are ({left} here)."
+    )
+
+
+def _skips(config: PackedConfig) -> list[str]:
+    return [*(config.modules_to_not_convert or []), *([] if getattr(config, "quantize_qk", True) else QK)]
+
+
+def _language_model(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the modules that a quantization is for: any, or those of a multimodal model's language model."""
+    text = model.config.get_text_config()
+    if text is model.config:
+        return ("",)
+    models = ((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel) and name)
+    return tuple(f"{name}." for name, module in models if module.config is text) or ("",)
+
+
+def _means(pattern: str, name: str) -> bool:
+    # As in transformers, but an ending has whole components: `up_proj` is not one half of `gate_up_proj`.
+    return bool(re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name)) or f".{name}".endswith(f".{pattern}")
+
+
+def _check_patterns(patterns: list[str], names: list[str], weights: list[str], model: str) -> None:
+    for pattern in patterns:
+        if meant := [name for name in names if _means(pattern, name)]:
+            whole = next((name for name in meant if any(each.startswith(f"{name}.") for each in weights)), None)
+            if whole and not any(_means(pattern, name) for name in weights):
+                raise ValueError(
+                    f"{pattern!r} is the ending of {whole}, which holds linear layers, and an ending does not reach into a module: "
+                    f"write {whole!r}, or '.*{pattern}' for all modules that end so."
+                )
+            continue
+        if pattern in QK:
+            raise ValueError(
+                f"quantize_qk=False: {model} has no {pattern}. Name the projections to keep in `modules_to_not_convert`."
+            )
+        endings = sorted({end for name in weights if not (end := name.rpartition(".")[2]).isdigit()})
+        last = pattern.rpartition(".")[2]
+        close = [end for end in endings if end.endswith(last)] or get_close_matches(last, endings, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"its weights are {', '.join(endings)}."
+        raise ValueError(f"{pattern!r} matches no module of {model}; {hint}")

@@ -1,0 +1,1 @@
+"""What a packed layer is."""

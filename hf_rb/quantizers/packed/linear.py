@@ -1,0 +1,192 @@
+"""Packed layers, whatever the method: bytes in the kernels' layout, with what turns them into numbers beside them.
+
+A packed parameter `<name>` is uint8 `(*rows, layout.row_bytes)`. In memory it has a companion `<name>_scale`, float16
+`(*rows, groups, scales of a group)`, and may have `<name>_column`, float32, a factor of every input. All of them are frozen
+parameters: what places, offloads and saves a model knows parameters best.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hf_rb.quantizers import kernels
+from hf_rb.quantizers.kernels.layout import Layout
+from hf_rb.quantizers.packed.layer_kinds import is_transposed
+from hf_rb.utils.fields import value_problem
+
+
+__all__ = ["PackedLinear", "PackedModule"]
+
+
+class PackedModule(nn.Module):
+    """
+    A module with packed parameters.
+
+    Attributes:
+        layouts (`dict[str, Layout]`): The kernels' layout of every packed parameter.
+        activations (`str`): `"exact"`, or `"int8"` to let a kernel round its input to 8 bits where that is faster.
+    """
+
+    is_packed_module = True  # tells our layers, and those derived from them, without an import
+    layouts: dict[str, Layout]
+
+    @property
+    def activations(self) -> str:
+        return self._activations
+
+    @activations.setter
+    def activations(self, value: str) -> None:
+        if problem := value_problem("activations", value, choices=("exact", "int8")):
+            raise ValueError(problem)
+        self._activations = value
+
+    def add_packed(
+        self,
+        name: str,
+        rows: tuple[int, ...],
+        layout: Layout,
+        device: torch.device | None = None,
+        column: bool = False,
+    ) -> None:
+        """Adds the parameters `<name>`, `<name>_scale` and, if asked for, `<name>_column` `(*rows[:-1], in_features)`."""
+        self._freeze(name, torch.empty(*rows, layout.row_bytes, dtype=torch.uint8, device=device))
+        scale = torch.empty(*rows, layout.groups, layout.num_scales, dtype=torch.float16, device=device)
+        self._freeze(f"{name}_scale", scale)
+        if column:
+            self._freeze(f"{name}_column", torch.empty(*rows[:-1], layout.in_features, device=device))
+
+    def _freeze(self, name: str, tensor: Tensor) -> None:
+        setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+    def companions(self, name: str) -> dict[str, nn.Parameter]:
+        """Returns what stands beside a packed parameter, by the suffix of its name."""
+        own = {suffix: getattr(self, name + suffix, None) for suffix in ("_scale", "_column")}
+        return {suffix: parameter for suffix, parameter in own.items() if parameter is not None}
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a parameter is packed, or stands beside one that is."""
+        return any(name.removesuffix(suffix) in self.layouts for suffix in ("_scale", "_column"))
+
+    def unpacked(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns the weights `(*rows, in_features)` of a packed parameter."""
+        packed, beside = getattr(self, name), self.companions(name)
+        if "_column" not in beside:
+            return kernels.dequantize(packed, beside["_scale"], self.layouts[name], dtype)
+        weight = kernels.dequantize(packed, beside["_scale"], self.layouts[name], torch.float32)
+        return (weight * beside["_column"][..., None, :]).to(dtype)
+
+    def uncounted(self, only_trainable: bool = False) -> int:
+        """Returns how many more weights this module stands for than its packed parameters have elements."""
+        number = 0
+        for name, layout in self.layouts.items():
+            packed = getattr(self, name)
+            held = [
+                one for one in (packed, *self.companions(name).values()) if one.requires_grad or not only_trainable
+            ]
+            number -= sum(one.numel() for one in held)
+            number += 0 if only_trainable else packed.shape[:-1].numel() * layout.in_features
+        return number
+
+    def restore_scales(self) -> None:
+        """Makes the scales float16 again, which `prepare_model_for_kbit_training` of PEFT casts to float32."""
+        for name in self.layouts:
+            scale = getattr(self, f"{name}_scale")
+            if scale.dtype is not torch.float16:
+                scale.data = scale.data.half()
+
+    def _apply(self, fn, recurse: bool = True):
+        # `model.to(torch.bfloat16)` means the activations: scales rounded once more would be another model.
+        before = {
+            name + suffix: parameter.data
+            for name in self.layouts
+            for suffix, parameter in self.companions(name).items()
+        }
+        super()._apply(fn, recurse)
+        for name, values in before.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != values.dtype:
+                parameter.data = values.to(parameter.device)
+        kernels.forget()
+        return self
+
+
+def scaled(input: Tensor, column: Tensor | None) -> Tensor:
+    """Returns the input times the factors of its columns, in its own type."""
+    return input if column is None else (input * column).to(input.dtype)
+
+
+class PackedLinear(PackedModule, nn.Linear):
+    """
+    A linear layer whose weight is packed.
+
+    It is an `nn.Linear` for everything that looks for one (LoRA's `all-linear`, device maps). Gradients flow to the input
+    and the bias.
+
+    Args:
+        in_features (`int`):
+            Size of the input.
+        out_features (`int`):
+            Size of the output.
+        bias (`bool`):
+            Whether there is a bias.
+        layout ([`~hf_rb.quantizers.kernels.layout.Layout`]):
+            That of the weight.
+        activations (`str`, *optional*, defaults to `"exact"`):
+            See [`PackedModule`].
+        column (`bool`, *optional*, defaults to `False`):
+            Whether every input has a factor of its own.
+        device (`torch.device`, *optional*):
+            Where the parameters are.
+        dtype (`torch.dtype`, *optional*):
+            Type of the bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        layout: Layout,
+        activations: str = "exact",
+        column: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.layout = layout
+        self.layouts = {"weight": layout}
+        self.is_transposed = False
+        self.plain_class, self.plain_attributes = nn.Linear, {"in_features": in_features, "out_features": out_features}
+        self.activations = activations
+        self.add_packed("weight", (out_features,), layout, device, column)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+
+    def stand_in_for(self, module: nn.Module) -> "PackedLinear":
+        """Remembers the class of an ordinary layer, which [`~PackedLinear.plain`] gives back, and returns this layer."""
+        blank = vars(nn.Module())
+        self.plain_class, self.is_transposed = type(module), is_transposed(module)
+        self.plain_attributes = {name: value for name, value in vars(module).items() if name not in blank}
+        return self
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns the weight `(out_features, in_features)`."""
+        return self.unpacked("weight", dtype)
+
+    @property
+    def W_q(self) -> nn.Parameter:
+        """The packed weight, by the name that tells PEFT to ask [`~PackedLinear.dequantize`] for the numbers."""
+        return self.weight
+
+    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Returns an ordinary layer, of the class for which this one stands."""
+        linear = self.plain_class.__new__(self.plain_class)
+        nn.Module.__init__(linear)
+        linear.__dict__ |= self.plain_attributes
+        weight = self.dequantize(dtype)
+        linear.weight = nn.Parameter(weight.T.contiguous() if self.is_transposed else weight)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.restore_scales()
+        return kernels.linear(scaled(input, getattr(self, "weight_column", None)), self)

@@ -1,0 +1,119 @@
+"""Distillation: where student and teacher differ, token by token, and what the objective makes of it."""
+
+from collections.abc import Sequence
+
+from hf_rb.report.blocks import Block, Table, number
+from hf_rb.report.figures import curves, heat_map, histograms
+from hf_rb.report.panels import each
+from hf_rb.report.panels._tokens import calibration, has, logged, samples, snapshots, values, when
+from hf_rb.report.sources import Source
+
+
+TITLE = "Distillation: student and teacher, token by token"
+LOGGED = ("forward_kl", "reverse_kl", "entropy", "ce", "kd", "kept_fraction", "akl/", "loca/", "hpd/", "gopd/")
+MEANS = {
+    "forward_kl": "KL(teacher ‖ student)",
+    "reverse_kl": "KL(student ‖ teacher)",
+    "top10": "top-10 tokens in common",
+    "akl_weight": "AKL weight of the head",
+    "loca_scale": "LoCa scale",
+    "hpd_w_label": "HPD weight of the label",
+    "hpd_w_sample": "HPD weight of the draw",
+    "advantage": "G-OPD advantage",
+}
+PLACES = 20  # columns of the map by position
+WORST = 12
+
+
+def shows(source: Source) -> bool:
+    return has(source, "forward_kl") or has(source, "loss") or bool(source.keys("forward_kl", "akl/", "hpd/", "gopd/"))
+
+
+def build(sources: Sequence[Source], named: bool) -> list[Block]:
+    return each(sources, _build, named)
+
+
+def _build(source: Source) -> list[Block]:
+    blocks = logged(source, *LOGGED, caption="Of all trained tokens since the log before.")
+    found = [snapshot for snapshot in snapshots(source) if values(snapshot, "top10")]
+    if not found:
+        return blocks
+    names = [name for name in MEANS if values(found[0], name)]
+    rows = [[MEANS[name], *(number(_mean(values(one, name)), 3) for one in found)] for name in names]
+    blocks.append(Table(["mean over a few sequences", *map(when, found)], rows))
+    shade_by = "reverse_kl" if "reverse_kl" in names else "forward_kl" if "forward_kl" in names else "loss"
+    blocks += _by_position(found, shade_by)
+    if "akl_weight" in names:
+        parts = {when(one): {"tokens": values(one, "akl_weight")} for one in found}
+        caption = "AKL's weight of the forward KL: 1 is forward alone, 0 reverse alone."
+        blocks.append(histograms(parts, caption, "weight of the forward KL", "tokens"))
+    if "hpd_w_label" in names:
+        blocks.append(_branches(found))
+    blocks += calibration(found)
+    blocks.append(_worst(found[-1], shade_by))
+    top = max(sorted(values(found[0], shade_by))[int(0.98 * (len(values(found[0], shade_by)) - 1))], 1e-6)
+    shown = MEANS.get(shade_by, "loss")
+    caption = f"{shown} of every token, of the sequences with the largest. The darker, the larger, up to {top:.3g}; without colour: not trained on."
+    interest = lambda row: _mean([value for value in row[shade_by] if value is not None]) or 0.0  # noqa: E731
+    return blocks + samples(found, shade_by, caption, interest, lambda kl: kl / top, hue=20)
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def _by_position(found, name: str) -> list[Block]:
+    """The mean over sequences by where in its completion a token stands: late tokens are often others than early ones."""
+    rows = []
+    for snapshot in found:
+        cells: list[list[float]] = [[] for _ in range(PLACES)]
+        for row in snapshot["rows"]:
+            numbers = [value for value in row[name] if value is not None]
+            for place, value in enumerate(numbers):
+                cells[PLACES * place // len(numbers)].append(value)
+        rows.append([_mean(cell) for cell in cells])
+    label = MEANS.get(name, "loss")
+    caption = f"Mean {label} by place in the trained tokens, from their first to their last."
+    x_label = "place in the trained tokens of a sequence, %"
+    if len(rows) < 2:
+        middles = [100 * (place + 0.5) / PLACES for place in range(PLACES)]
+        return [curves({label: {when(found[0]): (middles, [cell or 0.0 for cell in rows[0]])}}, caption, x_label)]
+    return [heat_map(rows, [when(one) for one in found], caption, x_label, span=(0, 100))]
+
+
+def _branches(found) -> Table:
+    """Of HPD: the label's probability is too low or too high, and so is that of the drawn token."""
+    rows = []
+    for snapshot in found:
+        label, sample = values(snapshot, "hpd_w_label"), values(snapshot, "hpd_w_sample") or None
+        over = sum(weight < 0 for weight in label) / len(label)
+        taken = sum(weight < 0 for weight in sample) / len(sample) if sample else 0.0
+        both = sum(a > 0 > b for a, b in zip(label, sample, strict=True)) / len(label) if sample else 0.0
+        rows.append([when(snapshot), f"{1 - over:.1%}", f"{over:.1%}", f"{taken:.1%}", f"{both:.1%}"])
+    headers = ["HPD's branches", "label raised", "label lowered", "draw suppressed", "and its mass to the label"]
+    return Table(headers, rows)
+
+
+def _worst(snapshot, name: str) -> Table:
+    """The tokens at which the two differ most, with what stands before them."""
+    found = []
+    for row in snapshot["rows"]:
+        for place, value in enumerate(row[name]):
+            if value is not None:
+                found.append(
+                    (
+                        value,
+                        "".join(row["tokens"][max(place - 6, 0) : place]),
+                        row["tokens"][place],
+                        row["prob"][place],
+                    )
+                )
+    found.sort(key=lambda one: -one[0])
+    rows = [
+        [f"{before!r} → {text!r}", number(value, 3), number(prob, 3)] for value, before, text, prob in found[:WORST]
+    ]
+    return Table(
+        ["what stands before → label", MEANS.get(name, "loss"), "student's probability of it"],
+        rows,
+        f"Where they differ most, {when(snapshot)}.",
+    )

@@ -1,0 +1,1 @@
+"""What advantage shapers ask of the domain: rewards, answers, judges, a search agent."""

@@ -1,0 +1,1 @@
+"""Distillation on data and on completions of the student."""

@@ -1,0 +1,189 @@
+"""The one door to names of TRL, transformers and PEFT that are private, experimental or likely to move.
+
+`from hf_rb import compat` and use `compat.<name>`: the name is looked up in `TABLE` and imported on first use, so that
+importing this module costs nothing. A name that is gone raises one `ImportError` that says which library moved it, the
+version that is installed and the versions we tested. `tests/test_compat.py` walks the table on every run.
+"""
+
+from importlib import import_module, metadata
+from typing import Any, NamedTuple
+
+
+class Entry(NamedTuple):
+    """Where a name lives.
+
+    Attributes:
+        module (`str`): Module to import.
+        attribute (`str`): Attribute path inside the module, dots allowed (`"GRPOTrainer._compute_loss"`).
+        parameters (`tuple[str, ...]`): For a callable, the parameters we pass by name or rely on. Checked by the tests.
+    """
+
+    module: str
+    attribute: str
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def library(self) -> str:
+        return self.module.partition(".")[0]
+
+
+TESTED = {"trl": "1.16", "transformers": "5.23", "peft": "0.21", "accelerate": "1.15"}
+
+TABLE: dict[str, Entry] = {
+    # Where a quantization method is registered (hf_rb/integrations/registration.py).
+    "AUTO_QUANTIZATION_CONFIG_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING"),
+    "AUTO_QUANTIZER_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZER_MAPPING"),
+    "LOADING_ATTRIBUTES_CONFIG_TYPES": Entry("transformers.quantizers.auto", "LOADING_ATTRIBUTES_CONFIG_TYPES"),
+    # Where transformers looks up what a model of a class may return besides its output (hf_rb/models/mpi/conversion.py).
+    "CAN_RECORD_REGISTRY": Entry("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"),
+    # Where a model type is registered (hf_rb/integrations/registration.py).
+    "CONFIG_MAPPING": Entry("transformers.models.auto.configuration_auto", "CONFIG_MAPPING"),
+    # What the trainers override or call (hf_rb/trainers).
+    "FusedCausalLMOutput": Entry("trl.trainer.utils", "FusedCausalLMOutput", ("log_probs", "label_mask")),
+    "GKDConfig": Entry("trl.experimental.gkd", "GKDConfig"),
+    "GKDTrainer": Entry("trl.experimental.gkd", "GKDTrainer"),
+    "GKDTrainer.generalized_jsd_loss": Entry(
+        "trl.experimental.gkd",
+        "GKDTrainer.generalized_jsd_loss",
+        ("student_logits", "teacher_logits", "labels", "beta", "num_items_in_batch"),
+    ),
+    "GKDTrainer.generate_on_policy_outputs": Entry(
+        "trl.experimental.gkd",
+        "GKDTrainer.generate_on_policy_outputs",
+        ("model", "inputs", "generation_config"),
+    ),
+    "GRPOTrainer._calculate_rewards": Entry(
+        "trl", "GRPOTrainer._calculate_rewards", ("inputs", "prompts", "completions", "completion_ids_list")
+    ),
+    "GRPOTrainer._compute_loss": Entry("trl", "GRPOTrainer._compute_loss", ("model", "inputs")),
+    "GRPOTrainer._generate_and_score_completions": Entry(
+        "trl", "GRPOTrainer._generate_and_score_completions", ("inputs",)
+    ),
+    "GRPOTrainer._get_per_token_logps_and_entropies": Entry(
+        "trl",
+        "GRPOTrainer._get_per_token_logps_and_entropies",
+        ("model", "input_ids", "attention_mask", "logits_to_keep"),
+    ),
+    "GRPOTrainer._generate_single_turn": Entry("trl", "GRPOTrainer._generate_single_turn", ("prompt_ids",)),
+    "DistillationTrainer._generate_single_turn": Entry(
+        "trl", "DistillationTrainer._generate_single_turn", ("prompt_ids",)
+    ),
+    "SFTTrainer._prepare_dataset": Entry(
+        "trl",
+        "SFTTrainer._prepare_dataset",
+        ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
+    ),
+    "disable_dropout_in_model": Entry("trl.trainer.utils", "disable_dropout_in_model", ("model",)),
+    "get_callable_name": Entry("trl.trainer.utils", "get_callable_name", ("func",)),
+    "unwrap_model_for_generation": Entry(
+        "trl.models.utils",
+        "unwrap_model_for_generation",
+        ("model", "accelerator", "gradient_checkpointing_kwargs"),
+    ),
+    "Trainer._get_num_items_in_batch": Entry(
+        "transformers.trainer", "Trainer._get_num_items_in_batch", ("batch_samples", "device")
+    ),
+    "Trainer._get_output_dir": Entry("transformers.trainer", "Trainer._get_output_dir", ("trial",)),
+    "Trainer._push_from_checkpoint": Entry(
+        "transformers.trainer", "Trainer._push_from_checkpoint", ("checkpoint_folder",)
+    ),
+    "Trainer._save_checkpoint": Entry("transformers.trainer", "Trainer._save_checkpoint", ("model", "trial")),
+    "PushInProgress": Entry("transformers.utils", "PushInProgress", ("jobs",)),
+    "rotate_checkpoints": Entry(
+        "transformers.trainer_utils",
+        "rotate_checkpoints",
+        ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
+    ),
+    # How a model that is not trained is loaded and placed, and run under its wrapper (hf_rb/teachers, hf_rb/ops/backbone.py).
+    "ForwardRedirection": Entry("trl.models.utils", "_ForwardRedirection"),
+    "create_model_from_path": Entry("trl.trainer.utils", "create_model_from_path", ("model_id",)),
+    "maybe_gather_lm_head_ctx": Entry("trl.trainer.utils", "maybe_gather_lm_head_ctx"),
+    "prepare_deepspeed": Entry("trl.models", "prepare_deepspeed", ("model", "accelerator")),
+    # Where an adapter is made and merged, and the one for parameters (hf_rb/integrations/registration.py, hf_rb/quantizers/loading/adapters.py).
+    "BaseTuner._check_merge_allowed": Entry("peft.tuners.tuners_utils", "BaseTuner._check_merge_allowed"),
+    "BaseTuner._check_target_module_compatiblity": Entry(
+        "peft.tuners.tuners_utils",
+        "BaseTuner._check_target_module_compatiblity",
+        ("peft_config", "model", "target_name"),
+    ),
+    "BaseTuner.__init__": Entry(
+        "peft.tuners.tuners_utils", "BaseTuner.__init__", ("model", "peft_config", "adapter_name")
+    ),
+    "skip_init_on_device": Entry("peft.utils.integrations", "skip_init_on_device", ("func",)),
+    "ModulesToSaveWrapper.update": Entry("peft.utils.other", "ModulesToSaveWrapper.update", ("adapter_name",)),
+    "LoraModel._create_new_module": Entry(
+        "peft.tuners.lora.model", "LoraModel._create_new_module", ("lora_config", "adapter_name", "target", "kwargs")
+    ),
+    "ParamWrapper": Entry("peft.tuners.lora.layer", "ParamWrapper", ("base_layer", "adapter_name", "config")),
+    "ParamWrapper._activate_lora": Entry(
+        "peft.tuners.lora.layer", "ParamWrapper._activate_lora", ("active_adapters",)
+    ),
+    "ParamWrapper._get_in_out_features": Entry(
+        "peft.tuners.lora.layer", "ParamWrapper._get_in_out_features", ("module",)
+    ),
+    # What a quantizer does to a tensor while it loads, and how it names modules (hf_rb/quantizers).
+    "ConversionOps": Entry("transformers.core_model_loading", "ConversionOps"),
+    "IdentityOp": Entry("transformers.core_model_loading", "_IdentityOp"),
+    "load_state_dict": Entry("transformers.modeling_utils", "load_state_dict", ("checkpoint_file", "map_location")),
+    "load_offloaded_parameter": Entry(
+        "transformers.integrations.accelerate", "load_offloaded_parameter", ("model", "param_name")
+    ),
+    # How transformers maps the tensors of files to parameters (hf_rb/quantizers/folders/stream.py).
+    "Concatenate": Entry("transformers.core_model_loading", "Concatenate", ("dim",)),
+    "MergeModulelist": Entry("transformers.core_model_loading", "MergeModulelist", ("dim",)),
+    "PreTrainedModel._from_config": Entry("transformers", "PreTrainedModel._from_config", ("config",)),
+    # Where a model's parameters are counted (hf_rb/integrations/registration.py).
+    "PreTrainedModel.num_parameters": Entry(
+        "transformers", "PreTrainedModel.num_parameters", ("only_trainable", "exclude_embeddings")
+    ),
+    "PreTrainedModel._get_dtype_plan": Entry("transformers", "PreTrainedModel._get_dtype_plan", ("dtype",)),
+    "WeightConverter": Entry("transformers.core_model_loading", "WeightConverter"),
+    "WeightRenaming": Entry("transformers.core_model_loading", "WeightRenaming"),
+    "get_model_conversion_mapping": Entry(
+        "transformers.conversion_mapping", "get_model_conversion_mapping", ("model",)
+    ),
+    "rename_source_key": Entry(
+        "transformers.core_model_loading",
+        "rename_source_key",
+        ("source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"),
+    ),
+    "should_convert_module": Entry(
+        "transformers.quantizers.quantizers_utils", "should_convert_module", ("full_name", "patterns")
+    ),
+    # Which class is for which task of the Hub (hf_rb/hub/loading.py).
+    "TASK_MAPPING": Entry("transformers.modelcard", "TASK_MAPPING"),
+    # `accelerate launch` without a shell (hf_rb/cli/train.py).
+    "default_config_file": Entry("accelerate.commands.config", "default_config_file"),
+    "launch_command": Entry("accelerate.commands.launch", "launch_command", ("args",)),
+    "launch_command_parser": Entry("accelerate.commands.launch", "launch_command_parser"),
+}
+
+
+def resolve(name: str) -> Any:
+    """Imports and returns the object that `TABLE` lists under `name`.
+
+    Raises:
+        ImportError: The library is missing or has moved the name.
+    """
+    entry = TABLE[name]
+    try:
+        value = import_module(entry.module)
+        for part in entry.attribute.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        try:
+            installed = metadata.version(entry.library)
+        except metadata.PackageNotFoundError:
+            raise ImportError(f"hf_rb needs {entry.library} for `{name}`, and it is not installed.") from error
+        raise ImportError(
+            f"hf_rb needs `{entry.module}.{entry.attribute}`, which {entry.library} {installed} does not have. hf_rb is "
+            f"tested with {entry.library} {TESTED.get(entry.library, '?')}; install that version or a newer hf_rb."
+        ) from error
+    return value
+
+
+def __getattr__(name: str) -> Any:
+    if name not in TABLE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = resolve(name)
+    return value

@@ -1,0 +1,103 @@
+"""The layout of the package: imports run one way between its folders, and files stay small. Standard library only."""
+
+import ast
+import statistics
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1] / "hf_rb"
+
+# From the ground up: a folder imports only from folders before it. `hf_rb/__init__` stands on all.
+ORDERS = {
+    "": (
+        "utils", "tiny", "io", "methods", "objectives", "ops", "advantages", "rl", "evaluation", "teachers", "hub", "models",
+        "quantizers", "weights", "trainers", "recover", "report", "scripts", "cli", "integrations",
+    ),
+    "quantizers": ("rules", "config", "kernels", "packed", "allocation", "loading", "ptqtp", "d2quant", "folders"),
+    "trainers": ("common", "sft", "gkd", "distillation", "grpo", "audit"),
+}  # fmt: skip
+
+
+def modules():
+    """Path of every module by its name."""
+    paths = sorted(ROOT.rglob("*.py"))
+    return {
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in paths
+    }
+
+
+MODULES = modules()
+
+
+def imports(name):
+    """What a module imports of the package, also inside functions and for type checkers, with the line."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = (
+                [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
+                if node.level
+                else [node.module]
+            )
+            found = [f"{'.'.join(base)}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for one in found:
+            while one and one not in MODULES:
+                one = one.rpartition(".")[0]
+            if one:
+                yield one, node.lineno
+
+
+@pytest.mark.parametrize("folder", ORDERS)
+def test_imports_run_one_way(folder):
+    order, depth = ORDERS[folder], 2 if folder else 1
+    wrong = []
+    for name in MODULES:
+        parts = name.split(".")
+        if len(parts) <= depth or (folder and parts[1] != folder):
+            continue
+        assert parts[depth] in order, f"{name} has no place in the order of {folder or 'hf_rb'}/"
+        for other, line in imports(name):
+            there = other.split(".")
+            if len(there) <= depth or there[:depth] != parts[:depth]:
+                continue
+            if order.index(there[depth]) > order.index(parts[depth]):
+                wrong.append(f"{MODULES[name]}:{line} imports {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_modules_have_no_circles():
+    """Also inside a folder; an `__init__` that gathers public names is left out."""
+    arrows = {
+        name: {other for other, _ in imports(name) if other != name and MODULES[other].name != "__init__.py"}
+        for name in MODULES
+        if MODULES[name].name != "__init__.py"
+    }
+    while ready := [name for name, others in arrows.items() if not others & arrows.keys()]:
+        for name in ready:
+            del arrows[name]
+    assert not arrows, f"these import each other: {', '.join(sorted(arrows))}"
+
+
+def test_files_are_small():
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
+    assert [f"{path}: {count}" for path, count in lines.items() if count > 400] == []
+    assert statistics.median(lines.values()) < 120
+
+
+def test_no_name_of_another_package_is_private():
+    wrong = []
+    for name in MODULES:
+        for other, line in imports(name):
+            if (
+                any(part.startswith("_") for part in other.split("."))
+                and other.rpartition(".")[0] != name.rpartition(".")[0]
+            ):
+                wrong.append(f"{MODULES[name]}:{line} imports {other}")
+    assert not wrong, "\n".join(wrong)
