@@ -16,6 +16,7 @@ from hf_rb.ops.lm_head import Head
 
 
 __all__ = [
+    "as_dict",
     "backbone_output",
     "evaluating",
     "gathered_head",
@@ -71,7 +72,12 @@ def backbone_output(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs:
     Returns:
         [`~transformers.utils.ModelOutput`]: With `last_hidden_state` of shape `(B, L, H)`.
     """
-    return without_peft(model).base_model(**model_inputs(inputs), use_cache=False, **kwargs)
+    return without_peft(model).base_model(**model_inputs(inputs), use_cache=False, **as_dict(model), **kwargs)
+
+
+def as_dict(model: PreTrainedModel) -> dict[str, bool]:
+    """Returns what a forward needs to give an output by names, for a model whose configuration says a tuple."""
+    return {} if model.config.return_dict else {"return_dict": True}
 
 
 @contextmanager
@@ -153,8 +159,10 @@ def own_randomness(devices: Iterable[torch.device]) -> AbstractContextManager:
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """
     Context for forward passes that leave no trace: in evaluation mode and without gradient, after which random states, modes and
-    buffers are as before. Buffers of more than 65,536 numbers, which are tables or packed weights and no counters, are not kept.
+    buffers are as before, and so are the attributes of modules that keep buffers out of their state, such as the length that dynamic
+    rotary positions have seen. Buffers of more than 65,536 numbers, which are tables or packed weights and no counters, are not kept.
     """
+    attributes = [(module, dict(vars(module))) for module in model.modules() if module._non_persistent_buffers_set]
     kept = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -169,6 +177,10 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+            for module, before in attributes:
+                vars(module).update(
+                    (name, value) for name, value in before.items() if not isinstance(value, dict | set)
+                )
 
 
 def without_peft(model: PreTrainedModel) -> PreTrainedModel:
