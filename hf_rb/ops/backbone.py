@@ -16,7 +16,6 @@ from hf_rb.ops.lm_head import Head
 
 
 __all__ = [
-    "as_dict",
     "backbone_output",
     "evaluating",
     "gathered_head",
@@ -72,12 +71,7 @@ def backbone_output(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs:
     Returns:
         [`~transformers.utils.ModelOutput`]: With `last_hidden_state` of shape `(B, L, H)`.
     """
-    return without_peft(model).base_model(**model_inputs(inputs), use_cache=False, **as_dict(model), **kwargs)
-
-
-def as_dict(model: PreTrainedModel) -> dict[str, bool]:
-    """Returns what a forward needs to give an output by names, for a model whose configuration says a tuple."""
-    return {} if model.config.return_dict else {"return_dict": True}
+    return without_peft(model).base_model(**model_inputs(inputs), use_cache=False, **kwargs)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from hf_rb.ops.backbone import as_dict, gathered_head, head_of, undisturbed, width_of, without_peft
+from hf_rb.ops.backbone import gathered_head, head_of, undisturbed, width_of, without_peft
 from hf_rb.ops.lm_head import Head, lm_head_logits
 from hf_rb.ops.rounding import coarsest_eps, smallest_max
 
@@ -118,7 +118,7 @@ def _tokens(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> tuple[torch.Tensor, list[torch.dtype]]:
     """Returns the logits that a model's own head makes of hidden states `(8, H)`, and the types that it computes in."""
-    backbone, inputs = without_peft(model).base_model, _tokens(model) | {"use_cache": False} | as_dict(model)
+    backbone, inputs = without_peft(model).base_model, _tokens(model) | {"use_cache": False}
     with _giving(backbone, hidden) as types:
         logits = model.forward(**inputs).logits
     if types:
@@ -157,7 +157,7 @@ def _reaching(model: PreTrainedModel, names: list[str]) -> list[str]:
     """Returns those of the parameters that the logits depend on: an auxiliary head gets no gradient from the model's own either."""
     parameters = dict(without_peft(model).named_parameters(remove_duplicate=False))
     with undisturbed(model), torch.enable_grad():
-        logits = model.forward(**_tokens(model), use_cache=False, **as_dict(model)).logits
+        logits = model.forward(**_tokens(model), use_cache=False).logits
         gradients = torch.autograd.grad(logits.float().sum(), [parameters[name] for name in names], allow_unused=True)
     return [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None]
 

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_rb.ops.backbone import as_dict, backbone_output, gathered_head, head_of, model_inputs, name_of, width_of
+from hf_rb.ops.backbone import backbone_output, gathered_head, head_of, model_inputs, name_of, width_of
 from hf_rb.ops.head_check import why_not_head
 from hf_rb.ops.lm_head import Head
 from hf_rb.ops.processes import on_any_process
@@ -75,7 +75,7 @@ class LogitSource:
             return output.last_hidden_state, output
         # Not by calling the model: inside the forward of its wrapper, that would run the wrapper's hooks once more.
         with wide_heads(model):
-            output = model.forward(**model_inputs(inputs), use_cache=False, **as_dict(model), **kwargs)
+            output = model.forward(**model_inputs(inputs), use_cache=False, **kwargs)
         logits = getattr(output, "logits", None)
         if logits is None or logits.shape != (*inputs["input_ids"].shape, width_of(model)):
             given = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"

@@ -336,13 +336,3 @@ def test_an_auxiliary_head_is_no_part_of_the_logits():
 
     model.forward = forward
     assert "`timestamp_head.weight` would get no gradient" in why_not_head(model)
-
-
-def test_a_model_that_returns_tuples():
-    for name in ("LlamaForCausalLM", "ModernBertDecoderForCausalLM"):
-        model = tiny(name, return_dict=False)
-        assert (why_not_head(model) is None) == (name == "LlamaForCausalLM")
-        model.config.return_dict = True
-        expected = own_logits(model)
-        model.config.return_dict = False
-        torch.testing.assert_close(logits_of(model), expected)
