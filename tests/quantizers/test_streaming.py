@@ -29,6 +29,7 @@ from hf_rb.cli import main
 from hf_rb.quantizers import quantize, quantize_checkpoint
 from hf_rb.quantizers.folders import stream as streaming
 from hf_rb.quantizers.ptqtp import PTQTPQuantizer
+from hf_rb.quantizers.ptqtp import solver_c as native
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +114,12 @@ def test_kills_and_memory(small, tmp_path):
     assert any(0 < len(run["solved"]) < len(solved) for run in runs)
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
 
-    # The largest tensor has 5.8 MB; blocks of 16 MB are solved in float32, and up to 8 MB of weights go on at a time.
+    # The largest tensor has 5.8 MB, 2.9 million weights; blocks of 16 MB are solved in float32, and up to 8 MB of weights go on at a time.
+    # Without the compiled solver there are besides the trits of two planes and four float32 matrices: the weights, what stands for them,
+    # the difference and its square.
+    is_compiled = native.solver(torch.zeros(1, 1)) is not None
     assert size > 150e6
-    assert result["growth"] < 60e6, result["growth"]
+    assert result["growth"] < 60e6 + (0 if is_compiled else (2 + 4 * 4) * 2.9e6), result["growth"]
 
 
 class Stop(Exception):
