@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.packed.layer_kinds import is_transposed
-from hf_rb.quantizers.packed.weight import PackedWeight
+from hf_rb.quantizers.packed.weight import SUFFIXES, PackedWeight
 from hf_rb.utils.fields import value_problem
 
 
@@ -64,7 +64,8 @@ class PackedModule(nn.Module):
 
     def packed_weight(self, name: str) -> PackedWeight:
         """Returns a packed parameter with those that stand beside it."""
-        return PackedWeight.collect(name, self._parameters.get)
+        scale, column = name + SUFFIXES["scale"], name + SUFFIXES["column"]
+        return PackedWeight(getattr(self, name), getattr(self, scale), getattr(self, column, None))
 
     def is_packed(self, parameter: str) -> bool:
         """Whether a parameter is packed, or stands beside one that is."""
@@ -86,7 +87,7 @@ class PackedModule(nn.Module):
     def restore_scales(self) -> None:
         """Makes the scales float16 again, which `prepare_model_for_kbit_training` of PEFT casts to float32."""
         for name in self.layouts:
-            scale = getattr(self, f"{name}_scale")
+            scale = getattr(self, name + SUFFIXES["scale"])
             if scale.dtype is not torch.float16:
                 scale.data = scale.data.half()
 
