@@ -217,7 +217,7 @@ def check(name: str, dtype: torch.dtype, rows: int) -> dict:
 
 def layer_and_matrix(bias: bool = True):
     from hf_rb import PTQTPConfig
-    from hf_rb.quantizers.ptqtp.linear import PTQTPLinear
+    from hf_rb.quantizers.ptqtp.layers import PTQTPLinear
     from hf_rb.quantizers.ptqtp.solver import quantize_matrix
 
     weight = torch.randn(768, 1024, device="cuda") * 0.02

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hf_rb.quantizers.d2quant import format as packing
 from hf_rb.quantizers.d2quant.maths import dsq, grids
 from hf_rb.quantizers.d2quant.maths.dsq import DualCodes
 from hf_rb.quantizers.d2quant.maths.grids import AffineCodes
-from hf_rb.quantizers.loading.quantizer import DamagedTensor
+from hf_rb.quantizers.packed.weight import SUFFIXES, DamagedTensor, PackedWeight
 
 
 def random_codes(bits, dual, rows, columns, group_size, seed=0):
@@ -69,7 +71,7 @@ def test_unpack_inverts_pack(kind, rows, columns, group_size, seed):
     # The kernels see what the codes say: at 3 bits one addition is in another order.
     memory = packing.for_kernels(made)
     layout = packing.layout_of(columns, group_size, bits, dual)
-    seen = kernels.dequantize(memory[""], memory["_scale"], layout) * memory.get("_column", 1)
+    seen = kernels.dequantize(memory.packed, memory.scale, layout) * (1 if memory.column is None else memory.column)
     torch.testing.assert_close(seen, made.dequantize(), atol=0 if bits != 3 and not dual else 1e-6, rtol=0)
 
 
@@ -101,12 +103,13 @@ def test_experts_keep_their_dimensions():
     made = [random_codes(3, False, 4, 20, 8, seed) for seed in range(3)]
     layout = packing.layout_of(20, 8, 3)
     memory = [packing.for_kernels(one) for one in made]
-    stacked = {suffix: torch.stack([one[suffix] for one in memory]) for suffix in memory[0]}
+    stacked = PackedWeight.join(memory, torch.stack)
     stored = packing.to_file(layout, stacked)
     for i, one in enumerate(made):
-        alone = packing.pack(one)
-        assert all(torch.equal(stored[suffix][i], alone[f"weight{suffix}"]) for suffix in stored)
-    assert all(torch.equal(packing.from_file(layout, stored)[suffix], stacked[suffix]) for suffix in stacked)
+        alone, expert = packing.pack(one), stored[i].named("weight")
+        assert expert.keys() == alone.keys() and all(torch.equal(expert[name], alone[name]) for name in alone)
+    found = packing.from_file(layout, stored).parts()
+    assert all(torch.equal(found[part], tensor) for part, tensor in stacked.parts().items())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -115,14 +118,14 @@ def test_scaling_rows(bits):
     layout = packing.layout_of(40, 16, bits)
     factor = torch.rand(6, generator=torch.Generator().manual_seed(1)) * 3 + 0.1
     memory = packing.for_kernels(made)
-    scaled = packing.from_kernels(layout, memory | {"_scale": packing.scale_rows(layout, memory["_scale"], factor)})
+    scaled = packing.from_kernels(layout, replace(memory, scale=packing.scale_rows(layout, memory.scale, factor)))
     assert torch.equal(scaled.codes, made.codes) and torch.equal(scaled.zero, made.zero)
     assert torch.equal(scaled.scale, (made.scale.float() * factor[:, None]).half())
-    nothing = packing.scale_rows(layout, memory["_scale"], factor * torch.tensor([1, 0, 1, 1, 1, 1]))
-    assert not packing.from_kernels(layout, memory | {"_scale": nothing}).dequantize()[1].any()
+    nothing = packing.scale_rows(layout, memory.scale, factor * torch.tensor([1, 0, 1, 1, 1, 1]))
+    assert not packing.from_kernels(layout, replace(memory, scale=nothing)).dequantize()[1].any()
     for beyond in (1e8, 1e-9):
         with pytest.raises(ValueError, match="out of the range of float16"):
-            packing.scale_rows(layout, memory["_scale"], factor * beyond)
+            packing.scale_rows(layout, memory.scale, factor * beyond)
 
 
 DAMAGES = [
@@ -144,23 +147,24 @@ DAMAGES = [
     ("_column", lambda tensor: tensor.fill_(torch.inf), "negative, infinite or NaN"),
     ("_column", lambda tensor: tensor[1:], "Expected torch.float32 of shape"),
     ("_column", lambda tensor: None, "not in the checkpoint"),
-    ("_other", lambda tensor: torch.zeros(1), "There is no such tensor for"),
 ]
-HELD = {
-    (bits, dual): {"", "_scale", "_other", "_column" if dual else "_zero", "_hi" * (bits == 3)} for bits, dual in KINDS
-}
+HELD = {(bits, dual): {"", "_scale", "_column" if dual else "_zero", "_hi" * (bits == 3)} for bits, dual in KINDS}
 
 
 @pytest.mark.parametrize(
     ("kind", "suffix", "damage", "message"),
-    [(kind, *case) for kind in KINDS for case in DAMAGES if case[0] in HELD[kind]],
+    [(kind, *case) for kind in KINDS for case in DAMAGES if case[0] in HELD[kind]]
+    + [
+        (kind, suffix, lambda tensor: torch.zeros(1), "There is no such tensor for")
+        for kind in KINDS
+        for suffix in sorted({*SUFFIXES.values()} - HELD[kind])
+    ],
 )
 def test_damaged_tensors(kind, suffix, damage, message):
     packed = packing.pack(random_codes(*kind, 4, 300, 128))
-    stored = {name.removeprefix("weight"): tensor for name, tensor in packed.items()}
-    changed = damage(stored.get(suffix))
-    stored = {name: tensor for name, tensor in (stored | {suffix: changed}).items() if tensor is not None}
+    packed[f"weight{suffix}"] = damage(packed.get(f"weight{suffix}"))
     with pytest.raises(DamagedTensor, match=message) as error:
+        stored = PackedWeight.collect("weight", packed.get)
         packing.from_file(packing.layout_of(300, 128, *kind), stored, column=kind[1])
     assert error.value.suffix == suffix
 
@@ -173,4 +177,4 @@ def test_zero_points_that_no_float16_holds():
         packing.layout_of(4, 4, 2), packing.for_kernels(AffineCodes(made.codes, made.scale, made.zero * 0, 2, 4))
     )
     with pytest.raises(DamagedTensor, match="too large for float16"):
-        packing.from_file(packing.layout_of(4, 4, 2), stored | {"_zero": torch.tensor([[3]], dtype=torch.uint8)})
+        packing.from_file(packing.layout_of(4, 4, 2), replace(stored, zero=torch.tensor([[3]], dtype=torch.uint8)))

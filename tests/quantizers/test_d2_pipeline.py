@@ -22,7 +22,7 @@ from transformers.utils import logging
 from hf_rb import D2QuantConfig, tiny
 from hf_rb.quantizers.d2quant.calibrate import pipeline
 from hf_rb.quantizers.d2quant.calibrate.checks import check_model
-from hf_rb.quantizers.d2quant.linear import D2QuantLinear
+from hf_rb.quantizers.d2quant.layers import D2QuantLinear
 from hf_rb.quantizers.d2quant.maths import gptq
 
 

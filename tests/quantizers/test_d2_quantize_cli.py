@@ -18,7 +18,7 @@ from hf_rb.cli import INTERRUPTED, main
 from hf_rb.cli import quantize as verb
 from hf_rb.io.resources import resource_folder
 from hf_rb.quantizers.d2quant.calibrate import pipeline
-from hf_rb.quantizers.d2quant.linear import D2QuantLinear
+from hf_rb.quantizers.d2quant.layers import D2QuantLinear
 from hf_rb.quantizers.folders import quantize as offline
 
 

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_rb import PTQTPConfig, tiny
 from hf_rb.quantizers.packed.experts import projections
 from hf_rb.quantizers.ptqtp import PTQTPLinear, solve
-from hf_rb.quantizers.ptqtp.experts import PTQTPExperts
+from hf_rb.quantizers.ptqtp.layers import PTQTPExperts
 
 
 ARCHITECTURES = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss"]

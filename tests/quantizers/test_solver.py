@@ -14,7 +14,8 @@ from literal_ptqtp import ptqtp, ridge_scales
 from hf_rb.io import native as _native
 from hf_rb.quantizers.ptqtp import solve
 from hf_rb.quantizers.ptqtp import solver_c as native
-from hf_rb.quantizers.ptqtp.solver import nearest_trits, quantize_matrix
+from hf_rb.quantizers.ptqtp.reference import nearest_trits
+from hf_rb.quantizers.ptqtp.solver import quantize_matrix
 
 
 # Weights of 64 bits are solved by the reference in torch, weights of 32 and fewer by the compiled solver, if there is one.
@@ -180,7 +181,7 @@ def test_first_scales_and_condition_number():
 def test_ridge_grows_when_ill_conditioned(monkeypatch):
     weight = gaussian(20, 128)
     expected = exact(weight)
-    monkeypatch.setattr("hf_rb.quantizers.ptqtp.solver.KAPPA_THRESHOLD", 1e6)
+    monkeypatch.setattr("hf_rb.quantizers.ptqtp.options.KAPPA_THRESHOLD", 1e6)
     planes = exact(weight)
     for row in range(20):
         scales, _, history = ptqtp(weight[row], kappa_threshold=1e6)
@@ -252,7 +253,7 @@ def test_result_does_not_depend_on_chunks_or_threads(monkeypatch):
     weight = gaussian(64, 300)
     expected = solve(weight)
     for chunk in (300, 1000):
-        monkeypatch.setattr("hf_rb.quantizers.ptqtp.solver.CHUNK", chunk)
+        monkeypatch.setattr("hf_rb.quantizers.ptqtp.reference.CHUNK", chunk)
         found = solve(weight)
         assert torch.equal(found.trits, expected.trits) and torch.equal(found.scales, expected.scales)
 

@@ -92,19 +92,19 @@ def compile_for_gpu(tmp_path_factory):
 class TestCompiles:
     @pytest.mark.parametrize(("dtype", "block_m"), [("fp32", 1), ("bf16", 1), ("bf16", 16), ("fp16", 128)])
     def test_matmul(self, compile_for_gpu, dtype, block_m):
-        from hf_rb.quantizers.kernels.triton import gemm
+        from hf_rb.quantizers.kernels.triton import digits, gemm
 
-        constants = gemm._constants(Layout(448, 128, (NIBBLE, CRUMB)))
+        constants = digits.constants(Layout(448, 128, (NIBBLE, CRUMB)))
         warps, stages = gemm._warps_and_stages(block_m)
         pointers, sizes = [f"*{dtype}", "*u8", "*fp16", f"*{dtype}"], ["i32"] * 7
         arguments = [*pointers, *sizes, *constants, block_m, 64, dtype == "bf16"]
         compile_for_gpu(gemm._matmul_kernel, arguments, num_warps=warps, num_stages=stages)
 
     def test_the_others(self, compile_for_gpu):
-        from hf_rb.quantizers.kernels.triton import gemm
+        from hf_rb.quantizers.kernels.triton import decode, digits, gemm
 
-        constants = gemm._constants(Layout(448, 128, (NIBBLE, CRUMB)))
-        compile_for_gpu(gemm._dequantize_kernel, ["*u8", "*fp16", "*bf16", *["i32"] * 5, *constants, 8])
+        constants = digits.constants(Layout(448, 128, (NIBBLE, CRUMB)))
+        compile_for_gpu(decode._dequantize_kernel, ["*u8", "*fp16", "*bf16", *["i32"] * 5, *constants, 8])
         compile_for_gpu(gemm._sum_kernel, ["*fp32", "*bf16", "i32", "i32", 256])
 
     @pytest.mark.parametrize(("planes", "tied"), [(1, False), (2, False), (2, True), (3, False)])

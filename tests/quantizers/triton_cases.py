@@ -8,13 +8,14 @@ import torch
 from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels import triton as gpu
 from hf_rb.quantizers.kernels.layout import Layout, Part, pack
-from hf_rb.quantizers.kernels.triton import gemm
-from hf_rb.quantizers.ptqtp import solver
+from hf_rb.quantizers.kernels.triton import digits, gemm
+from hf_rb.quantizers.ptqtp import options as solver_options
+from hf_rb.quantizers.ptqtp import reference, solver
 from hf_rb.quantizers.ptqtp import solver_triton as triton_solver
 from hf_rb.quantizers.ptqtp.format import TritPlanes, packed_width
 
 
-DEVICE = "cpu" if gemm.INTERPRETED.value else "cuda"
+DEVICE = "cpu" if digits.INTERPRETED.value else "cuda"
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 
 NIBBLE = Part(4, (tuple(code // 3 - 1 for code in range(9)), tuple(code % 3 - 1 for code in range(9))))
@@ -72,7 +73,7 @@ def check(output, x, matrix):
 def test_floor_by_rounding_is_exact(radix):
     codes = torch.arange(16, dtype=torch.uint8)
     layout = Layout(16, 16, (Part(4, (tuple(code // radix for code in range(16)),)),))
-    assert gemm.recipe(layout.parts[0]).radix == radix
+    assert digits.recipe(layout.parts[0]).radix == radix
     one = torch.ones(1, 1, 1, dtype=torch.float16, device=DEVICE)
     found = gpu.dequantize(pack([codes[None]], layout).to(DEVICE), one, layout, torch.float32)
     assert found.flatten().tolist() == (codes // radix).tolist()
@@ -80,10 +81,10 @@ def test_floor_by_rounding_is_exact(radix):
 
 def test_recipes():
     for part in (NIBBLE, CRUMB, SIGN, SIGNS, GRID, FINE_GRID):
-        found = gemm.recipe(part)
+        found = digits.recipe(part)
         for k, row in enumerate(part.basis):
             assert tuple(found.value(k, code) for code in range(len(row))) == row
-    assert gemm.recipe(Part(2, ((0, 1, 4, 2),))) is None
+    assert digits.recipe(Part(2, ((0, 1, 4, 2),))) is None
 
 
 def test_what_is_not_supported():
@@ -202,7 +203,7 @@ def test_they_are_what_the_dispatch_takes_on_a_gpu(monkeypatch):
     dense = gaussian(6, 70)
     expected = solver.quantize_matrix(dense, group_size=32)
     monkeypatch.setattr(solver, "_compiled", lambda weight: triton_solver)
-    monkeypatch.setattr(solver, "_fit", None)
+    monkeypatch.setattr(solver, "fit_groups", None)
     for found, value in zip(solver.quantize_matrix(dense, group_size=32), expected, strict=True):
         assert (
             torch.equal(found, value) if isinstance(value, torch.Tensor) else found == pytest.approx(value, rel=1e-5)
@@ -213,24 +214,26 @@ def test_they_are_what_the_dispatch_takes_on_a_gpu(monkeypatch):
 
 
 def rule(planes, *, multistart=False, tied=False, relative=False, **changes):
-    found = solver.Rule(
+    found = solver_options.SolverOptions(
         planes=planes,
-        direction=torch.tensor(solver.TIED, dtype=torch.float64, device=DEVICE) if tied else None,
-        starts=solver._starts(planes, multistart),
+        direction=torch.tensor(solver_options.TIED, dtype=torch.float64, device=DEVICE) if tied else None,
+        starts=solver_options.starts(planes, multistart),
         max_iter=50,
         tol=1e-4,
         relative=relative,
-        reach=solver.REACH,
-        ridge_init=solver.LAMBDA_INIT,
-        ridge_max=solver.LAMBDA_MAX,
-        kappa_threshold=solver.KAPPA_THRESHOLD,
+        reach=solver_options.REACH,
+        ridge_init=solver_options.LAMBDA_INIT,
+        ridge_max=solver_options.LAMBDA_MAX,
+        kappa_threshold=solver_options.KAPPA_THRESHOLD,
     )
     return found._replace(**changes)
 
 
 def reference_scales(weight, group_size, rule):
     groups = weight.double().split(group_size, dim=1)
-    return torch.stack([solver._fit(group, rule).abs().sort(-1, descending=True).values for group in groups], dim=1)
+    return torch.stack(
+        [reference.fit_groups(group, rule).abs().sort(-1, descending=True).values for group in groups], dim=1
+    )
 
 
 def check_solver(weight, group_size, rule):

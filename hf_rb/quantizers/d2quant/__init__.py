@@ -7,8 +7,7 @@ from hf_rb.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_rb.quantizers.d2quant.config import D2QuantConfig
-    from hf_rb.quantizers.d2quant.experts import D2QuantExperts
-    from hf_rb.quantizers.d2quant.linear import D2QuantLinear
+    from hf_rb.quantizers.d2quant.layers import D2QuantExperts, D2QuantLinear
     from hf_rb.quantizers.d2quant.maths.dsq import DualScale, fit_dsq
     from hf_rb.quantizers.d2quant.quantizer import D2QuantQuantizer
 

@@ -19,7 +19,9 @@ In memory the bytes are those of the file, at 3 bits both parts of a group one a
 the kernels multiply with: of an affine matrix (step, lowest), at 3 bits (step, lowest, step), whose last is for the third bit.
 """
 
+from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +31,11 @@ from hf_rb.quantizers.d2quant.maths.dsq import DualCodes
 from hf_rb.quantizers.d2quant.maths.grids import AffineCodes
 from hf_rb.quantizers.kernels import layout as kernel_layout
 from hf_rb.quantizers.kernels.layout import Layout, Part
-from hf_rb.quantizers.loading.quantizer import DamagedTensor
+from hf_rb.quantizers.packed.weight import DamagedTensor, PackedWeight
 
 
 __all__ = [
+    "Coding",
     "code_bits",
     "for_kernels",
     "from_file",
@@ -55,6 +58,19 @@ SIGNS = Part(2, ((-1, 1, -1, 1), (-1, -1, 1, 1)))
 DUAL = {2: (SIGNS,), 3: (SIGNS, Part(1, ((-1, 1),)))}
 
 
+class Coding(NamedTuple):
+    """
+    How a weight is coded.
+
+    Attributes:
+        bits (`int`): Bits of a code.
+        dual (`bool`): Whether the levels are those of sign planes with dual scales instead of grids.
+    """
+
+    bits: int
+    dual: bool
+
+
 @cache
 def layout_of(in_features: int, group_size: int, bits: int, dual: bool = False) -> Layout:
     """Returns the kernels' layout of a matrix with `in_features` columns."""
@@ -74,29 +90,29 @@ def is_dual(layout: Layout) -> bool:
 # Codes of a matrix <-> tensors of memory.
 
 
-def for_kernels(codes: AffineCodes | DualCodes) -> dict[str, Tensor]:
-    """Returns what a layer holds of a quantized matrix, by the suffix of the parameter's name."""
+def for_kernels(codes: AffineCodes | DualCodes) -> PackedWeight:
+    """Returns what a layer holds of a quantized matrix."""
     dual = isinstance(codes, DualCodes)
     layout = layout_of(codes.shape[1], codes.group_size, codes.bits, dual)
     if dual:
         numbers = sum((codes.signs[plane] > 0).to(torch.uint8) << plane for plane in range(codes.bits))
-        beside = {"_scale": codes.row_scale, "_column": codes.column_scale}
+        scale, column = codes.row_scale, codes.column_scale
     else:
-        numbers, beside = codes.codes, {"_scale": _scales(codes.scale, codes.zero, codes.bits)}
+        numbers, scale, column = codes.codes, _scales(codes.scale, codes.zero, codes.bits), None
     parts = [numbers] if codes.bits != 3 else [numbers & 3, numbers >> 2]
-    return {"": kernel_layout.pack(parts, layout), **beside}
+    return PackedWeight(kernel_layout.pack(parts, layout), scale, column)
 
 
-def from_kernels(layout: Layout, tensors: dict[str, Tensor]) -> AffineCodes | DualCodes:
+def from_kernels(layout: Layout, weight: PackedWeight) -> AffineCodes | DualCodes:
     """Inverse of [`for_kernels`]. Without column scales, those of sign planes are 1."""
-    parts = kernel_layout.unpack(tensors[""], layout)
+    parts = kernel_layout.unpack(weight.packed, layout)
     numbers = parts[0] | parts[1] << 2 if len(parts) > 1 else parts[0]
     if not is_dual(layout):
         bits = code_bits(layout)
-        return AffineCodes(numbers, *_grids(tensors["_scale"], bits), bits, layout.group_size)
+        return AffineCodes(numbers, *_grids(weight.scale, bits), bits, layout.group_size)
     signs = torch.stack([2 * (numbers >> plane & 1).to(torch.int8) - 1 for plane in range(code_bits(layout))])
-    columns = tensors.get("_column", torch.ones(layout.in_features, device=signs.device))
-    return DualCodes(signs, tensors["_scale"], columns, layout.group_size)
+    columns = torch.ones(layout.in_features, device=signs.device) if weight.column is None else weight.column
+    return DualCodes(signs, weight.scale, columns, layout.group_size)
 
 
 def _scales(step: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -139,74 +155,70 @@ def scale_rows(layout: Layout, scale: Tensor, factor: Tensor) -> Tensor:
 # Tensors of memory <-> tensors of a file. Leading dimensions, those of experts, stay as they are.
 
 
-def to_file(layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns what a file holds of a weight in memory; both by the suffix of the name."""
-    result, bits = dict(tensors), code_bits(layout)
+def to_file(layout: Layout, weight: PackedWeight) -> PackedWeight:
+    """Returns what a file holds of a weight in memory."""
+    stored, bits = replace(weight), code_bits(layout)
     if bits == 3:
-        result[""], result["_hi"] = _apart(tensors[""], layout)
+        stored.packed, stored.hi = _apart(weight.packed, layout)
     if not is_dual(layout):
-        result["_scale"], zero = _grids(tensors["_scale"], bits)
-        result["_zero"] = _pack_zeros(zero, bits)
-    return result
+        stored.scale, zero = _grids(weight.scale, bits)
+        stored.zero = _pack_zeros(zero, bits)
+    return stored
 
 
-def from_file(layout: Layout, tensors: dict[str, Tensor], column: bool = False) -> dict[str, Tensor]:
+def from_file(layout: Layout, stored: PackedWeight, column: bool = False) -> PackedWeight:
     """
     Inverse of [`to_file`], which checks every tensor.
 
     Args:
         layout ([`~hf_rb.quantizers.kernels.layout.Layout`]):
             That of the matrix.
-        tensors (`dict[str, torch.Tensor]`):
-            Those of the file, by the suffix of their names.
+        stored ([`~hf_rb.quantizers.packed.weight.PackedWeight`]):
+            The tensors of the file.
         column (`bool`, *optional*, defaults to `False`):
             Whether there are to be column scales.
 
     Raises:
         DamagedTensor: A tensor is missing or too many, has another type or shape, or a scale that is none.
     """
-    _check(layout, tensors, column)
-    result = {suffix: tensor for suffix, tensor in tensors.items() if suffix in ("", "_scale", "_column")}
-    if code_bits(layout) == 3:
-        result[""] = _together(tensors[""], tensors["_hi"], layout)
-    if not is_dual(layout):
-        bits, groups = code_bits(layout), layout.groups
-        result["_scale"] = _scales(tensors["_scale"], _unpack_zeros(tensors["_zero"], bits, groups), bits)
-        if not result["_scale"].isfinite().all():
-            raise DamagedTensor(
-                "A scale times its zero point is too large for float16: the file is damaged.", "_scale"
-            )
-    return result
+    _check(layout, stored.parts(), column)
+    weight = PackedWeight(stored.packed, stored.scale, stored.column)
+    if stored.hi is not None:
+        weight.packed = _together(stored.packed, stored.hi, layout)
+    if stored.zero is not None:
+        bits = code_bits(layout)
+        weight.scale = _scales(stored.scale, _unpack_zeros(stored.zero, bits, layout.groups), bits)
+        if not weight.scale.isfinite().all():
+            raise DamagedTensor("A scale times its zero point is too large for float16: the file is damaged.", "scale")
+    return weight
 
 
 def _check(layout: Layout, tensors: dict[str, Tensor], column: bool) -> None:
-    bits, rows = code_bits(layout), tensors[""].shape[:-1]
+    bits, rows = code_bits(layout), tensors["packed"].shape[:-1]
     widths = [_row_bytes(layout, part) for part in layout.parts]
-    expected = {"": (torch.uint8, (*rows, widths[0]))}
+    expected = {"packed": (torch.uint8, (*rows, widths[0]))}
     if bits == 3:
-        expected["_hi"] = torch.uint8, (*rows, widths[1])
+        expected["hi"] = torch.uint8, (*rows, widths[1])
     if is_dual(layout):
-        expected["_scale"] = torch.float16, (*rows, layout.groups, bits)
+        expected["scale"] = torch.float16, (*rows, layout.groups, bits)
     else:
-        expected["_scale"] = torch.float16, (*rows, layout.groups)
-        expected["_zero"] = torch.uint8, (*rows, -(-layout.groups * bits // 8))
+        expected["scale"] = torch.float16, (*rows, layout.groups)
+        expected["zero"] = torch.uint8, (*rows, -(-layout.groups * bits // 8))
     if column:
-        expected["_column"] = torch.float32, (*rows[:-1], layout.in_features)
-    for suffix, (dtype, shape) in expected.items():
-        if suffix not in tensors:
-            raise DamagedTensor("not in the checkpoint.", suffix)
-        tensor = tensors[suffix]
+        expected["column"] = torch.float32, (*rows[:-1], layout.in_features)
+    for part, (dtype, shape) in expected.items():
+        if part not in tensors:
+            raise DamagedTensor("not in the checkpoint.", part)
+        tensor = tensors[part]
         if tensor.dtype != dtype or tensor.shape != shape:
             found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise DamagedTensor(f"Expected {dtype} of shape {tuple(shape)}, got {found}.", suffix)
-    for suffix in tensors.keys() - expected.keys():
+            raise DamagedTensor(f"Expected {dtype} of shape {tuple(shape)}, got {found}.", part)
+    for part in tensors.keys() - expected.keys():
         kind = "sign planes" if is_dual(layout) else "grids"
-        raise DamagedTensor(
-            f"There is no such tensor for {bits}-bit {kind}; is the configuration another one?", suffix
-        )
-    for suffix in ("_scale", "_column"):
-        if suffix in expected and not ((tensors[suffix] >= 0) & tensors[suffix].isfinite()).all():
-            raise DamagedTensor("A scale is negative, infinite or NaN: the file is damaged.", suffix)
+        raise DamagedTensor(f"There is no such tensor for {bits}-bit {kind}; is the configuration another one?", part)
+    for part in ("scale", "column"):
+        if part in expected and not ((tensors[part] >= 0) & tensors[part].isfinite()).all():
+            raise DamagedTensor("A scale is negative, infinite or NaN: the file is damaged.", part)
 
 
 def _row_bytes(layout: Layout, part: Part) -> int:
@@ -264,7 +276,7 @@ def pack(codes: AffineCodes | DualCodes) -> dict[str, Tensor]:
         are.
     """
     layout = layout_of(codes.shape[1], codes.group_size, codes.bits, isinstance(codes, DualCodes))
-    return {f"weight{suffix}": tensor for suffix, tensor in to_file(layout, for_kernels(codes)).items()}
+    return to_file(layout, for_kernels(codes)).named("weight")
 
 
 def unpack(tensors: dict[str, Tensor], in_features: int, group_size: int, bits: int) -> AffineCodes | DualCodes:
@@ -284,6 +296,6 @@ def unpack(tensors: dict[str, Tensor], in_features: int, group_size: int, bits: 
     Raises:
         DamagedTensor: See [`from_file`].
     """
-    layout = layout_of(in_features, group_size, bits, dual="weight_zero" not in tensors)
-    parts = {name.removeprefix("weight"): tensor for name, tensor in tensors.items()}
-    return from_kernels(layout, from_file(layout, parts, "_column" in parts))
+    stored = PackedWeight.collect("weight", tensors.get)
+    layout = layout_of(in_features, group_size, bits, dual=stored.zero is None)
+    return from_kernels(layout, from_file(layout, stored, stored.column is not None))

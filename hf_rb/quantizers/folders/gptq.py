@@ -38,6 +38,7 @@ from hf_rb.io.safetensors import Checkpoint, Output, standard_names, write_index
 from hf_rb.quantizers.d2quant.biases import BIAS_SWITCH, biases_by_switch
 from hf_rb.quantizers.kernels.layout import Layout, unpack
 from hf_rb.quantizers.packed.layer_kinds import is_transposed
+from hf_rb.quantizers.packed.weight import SUFFIXES, PackedWeight
 from hf_rb.quantizers.ptqtp.format import row_blocks
 from hf_rb.utils.progress import tqdm
 
@@ -92,7 +93,7 @@ def dequantize_checkpoint(
         target = cast or packed.dtype
 
         def chunks() -> Iterator[Tensor]:
-            values = packed.read(name, lambda parameter, tensors: packed.quantizer.unpack(parameter, tensors, target))
+            values = packed.read(name, lambda stored: stored.dequantize(weight.layout, target))
             yield (values.mT if weight.transposed else values).contiguous().view(-1)
 
         outputs = {name: Output(target, weight.shape, chunks)}
@@ -229,12 +230,13 @@ class _PackedModel:
     def _check(self, parameters: Iterable[str]) -> None:
         names, found = self.checkpoint.entries, Counter()
         for name, weight in self.weights.items():
-            if f"{name}_scale" not in names:
-                raise ValueError(f"{self.source} has {name}, but no {name}_scale. Copy or download it again.")
+            if (scale := name + SUFFIXES["scale"]) not in names:
+                raise ValueError(f"{self.source} has {name}, but no {scale}. Copy or download it again.")
             found[weight.parameter] += math.prod(weight.shape)
         for parameter in parameters:
             if found[parameter] != (expected := math.prod(self.shapes[parameter])):
-                scales = (name.removesuffix("_scale") for name in names if name.endswith("_scale"))
+                end = SUFFIXES["scale"]
+                scales = (name.removesuffix(end) for name in names if name.endswith(end))
                 lost = [name for name in scales if name not in names and name.startswith(parameter.rpartition(".")[0])]
                 raise ValueError(
                     f"{self.source} holds {found[parameter]:,} of the {expected:,} weights of {parameter}"
@@ -242,12 +244,13 @@ class _PackedModel:
                     + ". Copy or download it again."
                 )
 
-    def read(self, name: str, function: Callable[[str, dict[str, Tensor]], Any]) -> Any:
-        """Returns what `function` makes of the parameter's name and of the stored tensors of a packed one, which it checks."""
-        entries, suffixes = self.checkpoint.entries, ("", *self.quantizer.suffixes)
-        tensors = {suffix: entries[name + suffix].read() for suffix in suffixes if name + suffix in entries}
+    def read(self, name: str, function: Callable[[PackedWeight], Tensor]) -> Tensor:
+        """Returns what `function` makes of a packed weight of the files, which is checked and in the form of memory."""
+        entries, names = self.checkpoint.entries, [name + suffix for suffix in ("", *self.quantizer.suffixes)]
+        tensors = {one: entries[one].read() for one in names if one in entries}
         try:
-            return function(self.weights[name].parameter, tensors)
+            stored = PackedWeight.collect(name, tensors.get)
+            return function(self.quantizer.restore(self.weights[name].parameter, stored))
         except ValueError as error:
             raise ValueError(f"{name}{getattr(error, 'suffix', '')}: {error}") from error
 
@@ -303,7 +306,7 @@ class _PackedModel:
         module = name.removesuffix(".weight")
 
         def qweight() -> Iterator[Tensor]:
-            packed = self.read(name, self.quantizer.restore)[""]
+            packed = self.read(name, lambda stored: stored.packed)
             words = torch.empty(columns // CODES_PER_WORD, rows, dtype=torch.int32)
             for block in row_blocks(rows, columns):
                 (codes,) = unpack(packed[block], weight.layout)  # 3 (t_1 + 1) + (t_2 + 1) = c + 4
@@ -311,7 +314,7 @@ class _PackedModel:
             yield words.view(-1)
 
         def scales() -> Iterator[Tensor]:
-            yield self.read(name, self.quantizer.restore)["_scale"][..., 1].T.contiguous().view(-1)
+            yield self.read(name, lambda stored: stored.scale)[..., 1].T.contiguous().view(-1)
 
         zeros = _pack_words(torch.full((CODES_PER_WORD, 1), ZERO_POINT - 1, dtype=torch.int32))
         group = torch.arange(columns, dtype=torch.int32) // self.config.group_size

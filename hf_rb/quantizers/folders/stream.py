@@ -1,9 +1,9 @@
 """Quantizes a checkpoint tensor by tensor, without building the model: memory for one tensor, and a run that can be resumed.
 
 The model exists on the meta device only. Its quantizer decides there what is quantized, and transformers' own renaming says
-which parameter a tensor of the files belongs to; the work on one matrix is `quantizer.quantize_tensor(parameter, module, matrix)`,
-which returns the stored tensors by the suffix of their name. A method whose tensors depend on one another may read those of another
-parameter for that ([`Place`]).
+which parameter a tensor of the files belongs to; the work on one matrix is `quantizer.quantize_tensor(parameter, module, matrix, place)`,
+which returns the stored tensors. A method whose tensors depend on one another may read those of another parameter for that
+([`~hf_rb.quantizers.loading.quantizer.Place`]).
 
 Beside the destination lies the unfinished work, `.NAME.partial`:
 
@@ -20,7 +20,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -43,11 +43,13 @@ from hf_rb.io.safetensors import Checkpoint, Entry, Output, read_header, standar
 from hf_rb.io.weight_files import weight_bytes
 from hf_rb.quantizers.folders.quantize import complete_folder, open_source
 from hf_rb.quantizers.loading.conversion import moves_rows
+from hf_rb.quantizers.loading.quantizer import Place
 from hf_rb.quantizers.packed.report import LayerReport, Report
+from hf_rb.quantizers.packed.weight import PackedWeight
 from hf_rb.utils.progress import tqdm
 
 
-__all__ = ["Place", "quantize_checkpoint"]
+__all__ = ["quantize_checkpoint"]
 
 logger = logging.get_logger(__name__)
 
@@ -100,7 +102,7 @@ def quantize_checkpoint(
     folder, destination, config = open_source(source, destination, config, subfolder)
     destination = destination.resolve()
     checkpoint = Checkpoint(folder, variant)
-    plan = _Plan(folder, checkpoint, config, dtype)
+    streamed = _StreamedModel(folder, checkpoint, config, dtype)
     work = partial_folder(destination)
     if not (work / STATE).is_file():
         shutil.rmtree(work, ignore_errors=True)  # a run that had ended was killed while it cleaned up
@@ -111,33 +113,17 @@ def quantize_checkpoint(
     }
     with unfinished(work, state, resume, logger):
         result = work / "model"
-        if plan.is_done(work) and not result.exists():  # it was killed after the result had got its name
+        if streamed.is_done(work) and not result.exists():  # it was killed after the result had got its name
             size = model_size(destination)
         else:
             check_replaceable(destination, overwrite)
-            plan.write(work, progress)
+            streamed.write(work, progress)
             size = complete_folder(result, folder, source, destination.name, config)
             publish_folder(result, destination, overwrite)
-        report = plan.report(work)
+        report = streamed.report(work)
         finish(work)
     report.set_size(size, weight_bytes(folder, variant))
     return report
-
-
-@dataclass(frozen=True)
-class Place:
-    """
-    Where in its parameter a matrix belongs.
-
-    Attributes:
-        expert (`int`, *optional*): Number of the expert.
-        first (`int`): First of its rows.
-        read (`Callable[[str], torch.Tensor]`): Returns what belongs there of another parameter, `(out, in)`.
-    """
-
-    expert: int | None
-    first: int
-    read: Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -158,8 +144,8 @@ class _Job:
         return int(numbers[-1]) if len(numbers) > len(re.findall(r"(?<=\.)\d+(?=\.)", self.parameter)) else None
 
 
-class _Plan:
-    """What happens to every tensor of a checkpoint, and the doing of it."""
+class _StreamedModel:
+    """Plans what happens to each tensor of a checkpoint, and carries the plan out."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, config: QuantizationConfigMixin, dtype: str):
         self.quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
@@ -274,7 +260,7 @@ class _Plan:
                 tensors = self._quantize(job)
             except ValueError as error:
                 raise ValueError(f"{job.name}: {error}") from error
-            outputs |= {job.name + suffix: Output.of(tensor) for suffix, tensor in tensors.items()}
+            outputs |= {name: Output.of(tensor) for name, tensor in tensors.items()}
             bar.update(job.entry.nbytes)
         metadata = {
             "report": json.dumps({"layers": [asdict(one) for one in report.layers], "seconds": report.seconds})
@@ -282,13 +268,15 @@ class _Plan:
         write_tensors(path, outputs, metadata)
 
     def _quantize(self, job: _Job) -> dict[str, Tensor]:
-        """Returns the stored tensors by the suffix that their names get."""
+        """Returns the stored tensors by name."""
         module = self.model.get_submodule(job.parameter.rpartition(".")[0])
         if len(job.entry.shape) < 3:
             place = Place(job.expert, job.part * job.entry.shape[0], lambda other: self._read(other, job.expert))
-            matrix = job.entry.read().to(job.dtype)
-            matrix = matrix.T if matrix.ndim == 2 and module.is_transposed else matrix
-            return self.quantizer.quantize_tensor(job.parameter, module, matrix, place)
+            tensor = job.entry.read().to(job.dtype)
+            if tensor.ndim == 1:
+                return {job.name: self.quantizer.scale_bias(job.parameter, tensor, place)}
+            matrix = tensor.T if module.is_transposed else tensor
+            return self.quantizer.quantize_tensor(job.parameter, module, matrix, place).named(job.name)
         # The experts of a layer in one tensor, (experts, out, in) or (experts, in, out).
         experts = []
         for index in range(job.entry.shape[0]):
@@ -296,7 +284,7 @@ class _Plan:
             matrix = matrix.T if module.is_transposed else matrix
             place = Place(index, 0, lambda other, index=index: self._read(other, index))
             experts.append(self.quantizer.quantize_tensor(job.parameter, module, matrix, place))
-        return {suffix: torch.stack([expert[suffix] for expert in experts]) for suffix in experts[0]}
+        return PackedWeight.join(experts, torch.stack).named(job.name)
 
     def _read(self, parameter: str, expert: int | None) -> Tensor:
         """Returns the matrix of another parameter, or that of one of its experts."""

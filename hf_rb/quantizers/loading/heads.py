@@ -5,11 +5,13 @@ is one is seen from where it stands: outside the base model, or behind the last 
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_rb.quantizers.packed.layer_kinds import LINEAR
+from hf_rb.quantizers.packed.weight import SUFFIXES
 from hf_rb.utils import compat
 
 
@@ -52,13 +54,13 @@ def _has_layers(module: nn.Module) -> bool:
     )
 
 
-def packed_parameters(model: PreTrainedModel, files: Iterable[str]) -> set[str]:
+def packed_parameters(model: PreTrainedModel, files: Iterable[str | Path]) -> set[str]:
     """Returns the parameters of a model that the files of a quantized checkpoint hold in packed form."""
     from hf_rb.io.parameter_names import ParameterNames  # most checkpoints have no layers in doubt
 
     find, found = ParameterNames(model), set()
     for file in files:
         for name in compat.load_state_dict(file, map_location="meta"):
-            if name.endswith("_scale"):
-                found.update(find(name.removesuffix("_scale"))[0])
+            if name.endswith(SUFFIXES["scale"]):
+                found.update(find(name.removesuffix(SUFFIXES["scale"]))[0])
     return found

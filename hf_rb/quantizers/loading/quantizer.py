@@ -4,48 +4,85 @@ A layer holds the bytes that the kernels read. A file has the tensors of its met
 the model's own checkpoints: `experts.3.gate_proj.weight`, with its scales as `experts.3.gate_proj.weight_scale`. Loading and
 `save_pretrained` go from one to the other; a state dict is what is in memory.
 
-The tensors of one weight are passed around as a dict by the suffix of their names: `""` are the packed bytes, `"_scale"` the
-scales, and so on, of memory or of a file.
+Two paths lead through a quantizer, and on both each weight is a [`~hf_rb.quantizers.packed.weight.PackedWeight`].
+
+**Loading**, `from_pretrained`. The loader of transformers calls, in this order:
+
+    preprocess_model                        chooses what is packed (`selection.py`), puts packed modules in its place
+                                            (`pack_module`)
+    update_weight_conversions               gives the loader conversions of ours (`conversion.py`), which call for each
+        quantize_matrix (`solve`), or       weight of a file that is not quantized
+        restore (`from_file`)               weight of a file that is
+    _process_model_after_weight_loading     refuses a model in which something is missing (`arrivals.py`)
+    get_state_dict_and_metadata (`to_file`) when the model is saved
+
+**Streaming**, `folders/stream.py`, which has no loader and the model on the meta device only:
+
+    preprocess_model, prepare_streaming     as above; what a method has to know of the whole model
+    streams                                 whether a tensor of the files is quantized, and then
+        quantize_tensor                     what is stored instead (`quantize_matrix`, `to_file`)
+
+`folders/gptq.py` reads a quantized folder with `preprocess_model` and `restore`.
 """
 
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
-from hf_rb.quantizers import kernels
 from hf_rb.quantizers.allocation.allocate import allocate_layers
 from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.kernels.layout import Layout
+from hf_rb.quantizers.loading.arrivals import Arrivals
 from hf_rb.quantizers.loading.conversion import Conversions
 from hf_rb.quantizers.loading.mpi import refuse_mpi
-from hf_rb.quantizers.loading.selection import nothing_to_pack, packable
+from hf_rb.quantizers.loading.selection import select
 from hf_rb.quantizers.packed.baseline import rtn
 from hf_rb.quantizers.packed.layer_kinds import is_transposed
 from hf_rb.quantizers.packed.linear import PackedModule
 from hf_rb.quantizers.packed.report import LayerReport, Report
+from hf_rb.quantizers.packed.weight import SUFFIXES, PackedWeight
 from hf_rb.utils import compat
 from hf_rb.utils.import_hooks import require
 
 
-if TYPE_CHECKING:
-    from hf_rb.quantizers.folders.stream import Place
-
-__all__ = ["DamagedTensor", "PackingQuantizer"]
-
-Tensors = dict[str, Tensor]
+__all__ = ["PackingQuantizer", "Place", "Solved"]
 
 
-class DamagedTensor(ValueError):
-    """Says what is wrong with a tensor of a file, whose name ends in `suffix`."""
+class Solved(NamedTuple):
+    """
+    A quantized matrix.
 
-    def __init__(self, message: str, suffix: str = ""):
-        super().__init__(message)
-        self.suffix = suffix
+    Attributes:
+        weight ([`~hf_rb.quantizers.packed.weight.PackedWeight`]): What it is in memory.
+        relative_error (`float`): Frobenius norm of what is lost over that of the matrix.
+        resolved (`bool`): Whether it was solved a second time.
+    """
+
+    weight: PackedWeight
+    relative_error: float
+    resolved: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """
+    Where in its parameter a matrix of a file belongs.
+
+    Attributes:
+        expert (`int`, *optional*): Number of the expert.
+        first (`int`): First of its rows.
+        read (`Callable[[str], torch.Tensor]`): Returns what belongs there of another parameter, `(out, in)`.
+    """
+
+    expert: int | None
+    first: int
+    read: Callable[[str], Tensor]
 
 
 class PackingQuantizer(HfQuantizer):
@@ -56,7 +93,8 @@ class PackingQuantizer(HfQuantizer):
     the tensors of a file differ from those in memory.
 
     Attributes:
-        suffixes (`tuple[str, ...]`): Suffixes of the tensors that a file may have beside the packed ones.
+        beside (`tuple[str, ...]`): The tensors that a file may have beside the packed ones, attributes of
+            [`~hf_rb.quantizers.packed.weight.PackedWeight`].
         per_layer (`str`): The field of the config that sets something for layers by name.
         report ([`~hf_rb.quantizers.Report`]):
             After quantizing: error, solver statistics and what was skipped. The model keeps it as
@@ -64,16 +102,15 @@ class PackingQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
-    suffixes: tuple[str, ...] = ("_scale",)
+    beside: tuple[str, ...] = ("scale",)
     per_layer: str
     quantization_config: PackedConfig
 
     def __init__(self, quantization_config: PackedConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)
         self.report = Report(method=quantization_config.quant_method)
-        self.failures: list[str] = []
         self.layouts: dict[str, Layout] = {}  # by the full name of a packed parameter
-        self.missing: set[str] = set()
+        self.arrivals = Arrivals()
         self.checkpoint_files: list[str] | None = None
         self.unpacked: set[str] = set()  # layers that a file has packed and the model cannot have so
         if quantization_config.dequantize and not self.pre_quantized:
@@ -89,16 +126,30 @@ class PackingQuantizer(HfQuantizer):
         """Returns the stand-in for a linear layer or fused experts, some `weights` of which are packed."""
 
     @abstractmethod
-    def solve(self, layout: Layout, matrix: Tensor) -> tuple[Tensors, float, bool]:
-        """Returns what a matrix is in memory, its relative error, and whether it was solved a second time."""
+    def solve(self, layout: Layout, matrix: Tensor) -> Solved:
+        """Quantizes a matrix."""
 
     @abstractmethod
-    def to_file(self, layout: Layout, tensors: Tensors) -> Tensors:
+    def to_file(self, layout: Layout, weight: PackedWeight) -> PackedWeight:
         """Returns what a file holds of a weight in memory."""
 
     @abstractmethod
-    def from_file(self, layout: Layout, tensors: Tensors, name: str) -> Tensors:
-        """Inverse of [`~PackingQuantizer.to_file`] for the parameter `name`, which checks every tensor: [`DamagedTensor`]."""
+    def from_file(self, layout: Layout, stored: PackedWeight, parameter: str) -> PackedWeight:
+        """
+        Inverse of [`~PackingQuantizer.to_file`], which checks every tensor.
+
+        Raises:
+            DamagedTensor: A tensor is none that this method writes.
+        """
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of the tensors that a file may have beside the packed ones."""
+        return tuple(SUFFIXES[part] for part in self.beside)
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        return {"weight": [f"weight{suffix}" for suffix in ("", *self.suffixes)]}
 
     # What is quantized.
 
@@ -119,21 +170,27 @@ class PackingQuantizer(HfQuantizer):
                 f"{self.quantization_config.method} layers cannot be split over devices: leave out `distributed_config` and "
                 "`tp_plan`."
             )
-        for name, module, weights in list(packable(model, self)):
+        for name, module, weights in self.choose(model):
             packed = self.pack_module(name, module, weights)
             self.layouts |= {f"{name}.{parameter}": layout for parameter, layout in packed.layouts.items()}
             if self.pre_quantized:
-                self.missing |= {
-                    f"{name}.{weight}{suffix}" for weight in weights for suffix in ("", *packed.companions(weight))
-                }
+                for weight in weights:
+                    self.arrivals.missing.update(packed.packed_weight(weight).named(f"{name}.{weight}"))
             if not self.quantization_config.dequantize and name not in self.unpacked:
                 packed._is_hf_initialized = True  # bytes cannot be initialized; what is missing is reported
                 model.set_submodule(name, packed)
-        if not self.layouts:
-            raise ValueError(nothing_to_pack(model, self))
         if not self.pre_quantized:
-            self.missing = set(self.layouts)
+            self.arrivals.missing = set(self.layouts)
         return model
+
+    def choose(self, model: nn.Module) -> list[tuple[str, nn.Module, list[str]]]:
+        """Returns what is packed, linear layers and fused experts with the names of their weights, and notes what is not."""
+        found = select(model, self.quantization_config, self.per_layer, self.pre_quantized, self.checkpoint_files)
+        self.quantization_config, self.report.readers = found.config, found.readers
+        self.report.skipped += found.skipped
+        if self.pre_quantized:
+            self.unpacked = set(found.readers)
+        return found.packed
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
         module, name = _owner(model, param_name)
@@ -146,9 +203,7 @@ class PackingQuantizer(HfQuantizer):
         """Whether a parameter is given to `quantize_tensor`, in pieces as a file has them."""
         return self.param_needs_quantization(model, name)
 
-    def quantize_tensor(
-        self, parameter: str, module: PackedModule, matrix: Tensor, place: "Place | None" = None
-    ) -> Tensors:
+    def quantize_tensor(self, parameter: str, module: PackedModule, matrix: Tensor, place: Place) -> PackedWeight:
         """
         Quantizes a weight matrix for a file and adds it to the report.
 
@@ -159,32 +214,37 @@ class PackingQuantizer(HfQuantizer):
                 Module that has the parameter.
             matrix (`torch.Tensor`):
                 Weights `(out, in)` of the layer or of one expert, or of one half of an expert's `gate_up_proj`.
-            place ([`~hf_rb.quantizers.folders.stream.Place`], *optional*):
+            place ([`Place`]):
                 Where in its parameter the matrix belongs, and a way to others.
 
         Returns:
-            `dict[str, torch.Tensor]`: The stored tensors by what follows the name of the parameter: the packed bytes under
-            `""`, the scales under `"_scale"`.
+            [`~hf_rb.quantizers.packed.weight.PackedWeight`]: What the file gets.
 
         Raises:
             ValueError: The matrix has a NaN, an infinite value or another width.
         """
-        layout = module.layouts[parameter.rpartition(".")[2]]
-        return self.to_file(layout, self._solve(parameter, module, matrix))
+        return self.to_file(
+            module.layouts[parameter.rpartition(".")[2]], self.quantize_matrix(parameter, module, matrix)
+        )
 
-    def _solve(self, parameter: str, module: PackedModule, matrix: Tensor) -> Tensors:
+    def scale_bias(self, parameter: str, bias: Tensor, place: Place) -> Tensor:
+        """Returns what a file gets for a bias, where [`~PackingQuantizer.streams`] is true of one."""
+        return bias
+
+    def quantize_matrix(self, parameter: str, module: PackedModule, matrix: Tensor) -> PackedWeight:
+        """Quantizes a weight matrix for memory and adds it to the report; arguments and errors as for `quantize_tensor`."""
         weight = parameter.rpartition(".")[2]
         layout = module.layouts[weight]
         if matrix.shape[-1] != layout.in_features:
             raise ValueError(f"The weight has {matrix.shape[-1]} columns, expected {layout.in_features}.")
 
-        def solve(block: Tensor) -> Tensors:
+        def solve(block: Tensor) -> PackedWeight:
             start = time.perf_counter()
-            tensors, error, resolved = self.solve(layout, block)
+            packed, error, resolved = self.solve(layout, block)
             seconds = time.perf_counter() - start
             name = parameter.removesuffix(".weight")
             self.report.add(LayerReport(name, block.numel(), error, resolved, *rtn(block)), seconds)
-            return tensors
+            return packed
 
         return _by_block(module, weight, matrix, solve)
 
@@ -199,64 +259,17 @@ class PackingQuantizer(HfQuantizer):
         return None if packed else super().get_new_dtype(converter, param, dtype)
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
-        self.conversions = Conversions(self, weight_conversions)
+        self.conversions = Conversions(self, weight_conversions, self.arrivals)
         return self.conversions.loading
 
-    def packs(self, model: nn.Module, name: str) -> bool:
-        """Whether a parameter is packed, or stands beside one that is."""
-        module, parameter = _owner(model, name)
-        return isinstance(module, PackedModule) and module.is_packed(parameter)
+    def restore(self, parameter: str, stored: PackedWeight) -> PackedWeight:
+        """
+        Returns in the form of memory what a checkpoint holds of a parameter, or of a part of it.
 
-    def quantize_parameter(self, model: nn.Module, name: str, tensor: Tensor) -> Tensors:
-        """Returns the parameters, by name, that the weight called `name` becomes."""
-        module, weight = _owner(model, name)
-        if weight not in getattr(module, "layouts", ()):
-            return {name: tensor}
-        expected = (*getattr(module, weight).shape[:-1], module.layouts[weight].in_features)
-        if module.is_transposed or (tensor.ndim == 3 and tensor.shape != expected):
-            tensor = tensor.mT
-        if tensor.shape != expected:
-            raise ValueError(f"The checkpoint's weight has shape {tuple(tensor.shape)}, expected {expected}.")
-        matrices = []
-        for i, matrix in enumerate(tensor if tensor.ndim == 3 else [tensor]):
-            try:
-                matrices.append(self._solve(name, module, matrix))
-            except (ValueError, MemoryError) as error:
-                raise ValueError(f"expert {i}: {error}" if tensor.ndim == 3 else str(error)) from error
-        self.found(name)
-        if tensor.ndim == 2:
-            return {name + suffix: made for suffix, made in matrices[0].items()}
-        return {name + suffix: torch.stack([made[suffix] for made in matrices]) for suffix in matrices[0]}
-
-    def restore(self, name: str, tensors: Tensors) -> Tensors:
-        """Returns in the form of memory what a checkpoint holds of the parameter `name`, or of a part of it."""
-        if "_scale" not in tensors:
-            raise DamagedTensor("not in the checkpoint.", "_scale")
-        return self.from_file(self.layouts[name], tensors, name)
-
-    def unpack(self, name: str, tensors: Tensors, dtype: torch.dtype) -> Tensor:
-        """Returns as weights what a checkpoint holds of the parameter `name`, or of a part of it."""
-        made = self.restore(name, tensors)
-        if "_column" not in made:
-            return kernels.dequantize(made[""], made["_scale"], self.layouts[name], dtype)
-        weight = kernels.dequantize(made[""], made["_scale"], self.layouts[name], torch.float32)
-        return (weight * made["_column"][..., None, :]).to(dtype)
-
-    def found(self, name: str) -> None:
-        """Notes that the parameter `name` is not missing."""
-        self.missing = {one for one in self.missing if one != name and not one.startswith(f"{name}_")}
-
-    def fail(self, model: nn.Module, name: str, error: Exception) -> Tensors:
-        """Remembers why a parameter could not be made, and returns something of its shape."""
-        # Raised in a conversion it would end up in a table of the log. It is raised when the last tensor has been seen.
-        self.failures.append(f"{name}{getattr(error, 'suffix', '')}: {error}")
-        self.found(name)
-        module, parameter = _owner(model, name)
-        beside = module.companions(parameter) if self.packs(model, name) else ()
-        return {
-            name + suffix: torch.zeros_like(model.get_parameter_or_buffer(name + suffix), device="cpu")
-            for suffix in ("", *beside)
-        }
+        Raises:
+            DamagedTensor: A tensor is none that this method writes.
+        """
+        return self.from_file(self.layouts[parameter], stored, parameter)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         packed = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, PackedModule)]
@@ -264,19 +277,11 @@ class PackingQuantizer(HfQuantizer):
             for name, parameter in module.named_parameters(recurse=False):
                 loaded = parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)
                 if not loaded and not module.is_packed(name):
-                    self.missing.add(f"{prefix}.{name}")
-        missing = sorted(self.missing)
-        if len(missing) > 1 and self.missing >= self.layouts.keys():
-            raise ValueError(
-                f"{missing[0]}: not in the checkpoint, nor are {len(missing) - 1} more of {type(model).__name__}; is it the checkpoint "
-                "of another class?"
-            )
-        self.failures += [f"{name}: not in the checkpoint." for name in missing]
-        if self.failures:
-            raise ValueError("\n".join(self.failures))
+                    self.arrivals.missing.add(f"{prefix}.{name}")
+        self.arrivals.check(model, self.layouts)
         for _, module in packed:
             for name in module.layouts:
-                for parameter in module.companions(name).values():
+                for parameter in module.packed_weight(name).parts().values():
                     parameter.requires_grad_(False)  # the loader trains whatever is floating
         used = model._weight_conversions
         self.plain_conversions = self.conversions.plain(used)
@@ -284,7 +289,7 @@ class PackingQuantizer(HfQuantizer):
         model._weight_conversions = self.plain_conversions if dequantized else self.conversions.packed(used)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[Tensors | None, dict]:
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
         modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
@@ -293,15 +298,12 @@ class PackingQuantizer(HfQuantizer):
         state = model.state_dict()
         for prefix, module in modules.items():
             for parameter, layout in module.layouts.items():
-                names = {suffix: f"{prefix}.{parameter}{suffix}" for suffix in ("", *module.companions(parameter))}
-                tensors = {
-                    suffix: compat.load_offloaded_parameter(model, name) if state[name].is_meta else state[name]
-                    for suffix, name in names.items()
-                }
-                for name in names.values():
-                    del state[name]
-                stored = self.to_file(layout, tensors)
-                state |= {f"{prefix}.{parameter}{suffix}": tensor for suffix, tensor in stored.items()}
+                name = f"{prefix}.{parameter}"
+                tensors = {one: state.pop(one) for one in module.packed_weight(parameter).named(name)}
+                for one, tensor in tensors.items():
+                    if tensor.is_meta:
+                        tensors[one] = compat.load_offloaded_parameter(model, one)
+                state |= self.to_file(layout, PackedWeight.collect(name, tensors.get)).named(name)
         return state, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -339,7 +341,9 @@ class PackingQuantizer(HfQuantizer):
         return True
 
 
-def _by_block(module: PackedModule, name: str, matrix: Tensor, function: Callable[[Tensor], Tensors]) -> Tensors:
+def _by_block(
+    module: PackedModule, name: str, matrix: Tensor, function: Callable[[Tensor], PackedWeight]
+) -> PackedWeight:
     # Most checkpoints have gate and up apart: what comes out does not depend on that, and messages name the one.
     joined = name == "gate_up_proj" and module.is_concatenated and len(matrix) == getattr(module, name).shape[-2]
     results = []
@@ -348,7 +352,7 @@ def _by_block(module: PackedModule, name: str, matrix: Tensor, function: Callabl
             results.append(function(block))
         except (ValueError, MemoryError) as error:
             raise ValueError(f"{half}: {error}" if joined else str(error)) from error
-    return {suffix: torch.cat([made[suffix] for made in results]) for suffix in results[0]} if joined else results[0]
+    return PackedWeight.join(results, torch.cat) if joined else results[0]
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

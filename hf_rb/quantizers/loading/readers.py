@@ -14,17 +14,14 @@ model's code itself leaves out for quantized models.
 
 import copy
 from collections.abc import Callable, Collection, Iterable
-from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers.utils import logging
 
+from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.loading.reads_in_forward import record
 from hf_rb.quantizers.loading.reads_in_source import scan
 
-
-if TYPE_CHECKING:
-    from hf_rb.quantizers.loading.quantizer import PackingQuantizer
 
 __all__ = ["find_readers", "note_readers"]
 
@@ -32,41 +29,45 @@ logger = logging.get_logger(__name__)
 
 
 def note_readers(
-    model: nn.Module, quantizer: "PackingQuantizer", layers: Collection[str], means: Callable[[str, str], bool]
-) -> Collection[str]:
+    model: nn.Module,
+    layers: Collection[str],
+    config: PackedConfig,
+    pre_quantized: bool,
+    means: Callable[[str, str], bool],
+) -> tuple[dict[str, str], PackedConfig]:
     """
-    Finds the layers that have readers, and notes them where the result says so: in its report and in its stored configuration.
+    Finds the layers that have readers, warns of them, and notes them in the configuration that is stored.
 
     Args:
         model (`nn.Module`):
             Model on the meta device.
-        quantizer ([`PackingQuantizer`]):
-            Gets the notes. Of a checkpoint that has such layers packed it is told to unpack them.
         layers (`Collection[str]`):
             Names of the linear layers that would be packed.
+        config ([`PackedConfig`]):
+            The configuration as given.
+        pre_quantized (`bool`):
+            Whether the files of the model are quantized. Then what has readers is packed there, and is unpacked.
         means (`Callable[[str, str], bool]`):
             Whether a pattern of `modules_to_not_convert` means a name.
 
     Returns:
-        `Collection[str]`: Names of the layers.
+        `tuple[dict[str, str], PackedConfig]`: For each layer with a reader, which function that is; and the configuration, a copy of
+        the given one if there are such layers.
     """
-    if quantizer.quantization_config.dequantize or not layers:
-        return ()
+    if config.dequantize or not layers:
+        return {}, config
     # What a checkpoint has packed was looked at when it was made; here the source tells of other versions of hf_rb and transformers.
-    readers = find_readers(model, layers, recorded=not quantizer.pre_quantized)
+    readers = find_readers(model, layers, recorded=not pre_quantized)
     if readers:
-        config = copy.copy(quantizer.quantization_config)  # the user's may serve other models
-        quantizer.quantization_config = config
+        config = copy.copy(config)  # the user's may serve other models
         patterns = _endings(readers, [name for name in layers if name not in readers], means)
         config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *patterns]
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in readers}))
         by = " and ".join(sorted(set(readers.values())))
         what = f"{len(readers)} linear layers of {type(model).__name__} ({kinds})"
-        done = f"unpacks {what}" if quantizer.pre_quantized else f"leaves {what} as they are"
+        done = f"unpacks {what}" if pre_quantized else f"leaves {what} as they are"
         logger.warning(f"{config.method} {done}, because {by} reads their weights.")
-        quantizer.unpacked = set(readers) if quantizer.pre_quantized else set()
-        quantizer.report.readers = readers
-    return readers
+    return readers, config
 
 
 def find_readers(model: nn.Module, layers: Collection[str], recorded: bool = True) -> dict[str, str]:

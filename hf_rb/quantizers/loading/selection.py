@@ -2,12 +2,15 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from hf_rb.quantizers.config import PackedConfig
@@ -18,10 +21,7 @@ from hf_rb.quantizers.packed.layer_kinds import LINEAR, is_linear_map
 from hf_rb.utils import compat
 
 
-if TYPE_CHECKING:
-    from hf_rb.quantizers.loading.quantizer import PackingQuantizer
-
-__all__ = ["nothing_to_pack", "packable", "setting"]
+__all__ = ["Selection", "select", "setting"]
 
 logger = logging.get_logger(__name__)
 
@@ -30,28 +30,69 @@ QK = ["q_proj", "k_proj"]
 Value = TypeVar("Value")
 
 
-def packable(model: nn.Module, quantizer: "PackingQuantizer") -> Iterator[tuple[str, nn.Module, list[str]]]:
-    """Yields what is to be packed: a linear layer or fused experts, and which of its weights; the report gets the rest."""
-    config, skipped = quantizer.quantization_config, quantizer.report.skipped
+@dataclass
+class Selection:
+    """
+    Which parts of a model are packed.
+
+    Attributes:
+        config ([`PackedConfig`]): The configuration that is stored: as given, or a copy that also names the layers with readers.
+        packed (`list[tuple[str, nn.Module, list[str]]]`): Linear layers and fused experts, and which of their weights.
+        skipped (`list[str]`): Linear layers and weights of experts that stay as they are.
+        readers (`dict[str, str]`): Of these the linear layers with a `weight` that other code reads, with the function that does.
+    """
+
+    config: PackedConfig
+    packed: list[tuple[str, nn.Module, list[str]]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    readers: dict[str, str] = field(default_factory=dict)
+
+
+def select(
+    model: PreTrainedModel,
+    config: PackedConfig,
+    per_layer: str,
+    pre_quantized: bool,
+    files: Sequence[str | Path] | None,
+) -> Selection:
+    """
+    Decides which parts of a model are packed.
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            Model on the meta device.
+        config ([`PackedConfig`]):
+            Names the parts that stay as they are.
+        per_layer (`str`):
+            The field of the config that sets something for layers by name.
+        pre_quantized (`bool`):
+            Whether the files of the model are quantized.
+        files (`Sequence[str | Path]`, *optional*):
+            These files. Where it is in doubt what is packed, they tell.
+
+    Raises:
+        ValueError: Nothing can be packed, or a pattern of the configuration means nothing.
+    """
+    found = Selection(config)
     modules = dict(model.named_modules())
     experts = {name: weights for name, module in modules.items() if (weights := fused_experts(name, module))}
     blocks = {name.rpartition(".")[0] for name in experts}
     weights = [f"{name}.{weight}" for name in experts for weight in experts[name]]
-    settings = getattr(config, quantizer.per_layer) or {}
+    settings = getattr(config, per_layer) or {}
     linear = [name for name, module in modules.items() if isinstance(module, LINEAR) and name not in experts]
-    if not quantizer.pre_quantized:
+    if not pre_quantized:
         patterns = [*_skips(config), *settings]
         _check_patterns(patterns, [*modules, *weights], [*linear, *experts, *weights], type(model).__name__)
-    stays, in_doubt = _stays(model, quantizer), _in_doubt(model, quantizer)
+    stays, in_doubt = _stays(model, config), _in_doubt(model, files if pre_quantized else None)
 
     def left(name: str, module: nn.Module) -> bool:
         router = name.rpartition(".")[0] in blocks or "router" in name
         return router or stays(name) or not is_linear_map(module) or in_doubt(name, module)
 
     candidates = [name for name in linear if not left(name, modules[name])]
-    read = note_readers(model, quantizer, candidates, _means)
+    found.readers, found.config = note_readers(model, candidates, config, pre_quantized, _means)
     # What is read in a packed checkpoint is loaded as it is stored, and then unpacked.
-    to_pack = {name for name in candidates if quantizer.pre_quantized or name not in read}
+    to_pack = {name for name in candidates if pre_quantized or name not in found.readers}
     unknown, packed = {}, []
     for name, module in modules.items():
         if name in experts:
@@ -59,31 +100,32 @@ def packable(model: nn.Module, quantizer: "PackingQuantizer") -> Iterator[tuple[
             if known is None and not stays(name):
                 unknown[name] = module
             chosen = [weight for weight in known or () if not stays(name) and not stays(f"{name}.{weight}")]
-            skipped += [f"{name}.{weight}" for weight in experts[name] if weight not in chosen]
+            found.skipped += [f"{name}.{weight}" for weight in experts[name] if weight not in chosen]
             if chosen:
                 packed += [name, *(f"{name}.{weight}" for weight in chosen)]
-                yield name, module, chosen
+                found.packed.append((name, module, chosen))
         elif isinstance(module, LINEAR):
             if name not in to_pack:
-                skipped.append(name)
+                found.skipped.append(name)
                 continue
             packed.append(name)
-            yield name, module, ["weight"]
-    if quantizer.pre_quantized:
-        return
-    for pattern in settings:
+            found.packed.append((name, module, ["weight"]))
+    for pattern in settings if not pre_quantized else ():
         if packed and not any(_means(pattern, name) for name in packed):
             raise ValueError(
-                f"`{quantizer.per_layer}` has {pattern!r}, which matches nothing of {type(model).__name__} that is quantized: "
+                f"`{per_layer}` has {pattern!r}, which matches nothing of {type(model).__name__} that is quantized: "
                 "leave it out, or let what it names be quantized."
             )
-    if unknown:
+    if unknown and not pre_quantized:
         weights = sum(modules[name].get_parameter(weight).numel() for name in unknown for weight in experts[name])
         kinds = ", ".join(sorted({type(module).__name__ for module in unknown.values()}))
         logger.warning(
             f"{config.method} leaves {weights / 1e6:.1f}M weights of {type(model).__name__} as they are: it does not know how "
             f"the fused experts of {kinds} are laid out."
         )
+    if not found.packed:
+        raise ValueError(_nothing_to_pack(model, config.method, len(found.skipped)))
+    return found
 
 
 def setting(by_pattern: Mapping[str, Value] | None, default: Value, *names: str) -> Value:
@@ -94,11 +136,11 @@ def setting(by_pattern: Mapping[str, Value] | None, default: Value, *names: str)
     return default
 
 
-def _stays(model: nn.Module, quantizer: "PackingQuantizer") -> Callable[[str], bool]:
+def _stays(model: PreTrainedModel, config: PackedConfig) -> Callable[[str], bool]:
     """Returns whether what has a name is to stay as it is."""
-    patterns = _skips(quantizer.quantization_config)
+    patterns = _skips(config)
     in_fp32 = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    skip = quantizer.get_modules_to_not_convert(model, None, in_fp32, add_default_skips=True)
+    skip = HfQuantizer.get_modules_to_not_convert(model, None, in_fp32, add_default_skips=True)
     inside = _language_model(model)
     return lambda name: (
         not name.startswith(inside)
@@ -107,18 +149,18 @@ def _stays(model: nn.Module, quantizer: "PackingQuantizer") -> Callable[[str], b
     )
 
 
-def _in_doubt(model: nn.Module, quantizer: "PackingQuantizer") -> Callable[[str, nn.Module], bool]:
+def _in_doubt(model: PreTrainedModel, files: Sequence[str | Path] | None) -> Callable[[str, nn.Module], bool]:
     """
     Returns whether a linear layer stays as it is for being a head, or for having been left out by an earlier version.
 
-    Earlier versions packed some heads, and no layer of a subclass: there the files of a quantized checkpoint say what is packed.
+    Earlier versions packed some heads, and no layer of a subclass: there the `files` of a quantized checkpoint say what is packed.
     """
-    inside, files, stored = heads(model), quantizer.checkpoint_files, None
+    inside, stored = heads(model), None
 
     def stays(name: str, module: nn.Module) -> bool:
         nonlocal stored
         is_head = any(f"{name}.".startswith(f"{head}.") for head in inside)
-        if not quantizer.pre_quantized or not files:
+        if not files:
             return is_head
         if not is_head and type(module) is nn.Linear:
             return False
@@ -128,11 +170,10 @@ def _in_doubt(model: nn.Module, quantizer: "PackingQuantizer") -> Callable[[str,
     return stays
 
 
-def nothing_to_pack(model: nn.Module, quantizer: "PackingQuantizer") -> str:
+def _nothing_to_pack(model: nn.Module, method: str, left: int) -> str:
     """Says why there is nothing to quantize in a model, and what it has."""
     holders = [module for module in model.modules() if any(p.ndim > 1 for p in module.parameters(recurse=False))]
     seen = Counter(type(module).__name__ for module in holders).most_common()
-    method, left = quantizer.quantization_config.method, len(quantizer.report.skipped)
     return (
         f"There is nothing to quantize in {type(model).__name__}: its weights are in {', '.join(f'{n} {kind}' for kind, n in seen)}. "
         f"{method} packs layers that compute what `nn.Linear` does, Conv1D of GPT-2 and fused experts; heads, routers and "

@@ -96,7 +96,7 @@ def base_of(module: nn.Module) -> nn.Module:
 
 def _copy(base: PackedLinear) -> PackedLinear:
     """Returns a copy on the CPU; of an offloaded layer one with other numbers."""
-    columns = getattr(base, "weight_column", None) is not None
+    columns = base.packed_weight("weight").column is not None
     sizes = base.in_features, base.out_features, base.bias is not None
     twin = PackedLinear(*sizes, base.layout, column=columns, device="cpu", dtype=torch.float32)
     for name, parameter in twin.named_parameters():

@@ -119,13 +119,13 @@ class PackedExperts(PackedModule):
         return "gate_up_proj" if self.has_gate else "up_proj"
 
     def _project(self, input: Tensor, name: str, expert: int) -> Tensor:
-        weight = getattr(self, name)[expert]
         bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
         if name not in self.layouts:
+            weight = getattr(self, name)[expert]
             return F.linear(input, weight.T if self.is_transposed else weight, bias)
-        beside = {suffix: parameter[expert] for suffix, parameter in self.companions(name).items()}
+        one = self.packed_weight(name)[expert]
         output = kernels.matmul(
-            scaled(input, beside.get("_column")), weight, beside["_scale"], self.layouts[name], bias, self.activations
+            scaled(input, one.column), one.packed, one.scale, self.layouts[name], bias, self.activations
         )
         for down, up, scaling in self.adapters.get(name, ()):
             added = F.linear(F.linear(input.to(down.dtype), down[expert]), up[expert]) * scaling
@@ -139,8 +139,8 @@ class PackedExperts(PackedModule):
         _take_over(experts, self)
         for name in self.layouts:
             weight = self.unpacked(name, dtype)
-            for suffix in self.companions(name):
-                delattr(experts, name + suffix)
+            for parameter in self.packed_weight(name).named(name).keys() - {name}:
+                delattr(experts, parameter)
             setattr(experts, name, nn.Parameter(weight.mT.contiguous() if self.is_transposed else weight))
         return experts
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_rb.quantizers import kernels
 from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.packed.layer_kinds import is_transposed
+from hf_rb.quantizers.packed.weight import SUFFIXES, PackedWeight
 from hf_rb.utils.fields import value_problem
 
 
@@ -48,57 +49,55 @@ class PackedModule(nn.Module):
         column: bool = False,
     ) -> None:
         """Adds the parameters `<name>`, `<name>_scale` and, if asked for, `<name>_column` `(*rows[:-1], in_features)`."""
-        self._freeze(name, torch.empty(*rows, layout.row_bytes, dtype=torch.uint8, device=device))
-        scale = torch.empty(*rows, layout.groups, layout.num_scales, dtype=torch.float16, device=device)
-        self._freeze(f"{name}_scale", scale)
+        weight = PackedWeight(
+            torch.empty(*rows, layout.row_bytes, dtype=torch.uint8, device=device),
+            torch.empty(*rows, layout.groups, layout.num_scales, dtype=torch.float16, device=device),
+        )
         if column:
-            self._freeze(f"{name}_column", torch.empty(*rows[:-1], layout.in_features, device=device))
+            weight.column = torch.empty(*rows[:-1], layout.in_features, device=device)
+        self.set_packed(name, weight)
 
-    def _freeze(self, name: str, tensor: Tensor) -> None:
-        setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+    def set_packed(self, name: str, weight: PackedWeight) -> None:
+        """Makes frozen parameters of a packed weight."""
+        for parameter, tensor in weight.named(name).items():
+            setattr(self, parameter, nn.Parameter(tensor, requires_grad=False))
 
-    def companions(self, name: str) -> dict[str, nn.Parameter]:
-        """Returns what stands beside a packed parameter, by the suffix of its name."""
-        own = {suffix: getattr(self, name + suffix, None) for suffix in ("_scale", "_column")}
-        return {suffix: parameter for suffix, parameter in own.items() if parameter is not None}
+    def packed_weight(self, name: str) -> PackedWeight:
+        """Returns a packed parameter with those that stand beside it."""
+        scale, column = name + SUFFIXES["scale"], name + SUFFIXES["column"]
+        return PackedWeight(getattr(self, name), getattr(self, scale), getattr(self, column, None))
 
-    def is_packed(self, name: str) -> bool:
+    def is_packed(self, parameter: str) -> bool:
         """Whether a parameter is packed, or stands beside one that is."""
-        return any(name.removesuffix(suffix) in self.layouts for suffix in ("_scale", "_column"))
+        return any(parameter in self.packed_weight(name).named(name) for name in self.layouts)
 
     def unpacked(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the weights `(*rows, in_features)` of a packed parameter."""
-        packed, beside = getattr(self, name), self.companions(name)
-        if "_column" not in beside:
-            return kernels.dequantize(packed, beside["_scale"], self.layouts[name], dtype)
-        weight = kernels.dequantize(packed, beside["_scale"], self.layouts[name], torch.float32)
-        return (weight * beside["_column"][..., None, :]).to(dtype)
+        return self.packed_weight(name).dequantize(self.layouts[name], dtype)
 
     def uncounted(self, only_trainable: bool = False) -> int:
         """Returns how many more weights this module stands for than its packed parameters have elements."""
         number = 0
         for name, layout in self.layouts.items():
-            packed = getattr(self, name)
-            held = [
-                one for one in (packed, *self.companions(name).values()) if one.requires_grad or not only_trainable
-            ]
-            number -= sum(one.numel() for one in held)
-            number += 0 if only_trainable else packed.shape[:-1].numel() * layout.in_features
+            weight = self.packed_weight(name)
+            number -= sum(one.numel() for one in weight.parts().values() if one.requires_grad or not only_trainable)
+            number += 0 if only_trainable else weight.packed.shape[:-1].numel() * layout.in_features
         return number
 
     def restore_scales(self) -> None:
         """Makes the scales float16 again, which `prepare_model_for_kbit_training` of PEFT casts to float32."""
         for name in self.layouts:
-            scale = getattr(self, f"{name}_scale")
+            scale = getattr(self, name + SUFFIXES["scale"])
             if scale.dtype is not torch.float16:
                 scale.data = scale.data.half()
 
     def _apply(self, fn, recurse: bool = True):
         # `model.to(torch.bfloat16)` means the activations: scales rounded once more would be another model.
         before = {
-            name + suffix: parameter.data
+            parameter: tensor.data
             for name in self.layouts
-            for suffix, parameter in self.companions(name).items()
+            for parameter, tensor in self.packed_weight(name).named(name).items()
+            if parameter != name
         }
         super()._apply(fn, recurse)
         for name, values in before.items():

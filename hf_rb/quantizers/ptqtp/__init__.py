@@ -7,9 +7,8 @@ from hf_rb.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_rb.quantizers.ptqtp.config import PTQTPConfig
-    from hf_rb.quantizers.ptqtp.experts import PTQTPExperts
     from hf_rb.quantizers.ptqtp.format import TritPlanes
-    from hf_rb.quantizers.ptqtp.linear import PTQTPLinear
+    from hf_rb.quantizers.ptqtp.layers import PTQTPExperts, PTQTPLinear
     from hf_rb.quantizers.ptqtp.quantizer import PTQTPQuantizer
     from hf_rb.quantizers.ptqtp.solver import solve
 

@@ -1,16 +1,18 @@
 """PTQTP as a quantization backend of `from_pretrained(..., quantization_config=PTQTPConfig())`."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from hf_rb.quantizers.kernels.layout import Layout
-from hf_rb.quantizers.loading.quantizer import DamagedTensor, PackingQuantizer
+from hf_rb.quantizers.loading.quantizer import PackingQuantizer, Solved
 from hf_rb.quantizers.loading.selection import setting
 from hf_rb.quantizers.packed.layer_kinds import LINEAR, features
 from hf_rb.quantizers.packed.linear import PackedModule
+from hf_rb.quantizers.packed.weight import DamagedTensor, PackedWeight
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
-from hf_rb.quantizers.ptqtp.experts import PTQTPExperts
 from hf_rb.quantizers.ptqtp.format import check_scales, repack
-from hf_rb.quantizers.ptqtp.linear import PTQTPLinear
+from hf_rb.quantizers.ptqtp.layers import PTQTPExperts, PTQTPLinear
 from hf_rb.quantizers.ptqtp.solver import quantize_matrix
 
 
@@ -20,7 +22,6 @@ __all__ = ["PTQTPQuantizer"]
 class PTQTPQuantizer(PackingQuantizer):
     """Quantizes a model to trit-planes while it loads, or loads one that is quantized already."""
 
-    serialized_names = {"weight": ["weight", "weight_scale"]}
     per_layer = "planes_per_layer"
     quantization_config: PTQTPConfig
 
@@ -35,7 +36,7 @@ class PTQTPQuantizer(PackingQuantizer):
     def _planes(self, *names: str) -> int:
         return setting(self.quantization_config.planes_per_layer, self.quantization_config.planes, *names)
 
-    def solve(self, layout: Layout, matrix: Tensor) -> tuple[dict[str, Tensor], float, bool]:
+    def solve(self, layout: Layout, matrix: Tensor) -> Solved:
         config = self.quantization_config
         packed, scale, error, resolved = quantize_matrix(
             matrix,
@@ -47,15 +48,14 @@ class PTQTPQuantizer(PackingQuantizer):
             scale_mode=config.scale_mode,
             multistart=config.multistart,
         )
-        return {"": packed, "_scale": scale}, error, resolved
+        return Solved(PackedWeight(packed, scale), error, resolved)
 
-    def to_file(self, layout: Layout, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors | {"": repack(tensors[""], layout, "nibble", self.quantization_config.packing)}
+    def to_file(self, layout: Layout, weight: PackedWeight) -> PackedWeight:
+        return replace(weight, packed=repack(weight.packed, layout, "nibble", self.quantization_config.packing))
 
-    def from_file(self, layout: Layout, tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-        packed, scale = tensors[""], tensors["_scale"]
+    def from_file(self, layout: Layout, stored: PackedWeight, parameter: str) -> PackedWeight:
         try:
-            check_scales(scale, (*packed.shape[:-1], layout.groups, layout.num_scales))
+            check_scales(stored.scale, (*stored.packed.shape[:-1], layout.groups, layout.num_scales))
         except ValueError as error:
-            raise DamagedTensor(str(error), "_scale") from error
-        return {"": repack(packed, layout, self.quantization_config.packing, "nibble"), "_scale": scale}
+            raise DamagedTensor(str(error), "scale") from error
+        return PackedWeight(repack(stored.packed, layout, self.quantization_config.packing, "nibble"), stored.scale)

@@ -22,7 +22,7 @@ typedef struct {
     double start[4][MAX_PLANES];          /* shares of the largest sum of scales */
     double direction[MAX_PLANES];         /* of tied scales */
     double reach, tol, ridge_init, ridge_max, kappa_threshold;
-} Rule;
+} Options;
 
 /* Sorted weights and their prefix sums, `LANES` apart; the sums of |w| and of w^2. */
 typedef struct {
@@ -204,28 +204,28 @@ INLINE double solve_small(double g[MAX_PLANES][MAX_PLANES], const double *b, dou
     return sqrt(norm * inverse_norm) / fabs(determinant);
 }
 
-INLINE void guarded_solve(double g[MAX_PLANES][MAX_PLANES], const double *b, double *ridge, const Rule *rule,
+INLINE void guarded_solve(double g[MAX_PLANES][MAX_PLANES], const double *b, double *ridge, const Options *options,
                           const int planes, double *a) {
     double kappa = solve_small(g, b, *ridge, planes, a);
-    if (kappa >= rule->kappa_threshold) {
-        *ridge = fmin(*ridge * sqrt(kappa / rule->kappa_threshold), rule->ridge_max);
+    if (kappa >= options->kappa_threshold) {
+        *ridge = fmin(*ridge * sqrt(kappa / options->kappa_threshold), options->ridge_max);
         solve_small(g, b, *ridge, planes, a);
     }
 }
 
-INLINE void ridge_step(double gram[MAX_PLANES][MAX_PLANES], const double *target, double *ridge, const Rule *rule,
+INLINE void ridge_step(double gram[MAX_PLANES][MAX_PLANES], const double *target, double *ridge, const Options *options,
                        const int planes, double *scale) {
-    if (!rule->tied) {
-        guarded_solve(gram, target, ridge, rule, planes, scale);
+    if (!options->tied) {
+        guarded_solve(gram, target, ridge, options, planes, scale);
         return;
     }
     double along[MAX_PLANES][MAX_PLANES] = {{0}}, b = 0, a;
     for (int k = 0; k < planes; k++) {
-        b += target[k] * rule->direction[k];
-        for (int l = 0; l < planes; l++) along[0][0] += gram[k][l] * rule->direction[k] * rule->direction[l];
+        b += target[k] * options->direction[k];
+        for (int l = 0; l < planes; l++) along[0][0] += gram[k][l] * options->direction[k] * options->direction[l];
     }
-    guarded_solve(along, &b, ridge, rule, 1, &a);
-    for (int k = 0; k < planes; k++) scale[k] = a * rule->direction[k];
+    guarded_solve(along, &b, ridge, options, 1, &a);
+    for (int k = 0; k < planes; k++) scale[k] = a * options->direction[k];
 }
 
 /* ------------------------------------------------------------------ one group */
@@ -237,40 +237,40 @@ INLINE double norm_of(const double *a, const double *b, int planes) {
 }
 
 /* Alternates the two steps from where `scale`, `gram` and `target` stand. */
-INLINE void alternate(Group group, const Rule *rule, const int planes, int *order, double gram[MAX_PLANES][MAX_PLANES],
+INLINE void alternate(Group group, const Options *options, const int planes, int *order, double gram[MAX_PLANES][MAX_PLANES],
                       double *target, double *scale) {
     static const double zero[MAX_PLANES] = {0};
-    double ridge = rule->ridge_init, next[MAX_PLANES];
-    for (int step = 0; step < rule->max_iter; step++) {
-        ridge_step(gram, target, &ridge, rule, planes, next);
+    double ridge = options->ridge_init, next[MAX_PLANES];
+    for (int step = 0; step < options->max_iter; step++) {
+        ridge_step(gram, target, &ridge, options, planes, next);
         double moved = norm_of(next, scale, planes);
         memcpy(scale, next, sizeof next);
-        double limit = rule->relative ? rule->tol * norm_of(next, zero, planes) : rule->tol;
+        double limit = options->relative ? options->tol * norm_of(next, zero, planes) : options->tol;
         if (!(moved >= limit && moved > 0)) break;
-        if (step + 1 < rule->max_iter) trit_sums(group, scale, planes, order, gram, target);
+        if (step + 1 < options->max_iter) trit_sums(group, scale, planes, order, gram, target);
     }
 }
 
-INLINE void fit_group(Group group, const Rule *rule, const int planes, double *best) {
+INLINE void fit_group(Group group, const Options *options, const int planes, double *best) {
     int order[MAX_CODES];
     double gram[MAX_PLANES][MAX_PLANES], target[MAX_PLANES], best_loss = 0;
     for (int c = 0; c < MAX_CODES; c++) order[c] = c;
-    int runs = rule->paper_start + rule->starts;
+    int runs = options->paper_start + options->starts;
     for (int run = 0; run < runs; run++) {
         double scale[MAX_PLANES] = {1, 1, 1};
-        if (run < rule->paper_start) {
+        if (run < options->paper_start) {
             for (int k = 0; k < planes; k++) {
                 target[k] = group.total;
                 for (int l = 0; l < planes; l++) gram[k][l] = group.length;
             }
         } else {
             double largest = fmax(-group.sorted[0], group.sorted[(group.length - 1) * LANES]);
-            double top = fmin(rule->reach * sqrt(group.squares / group.length), largest);
+            double top = fmin(options->reach * sqrt(group.squares / group.length), largest);
             for (int k = 0; k < planes; k++) /* in float32, so that sums that should coincide do */
-                scale[k] = (float)(rule->start[run - rule->paper_start][k] * top);
+                scale[k] = (float)(options->start[run - options->paper_start][k] * top);
             trit_sums(group, scale, planes, order, gram, target);
         }
-        alternate(group, rule, planes, order, gram, target, scale);
+        alternate(group, options, planes, order, gram, target, scale);
         double loss = 0;
         if (runs > 1) {
             trit_sums(group, scale, planes, order, gram, target);
@@ -313,7 +313,7 @@ static int load_lanes(const float *weight, int64_t columns, int64_t start, int64
 
 /* Canonical scales `(rows, groups, planes)` of weights `(rows, columns)`. Returns 0; 1 if a weight is not finite, 2 without
    memory. */
-int hf_rb_fit(const float *weight, int64_t rows, int64_t columns, int64_t group_size, const Rule *rule, int threads,
+int hf_rb_fit(const float *weight, int64_t rows, int64_t columns, int64_t group_size, const Options *options, int threads,
               double *scales) {
     int64_t full = columns / group_size, all = (columns + group_size - 1) / group_size, longest = full ? group_size : columns;
     int failed = 0;
@@ -340,10 +340,10 @@ int hf_rb_fit(const float *weight, int64_t rows, int64_t columns, int64_t group_
                     int64_t index = first + lane, place = index / groups * all + (tail ? full : index % groups);
                     Group group = {sorted + lane, prefix + lane, length, absolute[lane], squares[lane]};
                     double scale[MAX_PLANES] = {0};
-                    if (rule->planes == 1) fit_group(group, rule, 1, scale);
-                    else if (rule->planes == 2) fit_group(group, rule, 2, scale);
-                    else fit_group(group, rule, 3, scale);
-                    memcpy(scales + place * rule->planes, scale, rule->planes * sizeof(double));
+                    if (options->planes == 1) fit_group(group, options, 1, scale);
+                    else if (options->planes == 2) fit_group(group, options, 2, scale);
+                    else fit_group(group, options, 3, scale);
+                    memcpy(scales + place * options->planes, scale, options->planes * sizeof(double));
                 }
             }
         }

@@ -5,16 +5,13 @@ from collections.abc import Iterator
 from ctypes import POINTER, c_double, c_float, c_int, c_int8, c_int32, c_int64, c_uint8
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hf_rb.io import native
+from hf_rb.quantizers.ptqtp.options import SolverOptions
 
-
-if TYPE_CHECKING:
-    from hf_rb.quantizers.ptqtp.solver import Rule
 
 __all__ = ["Solver", "solver"]
 
@@ -36,7 +33,7 @@ def _solver(library: ctypes.CDLL | None) -> "Solver | None":
     return Solver(library) if library else None
 
 
-class _Rule(ctypes.Structure):
+class _Options(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("planes", "starts", "tied", "max_iter", "relative", "paper_start")),
         ("start", c_double * 3 * MAX_STARTS),
@@ -51,16 +48,16 @@ class Solver:
     def __init__(self, library: ctypes.CDLL):
         matrix = [POINTER(c_float), c_int64, c_int64, c_int64]  # weight, rows, columns, group size
         self._fit, self._encode = library.hf_rb_fit, library.hf_rb_encode
-        self._fit.argtypes = [*matrix, POINTER(_Rule), c_int, POINTER(c_double)]
+        self._fit.argtypes = [*matrix, POINTER(_Options), c_int, POINTER(c_double)]
         outputs = [POINTER(c_uint8), POINTER(c_int8), POINTER(c_double), POINTER(c_double)]
         self._encode.argtypes = [*matrix, c_int, POINTER(c_float), c_int, c_int64, *outputs]
 
-    def fit(self, weight: Tensor, group_size: int, rule: "Rule") -> Tensor:
+    def fit(self, weight: Tensor, group_size: int, options: SolverOptions) -> Tensor:
         """Returns canonical float64 scales `(out_features, groups, planes)`."""
-        scales = torch.empty(len(weight), -(-weight.shape[1] // group_size), rule.planes, dtype=torch.float64)
-        rule = _structure(rule)
+        scales = torch.empty(len(weight), -(-weight.shape[1] // group_size), options.planes, dtype=torch.float64)
+        structure = _structure(options)
         for rows, block in _blocks(weight):
-            arguments = *_matrix(block, group_size), rule, torch.get_num_threads(), _pointer(scales[rows])
+            arguments = *_matrix(block, group_size), structure, torch.get_num_threads(), _pointer(scales[rows])
             _check(self._fit(*arguments))
         return scales
 
@@ -101,24 +98,24 @@ class Solver:
         return sums
 
 
-def _structure(rule: "Rule") -> _Rule:
-    ratios = [start for start in rule.starts if start]
-    direction = rule.direction.tolist() if rule.direction is not None else [0.0]
+def _structure(options: SolverOptions) -> _Options:
+    ratios = [start for start in options.starts if start]
+    direction = options.direction.tolist() if options.direction is not None else [0.0]
     rows = [(c_double * 3)(*start) for start in ratios]
-    return _Rule(
-        planes=rule.planes,
+    return _Options(
+        planes=options.planes,
         starts=len(ratios),
-        paper_start=None in rule.starts,
-        tied=rule.direction is not None,
-        max_iter=rule.max_iter,
-        relative=rule.relative,
+        paper_start=None in options.starts,
+        tied=options.direction is not None,
+        max_iter=options.max_iter,
+        relative=options.relative,
         start=(c_double * 3 * MAX_STARTS)(*rows),
         direction=(c_double * 3)(*direction),
-        reach=rule.reach,
-        tol=rule.tol,
-        ridge_init=rule.ridge_init,
-        ridge_max=rule.ridge_max,
-        kappa_threshold=rule.kappa_threshold,
+        reach=options.reach,
+        tol=options.tol,
+        ridge_init=options.ridge_init,
+        ridge_max=options.ridge_max,
+        kappa_threshold=options.kappa_threshold,
     )
 
 

@@ -6,18 +6,14 @@ the steps are those of the reference. What differs is the order in which a sum o
 agree except where two choices are equally good to 1e-15.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hf_rb.quantizers.kernels.layout import sections
+from hf_rb.quantizers.ptqtp.options import SolverOptions
 
-
-if TYPE_CHECKING:
-    from hf_rb.quantizers.ptqtp.solver import Rule
 
 __all__ = ["encode", "fit"]
 
@@ -282,7 +278,7 @@ def _encode_kernel(
     tl.store(sums_ptr + size + index, norm, mask=inside)
 
 
-def fit(weight: Tensor, group_size: int, rule: "Rule") -> Tensor:
+def fit(weight: Tensor, group_size: int, options: SolverOptions) -> Tensor:
     """
     Returns the scales of [`~hf_rb.quantizers.ptqtp.solve`] before they are rounded.
 
@@ -291,7 +287,7 @@ def fit(weight: Tensor, group_size: int, rule: "Rule") -> Tensor:
             `(out_features, in_features)`, floating.
         group_size (`int`):
             Neighbours in a row that share their scales.
-        rule (`Rule`):
+        options ([`~hf_rb.quantizers.ptqtp.options.SolverOptions`]):
             How the two half-steps alternate.
 
     Returns:
@@ -302,20 +298,20 @@ def fit(weight: Tensor, group_size: int, rule: "Rule") -> Tensor:
     """
     if not weight.isfinite().all():
         raise ValueError("The weight has a NaN or an infinite value.")
-    direction = rule.direction.tolist() if rule.direction is not None else [0.0, 0.0]
-    params = [rule.tol, rule.ridge_init, rule.ridge_max, rule.kappa_threshold, rule.reach, *direction]
-    for start in filter(None, rule.starts):
+    direction = options.direction.tolist() if options.direction is not None else [0.0, 0.0]
+    params = [options.tol, options.ridge_init, options.ridge_max, options.kappa_threshold, options.reach, *direction]
+    for start in filter(None, options.starts):
         params += (*start, 0.0, 0.0)[:3]
     params = torch.tensor(params, dtype=torch.float64, device=weight.device)
     scales = []
     for part, groups, length in _sections(weight, group_size):
-        found = torch.empty(len(part), groups, rule.planes, dtype=torch.float64, device=weight.device)
+        found = torch.empty(len(part), groups, options.planes, dtype=torch.float64, device=weight.device)
         size, width = len(part) * groups, triton.next_power_of_2(length)
         block = max(1, TILE // width)  # groups of a program
         with torch.cuda.device_of(weight):
             _fit_kernel[(triton.cdiv(size, block),)](
-                part, found, params, size, groups, part.stride(0), rule.max_iter, length, rule.planes,
-                rule.direction is not None, rule.relative, int(None in rule.starts), len(rule.starts), block, width,
+                part, found, params, size, groups, part.stride(0), options.max_iter, length, options.planes,
+                options.direction is not None, options.relative, int(None in options.starts), len(options.starts), block, width,
                 num_warps=_warps(width), enable_fp_fusion=False,
             )  # fmt: skip
         scales.append(found)

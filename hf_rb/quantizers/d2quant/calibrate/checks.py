@@ -11,7 +11,7 @@ from hf_rb.quantizers.d2quant.config import D2QuantConfig
 from hf_rb.quantizers.d2quant.maths import rotation
 
 
-__all__ = ["check_model", "check_packable", "warn_of_few"]
+__all__ = ["check_layers", "check_model", "warn_of_few"]
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +40,7 @@ def check_model(model: PreTrainedModel, config: D2QuantConfig) -> None:
         rotation.check(model, config.rotation_block)
 
 
-def check_packable(model: PreTrainedModel, packable: Iterable[str]) -> None:
+def check_layers(model: PreTrainedModel, names: Iterable[str]) -> None:
     """
     Refuses layers that calibration does not know.
 
@@ -48,7 +48,7 @@ def check_packable(model: PreTrainedModel, packable: Iterable[str]) -> None:
         ValueError: Experts are fused, or a layer has another class.
     """
     modules = dict(model.named_modules())
-    for name in packable:
+    for name in names:
         if name not in modules:
             raise ValueError(
                 f"{name} holds fused experts, each of which sees too few of the calibration tokens for a Hessian. Use "
@@ -61,9 +61,9 @@ def check_packable(model: PreTrainedModel, packable: Iterable[str]) -> None:
             )
 
 
-def warn_of_few(tokens: int, model: PreTrainedModel, packable: Iterable[str]) -> None:
+def warn_of_few(tokens: int, model: PreTrainedModel, names: Iterable[str]) -> None:
     """Warns where the calibration text has fewer tokens than the widest layer has inputs."""
-    widths = {name: model.get_submodule(name).in_features for name in packable}
+    widths = {name: model.get_submodule(name).in_features for name in names}
     widest = max(widths, key=widths.get)
     if tokens < widths[widest]:
         logger.warning(

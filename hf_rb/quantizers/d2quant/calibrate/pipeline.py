@@ -28,21 +28,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_rb import __version__
 from hf_rb.io.resumable import LOCK, STATE, unfinished
-from hf_rb.quantizers.d2quant.biases import set_bias
 from hf_rb.quantizers.d2quant.calibrate.block import Block, Decoder
 from hf_rb.quantizers.d2quant.calibrate.checks import warn_of_few
 from hf_rb.quantizers.d2quant.calibrate.kept import Result, load_result, save_result
+from hf_rb.quantizers.d2quant.calibrate.placing import name_of, put_in_place
+from hf_rb.quantizers.d2quant.calibrate.streams import Streams
 from hf_rb.quantizers.d2quant.calibrate.text import calibration_tokens, load_tokenizer, token_fingerprint
 from hf_rb.quantizers.d2quant.config import D2QuantConfig
-from hf_rb.quantizers.d2quant.linear import D2QuantLinear
+from hf_rb.quantizers.d2quant.format import Coding
 from hf_rb.quantizers.d2quant.maths import absorption, gptq, rotation
-from hf_rb.quantizers.d2quant.maths.dac import MeanShift, fold
+from hf_rb.quantizers.d2quant.maths.dac import MeanShift
 from hf_rb.quantizers.d2quant.maths.dsq import DualCodes
 from hf_rb.quantizers.d2quant.maths.grids import AffineCodes
 from hf_rb.quantizers.packed.baseline import rtn
@@ -62,7 +63,7 @@ OURS = (LAYER_FILE.partition("{")[0], STATE, LOCK)  # what names in a folder of 
 def quantize_model(
     model: PreTrainedModel,
     config: D2QuantConfig,
-    packable: dict[str, tuple[int, bool]],
+    codings: dict[str, Coding],
     report: Report,
 ) -> None:
     """
@@ -76,7 +77,7 @@ def quantize_model(
             Decoder in memory, in 16 or 32 bits.
         config ([`D2QuantConfig`]):
             How, with `backend` `"gptq"` or `"gptaq"`.
-        packable (`dict[str, tuple[int, bool]]`):
+        codings (`dict[str, Coding]`):
             Full names of what is to be quantized, each with its bits and whether it gets dual scales.
         report ([`~hf_rb.quantizers.Report`]):
             Is filled in.
@@ -92,13 +93,13 @@ def quantize_model(
         raise ValueError(
             f"The calibration text has the token id {largest}, and the model's embeddings {rows} rows: give the model's own `tokenizer`."
         )
-    warn_of_few(tokens.numel(), model, packable)
+    warn_of_few(tokens.numel(), model, codings)
     training = model.training
     model.eval()
     with _unfinished(model, config, tokens) as folder:
         if config.rotate:
             rotation.fuse_and_rotate(model, block=config.rotation_block, seed=config.rotation_seed)
-        _Calibration(model, config, packable, report, tokens, folder).run()
+        _Calibration(model, config, codings, report, tokens, folder).run()
     config.column_modules = absorption.absorb(model) or None
     model.train(training)
 
@@ -140,20 +141,18 @@ class _Calibration:
         self,
         model: PreTrainedModel,
         config: D2QuantConfig,
-        packable: dict[str, tuple[int, bool]],
+        codings: dict[str, Coding],
         report: Report,
         tokens: Tensor,
         folder: Path | None,
     ):
-        self.model, self.config, self.packable, self.report, self.folder = model, config, packable, report, folder
+        self.model, self.config, self.codings, self.report, self.folder = model, config, codings, report, folder
         self.decoder = Decoder(model)
-        self.original = [self.decoder.enter(ids).cpu() for ids in tokens.split(config.batch_size)]
-        self.quantized = list(self.original)
-        self.dtype = self.original[0].dtype
+        self.streams = Streams(self.decoder, tokens, config.batch_size)
         self.final_teacher: list[Tensor] = []
         self.bias_modules: list[str] = []
         self.uncorrected: list[str] = []
-        outside = [name for name in packable if not name.startswith(f"{self.decoder.name}.")]
+        outside = [name for name in codings if not name.startswith(f"{self.decoder.name}.")]
         if outside:  # projections beside the layers: nothing is calibrated there, and a reload has to know
             report.skipped += outside
             config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *outside]
@@ -194,57 +193,26 @@ class _Calibration:
                 self._install(block, result.codes)
                 if result.shift is not None:
                     block.shift(shifted, result.shift, norm)
-                self._advance(block)
+                self.streams.advance(block)
             else:
                 result = self._solve(block, readings, shifted, norm, last)
-                result.block.hidden_error = self._advance(block)
+                result.block.hidden_error = self.streams.advance(block)
                 if self.final_teacher:
                     result.final_shift, result.final = self._final_shift()
                 if file:
                     save_result(result, file)
         finally:
             block.close()
-        self._finish(result, shifted, norm)
+        self.bias_modules += put_in_place(self.model, self.decoder.final_norm, self.config, result, shifted, norm)
         return result
 
-    # The streams.
-
     def _observe(self, block: Block) -> dict[tuple[str, ...], list[Tensor]]:
-        """Runs the original layer on the original stream; returns what its groups read, if that is needed, and which they are."""
-        readings: dict[tuple[str, ...], list[Tensor]] = {}
-        for i, hidden in enumerate(self.original):
-            output, inputs = block.watch(hidden)
-            self.original[i] = self._keep(output, f"{block.name} of the original model")
-            for names, read in inputs.items():
-                kept = readings.setdefault(names, [])
-                if self.config.backend == "gptaq":
-                    kept.append(self._keep(read, f"What {names[0]} of the original model reads"))
-        idle = [
-            name for name in block.linear if name in self.packable and not any(name in names for names in readings)
-        ]
+        """Runs the original layer; returns which groups there are, and what they read if that is needed."""
+        readings = self.streams.observe(block, keep=self.config.backend == "gptaq")
+        idle = [name for name in block.linear if name in self.codings and not any(name in names for names in readings)]
         if idle:
             raise ValueError(f"{idle[0]} reads no calibration text. Add it to `modules_to_not_convert`.")
         return readings
-
-    def _advance(self, block: Block) -> float:
-        """Runs the quantized layer on the other stream; returns the relative error of what comes out."""
-        lost = norm = 0.0
-        for i, hidden in enumerate(self.quantized):
-            self.quantized[i] = self._keep(block.run(hidden), f"{block.name}, quantized,")
-            lost += (self.quantized[i].double() - self.original[i]).square().sum().item()
-            norm += self.original[i].double().square().sum().item()
-        return (lost / norm) ** 0.5 if norm else 0.0
-
-    def _keep(self, tensor: Tensor, what: str) -> Tensor:
-        tensor = tensor.to("cpu", self.dtype)
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{what} has activations that are not finite in {self.dtype}. Load the model in another type (`dtype=torch.float32`), "
-                "or look for damaged weights."
-            )
-        return tensor
-
-    # A layer.
 
     def _shifted(self, groups: list[tuple[str, ...]]) -> tuple[str, ...] | None:
         # query, key, value; output; gate, up; down: what reads the hidden state behind the attention is the last but one.
@@ -254,7 +222,7 @@ class _Calibration:
         """Returns the norm that is to keep the correction, or `None` where it is folded into those that read it."""
         if self.config.dac_mode == "fold":
             return None
-        if (norm := block.norm_of(reader, self.quantized[0])) is None:
+        if (norm := block.norm_of(reader, self.streams.quantized[0])) is None:
             logger.warning(f"What {reader} reads comes from no norm: its correction is folded into biases.")
         return norm
 
@@ -267,21 +235,21 @@ class _Calibration:
         last: bool,
     ) -> Result:
         result = Result(block=BlockReport(block.name))
-        teacher = self._inputs(block, shifted[0]) if shifted else []
+        teacher = self.streams.inputs(block, shifted[0]) if shifted else []
         for names in list(readings):
             if names == shifted:
-                student = self._inputs(block, names[0])
-                result.shift = self._correct(result.block, teacher, student)
+                student = self.streams.inputs(block, names[0])
+                result.shift = mean_shift(result.block, teacher, student, self.config.dac_clip)
                 block.shift(names, result.shift, norm)
                 inputs: Iterable[Tensor] = (read.float() + result.shift for read in student)
                 if last and self.config.dac_final and self.decoder.final_norm is not None:
-                    self.final_teacher = self._final(block.run(hidden) for hidden in self.quantized)
+                    self.final_teacher = self._final(block.run(hidden) for hidden in self.streams.quantized)
             else:
-                inputs = (block.input_of(names[0], hidden) for hidden in self.quantized)
-            members = [name for name in names if name in self.packable]
+                inputs = (block.input_of(names[0], hidden) for hidden in self.streams.quantized)
+            members = [name for name in names if name in self.codings]
             if not members:
                 continue
-            originals = readings.pop(names) or [None] * len(self.quantized)
+            originals = readings.pop(names) or [None] * len(self.streams.quantized)
             cross = self.config.backend == "gptaq"
             statistics = gptq.InputStatistics(block.linear[members[0]].in_features, cross, block.device)
             for read, original in zip(inputs, originals, strict=True):
@@ -289,34 +257,20 @@ class _Calibration:
             self._quantize(block, members, statistics, result)
         return result
 
-    def _inputs(self, block: Block, name: str) -> list[Tensor]:
-        return [self._keep(block.input_of(name, hidden), f"What {name} reads") for hidden in self.quantized]
-
-    def _correct(self, report: BlockReport, teacher: list[Tensor], student: list[Tensor]) -> Tensor:
-        """Returns the mean shift, and measures what it does on the same text."""
-        lost, left = (MeanShift(teacher[0].shape[-1]) for _ in range(2))
-        for one, other in zip(teacher, student, strict=True):
-            lost.add(one, other)
-        bias = lost.bias(self.config.dac_clip)
-        for one, other in zip(teacher, student, strict=True):
-            left.add(one, other.double() + bias.double())
-        squares = lost.mean_square, left.mean_square, lost.mean_square_with(bias)
-        report.shift_before, report.shift_after, report.shift_expected = (square.mean().item() for square in squares)
-        return bias
-
     def _final(self, outputs: Iterable[Tensor]) -> list[Tensor]:
         norm = copy.deepcopy(self.decoder.final_norm).float()  # as the layers; a LayerNorm takes no mixture of types
         outputs = (output.to(next(norm.parameters(), output).device, torch.float32) for output in outputs)
-        return [self._keep(norm(output), "The final norm's output") for output in outputs]
+        return [self.streams.keep(norm(output), "The final norm's output") for output in outputs]
 
     def _final_shift(self) -> tuple[Tensor, BlockReport]:
-        report = BlockReport(self._name_of(self.decoder.final_norm))
-        return self._correct(report, self.final_teacher, self._final(self.quantized)), report
+        report = BlockReport(name_of(self.model, self.decoder.final_norm))
+        student = self._final(self.streams.quantized)
+        return mean_shift(report, self.final_teacher, student, self.config.dac_clip), report
 
     def _quantize(self, block: Block, names: list[str], statistics: gptq.InputStatistics, result: Result) -> None:
         start = time.perf_counter()
         for together in self._stacks(names):
-            bits, dual = self.packable[together[0]]
+            bits, dual = self.codings[together[0]]
             weights = [block.linear[name].weight.detach() for name in together]
             try:
                 codes, stats = gptq.quantize(
@@ -349,7 +303,7 @@ class _Calibration:
         """Matrices that are quantized as one: of the same bits, but each with column scales of its own."""
         stacks: dict[Any, list[str]] = {}
         for name in names:
-            bits, dual = self.packable[name]
+            bits, dual = self.codings[name]
             stacks.setdefault(name if dual else bits, []).append(name)
         return list(stacks.values())
 
@@ -357,34 +311,18 @@ class _Calibration:
         for name, part in codes.items():
             block.linear[name].weight.data.copy_(part.dequantize())
 
-    # What becomes of the model.
 
-    def _finish(self, result: Result, shifted: tuple[str, ...] | None, norm: str | None) -> None:
-        if result.shift is not None:
-            self._set_shift(result.shift, shifted, norm, result.codes)
-        if result.final_shift is not None:
-            reader = self._name_of(self.model.get_output_embeddings())
-            last = self.decoder.final_norm
-            keeps = self.config.dac_mode == "norm_bias" and getattr(last, "weight", None) is not None
-            self._set_shift(result.final_shift, (reader,), self._name_of(last) if keeps else None, {})
-        for name, codes in result.codes.items():
-            linear = self.model.get_submodule(name)
-            self.model.set_submodule(name, D2QuantLinear.from_codes(codes, linear.bias).stand_in_for(linear))
-
-    def _name_of(self, module: nn.Module) -> str:
-        return next(name for name, one in self.model.named_modules() if one is module)
-
-    def _set_shift(self, shift: Tensor, readers: tuple[str, ...], norm: str | None, codes: dict) -> None:
-        if not shift.any():  # behind an attention that stays as it is
-            return
-        if norm is not None:
-            module = self.model.get_submodule(norm)
-            biases = {norm: shift if getattr(module, "bias", None) is None else module.bias + shift}
-        else:
-            linear = {name: self.model.get_submodule(name) for name in readers}
-            weights = {name: codes[name].dequantize() if name in codes else linear[name].weight for name in readers}
-            biases = {name: fold(weights[name], linear[name].bias, shift) for name in readers}
-        self.bias_modules += [name for name, bias in biases.items() if set_bias(self.model.get_submodule(name), bias)]
+def mean_shift(report: BlockReport, teacher: list[Tensor], student: list[Tensor], clip: float) -> Tensor:
+    """Returns the mean shift `(hidden,)`, at most `clip`, and writes into the report what it does on the same text."""
+    lost, left = (MeanShift(teacher[0].shape[-1]) for _ in range(2))
+    for one, other in zip(teacher, student, strict=True):
+        lost.add(one, other)
+    bias = lost.bias(clip)
+    for one, other in zip(teacher, student, strict=True):
+        left.add(one, other.double() + bias.double())
+    squares = lost.mean_square, left.mean_square, lost.mean_square_with(bias)
+    report.shift_before, report.shift_after, report.shift_expected = (square.mean().item() for square in squares)
+    return bias
 
 
 def _split(codes: AffineCodes | DualCodes, rows: list[int]) -> list[AffineCodes | DualCodes]:

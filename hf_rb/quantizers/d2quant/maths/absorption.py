@@ -26,6 +26,7 @@ from hf_rb.quantizers.d2quant.format import is_dual, scale_rows
 from hf_rb.quantizers.packed.experts import projections
 from hf_rb.quantizers.packed.layer_kinds import LINEAR, features
 from hf_rb.quantizers.packed.linear import PackedModule
+from hf_rb.quantizers.packed.weight import SUFFIXES
 
 
 __all__ = ["Pair", "absorb", "absorbable", "down_projections", "pairs", "refusals"]
@@ -101,7 +102,7 @@ def absorb(model: nn.Module) -> list[str]:
         if not isinstance(module, PackedModule):
             continue
         for parameter in module.layouts:
-            if "_column" not in module.companions(parameter):
+            if module.packed_weight(parameter).column is None:
                 continue
             down = name if isinstance(module, nn.Linear) else f"{name}.{parameter}"
             try:
@@ -121,11 +122,11 @@ def absorb(model: nn.Module) -> list[str]:
 
 def _absorb(model: nn.Module, pair: Pair) -> None:
     (down, name), (up, partner) = _owner(model, pair.down), _owner(model, pair.up)
-    column = getattr(down, f"{name}_column")
+    column = down.packed_weight(name).column
     layout = getattr(up, "layouts", {}).get(partner)
     if layout is None or is_dual(layout):
         raise ValueError(f"{pair.up} has no scales to put them into.")
-    scale = getattr(up, f"{partner}_scale")
+    scale = up.packed_weight(partner).scale
     if scale.is_meta or column.is_meta:
         raise ValueError("it is offloaded.")
     if scale.dtype is not torch.float16:
@@ -136,7 +137,7 @@ def _absorb(model: nn.Module, pair: Pair) -> None:
         bias = getattr(up, "bias" if isinstance(up, nn.Linear) else f"{partner}_bias", None)
         if bias is not None:
             bias[..., pair.rows] = bias[..., pair.rows] * factor
-    delattr(down, f"{name}_column")
+    delattr(down, name + SUFFIXES["column"])
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

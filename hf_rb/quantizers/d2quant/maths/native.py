@@ -28,7 +28,7 @@ def _solver(library: ctypes.CDLL | None) -> "Solver | None":
     return Solver(library) if library else None
 
 
-class _Rule(ctypes.Structure):
+class _Rounding(ctypes.Structure):
     _fields_ = [
         ("levels", c_int64),
         ("last", c_float),
@@ -45,7 +45,7 @@ class Solver:
         self._fit_grids.argtypes = [*block, c_int, c_int, c_int, c_void_p, c_void_p]
         self._fit_dual.argtypes = [*block, c_int, c_int, c_void_p, c_double, c_float, c_int, c_void_p, c_void_p]
         self._round_columns = library.hf_rb_round_columns
-        self._round_columns.argtypes = [*block, POINTER(_Rule), c_void_p, c_void_p, c_int, c_void_p, c_void_p]
+        self._round_columns.argtypes = [*block, POINTER(_Rounding), c_void_p, c_void_p, c_int, c_void_p, c_void_p]
 
     def fit_grids(self, block: Tensor, bits: int, shares: int) -> tuple[Tensor, Tensor]:
         """Returns the step and the zero point of every row, float32 `(rows,)`."""
@@ -74,12 +74,12 @@ class Solver:
         return scales.T, columns
 
     def round_columns(
-        self, block: Tensor, rule: dict[str, Tensor | int], factor: Tensor, residual: Tensor | None, codes: Tensor
+        self, block: Tensor, rounding: dict[str, Tensor | int], factor: Tensor, residual: Tensor | None, codes: Tensor
     ) -> Tensor:
         """Rounds the columns of a contiguous block in turn, in place, and returns their errors; fills in `codes`."""
-        tensors = {name: value.contiguous() for name, value in rule.items() if isinstance(value, Tensor)}
-        numbers = {name: value for name, value in rule.items() if name not in tensors}
-        structure = _Rule(**numbers, **{name: tensor.data_ptr() for name, tensor in tensors.items()})
+        tensors = {name: value.contiguous() for name, value in rounding.items() if isinstance(value, Tensor)}
+        numbers = {name: value for name, value in rounding.items() if name not in tensors}
+        structure = _Rounding(**numbers, **{name: tensor.data_ptr() for name, tensor in tensors.items()})
         factor, errors = factor.contiguous(), torch.empty_like(block)
         residual = None if residual is None else residual.contiguous()
         matrices = factor.data_ptr(), None if residual is None else residual.data_ptr()

@@ -312,47 +312,47 @@ typedef struct {
     int64_t levels;
     float last;
     const float *step, *lowest, *inverse, *value, *code, *middle, *column;
-} Rule;
+} Rounding;
 
-/* The rounding rules of a tile's rows, LANES apart. */
+/* How a tile's rows are rounded, LANES apart. */
 typedef struct {
     float step[LANES], lowest[LANES], inverse[LANES];
     float value[MAX_LEVELS][LANES], code[MAX_LEVELS][LANES], middle[MAX_LEVELS][LANES];
 } Rows;
 
-static void load_rule(const Rule *rule, int64_t rows, int64_t first, Rows *local) {
-    if (rule->levels) {
-        load(rule->value, rule->levels, rows, first, local->value[0]);
-        load(rule->code, rule->levels, rows, first, local->code[0]);
-        load(rule->middle, rule->levels - 1, rows, first, local->middle[1]);
+static void load_rounding(const Rounding *rounding, int64_t rows, int64_t first, Rows *local) {
+    if (rounding->levels) {
+        load(rounding->value, rounding->levels, rows, first, local->value[0]);
+        load(rounding->code, rounding->levels, rows, first, local->code[0]);
+        load(rounding->middle, rounding->levels - 1, rows, first, local->middle[1]);
     } else {
-        load(rule->step, 1, rows, first, local->step);
-        load(rule->lowest, 1, rows, first, local->lowest);
-        load(rule->inverse, 1, rows, first, local->inverse);
+        load(rounding->step, 1, rows, first, local->step);
+        load(rounding->lowest, 1, rows, first, local->lowest);
+        load(rounding->inverse, 1, rows, first, local->inverse);
     }
 }
 
-INLINE void round_column(const Rule *rule, const Rows *local, int64_t j, const float *x, float *code, float *value) {
-    if (!rule->levels) {
+INLINE void round_column(const Rounding *rounding, const Rows *local, int64_t j, const float *x, float *code, float *value) {
+    if (!rounding->levels) {
         EACH_LANE {
-            code[lane] = encode(x[lane], local->lowest[lane], local->inverse[lane], rule->last);
+            code[lane] = encode(x[lane], local->lowest[lane], local->inverse[lane], rounding->last);
             value[lane] = code[lane] * local->step[lane] + local->lowest[lane];
         }
         return;
     }
     EACH_LANE code[lane] = local->code[0][lane], value[lane] = local->value[0][lane];
-    for (int64_t c = 1; c < rule->levels; c++)
+    for (int64_t c = 1; c < rounding->levels; c++)
         EACH_LANE {
-            int above = x[lane] / rule->column[j] >= local->middle[c][lane];
+            int above = x[lane] / rounding->column[j] >= local->middle[c][lane];
             code[lane] = above ? local->code[c][lane] : code[lane];
             value[lane] = above ? local->value[c][lane] : value[lane];
         }
-    EACH_LANE value[lane] *= rule->column[j];
+    EACH_LANE value[lane] *= rounding->column[j];
 }
 
 /* Rounds the columns of `block` in turn and lets those that follow make up for it. `factor` and `residual` (or null) are
    `(length, length)`. On return `block` holds every column as it was when its turn came. */
-int hf_rb_round_columns(float *block, int64_t length, int64_t rows, const Rule *rule, const float *factor,
+int hf_rb_round_columns(float *block, int64_t length, int64_t rows, const Rounding *rounding, const float *factor,
                         const float *residual, int threads, uint8_t *codes, float *errors) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
@@ -366,11 +366,11 @@ int hf_rb_round_columns(float *block, int64_t length, int64_t rows, const Rule *
             if (failed) continue;
             load(block, length, rows, first, tile);
             memset(&local, 0, sizeof local);
-            load_rule(rule, rows, first, &local);
+            load_rounding(rounding, rows, first, &local);
             for (int64_t j = 0; j < length; j++) {
                 float x[LANES], e[LANES], code[LANES], value[LANES];
                 memcpy(x, tile + j * LANES, sizeof x);
-                round_column(rule, &local, j, x, code, value);
+                round_column(rounding, &local, j, x, code, value);
                 EACH_LANE error[j * LANES + lane] = e[lane] = (x[lane] - value[lane]) / factor[j * length + j];
                 for (int lane = 0; lane < count; lane++) codes[j * rows + first + lane] = code[lane];
                 for (int64_t i = j + 1; i < length; i++) {

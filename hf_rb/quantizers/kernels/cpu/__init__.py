@@ -19,7 +19,7 @@ __all__ = ["Kernel", "kernel"]
 
 SOURCE = Path(__file__).with_name("gemv.c")
 MAX_PARTS, MAX_BASIS = 3, 4
-DTYPES = (torch.float32, torch.bfloat16)
+COMPUTE_TYPES = (torch.float32, torch.bfloat16)
 
 # Up to so many rows of activations, rounding them to 8 bits pays; up to so many, going through the packed matrix costs less than
 # expanding it (`benchmarks/ptqtp_kernels.py`). The size of the matrix hardly moves the second limit: in bfloat16 it lies between
@@ -75,7 +75,7 @@ class Kernel:
     def takes(self, dtype: torch.dtype, weight: Tensor, scale: Tensor, layout: Layout) -> bool:
         """Whether `gemv` and `expand` can work on this matrix in this type."""
         return (
-            dtype in DTYPES
+            dtype in COMPUTE_TYPES
             and weight.is_cpu
             and scale.is_cpu
             and scale.dtype is torch.float16
@@ -125,7 +125,7 @@ class Kernel:
 
     def dequantize(self, weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
         """Returns the matrix `(out_features, in_features)` in any type."""
-        if dtype in DTYPES:
+        if dtype in COMPUTE_TYPES:
             return self.expand(weight, scale, layout, dtype)
         output = torch.empty(len(weight), layout.in_features, dtype=dtype)
         for rows, panel in self._panels(weight, scale, layout, torch.float32):

@@ -12,7 +12,7 @@ from hf_rb.quantizers.kernels.layout import Layout
 
 __all__ = ["available", "dequantize", "matmul", "supports"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATION_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def available(device: torch.device) -> bool:
@@ -22,8 +22,9 @@ def available(device: torch.device) -> bool:
 
 def supports(dtype: torch.dtype, layout: Layout) -> bool:
     """Whether [`matmul`] and [`dequantize`] take this type and this layout, on any available device."""
-    gemm = _gemm()
-    return dtype in DTYPES and layout.group_size <= gemm.MAX_GROUP and all(map(gemm.recipe, layout.parts))
+    from hf_rb.quantizers.kernels.triton.digits import recipe
+
+    return dtype in ACTIVATION_TYPES and layout.group_size <= _gemm().MAX_GROUP and all(map(recipe, layout.parts))
 
 
 def matmul(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout) -> Tensor:
@@ -32,7 +33,7 @@ def matmul(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: Layout) 
 
 
 def dequantize(weight: Tensor, weight_scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """See [`~hf_rb.quantizers.kernels.triton.gemm.dequantize`]."""
+    """See [`~hf_rb.quantizers.kernels.triton.decode.dequantize`]."""
     return _gemm().dequantize(weight, weight_scale, layout, dtype)
 
 

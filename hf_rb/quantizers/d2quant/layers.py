@@ -1,14 +1,15 @@
-"""The linear layer of D²Quant."""
+"""The linear layer and the fused experts of D²Quant."""
 
 from torch import Tensor, nn
 
 from hf_rb.quantizers.d2quant.format import code_bits, for_kernels, is_dual, layout_of
 from hf_rb.quantizers.d2quant.maths.dsq import DualCodes
 from hf_rb.quantizers.d2quant.maths.grids import AffineCodes
-from hf_rb.quantizers.packed.linear import PackedLinear
+from hf_rb.quantizers.packed.experts import PackedExperts
+from hf_rb.quantizers.packed.linear import PackedLinear, PackedModule
 
 
-__all__ = ["D2QuantLinear"]
+__all__ = ["D2QuantExperts", "D2QuantLinear"]
 
 
 class D2QuantLinear(PackedLinear):
@@ -34,17 +35,27 @@ class D2QuantLinear(PackedLinear):
         rows, columns = codes.shape
         layout = layout_of(columns, codes.group_size, codes.bits, isinstance(codes, DualCodes))
         layer = cls(columns, rows, False, layout, column=is_dual(layout), device="meta")
-        for suffix, tensor in for_kernels(codes).items():
-            setattr(layer, f"weight{suffix}", nn.Parameter(tensor, requires_grad=False))
+        layer.set_packed("weight", for_kernels(codes))
         layer.bias = None if bias is None else nn.Parameter(bias.detach())
         return layer
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {described(self, 'weight')}, group_size={self.layout.group_size}"
+        return f"{super().extra_repr()}, {_described(self, 'weight')}, group_size={self.layout.group_size}"
 
 
-def described(module: nn.Module, name: str) -> str:
+class D2QuantExperts(PackedExperts):
+    """
+    Stands in for a fused experts module of transformers, with one or both of its weights packed as in [`D2QuantLinear`]:
+    `(experts, out, layout.row_bytes)`, and `down_proj_column` `(experts, in)` where column scales are kept.
+    """
+
+    def extra_repr(self) -> str:
+        stored = ", ".join(f"{name}: {_described(self, name)}" for name in self.layouts)
+        return f"{self.num_experts} of {self.experts_class.__name__}, {stored}"
+
+
+def _described(module: PackedModule, name: str) -> str:
     """Says how a packed parameter is stored."""
     layout = module.layouts[name]
-    column = ", column scales" if "_column" in module.companions(name) else ""
+    column = ", column scales" if module.packed_weight(name).column is not None else ""
     return f"bits={code_bits(layout)}{', sign planes' if is_dual(layout) else ''}{column}"
