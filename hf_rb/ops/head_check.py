@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_rb.ops.backbone import gathered_head, head_of, undisturbed, width_of, without_peft
-from hf_rb.ops.lm_head import Head, lm_head_logits
+from hf_rb.ops.lm_head import Head
+from hf_rb.ops.lm_head_queries import lm_head_logits
 from hf_rb.ops.rounding import coarsest_eps
 
 

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_rb.io.files import sha256_file
-from hf_rb.ops import lm_head
 from hf_rb.ops.backbone import width_of
+from hf_rb.ops.lm_head import CachedLogits
 from hf_rb.ops.sequences import Sequences
 from hf_rb.teachers.cache_format import (
     REMEDY,
@@ -115,7 +115,7 @@ class CachedTeacher:
         self._keys, order = torch.cat(keys).sort(stable=True)
         self._shards, self._stops, self._counts = shards[order], stops[order], torch.cat(counts)[order]
 
-    def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> lm_head.CachedTeacher:
+    def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> CachedLogits:
         """
         Returns the stored predictions, each a distribution again, which rounding to the stored type has made of it only nearly.
 
@@ -131,7 +131,7 @@ class CachedTeacher:
         ]
         ids, log_probs, rest = map(torch.cat, zip(*rows, strict=True)) if rows else self._nothing
         log_probs, rest = normalized(log_probs, rest)
-        return lm_head.CachedTeacher(*(tensor.to(keep.device) for tensor in (ids, log_probs, rest)))
+        return CachedLogits(*(tensor.to(keep.device) for tensor in (ids, log_probs, rest)))
 
     def _rows(self, token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns ids, their log-probabilities and that of the rest, at some positions of one sequence."""

@@ -12,7 +12,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_rb import tiny
 from hf_rb.ops.backbone import evaluating, model_inputs, width_of
-from hf_rb.ops.lm_head import Head, Teacher, lm_head_log_probs
+from hf_rb.ops.lm_head import Head, TeacherLogits
+from hf_rb.ops.lm_head_queries import lm_head_log_probs
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.ops.packing import Leak, measure_leak
 from hf_rb.teachers.vocabulary import shared_vocabulary
@@ -36,8 +37,8 @@ class _ModelTeacher:
         """Returns whether the model's logits are its last hidden states through its LM head. See [`~hf_rb.ops.logit_source.LogitSource`]."""
         return self._run(self._source.is_head) if self._source.outcome is None else self._source.outcome
 
-    def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> list[Teacher]:
-        return self._run(lambda model: [Teacher(*self._hidden_and_head(model, inputs, keep))])
+    def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> list[TeacherLogits]:
+        return self._run(lambda model: [TeacherLogits(*self._hidden_and_head(model, inputs, keep))])
 
     def log_probs(self, inputs: Mapping[str, Any], keep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         def score(model):
@@ -119,6 +120,7 @@ class LocalTeacher(_ModelTeacher):
         else:
             self.wrapped = trainer.accelerator.prepare_model(self.model, evaluation_mode=True)
         self._unwrapped = trainer.accelerator.unwrap_model(self.wrapped)
+        self._redirected = compat.ForwardRedirection()
 
     def _shared_vocabulary(self, processing_class: Any, student_width: int) -> int:
         hub = {key: self._init_kwargs[key] for key in ("revision", "trust_remote_code") if key in self._init_kwargs}
@@ -154,7 +156,7 @@ class LocalTeacher(_ModelTeacher):
     def _run(self, function):
         self.wrapped.eval()
         # Through the wrapper's forward, which is where FSDP and DeepSpeed gather the parameters.
-        return compat.ForwardRedirection()(self.wrapped, self._unwrapped, function, self._unwrapped)
+        return self._redirected(self.wrapped, self._unwrapped, function, self._unwrapped)
 
 
 class AdapterOffTeacher(_ModelTeacher):

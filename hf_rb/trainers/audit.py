@@ -265,7 +265,7 @@ class _CachedPaths(_GkdPaths):
         return (trainer._weights(keep, batch["items"].clamp(min=1)) * losses).sum()
 
 
-def _on_events(logits: torch.Tensor, events: lm_head.CachedTeacher) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_events(logits: torch.Tensor, events: lm_head.CachedLogits) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the log-probabilities of student and teacher for each of a cache's events: its ids, and all others together."""
     log_q, ids = logits.float().log_softmax(-1), events.ids.long()
     known = log_q.gather(-1, ids)

@@ -27,7 +27,7 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
         model (`torch.nn.Module`):
             Wrapped model.
         inputs (`Mapping`):
-            Collated batch on the device. All processes call this with each of their batches.
+            Collated batch on the device, with `position_ids`. All processes call this with each of their batches.
         **kwargs:
             More arguments of the backbone's forward.
 
@@ -35,8 +35,6 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
         ValueError: A model lets the sequences see each other, on any process, or has a prompt-learning adapter.
     """
     if trainer.args.allow_leaking_packing or getattr(trainer, "_packing_is_checked", False):
-        return
-    if inputs.get("position_ids") is None:  # then no process has any: they collate alike
         return
     if not on_any_process(is_packed(inputs)):
         return

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import trl
 
 from hf_rb.trainers.common.distillation_arguments import GopdArguments, ObjectiveArguments
-from hf_rb.trainers.common.rules import distillation_rules, only_gkd
+from hf_rb.trainers.distillation.rules import distillation_rules, only_gkd
 from hf_rb.utils.fields import described, validate
 
 
@@ -69,6 +69,7 @@ class DistillationConfig(_WithoutDataset, GopdArguments, ObjectiveArguments, trl
         TypeError: A field of [`GKDConfig`] alone; the message says what to do.
     """
 
+    _rules = (distillation_rules,)
     _VALID_DICT_FIELDS = trl.DistillationConfig._VALID_DICT_FIELDS + ["teacher_model_name_or_path"]
 
     teacher_model_name_or_path: dict[str, str] | str | None = field(
@@ -80,4 +81,4 @@ class DistillationConfig(_WithoutDataset, GopdArguments, ObjectiveArguments, trl
 
     def __post_init__(self):
         super().__post_init__()
-        validate(self, distillation_rules)
+        validate(self, *self._rules)

@@ -12,21 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import is_conversational
 
 from hf_rb.ops.backbone import name_of, width_of
-from hf_rb.ops.lm_head import Teacher as TeacherLogits
-from hf_rb.ops.lm_head import lm_head_loss
+from hf_rb.ops.lm_head import TeacherLogits, lm_head_loss
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.teachers import LocalTeacher, ModelTeacher, build_teacher
-from hf_rb.trainers.common.distilling import (
-    build_rule,
-    check_finite,
-    compared_rows,
-    init_kwargs_of,
-    log_token_metrics,
-    sampled_stats,
-)
+from hf_rb.trainers.common.configs import own_config
+from hf_rb.trainers.common.distilling import build_rule, compared_rows, init_kwargs_of, sampled_stats
 from hf_rb.trainers.common.generation import OwnDistributionMixin, SamplerLogProbs
 from hf_rb.trainers.common.gopd import RoutedTeacher, given_reference, make_reference, share_vocabulary, token_weights
-from hf_rb.trainers.common.mixin import TrainerMixin, own_config
+from hf_rb.trainers.common.metrics import check_finite, log_token_metrics
+from hf_rb.trainers.common.mixin import TrainerMixin
 from hf_rb.trainers.common.token_samples import TokenStats
 from hf_rb.trainers.distillation.config import DistillationConfig
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import trl
 
-from hf_rb.trainers.common.rules import grpo_rules
-from hf_rb.trainers.grpo.agent_config import AgentArguments, agent_rules
+from hf_rb.trainers.grpo.agent_config import AgentArguments
+from hf_rb.trainers.grpo.rules import agent_rules, grpo_rules
 from hf_rb.utils.fields import described, validate
 
 
@@ -101,6 +101,7 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
         ValueError: A value out of its range, or fields that exclude one another.
     """
 
+    _rules = (grpo_rules, agent_rules)
     _VALID_DICT_FIELDS = trl.GRPOConfig._VALID_DICT_FIELDS + ["environment_kwargs", "srar_judge_kwargs"]
 
     advantage_shapers: list[str] = field(
@@ -259,4 +260,4 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        validate(self, grpo_rules, agent_rules)
+        validate(self, *self._rules)

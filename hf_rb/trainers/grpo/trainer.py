@@ -16,12 +16,13 @@ from hf_rb.methods.registry import pipeline_line
 from hf_rb.ops.backbone import recorded_hidden
 from hf_rb.rl.answers import check_gold, require_math_verify, same_answer
 from hf_rb.rl.rewards import EXTRACTORS, GOLD_COLUMNS
+from hf_rb.trainers.common.configs import own_config
 from hf_rb.trainers.common.fused_head import check_fused_head
 from hf_rb.trainers.common.generation import OwnDistributionMixin
-from hf_rb.trainers.common.mixin import TrainerMixin, own_config
-from hf_rb.trainers.common.rules import grpo_warnings
+from hf_rb.trainers.common.mixin import TrainerMixin
 from hf_rb.trainers.grpo import hidden_align
 from hf_rb.trainers.grpo.config import GRPOConfig
+from hf_rb.trainers.grpo.rules import grpo_warnings
 from hf_rb.trainers.grpo.shaping import ScoredGeneration, add_columns, columns_of, make_context, names_of_rewards
 
 
@@ -92,7 +93,7 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
         judge: Callable | None = None,
         **kwargs: Any,
     ):
-        args = own_config(GRPOConfig, args, model, "GRPO", generation_batch_size=None)
+        args = own_config(GRPOConfig, args, model, "GRPO")
         environment_factory = environment_factory or _environment(args)
         self.answer_extractor = answer_extractor or EXTRACTORS[args.answer_extractor]
         self._extractor_name = repr(args.answer_extractor if answer_extractor is None else answer_extractor)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import trl
 
 from hf_rb.trainers.common.distillation_arguments import PackingArguments
-from hf_rb.trainers.common.rules import packing_rules, profit_rules
+from hf_rb.trainers.common.rules import packing_rules
+from hf_rb.trainers.sft.rules import profit_rules
 from hf_rb.utils.fields import described, validate
 
 
@@ -50,6 +51,8 @@ class SFTConfig(PackingArguments, trl.SFTConfig):
             `label_smoothing_factor > 0`.
     """
 
+    _rules = (profit_rules, packing_rules)
+
     profit_threshold: float | None = field(
         default=None,
         metadata=described(
@@ -85,7 +88,7 @@ class SFTConfig(PackingArguments, trl.SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        validate(self, profit_rules, packing_rules)
+        validate(self, *self._rules)
         if self.profit_normalize == "kept" and self.world_size > 1:
             raise ValueError(
                 f"`profit_normalize: kept` needs one process, and there are {self.world_size}: no process knows how many "

@@ -14,8 +14,9 @@ from transformers.utils import ModelOutput
 from hf_rb.objectives import profit_mask
 from hf_rb.ops.backbone import model_inputs, name_of
 from hf_rb.ops.sequences import Sequences
+from hf_rb.trainers.common.configs import own_config
 from hf_rb.trainers.common.fused_head import check_fused_head, why_not_fused
-from hf_rb.trainers.common.mixin import TrainerMixin, own_config
+from hf_rb.trainers.common.mixin import TrainerMixin
 from hf_rb.trainers.common.packing import check_packing
 from hf_rb.trainers.common.token_samples import TokenStats, certainty
 from hf_rb.trainers.sft.config import SFTConfig
@@ -89,9 +90,10 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         return [] if self.args.profit_threshold is None else ["profit"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # TRL hands the mask to the model beside `position_ids`, if a collator made both.
-        mask = inputs.get("attention_mask")
-        check_packing(self, model, inputs, **({} if mask is None else {"attention_mask": mask}))
+        if "position_ids" in inputs:  # of packed rows, and of no padded ones
+            # TRL hands the mask to the model beside them, if a collator made both.
+            mask = inputs.get("attention_mask")
+            check_packing(self, model, inputs, **({} if mask is None else {"attention_mask": mask}))
         if self.args.profit_threshold is None:
             is_fused = self.compute_loss_func is None and (self.label_smoother is None or self.args.loss_type != "nll")
             if is_fused:
