@@ -1,6 +1,6 @@
 """The loss of a token with its derivative, as the tile loop of `hf_rb.ops.lm_head` takes it from an objective."""
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -33,7 +33,8 @@ class Term(NamedTuple):
 
 class TokenRule(Protocol):
     """
-    A loss by token. `log_q` and `log_p` are `(n, E)`; `log_probs` are the student's over the whole vocabulary, `(n, V)`.
+    A loss by token. `log_q` and `log_p` are `(n, E)`; `log_probs` are the student's over the whole vocabulary, `(n, V)`. Without a
+    teacher `log_p` is `None`.
 
     With a cached teacher, `tokens["rest"]` holds the teacher's log-probability of the last event, `(n,)`. That event is all tokens
     that are not stored: a rule that takes a maximum or an order over the events must not take it for a token.
@@ -42,7 +43,7 @@ class TokenRule(Protocol):
     def __call__(
         self,
         log_q: torch.Tensor,
-        log_p: torch.Tensor | None,
+        log_p: Any,
         log_probs: torch.Tensor,
         tokens: dict[str, torch.Tensor],
     ) -> Term: ...

@@ -12,7 +12,7 @@ from hf_rb.objectives.loca import loca_scale
 from hf_rb.objectives.token_rule import Term
 
 
-__all__ = ["DivergenceRule", "GopdRule", "HpdRule"]
+__all__ = ["DivergenceRule", "GopdRule", "HpdRule", "ObjectiveRule"]
 
 
 def _column(*values: torch.Tensor) -> torch.Tensor:
@@ -191,3 +191,6 @@ class GopdRule:
             return teacher, reference
         bounded = student + (teacher - student).clamp(-bound, bound)
         return bounded, None if reference is None else bounded - (teacher - reference).clamp(-bound, bound)
+
+
+ObjectiveRule = DivergenceRule | GopdRule | HpdRule

@@ -150,19 +150,35 @@ class CardMixin(TrainerBelow):
         if args.hub_strategy == HubStrategy.END or (busy and not args.hub_always_push):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        how = {"token": args.hub_token, "revision": args.hub_revision, "run_as_future": True}
         message = f"Training in progress, step {self.state.global_step}"
         try:
             for name, path in plan_upload(folder).paths.items():
                 shutil.copyfile(path, Path(args.output_dir, name))
-            jobs = [push_folder(args.output_dir, self.hub_model_id, commit_message=message, create=False, **how)]
+            jobs = [
+                push_folder(
+                    args.output_dir,
+                    self.hub_model_id,
+                    commit_message=message,
+                    token=args.hub_token,
+                    revision=args.hub_revision,
+                    create=False,
+                    run_as_future=True,
+                )
+            ]
         except (OSError, ValueError) as error:  # shards of FSDP are no model; the run goes on
             logger.warning(f"{folder} is not uploaded: {error}")
             return
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            how |= {"repo_id": self.hub_model_id, "commit_message": f"{message}, checkpoint"}
-            name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
-            jobs.append(HfApi().upload_folder(folder_path=str(folder), path_in_repo=name, **how))
+            future = HfApi().upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=str(folder),
+                path_in_repo="last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name,
+                commit_message=f"{message}, checkpoint",
+                token=args.hub_token,
+                revision=args.hub_revision,
+                run_as_future=True,
+            )
+            jobs.append(future)
         if busy:
             running.jobs.extend(jobs)
         else:
@@ -180,7 +196,7 @@ def _write_card(
     """Writes `README.md` into a folder; see [`CardMixin.create_model_card`]."""
     model, args, methods = trainer.model, trainer.args, trainer._all_methods
     tags = [tags] if isinstance(tags, str) else tags or []
-    adapters = model.peft_config.values() if is_peft_model(model) else ()
+    adapters: list[Any] = list(model.peft_config.values()) if is_peft_model(model) else []
     settings = [adapter_settings(config.to_dict()) for config in adapters]
     own_tags = {"hf_rb", *methods}  # the card adds these itself
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]

@@ -106,10 +106,11 @@ def complete_checkpoint(output_dir: str, resume: str | Literal[True]) -> str:
             )
         return resume
 
-    numbered = {
-        path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in Path(output_dir).glob("*")
-    }
-    newest_first = sorted((path for path in numbered if numbered[path]), key=lambda path: -int(numbered[path][1]))
+    step_of: dict[Path, int] = {}
+    for path in Path(output_dir).glob("*"):
+        if found := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name):
+            step_of[path] = int(found[1])
+    newest_first = sorted(step_of, key=step_of.__getitem__, reverse=True)
     for path in newest_first:
         problems = verify_manifest(path)
         if not problems:

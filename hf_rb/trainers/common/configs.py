@@ -1,18 +1,30 @@
-"""Takes a config of TRL, or a user's subclass of one, for the config of one of our trainers."""
+"""What our configs share, and how a config of TRL, or a user's subclass of one, stands in for one of ours."""
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_rb.utils.fields import validate
+from hf_rb.trainers.common.below import ConfigBelow
+from hf_rb.utils.fields import Rule, validate
 
 
-__all__ = ["own_config"]
+__all__ = ["ConfigMixin", "own_config"]
 
-Config = TypeVar("Config", bound=TrainingArguments)
+
+class ConfigMixin(ConfigBelow):
+    """Comes first among the bases of a config, and TRL's config last. What it refuses stands in `_rules`."""
+
+    _rules: ClassVar[tuple[Rule, ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate(self, *self._rules)
+
+
+Config = TypeVar("Config", bound=ConfigMixin)
 
 
 def own_config(
@@ -21,8 +33,8 @@ def own_config(
     """
     Returns `args` as our config class. Where `args` is TRL's or missing, our flags are off.
 
-    The last base of `config_class` is TRL's config, and its `_rules` say what it refuses. A config that a user derives from TRL's
-    keeps its class and its fields: the result is an instance of both classes, with the values of `args` as they are.
+    A config that a user derives from TRL's keeps its class and its fields: the result is an instance of both classes, with the values
+    of `args` as they are.
 
     Raises:
         TypeError: `args` is a config of another trainer.
@@ -35,7 +47,7 @@ def own_config(
         return args
     if isinstance(args, config_class.__bases__[-1]):
         # Not through the constructor: it would derive values again that `args` has derived already.
-        own = _restore(config_class, type(args), _flags_off(config_class) | vars(args))
+        own = _restore(config_class, type(args), _defaults(config_class) | vars(args))
         validate(own, *config_class._rules)
         return own
     # Not `args.to_dict()`, which replaces the value of every field called `..._token`, `eos_token` too.
@@ -44,17 +56,19 @@ def own_config(
     if unknown:
         raise TypeError(
             f"`args` is a {type(args).__name__}, whose `{unknown[0]}` this trainer does not have. Pass a {config_class.__name__}, or "
-            f"derive {type(args).__name__} from it."
+            f"derive your config from it."
         )
     return config_class(**values)
 
 
-def _flags_off(config_class: type[TrainingArguments]) -> dict[str, Any]:
-    return {
-        field.name: field.default if field.default is not MISSING else field.default_factory()
-        for field in fields(config_class)
-        if field.default is not MISSING or field.default_factory is not MISSING
-    }
+def _defaults(config_class: type[ConfigMixin]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in fields(config_class):
+        if field.default is not MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not MISSING:
+            found[field.name] = field.default_factory()
+    return found
 
 
 def _restore(ours: type[Config], given: type[TrainingArguments], state: dict[str, Any]) -> Config:

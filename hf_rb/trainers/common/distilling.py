@@ -1,6 +1,5 @@
 """What the distillation trainers share: the token rule of an objective, and its formulas on all logits."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +10,7 @@ from hf_rb.objectives.divergences import forward_kl, jsd, reverse_kl
 from hf_rb.objectives.gopd import gopd_advantage
 from hf_rb.objectives.hpd import hpd_loss, inverse_cdf_sample
 from hf_rb.objectives.loca import loca_calibrate
-from hf_rb.objectives.token_rule import TokenRule
-from hf_rb.ops.rules import DivergenceRule, GopdRule, HpdRule
+from hf_rb.ops.rules import DivergenceRule, GopdRule, HpdRule, ObjectiveRule
 from hf_rb.trainers.common.token_samples import certainty
 
 
@@ -27,7 +25,7 @@ __all__ = [
 ]
 
 
-def build_rule(args: Any) -> TokenRule:
+def build_rule(args: Any) -> ObjectiveRule:
     """Returns the token rule of a config's objective."""
     if args.objective == "hpd":
         return HpdRule(args.hpd_sample, args.hpd_reinforce)
@@ -44,17 +42,17 @@ def build_rule(args: Any) -> TokenRule:
 
 
 def dense_losses(
-    rule: TokenRule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: Mapping[str, torch.Tensor]
+    rule: ObjectiveRule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """
     Returns the loss of every token by the formulas on all logits, for autograd: what a rule in the tile loop must equal.
 
     Args:
-        rule ([`~hf_rb.objectives.token_rule.TokenRule`]):
+        rule (`ObjectiveRule`):
             From [`build_rule`].
         student_logits, teacher_logits (`torch.Tensor` of shape `(N, V)`):
             Logits.
-        tokens (`Mapping[str, torch.Tensor]`):
+        tokens (`dict[str, torch.Tensor]`):
             What the rule reads, N rows each.
     """
     labels, has_rest = tokens["labels"], "rest" in tokens
@@ -82,7 +80,7 @@ def dense_losses(
 
 @torch.no_grad()
 def dense_stats(
-    rule: TokenRule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: Mapping[str, torch.Tensor]
+    rule: ObjectiveRule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Returns what a rule reports of every token, its loss among them, from all logits. Arguments as for [`dense_losses`]."""
     log_q, log_p = (logits.float().log_softmax(-1) for logits in (student_logits, teacher_logits))
@@ -109,7 +107,7 @@ def compared_rows(
 
 
 def sampled_stats(
-    rule: TokenRule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: Mapping[str, torch.Tensor]
+    rule: ObjectiveRule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """
     Returns the numbers of [`~hf_rb.trainers.common.token_samples.TokenStats`]: what the rule reports of every token, how sure the student

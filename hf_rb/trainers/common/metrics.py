@@ -20,7 +20,7 @@ class MetricsMixin(TrainerBelow):
     """
 
     @cached_property
-    def _metric_sums(self) -> dict[str, dict[str, torch.Tensor]]:
+    def _metric_sums(self) -> dict[str, dict[str, Any]]:
         """Of each metric, the sums of its numerator and denominator since the last log, on this process."""
         return {"train": defaultdict(float), "eval": defaultdict(float)}
 

@@ -70,6 +70,8 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         TypeError: A teacher that knows only what it has stored, such as a cache.
     """
 
+    args: DistillationConfig
+
     def __init__(
         self,
         model: Model,

@@ -86,6 +86,8 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
             finite, or a model that lets packed sequences see each other.
     """
 
+    args: GKDConfig
+
     def __init__(
         self,
         model: str | PreTrainedModel,

@@ -4,16 +4,17 @@ from dataclasses import dataclass, field
 
 import trl
 
+from hf_rb.trainers.common.configs import ConfigMixin
 from hf_rb.trainers.grpo.agent_config import AgentArguments
 from hf_rb.trainers.grpo.rules import agent_rules, grpo_rules
-from hf_rb.utils.fields import described, validate
+from hf_rb.utils.fields import described
 
 
 __all__ = ["GRPOConfig"]
 
 
 @dataclass
-class GRPOConfig(AgentArguments, trl.GRPOConfig):
+class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     r"""
     Configuration class for the [`GRPOTrainer`].
 
@@ -257,7 +258,3 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
             "Whether `hidden_align_coef` aligns groups with correct completions only too, which have no advantage."
         ),
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        validate(self, *self._rules)

@@ -73,6 +73,8 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
         ImportError: `edas_equivalence="math"` without `math-verify`.
     """
 
+    args: GRPOConfig
+
     def __init__(
         self,
         model: str | PreTrainedModel,

@@ -53,6 +53,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             `profit_normalize="sequence"`, or, in training, one with logits that are not last hidden states times LM head.
     """
 
+    args: SFTConfig
     _head_is_checked = False
 
     def __init__(
