@@ -183,14 +183,16 @@ class _TiledLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         ctx.kinds = [(tensor.dtype if tensor is not None else None) for tensor in (hidden, weight, bias)]
         ctx.grads = [
-            torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) if need else None
+            None
+            if tensor is None or not need
+            else torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
             for tensor, need in zip((hidden, weight, bias), needs, strict=True)
         ]
         with torch.autocast(hidden.device.type, enabled=False):
             return run(*ctx.grads)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         if ctx.grads is None:
             raise RuntimeError("This loss can be differentiated once; call it again for another backward pass.")
         # Scaled in place: the buffers are ours, and the head's can be the largest tensor of the step.
@@ -252,7 +254,7 @@ def _loop(
 
 class _Events(NamedTuple):
     log_q: torch.Tensor
-    log_p: torch.Tensor | None
+    log_p: Any
     ids: torch.Tensor | None = None
 
 
@@ -286,23 +288,24 @@ def _write_gradient(
     temperature: float,
 ) -> None:
     """Replaces a block of logits by ∂loss/∂(hidden @ weight.T + bias)."""
+    dense: Any = term.dense  # which a rule always gives over the events of a cache
     slope = None if head.softcap is None else 1 - (logits * (temperature / head.softcap)).square()
     total = term.loss.new_zeros(len(logits), 1)
-    if term.dense is not None:
-        total = total + term.dense.sum(-1, keepdim=True)
+    if dense is not None:
+        total = total + dense.sum(-1, keepdim=True)
     if term.values is not None:
         total = total + term.values.sum(-1, keepdim=True)
     torch.exp(log_probs, out=logits)
     if events.ids is None:
         logits.mul_(-total)
-        if term.dense is not None:
-            logits.add_(term.dense)
+        if dense is not None:
+            logits.add_(dense)
     else:
         # The rest's derivative is shared out in proportion to q.
         q_known, rest_q = logits.gather(-1, events.ids), events.log_q[:, -1:].exp()
-        shared = torch.where(rest_q > 0, term.dense[:, -1:] / rest_q, 0)
-        logits.mul_(shared - total).scatter_(-1, events.ids, term.dense[:, :-1] - q_known * total)
-    if term.picks is not None:
+        shared = torch.where(rest_q > 0, dense[:, -1:] / rest_q, 0)
+        logits.mul_(shared - total).scatter_(-1, events.ids, dense[:, :-1] - q_known * total)
+    if term.picks is not None and term.values is not None:
         logits.scatter_add_(-1, term.picks, term.values)
     logits.mul_(weights.unsqueeze(-1) * (head.scale / temperature))
     if slope is not None:

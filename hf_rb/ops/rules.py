@@ -73,7 +73,7 @@ class DivergenceRule:
     ) -> Term:
         labels, has_rest, stats, target = tokens.get("labels"), "rest" in tokens, {}, log_p
         if self.loca_alpha is not None:
-            label_event = tokens.get("label_event", labels)
+            label_event = tokens.get("label_event", tokens["labels"])
             target, stats["loca_scale"] = _calibrate(log_p, label_event, self.loca_alpha, has_rest)
         loss, dense, more = self._divergence(log_q, target, has_rest)
         known = {name: more.pop(name) for name in _MONITORED if name in more}

@@ -217,7 +217,8 @@ def _build(kind: type, values: Mapping[str, Any]) -> Any:
     if set(values) != names:
         raise ValueError(f"it should have {', '.join(sorted(names ^ set(values)))}")
     for item in fields(kind):
-        if not isinstance(values[item.name], item.type):
+        kind_of: Any = item.type
+        if not isinstance(values[item.name], kind_of):
             raise ValueError(f"`{item.name}` is {values[item.name]!r}")
     return kind(**values)
 

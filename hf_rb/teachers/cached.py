@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
-from transformers import Trainer
 
 from hf_rb.io.files import sha256_file
 from hf_rb.ops.backbone import width_of
@@ -55,7 +54,7 @@ class CachedTeacher:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def prepare(self, trainer: Trainer) -> None:
+    def prepare(self, trainer: Any) -> None:
         """
         Reads the whole cache once and checks it.
 
@@ -85,13 +84,14 @@ class CachedTeacher:
         )
         self._index([shard.file for shard in manifest.shards.values()])
 
-    def _check_student(self, trainer: Trainer, identity: Identity) -> None:
+    def _check_student(self, trainer: Any, identity: Identity) -> None:
         path = self.folder / VOCABULARY
         if not path.is_file():
             raise ValueError(f"The teacher cache misses {path}. {REMEDY}")
         if sha256_file(path) != identity.tokenizer:
             raise ValueError(f"{path} has been edited since the capture: its SHA-256 differs. {REMEDY}")
-        width = width_of(trainer.accelerator.unwrap_model(trainer.model))
+        student: Any = trainer.accelerator.unwrap_model(trainer.model)
+        width = width_of(student)
         tokenizer = tokenizer_of(trainer.processing_class)
         shared = shared_vocabulary(tokenizer, json.loads(path.read_bytes()), width, identity.vocabulary)
         if shared < identity.vocabulary:
@@ -137,8 +137,8 @@ class CachedTeacher:
         """Returns ids, their log-probabilities and that of the rest, at some positions of one sequence."""
         key = torch.tensor(sequence_key(token_ids))
         first, last = (
-            torch.searchsorted(self._keys, key).item(),
-            torch.searchsorted(self._keys, key, right=True).item(),
+            int(torch.searchsorted(self._keys, key)),
+            int(torch.searchsorted(self._keys, key, right=True)),
         )
         for entry in range(first, last):  # several when the data holds a sequence more than once, labelled otherwise
             file = self._open(self._files[self._shards[entry]])
@@ -147,7 +147,7 @@ class CachedTeacher:
             known = file.get_slice("positions")[stored]
             places = torch.searchsorted(known, positions.int()).clamp(max=len(known) - 1)
             if torch.equal(known[places].long(), positions):
-                high = file.get_slice("ids_high")[stored] if self.vocabulary > 1 << 16 else None
+                high = file.get_slice("ids_high")[stored] if (self.vocabulary or 0) > 1 << 16 else None
                 ids = unpack_ids(file.get_slice("ids")[stored], high)
                 # As float32 from here on: autocast on a CPU cannot put tensors of float16 together.
                 values = [file.get_slice(name)[stored][places].float() for name in ("log_probs", "rest")]

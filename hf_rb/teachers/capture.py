@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from hf_rb.io.files import MANIFEST, sha256_file
 from hf_rb.io.model_folder import public_name
@@ -68,7 +68,7 @@ class CacheReport:
 
 
 def cache_teacher(
-    trainer: Trainer,
+    trainer: Any,
     folder: str | Path,
     *,
     k: int = 64,
@@ -137,7 +137,7 @@ def cache_teacher(
     return _report(folder, manifest, kept, time.perf_counter() - start)
 
 
-def _check_arguments(trainer: Trainer, k: int, dtype: str, batch_tokens: int, shard_tokens: int) -> None:
+def _check_arguments(trainer: Any, k: int, dtype: str, batch_tokens: int, shard_tokens: int) -> None:
     for name, value in {"k": k, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be a whole number from 1; got {value!r}.")
@@ -155,7 +155,7 @@ def _check_arguments(trainer: Trainer, k: int, dtype: str, batch_tokens: int, sh
         )
 
 
-def _identify(trainer: Trainer, plan: CapturePlan, k: int, dtype: str, shard_tokens: int) -> tuple[Identity, bytes]:
+def _identify(trainer: Any, plan: CapturePlan, k: int, dtype: str, shard_tokens: int) -> tuple[Identity, bytes]:
     teacher, model = trainer.teacher, trainer.teacher.model
     tokenizer = tokenizer_of(teacher.tokenizer or trainer.processing_class)
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
@@ -191,6 +191,7 @@ def _open(folder: Path, identity: Identity, number_of_shards: int, overwrite: bo
         if not all(_is_ours(name) for name in names):
             raise FileExistsError(f"{folder} is not empty, and holds no teacher cache. Choose another folder.")
         return Manifest(identity, number_of_shards)
+    found, different = None, []
     try:
         found = Manifest.read(folder)
         # Not the name, which was once a path: `model` is a fingerprint of the weights.
@@ -199,10 +200,9 @@ def _open(folder: Path, identity: Identity, number_of_shards: int, overwrite: bo
     except ValueError:
         if not overwrite or not all(_is_ours(name) for name in names):
             raise
-        different = ["manifest"]
-    if different and not overwrite:
+    if found and different and not overwrite:
         raise FileExistsError(_other_cache(folder, found.identity, identity, different))
-    if different:
+    if not found or different:
         for path in folder.iterdir():
             if _is_ours(path.name):
                 path.unlink()
@@ -228,7 +228,7 @@ def _other_cache(folder: Path, found: Identity, wanted: Identity, different: lis
 
 @torch.no_grad()
 def _write_shard(
-    trainer: Trainer,
+    trainer: Any,
     plan: CapturePlan,
     rows: np.ndarray,
     number: int,

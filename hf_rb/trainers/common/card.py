@@ -154,7 +154,7 @@ class CardMixin(TrainerBelow):
         try:
             for name, path in plan_upload(folder).paths.items():
                 shutil.copyfile(path, Path(args.output_dir, name))
-            jobs = [
+            jobs: list[Any] = [
                 push_folder(
                     args.output_dir,
                     self.hub_model_id,

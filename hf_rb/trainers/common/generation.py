@@ -17,7 +17,8 @@ class OwnDistributionMixin(TrainerBelow):
     """
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with own_distribution(self.accelerator.unwrap_model(self.model)):
+        model: Any = self.accelerator.unwrap_model(self.model)
+        with own_distribution(model):
             return super()._generate_single_turn(*args, **kwargs)
 
 

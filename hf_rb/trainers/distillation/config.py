@@ -74,7 +74,7 @@ class DistillationConfig(_WithoutDataset, ConfigMixin, GopdArguments, ObjectiveA
     _rules = (distillation_rules,)
     _VALID_DICT_FIELDS = trl.DistillationConfig._VALID_DICT_FIELDS + ["teacher_model_name_or_path"]
 
-    teacher_model_name_or_path: dict[str, str] | str | None = field(
+    teacher_model_name_or_path: dict[str, str] | str | None = field(  # pyrefly: ignore[bad-override]
         default=None,
         metadata=described(
             "Model name or path of the teacher; with `gopd_teacher_column`, a mapping from the names in that column to models."

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import trl
 from torch.nn.functional import kl_div
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from hf_rb.utils import compat
 
@@ -59,7 +59,7 @@ class GKDFunctions(trl.SFTTrainer):
 
     @staticmethod
     def generate_on_policy_outputs(
-        model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], generation_config: GenerationConfig
+        model: Any, inputs: Mapping[str, torch.Tensor], generation_config: GenerationConfig
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Samples a completion of each prompt.

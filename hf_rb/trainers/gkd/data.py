@@ -11,9 +11,7 @@ from datasets import Dataset, IterableDataset
 __all__ = ["in_layout_of_sft", "prompts_of"]
 
 
-def in_layout_of_sft(
-    dataset: Dataset | IterableDataset, args: trl.SFTConfig, name: str
-) -> tuple[Dataset | IterableDataset, bool]:
+def in_layout_of_sft(dataset: Dataset | IterableDataset, args: Any, name: str) -> tuple[Any, bool]:
     """
     Returns a dataset with `prompt` and `completion` where SFT would label other tokens than GKD trains on, and whether it has prompts
     alone.
@@ -29,7 +27,7 @@ def in_layout_of_sft(
     Raises:
         ValueError: Prompts alone, where `args.lmbda` asks for the completions of the dataset; an example without anything to train on.
     """
-    example = next(iter(dataset))
+    example: Any = next(iter(dataset))
     has_prompt, has_messages = "prompt" in example, "messages" in example or "conversations" in example
     if has_prompt and "completion" not in example and not has_messages:
         if args.lmbda < 1:

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_rb.models.mpi.losses import auxiliary_loss
 from hf_rb.ops.backbone import model_inputs, width_of
 from hf_rb.ops.generation import generation_config
 from hf_rb.ops.lm_head import CachedLogits, TeacherLogits, lm_head_loss
@@ -37,6 +36,7 @@ from hf_rb.trainers.common.gopd import given_reference, make_reference, share_vo
 from hf_rb.trainers.common.metrics import check_finite, log_token_metrics
 from hf_rb.trainers.common.mixin import TrainerMixin
 from hf_rb.trainers.common.packing import check_packing
+from hf_rb.trainers.common.routers import balance_loss
 from hf_rb.trainers.common.token_samples import TokenStats
 from hf_rb.trainers.gkd.config import GKDConfig
 from hf_rb.trainers.gkd.data import in_layout_of_sft
@@ -86,7 +86,9 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
             finite, or a model that lets packed sequences see each other.
     """
 
-    args: GKDConfig
+    args: GKDConfig  # pyrefly: ignore[bad-override-mutable-attribute]
+    teacher: Any  # a `Teacher`; the objective decides what else it must be able to do
+    reference: Any  # a `ModelTeacher`, or `None`
 
     def __init__(
         self,
@@ -148,7 +150,15 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
 
     # Data
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Callable | None,
+        dataset_name: str,
+    ) -> Any:
         if "input_ids" not in next(iter(dataset)) and formatting_func is None:
             dataset, has_prompts_only = in_layout_of_sft(dataset, args, dataset_name)
             self._has_prompts_only |= has_prompts_only
@@ -177,7 +187,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
             tokens["uniforms"] = draws[:, 1:][keep]
         return labels, keep, tokens
 
-    def _get_num_items_in_batch(self, batch_samples, device):
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         return super()._get_num_items_in_batch(
             [{**batch, "shift_labels": self._counted_labels(batch)} for batch in batch_samples], device
         )
@@ -192,7 +202,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
 
     # Whose completions a step trains on
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         writer = self._writer()
         if writer is not None:  # before the parent counts the labels
             epoch_iterator = (self._with_completions(batch, writer) for batch in epoch_iterator)
@@ -207,13 +217,25 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
 
     # Loss
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
         # G-OPD is about sampled tokens, and prompts alone have no others.
         if self.args.objective == "gopd" or self._has_prompts_only:
             inputs = self._with_completions(self._prepare_inputs(inputs), model)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         if "position_ids" in inputs:  # of packed rows, and of no padded ones
             check_packing(self, model, inputs)
         labels, keep, tokens = self._tokens(inputs)
@@ -264,7 +286,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         with self.accelerator.autocast():
             teacher = self._score(inputs, keep, tokens)
             hidden, output = self._student_logits.output(student, inputs, **router)
-            aux_loss = _balance_loss(student, output.router_logits, inputs) if router else None
+            aux_loss = balance_loss(student, output, inputs) if router else None
             with self._student_logits.head(student) as head:
                 scored = lm_head_loss(
                     hidden[:, :-1][keep],
@@ -309,17 +331,16 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         args, shared = self.args, slice(self.teacher.vocabulary)
         is_trl = args.objective == "jsd" and args.kd_alpha == 1 and args.loca_alpha is None  # its logits too are TRL's
         sources = [source for source in (self.teacher, self.reference) if hasattr(source, "model")]
-        models = [self.accelerator.unwrap_model(model), *(source.model for source in sources)]
+        models: list[Any] = [self.accelerator.unwrap_model(model), *(source.model for source in sources)]
         with wide_heads(*([] if is_trl else models)):
             teacher_logits = self.teacher.logits(inputs)[..., shared]
-            if self.reference is not None:
-                reference_logits = self.reference.logits(inputs)[..., shared]
+            reference_logits = None if self.reference is None else self.reference.logits(inputs)[..., shared]
             router = {"output_router_logits": True} if self.aux_loss_enabled else {}
             outputs = model(**model_inputs(inputs), use_cache=False, **router)
         logits, aux_loss = outputs.logits[..., shared], outputs.aux_loss if router else None
 
         rows, teacher_rows = logits[:, :-1][keep], teacher_logits[:, :-1][keep]
-        reference_rows = None if self.reference is None else reference_logits[:, :-1][keep]
+        reference_rows = None if reference_logits is None else reference_logits[:, :-1][keep]
         teacher_rows = compared_rows(self.args, teacher_rows, reference_rows, tokens)
         if is_trl:
             loss = self.generalized_jsd_loss(
@@ -360,18 +381,9 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
             self._add_metric("outside_vocabulary_fraction", (is_label & ~keep).sum(), is_label.sum())
 
 
-def _balance_loss(
-    student: PreTrainedModel, router_logits: tuple[torch.Tensor, ...], inputs: Mapping[str, Any]
-) -> torch.Tensor:
-    positions = inputs.get("position_ids")
-    mask = None if positions is not None else inputs.get("attention_mask")
-    config = student.config.get_text_config()
-    return auxiliary_loss(config, router_logits, inputs["input_ids"].shape, mask, positions)
-
-
 def _teacher(args: GKDConfig, teacher: Teacher | None, teacher_model: Any) -> Teacher:
     model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-    init_kwargs = init_kwargs_of(args) if isinstance(model, str) else args.teacher_model_init_kwargs
+    init_kwargs: Any = init_kwargs_of(args) if isinstance(model, str) else args.teacher_model_init_kwargs
     teacher = build_teacher(teacher, model, args.teacher_cache, init_kwargs)
     if isinstance(teacher, CachedTeacher):
         validate(args, cache_rules)

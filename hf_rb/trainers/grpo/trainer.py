@@ -2,14 +2,15 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
-from hf_rb.advantages import SrarShaper, build_shapers, check_shapers, run_pipeline
+from hf_rb.advantages import ShapingContext, SrarShaper, build_shapers, check_shapers, run_pipeline
 from hf_rb.advantages.pipeline import Shaper
 from hf_rb.hub import METHODS
 from hf_rb.methods.registry import pipeline_line
@@ -73,7 +74,7 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
         ImportError: `edas_equivalence="math"` without `math-verify`.
     """
 
-    args: GRPOConfig
+    args: GRPOConfig  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
         names = [shaper.name for shaper in self.shapers] + ["hidden_align"] * bool(self.args.hidden_align_coef)
         return [name for name in names if name in METHODS]
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self._acts:
             names = None if self._shapers_of_config else [shaper.name for shaper in self.shapers]
             self.accelerator.print(pipeline_line(self.args, names))
@@ -182,7 +183,9 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
     def _acts(self) -> bool:
         return bool(self.shapers or self.args.hidden_align_coef)
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._warn_of_infinite(rewards_per_func)
         if self._acts:
@@ -202,14 +205,15 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self._acts:
-            context, self._generation = make_context(self, output, self._generation), None
+            scored, self._generation = cast(ScoredGeneration, self._generation), None
+            context = make_context(self, output, scored)
             if self.shapers:
                 self._shape(output, context)
             if self.args.hidden_align_coef:
                 hidden_align.add_targets(self, output, context)
         return output
 
-    def _shape(self, output, context) -> None:
+    def _shape(self, output: dict[str, Any], context: ShapingContext) -> None:
         check_shapers(self.shapers, context.rows[0], context.reward_names, context.correct is not None)
         metrics, columns = {}, {}
         if (
@@ -234,13 +238,14 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
 
     # The loss
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         check_fused_head(
             self, model, "Train another model, or this one with `GKDTrainer`, which takes its own logits."
         )
         if "align_weight" not in inputs:
             return super()._compute_loss(model, inputs)
-        with recorded_hidden(self.accelerator.unwrap_model(model)) as states:
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        with recorded_hidden(unwrapped) as states:
             loss = super()._compute_loss(model, inputs)
         return loss + hidden_align.auxiliary_loss(self, inputs, states[0]).to(loss.device)
 
