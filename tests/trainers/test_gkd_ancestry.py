@@ -25,7 +25,7 @@ def numbers(student, config):
     data, found = tiny.load_dataset("math", config="messages", size=8), {}
     for name, changes in RUNS.items():
         args = GKDConfig(**config | changes)
-        trainer = GKDTrainer(student, tiny.path("teacher"), args, train_dataset=data)
+        trainer = GKDTrainer(student, "tiny:teacher", args, train_dataset=data)
         trainer.train()
         logs = [
             {key: entry[key] for key in ("loss", "grad_norm", "kd", "kept_fraction")}
@@ -89,6 +89,6 @@ def test_super_reaches_every_class_between_gkd_and_sft(student, config, data):
         pass
 
     args = GKDConfig(**config | {"lmbda": 0.0, "max_steps": 1})
-    Both(str(student), tiny.path("teacher"), args, train_dataset=data).train()
+    Both(str(student), "tiny:teacher", args, train_dataset=data).train()
     assert seen == ["made", "stepped"]
     assert issubclass(GKDTrainer, compat.GKDTrainer) and issubclass(GKDConfig, compat.GKDConfig)

@@ -52,7 +52,8 @@ def no_reward(completions, **kwargs):
 )
 def test_a_config_derived_from_trl_is_accepted(student, config, tmp_path, mine, name, keywords):
     ours, trainer_class = getattr(hf_rb, f"{name}Config"), getattr(hf_rb, f"{name}Trainer")
-    given = mine(**config, my_flag=5, learning_rate=3e-4)
+    generations = {"num_generations": 2} if name == "GRPO" else {}
+    given = mine(**config, **generations, my_flag=5, learning_rate=3e-4)
     before = dict(vars(given))
     layout = "messages" if name in ("SFT", "GKD") else "prompt_only"
     data = tiny.load_dataset("math", config=layout, size=4)
@@ -81,10 +82,16 @@ def test_a_value_of_trl_that_ours_refuses_is_refused(config):
         own_config(hf_rb.GKDConfig, given, "model", "GKD")
 
 
-@pytest.mark.parametrize(("given", "name"), [(hf_rb.SFTConfig, "allow_leaking_packing"), (trl.GRPOConfig, "beta")])
-def test_a_config_of_another_trainer_is_refused(config, given, name):
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        (hf_rb.SFTConfig, "Use `SFTTrainer`, or pass a DistillationConfig"),
+        (MySFT, "Pass a DistillationConfig, or derive your config from it"),
+    ],
+)
+def test_a_config_of_another_trainer_is_refused(config, given, remedy):
     with pytest.raises(
-        TypeError, match=f"`args` is a {given.__name__}, whose `.*` this trainer does not have. Pass a"
+        TypeError, match=f"`args` is a {given.__name__}, whose `.*` this trainer does not have. {remedy}"
     ):
         own_config(hf_rb.DistillationConfig, given(**config), "model", "Distillation")
 

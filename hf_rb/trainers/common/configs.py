@@ -54,10 +54,11 @@ def own_config(
     values = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
     unknown = sorted(values.keys() - {field.name for field in fields(config_class)})
     if unknown:
-        raise TypeError(
-            f"`args` is a {type(args).__name__}, whose `{unknown[0]}` this trainer does not have. Pass a {config_class.__name__}, or "
-            f"derive your config from it."
-        )
+        kind, wanted = type(args).__name__, config_class.__name__
+        remedy = f"Pass a {wanted}, or derive your config from it."
+        if isinstance(args, ConfigMixin):
+            remedy = f"Use `{kind.removesuffix('Config')}Trainer`, or pass a {wanted}."
+        raise TypeError(f"`args` is a {kind}, whose `{unknown[0]}` this trainer does not have. {remedy}")
     return config_class(**values)
 
 
