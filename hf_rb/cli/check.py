@@ -27,16 +27,11 @@ from hf_rb.methods.registry import LOCAL, pipeline_line
 from hf_rb.quantizers.rules import d2quant_rules, ptqtp_rules
 from hf_rb.recover.config import recover_rules
 from hf_rb.rl.rewards import reward_name, reward_problem
-from hf_rb.trainers.common.rules import (
-    distillation_rules,
-    gkd_rules,
-    grpo_rules,
-    grpo_warnings,
-    only_gkd,
-    packing_rules,
-    profit_rules,
-)
-from hf_rb.trainers.grpo.agent_config import agent_rules
+from hf_rb.trainers.common.rules import packing_rules
+from hf_rb.trainers.distillation.rules import distillation_rules, only_gkd
+from hf_rb.trainers.gkd.rules import gkd_rules
+from hf_rb.trainers.grpo.rules import agent_rules, grpo_rules, grpo_warnings
+from hf_rb.trainers.sft.rules import profit_rules
 from hf_rb.utils.fields import Rule, value_problem
 from hf_rb.utils.output import json_text
 from hf_rb.utils.renamed import former_key, nearest_key

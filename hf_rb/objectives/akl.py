@@ -91,12 +91,16 @@ def adaptive_kl_weight(
 def adaptive_kl_rule(
     log_q: torch.Tensor, log_p: torch.Tensor, mu: float = 0.5, head_rule: str = "paper", has_rest: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Returns (loss, c, {"akl_weight", "akl_head_size"}) of [`adaptive_kl`]; see `hf_rb.objectives.divergences` for c."""
+    """
+    Returns (loss, c, {"akl_weight", "akl_head_size", "forward_kl", "reverse_kl"}) of [`adaptive_kl`]; see
+    `hf_rb.objectives.divergences` for c.
+    """
     weight, head_size = _weight(log_p.exp(), log_q.exp(), mu, head_rule, has_rest)
     forward, forward_c = forward_kl_rule(log_q, log_p)
     reverse, reverse_c = reverse_kl_rule(log_q, log_p)
     c = reverse_c.lerp_(forward_c, weight.unsqueeze(-1))
-    return torch.lerp(reverse, forward, weight), c, {"akl_weight": weight, "akl_head_size": head_size}
+    stats = {"akl_weight": weight, "akl_head_size": head_size, "forward_kl": forward, "reverse_kl": reverse}
+    return torch.lerp(reverse, forward, weight), c, stats
 
 
 def check_head(mu: float, head_rule: str) -> None:

@@ -90,7 +90,7 @@ def recorded_hidden(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     states: list[torch.Tensor] = []
     backbone = without_peft(model).base_model
 
-    def record(module, args, output):
+    def record(module: torch.nn.Module, args: Any, output: Any) -> None:
         if getattr(output, "last_hidden_state", None) is None:
             raise ValueError(
                 f"The backbone of {name_of(model)}, a {type(module).__name__}, returns no "
@@ -111,7 +111,8 @@ def head_of(model: PreTrainedModel) -> Head:
 
     A head that FSDP2 has sharded comes gathered, differentiably; under ZeRO-3, call this inside [`gathered_head`].
     """
-    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    layer: Any = model.get_output_embeddings()
+    config = model.config.get_text_config()
     return Head(
         weight=_full(layer.weight),
         bias=_full(getattr(layer, "bias", None)),
@@ -122,7 +123,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 def gathered_head(model: PreTrainedModel) -> AbstractContextManager:
     """Context in which ZeRO-3 holds the whole LM head on every process. Does nothing without ZeRO-3."""
-    layer = model.get_output_embeddings()
+    layer: Any = model.get_output_embeddings()
     return compat.maybe_gather_lm_head_ctx(layer.weight, getattr(layer, "bias", None))
 
 
@@ -177,7 +178,7 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
                 )
 
 
-def without_peft(model: PreTrainedModel) -> PreTrainedModel:
+def without_peft(model: Any) -> PreTrainedModel:
     """Returns the transformers model inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if is_peft_model(model) else model
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_rb.ops.backbone import gathered_head, head_of, undisturbed, width_of, without_peft
-from hf_rb.ops.lm_head import Head, lm_head_logits
+from hf_rb.ops.lm_head import Head
+from hf_rb.ops.lm_head_queries import lm_head_logits
 from hf_rb.ops.rounding import coarsest_eps, smallest_max
 
 
@@ -77,7 +79,8 @@ def head_difference(model: PreTrainedModel) -> tuple[float, float]:
             raise ValueError(
                 f"its logits have the shape {tuple(logits.shape)}, and those of the head {(1, *ours.shape)}"
             )
-        unit = max(SMALLEST_UNIT, coarsest_eps(hidden.device, head.weight.dtype, *types, logits.dtype) / 2)
+        stored = head.weight.dtype if head.weight is not None else hidden.dtype
+        unit = max(SMALLEST_UNIT, coarsest_eps(hidden.device, stored, *types, logits.dtype) / 2)
         theirs = logits[0].to(ours.device, torch.float32)
         difference = ((theirs - ours).norm(dim=-1) / ours.norm(dim=-1)).max().item()
     return difference if difference == difference else torch.inf, ROUNDINGS * unit
@@ -88,18 +91,19 @@ def _hidden(head: Head, dtype: torch.dtype) -> torch.Tensor:
     Random hidden states `(8, H)` that give logits of the magnitudes above, exact in bfloat16 and so in every wider type. In float16
     they give smaller ones where they, or the logits before a small scale, would not be finite.
     """
-    if not head.weight.is_floating_point() or head.weight.ndim != 2:
-        raise ValueError(f"the weight of the LM head is packed ({head.weight.dtype}, {tuple(head.weight.shape)})")
-    width = head.weight.shape[1]
+    weight: Any = head.weight
+    if not weight.is_floating_point() or weight.ndim != 2:
+        raise ValueError(f"the weight of the LM head is packed ({weight.dtype}, {tuple(weight.shape)})")
+    width = weight.shape[1]
     hidden = torch.randn(len(MAGNITUDES), width, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
-    hidden = hidden.to(head.weight.device)
-    logits = lm_head_logits(hidden, Head(head.weight))
+    hidden = hidden.to(weight.device)
+    logits = lm_head_logits(hidden, Head(weight))
     size = (logits * head.scale).square().mean(-1, keepdim=True).sqrt()
     if not (size > 0).all():
         raise ValueError("the LM head is zero")
     factor = torch.tensor(MAGNITUDES, device=size.device).unsqueeze(-1) / size
     largest = torch.maximum(hidden.abs().amax(-1, keepdim=True), logits.abs().amax(-1, keepdim=True))
-    fits = smallest_max(hidden.device, head.weight.dtype, dtype) / 4 / largest
+    fits = smallest_max(hidden.device, weight.dtype, dtype) / 4 / largest
     return (hidden * torch.minimum(factor, fits)).bfloat16()
 
 
@@ -112,13 +116,15 @@ def _tokens(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     }  # fmt: skip
     usual = [number for number in range(min(width_of(model), 1000)) if number not in special] or [0]
     ids = torch.tensor([[usual[place % len(usual)] for place in range(len(MAGNITUDES))]])
-    ids = ids.to(model.get_input_embeddings().weight.device)
+    embeddings: Any = model.get_input_embeddings()
+    ids = ids.to(embeddings.weight.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> tuple[torch.Tensor, list[torch.dtype]]:
     """Returns the logits that a model's own head makes of hidden states `(8, H)`, and the types that it computes in."""
-    backbone, inputs = without_peft(model).base_model, _tokens(model) | {"use_cache": False}
+    backbone: Any = without_peft(model).base_model
+    inputs: dict[str, Any] = _tokens(model) | {"use_cache": False}
     with _giving(backbone, hidden) as types:
         logits = model.forward(**inputs).logits
     if types:
@@ -136,7 +142,7 @@ def _giving(module: torch.nn.Module, hidden: torch.Tensor) -> Iterator[list[torc
     """Context in which a module gives certain last hidden states. Yields a list to which the type is added that they go on in."""
     types: list[torch.dtype] = []
 
-    def replace(module, args, output):
+    def replace(module: torch.nn.Module, args: Any, output: Any) -> Any:
         states = output.last_hidden_state
         if states.shape != (1, *hidden.shape):
             raise ValueError(
@@ -168,7 +174,7 @@ def _other_trained(model: PreTrainedModel) -> list[str]:
     LoRA's second factor, changes no logit yet.
     """
     model = without_peft(model)
-    layer = model.get_output_embeddings()
+    layer: Any = model.get_output_embeddings()
     head = {id(layer.weight), id(getattr(layer, "bias", None))}
     backbone = {id(parameter) for parameter in model.base_model.parameters()}
     inside = {id(parameter) for parameter in layer.parameters()}

@@ -13,26 +13,16 @@ only scales them. Every product is made once, as in the dense computation, and w
 Shapes: N tokens (only those with a label), V vocabulary, H hidden size; the teacher's hidden size may differ.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
+from hf_rb.objectives.token_rule import Term, TokenRule
 
-__all__ = [
-    "CachedTeacher",
-    "Head",
-    "Rule",
-    "Scored",
-    "Teacher",
-    "Term",
-    "TopK",
-    "lm_head_log_probs",
-    "lm_head_logits",
-    "lm_head_loss",
-    "lm_head_top_k",
-]
+
+__all__ = ["CachedLogits", "Head", "Scored", "TeacherLogits", "lm_head_loss", "logit_blocks", "project"]
 
 # Bytes of one tile of logits, with a frozen and with a trained head: larger tiles make fewer passes over the head's gradient.
 TILE_BYTES = {"cpu": (12 << 20, 24 << 20), "cuda": (256 << 20, 256 << 20)}
@@ -73,7 +63,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherLogits:
     """One model's part in the teacher's logits, which are the sum of `factor · logits` over all parts.
 
     Args:
@@ -91,7 +81,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class CachedTeacher:
+class CachedLogits:
     """A teacher known on m ids a token. The rest of the vocabulary is one event.
 
     Args:
@@ -106,46 +96,6 @@ class CachedTeacher:
     ids: torch.Tensor
     log_probs: torch.Tensor
     rest: torch.Tensor
-
-
-class Term(NamedTuple):
-    """What a rule returns for a block of n tokens over E events (the vocabulary, or a cached teacher's events).
-
-    Attributes:
-        loss (`torch.Tensor` of shape `(n,)`):
-            Loss of every token.
-        dense (`torch.Tensor` of shape `(n, E)`, *optional*):
-            Derivative of the loss by the log-probability of every event.
-        picks (`torch.Tensor` of shape `(n, k)`, *optional*):
-            Token ids with a derivative beside `dense`.
-        values (`torch.Tensor` of shape `(n, k)`, *optional*):
-            That derivative.
-        stats (`dict[str, torch.Tensor]`):
-            More values of shape `(n,)`, for metrics.
-    """
-
-    loss: torch.Tensor
-    dense: torch.Tensor | None
-    picks: torch.Tensor | None
-    values: torch.Tensor | None
-    stats: dict[str, torch.Tensor]
-
-
-class Rule(Protocol):
-    """
-    A loss by token. `log_q` and `log_p` are `(n, E)`; `log_probs` are the student's over the whole vocabulary, `(n, V)`.
-
-    With a cached teacher, `tokens["rest"]` holds the teacher's log-probability of the last event, `(n,)`. That event is all tokens
-    that are not stored: a rule that takes a maximum or an order over the events must not take it for a token.
-    """
-
-    def __call__(
-        self,
-        log_q: torch.Tensor,
-        log_p: torch.Tensor | None,
-        log_probs: torch.Tensor,
-        tokens: dict[str, torch.Tensor],
-    ) -> Term: ...
 
 
 class Scored(NamedTuple):
@@ -165,9 +115,9 @@ class Scored(NamedTuple):
 def lm_head_loss(
     hidden: torch.Tensor,
     head: Head,
-    rule: Rule,
+    rule: TokenRule,
     tokens: dict[str, torch.Tensor],
-    teacher: list[Teacher] | CachedTeacher | None = None,
+    teacher: list[TeacherLogits] | CachedLogits | None = None,
     weights: torch.Tensor | None = None,
     temperature: float = 1.0,
     vocabulary: int | None = None,
@@ -181,11 +131,11 @@ def lm_head_loss(
             The student's last hidden states, one row a token that is trained on. N may be 0: the loss is 0.
         head ([`Head`]):
             The student's LM head. Its weight and bias get gradients if they require them.
-        rule ([`Rule`]):
+        rule ([`~hf_rb.objectives.token_rule.TokenRule`]):
             The loss.
         tokens (`dict[str, torch.Tensor]`):
             What the rule needs about each token (labels, uniforms, scores), each with N rows.
-        teacher (`list[Teacher]` or `CachedTeacher`, *optional*):
+        teacher (`list[TeacherLogits]` or `CachedLogits`, *optional*):
             Where `log_p` comes from. Never gets a gradient.
         weights (`torch.Tensor` of shape `(N,)`, *optional*):
             Factor of every token in the sum; 1 when not given.
@@ -203,7 +153,9 @@ def lm_head_loss(
     vocabulary = vocabulary or head.width(hidden)
     weights = hidden.new_ones(len(hidden), dtype=torch.float32) if weights is None else weights.detach().float()
 
-    def run(hidden_grad, weight_grad, bias_grad):
+    def run(
+        hidden_grad: torch.Tensor | None, weight_grad: torch.Tensor | None, bias_grad: torch.Tensor | None
+    ) -> torch.Tensor:
         wanted = hidden_grad is not None or weight_grad is not None
         losses = _loop(
             hidden.detach(), head, rule, tokens, teacher, weights, temperature, vocabulary, tile_rows, wanted,
@@ -221,18 +173,26 @@ class _TiledLoss(torch.autograd.Function):
     """Runs the loop in the forward pass and keeps the gradients for the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, run):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        run: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
         needs = ctx.needs_input_grad[:3]
         ctx.kinds = [(tensor.dtype if tensor is not None else None) for tensor in (hidden, weight, bias)]
         ctx.grads = [
-            torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) if need else None
+            None
+            if tensor is None or not need
+            else torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
             for tensor, need in zip((hidden, weight, bias), needs, strict=True)
         ]
         with torch.autocast(hidden.device.type, enabled=False):
             return run(*ctx.grads)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         if ctx.grads is None:
             raise RuntimeError("This loss can be differentiated once; call it again for another backward pass.")
         # Scaled in place: the buffers are ours, and the head's can be the largest tensor of the step.
@@ -245,13 +205,26 @@ class _TiledLoss(torch.autograd.Function):
 
 
 def _loop(
-    hidden, head, rule, tokens, teacher, weights, temperature, vocabulary, tile_rows, wanted, hidden_grad, weight_grad,
-    bias_grad, stats,
-):  # fmt: skip
+    hidden: torch.Tensor,
+    head: Head,
+    rule: TokenRule,
+    tokens: dict[str, torch.Tensor],
+    teacher: list[TeacherLogits] | CachedLogits | None,
+    weights: torch.Tensor,
+    temperature: float,
+    vocabulary: int,
+    tile_rows: int | None,
+    wanted: bool,
+    hidden_grad: torch.Tensor | None,
+    weight_grad: torch.Tensor | None,
+    bias_grad: torch.Tensor | None,
+    stats: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """Returns Σ weights · loss, fills `stats`, and adds to the gradients that are given, if any is `wanted`."""
     rows, block_rows = _sizes(hidden.device.type, vocabulary, tile_rows, trains_head=weight_grad is not None)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for tile in _slices(len(hidden), rows):
-        logits = _project(hidden[tile], head, temperature, vocabulary)
+        logits = project(hidden[tile], head, temperature, vocabulary)
         teacher_logits = _teacher_logits(teacher, tile, temperature, vocabulary)
         for block in _slices(len(logits), block_rows):
             rows_of = slice(tile.start + block.start, tile.start + block.stop)
@@ -281,16 +254,21 @@ def _loop(
 
 class _Events(NamedTuple):
     log_q: torch.Tensor
-    log_p: torch.Tensor | None
+    log_p: Any
     ids: torch.Tensor | None = None
 
 
-def _events(log_probs, teacher, teacher_logits, rows_of, block) -> _Events:
+def _events(
+    log_probs: torch.Tensor,
+    teacher: list[TeacherLogits] | CachedLogits | None,
+    teacher_logits: torch.Tensor | None,
+    rows_of: slice,
+    block: slice,
+) -> _Events:
     """Puts student and teacher on the same events: the vocabulary, or a cached teacher's ids and the rest as one event."""
-    if teacher is None:
-        return _Events(log_probs, None)
-    if not isinstance(teacher, CachedTeacher):
-        return _Events(log_probs, torch.log_softmax(teacher_logits[block], dim=-1))
+    if not isinstance(teacher, CachedLogits):
+        log_p = None if teacher_logits is None else torch.log_softmax(teacher_logits[block], dim=-1)
+        return _Events(log_probs, log_p)
     ids, log_p = teacher.ids[rows_of].long(), teacher.log_probs[rows_of].float()
     # The rest is known by itself on both sides: 1 minus the known would lose all digits, or fall to 0, when it is small.
     rest_q = log_probs.exp().scatter_(-1, ids, 0).sum(-1, keepdim=True).log()
@@ -300,135 +278,48 @@ def _events(log_probs, teacher, teacher_logits, rows_of, block) -> _Events:
     return _Events(torch.cat([log_probs.gather(-1, ids), rest_q], -1), torch.cat([log_p, rest_p], -1), ids)
 
 
-def _write_gradient(logits, log_probs, events: _Events, term: Term, weights, head: Head, temperature: float) -> None:
+def _write_gradient(
+    logits: torch.Tensor,
+    log_probs: torch.Tensor,
+    events: _Events,
+    term: Term,
+    weights: torch.Tensor,
+    head: Head,
+    temperature: float,
+) -> None:
     """Replaces a block of logits by ∂loss/∂(hidden @ weight.T + bias)."""
+    dense: Any = term.dense  # which a rule always gives over the events of a cache
     slope = None if head.softcap is None else 1 - (logits * (temperature / head.softcap)).square()
     total = term.loss.new_zeros(len(logits), 1)
-    if term.dense is not None:
-        total = total + term.dense.sum(-1, keepdim=True)
+    if dense is not None:
+        total = total + dense.sum(-1, keepdim=True)
     if term.values is not None:
         total = total + term.values.sum(-1, keepdim=True)
     torch.exp(log_probs, out=logits)
     if events.ids is None:
         logits.mul_(-total)
-        if term.dense is not None:
-            logits.add_(term.dense)
+        if dense is not None:
+            logits.add_(dense)
     else:
         # The rest's derivative is shared out in proportion to q.
         q_known, rest_q = logits.gather(-1, events.ids), events.log_q[:, -1:].exp()
-        shared = torch.where(rest_q > 0, term.dense[:, -1:] / rest_q, 0)
-        logits.mul_(shared - total).scatter_(-1, events.ids, term.dense[:, :-1] - q_known * total)
-    if term.picks is not None:
+        shared = torch.where(rest_q > 0, dense[:, -1:] / rest_q, 0)
+        logits.mul_(shared - total).scatter_(-1, events.ids, dense[:, :-1] - q_known * total)
+    if term.picks is not None and term.values is not None:
         logits.scatter_add_(-1, term.picks, term.values)
     logits.mul_(weights.unsqueeze(-1) * (head.scale / temperature))
     if slope is not None:
         logits.mul_(slope)
 
 
-def lm_head_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
-    """Returns all logits `(N, V)` of hidden states `(N, H)` in float32, without gradient: for few rows."""
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return _project(hidden, head, 1.0, head.width(hidden))
-
-
-def lm_head_log_probs(
-    hidden: torch.Tensor, head: Head, ids: torch.Tensor, temperature: float = 1.0, vocabulary: int | None = None
-) -> torch.Tensor:
-    """
-    Log-probabilities of given tokens, without gradient.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(N, H)`):
-            Last hidden states.
-        head ([`Head`]):
-            LM head.
-        ids (`torch.Tensor` of shape `(N,)`):
-            One token id a row.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Divides the logits.
-        vocabulary (`int`, *optional*):
-            Number of leading ids that take part.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`: Log-probabilities in float32.
-    """
-    vocabulary = vocabulary or head.width(hidden)
-    result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    for rows, logits in _logit_blocks(hidden, head, temperature, vocabulary):
-        picked = logits.gather(-1, ids[rows].unsqueeze(-1)).squeeze(-1)
-        result[rows] = picked - logits.logsumexp(-1)
-    return result
-
-
-class TopK(NamedTuple):
-    """Result of [`lm_head_top_k`].
-
-    Attributes:
-        ids (`torch.Tensor` of shape `(N, m)`):
-            Distinct token ids, the k most probable first.
-        log_probs (`torch.Tensor` of shape `(N, m)`):
-            Their log-probabilities in float32.
-        rest (`torch.Tensor` of shape `(N,)`):
-            Log-probability of all other ids together; -inf if there are none.
-        entropy (`torch.Tensor` of shape `(N,)`):
-            Entropy of the whole distribution, in nats.
-    """
-
-    ids: torch.Tensor
-    log_probs: torch.Tensor
-    rest: torch.Tensor
-    entropy: torch.Tensor
-
-
-def lm_head_top_k(
-    hidden: torch.Tensor, head: Head, k: int, labels: torch.Tensor, vocabulary: int | None = None
-) -> TopK:
-    """
-    The most probable tokens and the label, without gradient: what a cached teacher keeps of a distribution.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(N, H)`):
-            Last hidden states.
-        head ([`Head`]):
-            LM head.
-        k (`int`):
-            Number of tokens. m = min(k + 1, V) are returned: the last one is the label if it is not among the first k, else
-            the next most probable token.
-        labels (`torch.Tensor` of shape `(N,)`):
-            One token id a row.
-        vocabulary (`int`, *optional*):
-            Number of leading ids that take part.
-
-    Returns:
-        [`TopK`]: Ids, their log-probabilities, that of the rest, and entropies.
-    """
-    vocabulary = vocabulary or head.width(hidden)
-    size, device = (len(hidden), min(k + 1, vocabulary)), hidden.device
-    result = TopK(
-        ids=torch.empty(size, dtype=torch.int64, device=device),
-        log_probs=torch.empty(size, dtype=torch.float32, device=device),
-        rest=torch.empty(len(hidden), dtype=torch.float32, device=device),
-        entropy=torch.empty(len(hidden), dtype=torch.float32, device=device),
-    )
-    for rows, logits in _logit_blocks(hidden, head, 1.0, vocabulary):
-        ids, label = logits.topk(size[1]).indices, labels[rows]
-        is_outside = (ids[:, :k] != label.unsqueeze(-1)).all(-1)
-        ids[:, -1] = torch.where(is_outside, label, ids[:, -1])
-        log_probs = logits.log_softmax(-1)
-        result.ids[rows], result.log_probs[rows] = ids, log_probs.gather(-1, ids)
-        result.rest[rows] = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1)
-        result.entropy[rows] = torch.special.entr(log_probs.exp_()).sum(-1)
-    return result
-
-
-def _logit_blocks(
+def logit_blocks(
     hidden: torch.Tensor, head: Head, temperature: float, vocabulary: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yields all logits in float32, a block of rows at a time, without gradient."""
     tile_rows, block_rows = _sizes(hidden.device.type, vocabulary, None)
     for tile in _slices(len(hidden), tile_rows):
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            logits = _project(hidden[tile], head, temperature, vocabulary)
+            logits = project(hidden[tile], head, temperature, vocabulary)
         for block in _slices(len(logits), block_rows):
             yield slice(tile.start + block.start, tile.start + block.stop), logits[block]
 
@@ -446,17 +337,19 @@ def _slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def _teacher_logits(teacher, tile: slice, temperature: float, vocabulary: int) -> torch.Tensor | None:
-    if teacher is None or isinstance(teacher, CachedTeacher):
+def _teacher_logits(
+    teacher: list[TeacherLogits] | CachedLogits | None, tile: slice, temperature: float, vocabulary: int
+) -> torch.Tensor | None:
+    if teacher is None or isinstance(teacher, CachedLogits):
         return None
     first, *others = teacher
-    logits = _project(first.hidden[tile], first.head, temperature / first.factor, vocabulary)
+    logits = project(first.hidden[tile], first.head, temperature / first.factor, vocabulary)
     for part in others:
-        logits += _project(part.hidden[tile], part.head, temperature / part.factor, vocabulary)
+        logits += project(part.hidden[tile], part.head, temperature / part.factor, vocabulary)
     return logits
 
 
-def _project(hidden: torch.Tensor, head: Head, temperature: float, vocabulary: int) -> torch.Tensor:
+def project(hidden: torch.Tensor, head: Head, temperature: float, vocabulary: int) -> torch.Tensor:
     """Returns float32 logits `(rows, vocabulary)` divided by the temperature."""
     if head.weight is None:  # a copy, as the result is written into
         return hidden[:, :vocabulary].to(torch.float32, copy=True).div_(temperature)

@@ -71,7 +71,7 @@ class LogitSource:
             ValueError: The model's own logits are needed, and it gives none over its vocabulary.
         """
         if self.is_head(model):
-            output = backbone_output(model, inputs, **kwargs)
+            output: Any = backbone_output(model, inputs, **kwargs)
             return output.last_hidden_state, output
         # Not by calling the model: inside the forward of its wrapper, that would run the wrapper's hooks once more.
         with wide_heads(model):

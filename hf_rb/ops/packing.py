@@ -51,7 +51,7 @@ def _behind_another(inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
         if row == last_row and stop - start > 1:
             found.append((row, offset, offset + stop - start))
         last_row = row
-    return max(found, key=lambda one: one[2] - one[1], default=None)
+    return max(found, key=lambda one: one[2] - one[1]) if found else None
 
 
 def measure_leak(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: Any) -> Leak:

@@ -1,4 +1,4 @@
-"""The rules that the tile loop of `hf_rb.ops.lm_head` runs: every objective's loss by token, mixed and calibrated as configured."""
+"""The token rules that the tile loop of `hf_rb.ops.lm_head` runs: the loss of each objective, mixed and calibrated as configured."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from hf_rb.objectives.divergences import forward_kl_rule, jsd_rule, reverse_kl_r
 from hf_rb.objectives.gopd import gopd_advantage
 from hf_rb.objectives.hpd import hpd_rule, inverse_cdf_sample
 from hf_rb.objectives.loca import loca_scale
-from hf_rb.ops.lm_head import Term
+from hf_rb.objectives.token_rule import Term
 
 
-__all__ = ["DivergenceRule", "GopdRule", "HpdRule"]
+__all__ = ["DivergenceRule", "GopdRule", "HpdRule", "ObjectiveRule"]
 
 
 def _column(*values: torch.Tensor) -> torch.Tensor:
@@ -27,12 +27,16 @@ def _entropy(log_probs: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(log_probs.exp()).sum(-1)
 
 
-def _monitored(log_q, log_p, log_probs) -> dict[str, torch.Tensor]:
-    return {
-        "forward_kl": forward_kl_rule(log_q, log_p)[0],
-        "reverse_kl": reverse_kl_rule(log_q, log_p)[0],
-        "entropy": _entropy(log_probs),
-    }
+_MONITORED = {"forward_kl": forward_kl_rule, "reverse_kl": reverse_kl_rule}
+
+
+def _monitored(
+    log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, known: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Returns both divergences and the entropy. `known` holds those divergences that the loss has computed already."""
+    known = known or {}
+    both = {name: known[name] if name in known else rule(log_q, log_p)[0] for name, rule in _MONITORED.items()}
+    return both | {"entropy": _entropy(log_probs)}
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,18 @@ class DivergenceRule:
     loca_alpha: float | None = None
     monitor: bool = True
 
-    def __call__(self, log_q, log_p, log_probs, tokens) -> Term:
-        labels, has_rest, stats = tokens.get("labels"), "rest" in tokens, {}
-        if self.monitor:
-            stats |= _monitored(log_q, log_p, log_probs)
+    def __call__(
+        self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: dict[str, torch.Tensor]
+    ) -> Term:
+        labels, has_rest, stats, target = tokens.get("labels"), "rest" in tokens, {}, log_p
         if self.loca_alpha is not None:
-            label_event = tokens.get("label_event", labels)
-            log_p, stats["loca_scale"] = _calibrate(log_p, label_event, self.loca_alpha, has_rest)
-        loss, dense = self._divergence(log_q, log_p, stats, has_rest)
+            label_event = tokens.get("label_event", tokens["labels"])
+            target, stats["loca_scale"] = _calibrate(log_p, label_event, self.loca_alpha, has_rest)
+        loss, dense, more = self._divergence(log_q, target, has_rest)
+        known = {name: more.pop(name) for name in _MONITORED if name in more}
+        stats |= more
+        if self.monitor:  # from the teacher before LoCa
+            stats |= _monitored(log_q, log_p, log_probs, known if target is log_p else None)
         if labels is None:
             return Term(loss, dense, None, None, stats)
         nll = -_log_prob(log_probs, labels)
@@ -82,17 +90,21 @@ class DivergenceRule:
         loss = self.kd_alpha * loss + (1 - self.kd_alpha) * nll
         return Term(loss, dense.mul_(self.kd_alpha), labels.unsqueeze(-1), share.unsqueeze(-1), stats)
 
-    def _divergence(self, log_q, log_p, stats, has_rest) -> tuple[torch.Tensor, torch.Tensor]:
+    def _divergence(
+        self, log_q: torch.Tensor, log_p: torch.Tensor, has_rest: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Returns the loss, its derivative, and values by the way, among them the divergences that it is made of."""
         if self.objective == "akl":
-            loss, dense, more = adaptive_kl_rule(log_q, log_p, self.akl_mu, self.akl_head_rule, has_rest)
-            stats |= more
-            return loss, dense
+            return adaptive_kl_rule(log_q, log_p, self.akl_mu, self.akl_head_rule, has_rest)
         if self.objective == "jsd":
-            return jsd_rule(log_q, log_p, self.beta)
-        return {"forward_kl": forward_kl_rule, "reverse_kl": reverse_kl_rule}[self.objective](log_q, log_p)
+            return *jsd_rule(log_q, log_p, self.beta), {}
+        loss, dense = _MONITORED[self.objective](log_q, log_p)
+        return loss, dense, {self.objective: loss}
 
 
-def _calibrate(log_p, label_event, alpha, has_rest) -> tuple[torch.Tensor, torch.Tensor]:
+def _calibrate(
+    log_p: torch.Tensor, label_event: torch.Tensor, alpha: float, has_rest: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """LoCa on log-probabilities; `label_event` is the label's place among the events. Returns (log p', s)."""
     index = label_event.unsqueeze(-1)
     label = log_p.gather(-1, index).exp()
@@ -117,7 +129,9 @@ class HpdRule:
     reinforce: bool = True
     monitor: bool = True
 
-    def __call__(self, log_q, log_p, log_probs, tokens) -> Term:
+    def __call__(
+        self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: dict[str, torch.Tensor]
+    ) -> Term:
         labels = tokens["labels"]
         more = _monitored(log_q, log_p, log_probs) if self.monitor else {}
         samples = inverse_cdf_sample(log_q.exp(), tokens["uniforms"])
@@ -146,7 +160,13 @@ class GopdRule:
     tis_cap: float | None = None
     logratio_clamp: float | None = None
 
-    def __call__(self, log_q, log_p, log_probs, tokens) -> Term:
+    def __call__(
+        self,
+        log_q: torch.Tensor,
+        log_p: torch.Tensor | None,
+        log_probs: torch.Tensor,
+        tokens: dict[str, torch.Tensor],
+    ) -> Term:
         labels, teacher, reference = tokens["labels"], tokens["teacher_logp"], tokens.get("reference_logp")
         student = _log_prob(log_probs, labels)
         teacher, reference = self.clamped(student, teacher, reference)
@@ -171,3 +191,6 @@ class GopdRule:
             return teacher, reference
         bounded = student + (teacher - student).clamp(-bound, bound)
         return bounded, None if reference is None else bounded - (teacher - reference).clamp(-bound, bound)
+
+
+ObjectiveRule = DivergenceRule | GopdRule | HpdRule

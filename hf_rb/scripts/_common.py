@@ -23,8 +23,8 @@ from hf_rb.io.data_files import BUILDERS, file_problem
 from hf_rb.io.model_folder import check_model
 from hf_rb.ops.packing import LeakingPacking
 from hf_rb.trainers.common.routers import add_router_doctor
-from hf_rb.trainers.common.rules import only_gkd
 from hf_rb.trainers.common.token_samples import add_token_samples
+from hf_rb.trainers.distillation.rules import only_gkd
 from hf_rb.utils.devices import cpu_arguments
 from hf_rb.utils.fields import described
 from hf_rb.utils.renamed import former_key, nearest_key

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from hf_rb.teachers.cache_format import bytes_per_token
 from hf_rb.teachers.cached import CachedTeacher
 from hf_rb.teachers.capture import CacheReport, cache_teacher
@@ -29,7 +27,7 @@ __all__ = [
 
 def build_teacher(
     teacher: Teacher | None = None,
-    teacher_model: str | PreTrainedModel | None = None,
+    teacher_model: Any = None,
     teacher_cache: str | Path | None = None,
     init_kwargs: dict[str, Any] | None = None,
 ) -> Teacher:

@@ -29,7 +29,7 @@ from hf_rb.io.files import MANIFEST, fsync_file, sha256_file
 
 
 __all__ = [
-    "DTYPES",
+    "CACHE_DTYPES",
     "Identity",
     "Manifest",
     "Shard",
@@ -45,7 +45,7 @@ __all__ = [
 FORMAT = "hf_rb teacher cache"
 FORMAT_VERSION = 1
 VOCABULARY = "vocabulary.json"
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
+CACHE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 # How far from 1 rounding may take the sum of the stored probabilities of one prediction: each by half a unit in the last place of its logarithm.
 MASS_TOLERANCE = {"float16": 6e-3, "float32": 1e-4}
 REMEDY = "Capture it again with `hf-rb cache-teacher` and the `--overwrite` flag."
@@ -92,7 +92,7 @@ def bytes_per_token(k: int, vocabulary: int, dtype: str = "float16") -> int:
             Type of the log-probabilities.
     """
     id_bytes = 2 if vocabulary <= 1 << 16 else 3
-    value_bytes = DTYPES[dtype].itemsize
+    value_bytes = CACHE_DTYPES[dtype].itemsize
     return 4 + value_bytes + min(k + 1, vocabulary) * (id_bytes + value_bytes)
 
 
@@ -123,7 +123,7 @@ class Identity:
     temperature: float = 1.0
 
     def __post_init__(self):
-        if self.dtype not in DTYPES or self.k < 1 or self.vocabulary < 1 or self.temperature != 1:
+        if self.dtype not in CACHE_DTYPES or self.k < 1 or self.vocabulary < 1 or self.temperature != 1:
             raise ValueError(
                 f"no cache has `dtype: {self.dtype}`, `k: {self.k}`, `vocabulary: {self.vocabulary}`, `temperature: {self.temperature}`"
             )
@@ -217,7 +217,8 @@ def _build(kind: type, values: Mapping[str, Any]) -> Any:
     if set(values) != names:
         raise ValueError(f"it should have {', '.join(sorted(names ^ set(values)))}")
     for item in fields(kind):
-        if not isinstance(values[item.name], item.type):
+        kind_of: Any = item.type
+        if not isinstance(values[item.name], kind_of):
             raise ValueError(f"`{item.name}` is {values[item.name]!r}")
     return kind(**values)
 
@@ -266,8 +267,8 @@ def _problem(tensors: dict[str, torch.Tensor], shard: Shard, identity: Identity)
         "counts": ((shard.sequences,), torch.int32),
         "positions": ((shard.tokens,), torch.int32),
         "ids": ((shard.tokens, identity.width), torch.uint16),
-        "log_probs": ((shard.tokens, identity.width), DTYPES[identity.dtype]),
-        "rest": ((shard.tokens,), DTYPES[identity.dtype]),
+        "log_probs": ((shard.tokens, identity.width), CACHE_DTYPES[identity.dtype]),
+        "rest": ((shard.tokens,), CACHE_DTYPES[identity.dtype]),
     }
     if identity.vocabulary > 1 << 16:
         expected["ids_high"] = ((shard.tokens, identity.width), torch.uint8)

@@ -10,11 +10,10 @@ import torch
 from safetensors import safe_open
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
-from transformers import Trainer
 
 from hf_rb.io.files import sha256_file
-from hf_rb.ops import lm_head
 from hf_rb.ops.backbone import width_of
+from hf_rb.ops.lm_head import CachedLogits
 from hf_rb.ops.sequences import Sequences
 from hf_rb.teachers.cache_format import (
     REMEDY,
@@ -55,7 +54,7 @@ class CachedTeacher:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def prepare(self, trainer: Trainer) -> None:
+    def prepare(self, trainer: Any) -> None:
         """
         Reads the whole cache once and checks it.
 
@@ -85,13 +84,14 @@ class CachedTeacher:
         )
         self._index([shard.file for shard in manifest.shards.values()])
 
-    def _check_student(self, trainer: Trainer, identity: Identity) -> None:
+    def _check_student(self, trainer: Any, identity: Identity) -> None:
         path = self.folder / VOCABULARY
         if not path.is_file():
             raise ValueError(f"The teacher cache misses {path}. {REMEDY}")
         if sha256_file(path) != identity.tokenizer:
             raise ValueError(f"{path} has been edited since the capture: its SHA-256 differs. {REMEDY}")
-        width = width_of(trainer.accelerator.unwrap_model(trainer.model))
+        student: Any = trainer.accelerator.unwrap_model(trainer.model)
+        width = width_of(student)
         tokenizer = tokenizer_of(trainer.processing_class)
         shared = shared_vocabulary(tokenizer, json.loads(path.read_bytes()), width, identity.vocabulary)
         if shared < identity.vocabulary:
@@ -115,7 +115,7 @@ class CachedTeacher:
         self._keys, order = torch.cat(keys).sort(stable=True)
         self._shards, self._stops, self._counts = shards[order], stops[order], torch.cat(counts)[order]
 
-    def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> lm_head.CachedTeacher:
+    def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> CachedLogits:
         """
         Returns the stored predictions, each a distribution again, which rounding to the stored type has made of it only nearly.
 
@@ -131,14 +131,14 @@ class CachedTeacher:
         ]
         ids, log_probs, rest = map(torch.cat, zip(*rows, strict=True)) if rows else self._nothing
         log_probs, rest = normalized(log_probs, rest)
-        return lm_head.CachedTeacher(*(tensor.to(keep.device) for tensor in (ids, log_probs, rest)))
+        return CachedLogits(*(tensor.to(keep.device) for tensor in (ids, log_probs, rest)))
 
     def _rows(self, token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns ids, their log-probabilities and that of the rest, at some positions of one sequence."""
         key = torch.tensor(sequence_key(token_ids))
         first, last = (
-            torch.searchsorted(self._keys, key).item(),
-            torch.searchsorted(self._keys, key, right=True).item(),
+            int(torch.searchsorted(self._keys, key)),
+            int(torch.searchsorted(self._keys, key, right=True)),
         )
         for entry in range(first, last):  # several when the data holds a sequence more than once, labelled otherwise
             file = self._open(self._files[self._shards[entry]])
@@ -147,7 +147,7 @@ class CachedTeacher:
             known = file.get_slice("positions")[stored]
             places = torch.searchsorted(known, positions.int()).clamp(max=len(known) - 1)
             if torch.equal(known[places].long(), positions):
-                high = file.get_slice("ids_high")[stored] if self.vocabulary > 1 << 16 else None
+                high = file.get_slice("ids_high")[stored] if (self.vocabulary or 0) > 1 << 16 else None
                 ids = unpack_ids(file.get_slice("ids")[stored], high)
                 # As float32 from here on: autocast on a CPU cannot put tensors of float16 together.
                 values = [file.get_slice(name)[stored][places].float() for name in ("log_probs", "rest")]

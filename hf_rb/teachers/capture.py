@@ -3,26 +3,23 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from hf_rb.io.files import MANIFEST, sha256_file
 from hf_rb.io.model_folder import public_name
-from hf_rb.ops.lm_head import TopK, lm_head_top_k
-from hf_rb.ops.packing import is_packed, leak_message
+from hf_rb.ops.lm_head_queries import TopK, lm_head_top_k
 from hf_rb.ops.sequences import Sequences
 from hf_rb.teachers.cache_format import (
-    DTYPES,
+    CACHE_DTYPES,
     VOCABULARY,
     Identity,
     Manifest,
@@ -35,6 +32,7 @@ from hf_rb.teachers.cache_format import (
     sha256_json,
     write_file,
 )
+from hf_rb.teachers.capture_plan import CapturePlan
 from hf_rb.teachers.local import LocalTeacher, tokenizer_of
 
 
@@ -70,7 +68,7 @@ class CacheReport:
 
 
 def cache_teacher(
-    trainer: Trainer,
+    trainer: Any,
     folder: str | Path,
     *,
     k: int = 64,
@@ -120,7 +118,7 @@ def cache_teacher(
     """
     start, folder = time.perf_counter(), Path(folder)
     _check_arguments(trainer, k, dtype, batch_tokens, shard_tokens)
-    plan = _Plan(trainer, shard_tokens)
+    plan = CapturePlan(trainer, shard_tokens)
     identity, vocabulary = _identify(trainer, plan, k, dtype, shard_tokens)
     manifest = _open(folder, identity, len(plan.shards), overwrite)
     write_file(folder / VOCABULARY, vocabulary)
@@ -139,12 +137,12 @@ def cache_teacher(
     return _report(folder, manifest, kept, time.perf_counter() - start)
 
 
-def _check_arguments(trainer: Trainer, k: int, dtype: str, batch_tokens: int, shard_tokens: int) -> None:
+def _check_arguments(trainer: Any, k: int, dtype: str, batch_tokens: int, shard_tokens: int) -> None:
     for name, value in {"k": k, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be a whole number from 1; got {value!r}.")
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` cannot be {dtype!r}; it must be one of {', '.join(map(repr, DTYPES))}.")
+    if dtype not in CACHE_DTYPES:
+        raise ValueError(f"`dtype` cannot be {dtype!r}; it must be one of {', '.join(map(repr, CACHE_DTYPES))}.")
     teacher = getattr(trainer, "teacher", None)
     if not isinstance(teacher, LocalTeacher):
         raise ValueError(
@@ -157,88 +155,7 @@ def _check_arguments(trainer: Trainer, k: int, dtype: str, batch_tokens: int, sh
         )
 
 
-class _Plan:
-    """
-    Which rows of the data go into which shard: long rows first, every different row once, rows without a label never.
-
-    One pass over the collated data makes it, and it is the same each time.
-
-    Attributes:
-        shards (`list[np.ndarray]`): Row numbers.
-        lengths (`np.ndarray`): Tokens of every row.
-        tokens (`int`): Predictions in all.
-        data (`str`): SHA-256 of the token ids and labels, in the data's order.
-    """
-
-    def __init__(self, trainer: Trainer, shard_tokens: int):
-        self._datasets, self._collate = _datasets(trainer), trainer.data_collator
-        self._vocabulary = trainer.teacher.vocabulary
-        self._is_checked = getattr(trainer.args, "allow_leaking_packing", False)
-        self._offsets = np.cumsum([0] + [len(dataset) for dataset in self._datasets])
-        digest, seen = hashlib.sha256(), set()
-        lengths, labels = np.zeros(self._offsets[-1], np.int64), np.zeros(self._offsets[-1], np.int64)
-        for row in tqdm(range(self._offsets[-1]), desc="Reading the data", disable=trainer.args.disable_tqdm):
-            batch = self.batch([row])
-            keep = self.kept(batch)
-            name = hashlib.sha256(
-                _bytes(batch["input_ids"]) + _bytes(Sequences(batch).positions) + _bytes(keep)
-            ).digest()
-            digest.update(name)
-            if name not in seen:
-                seen.add(name)
-                lengths[row], labels[row] = batch["input_ids"].numel(), keep.sum()
-        self.lengths, self.tokens, self.data = lengths, int(labels.sum()), digest.hexdigest()
-        if not self.tokens:
-            raise ValueError(
-                "The data has no label, so that there is nothing to capture. See `max_length` and the loss masks."
-            )
-        order = np.argsort(-lengths, kind="stable")
-        order = order[labels[order] > 0]
-        shard_of = (np.cumsum(labels[order]) - labels[order]) // shard_tokens
-        self.shards = np.split(order, np.flatnonzero(np.diff(shard_of)) + 1)
-
-    def batch(self, rows: list[int]) -> dict[str, Any]:
-        """Collates some rows as the trainer does."""
-        numbers = np.searchsorted(self._offsets, rows, side="right") - 1
-        return self._collate(
-            [self._datasets[n][int(row - self._offsets[n])] for n, row in zip(numbers, rows, strict=True)]
-        )
-
-    def kept(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Returns the mask `(B, L-1)` of the predictions that are trained on: they have a label, and teacher and student share it."""
-        labels = batch["labels"][:, 1:]
-        return (labels != -100) & (labels < self._vocabulary)
-
-    def check_packing(self, trainer: Trainer, batch: dict[str, Any]) -> None:
-        """Refuses, at the first packed batch, a teacher that lets packed sequences see each other, as training does."""
-        if self._is_checked or not is_packed(batch):
-            return
-        self._is_checked = True
-        leak = trainer.teacher.measure_leak(batch)
-        if leak.ratio > 1:
-            raise ValueError(leak_message(trainer.teacher.model, leak))
-
-    def batches(self, rows: np.ndarray, batch_tokens: int) -> Iterator[dict[str, Any]]:
-        """Collates rows that go from long to short in batches of up to so many tokens."""
-        while len(rows):
-            size = max(1, batch_tokens // int(self.lengths[rows[0]]))
-            yield self.batch(rows[:size].tolist())
-            rows = rows[size:]
-
-
-def _datasets(trainer: Trainer) -> list[Dataset]:
-    evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
-    datasets = [dataset for dataset in (trainer.train_dataset, *evaluation.values()) if dataset is not None]
-    if not all(isinstance(dataset, Dataset) for dataset in datasets):
-        raise ValueError("A streamed dataset cannot be captured. Set `dataset_streaming: false`.")
-    return datasets
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.numpy().tobytes()
-
-
-def _identify(trainer: Trainer, plan: _Plan, k: int, dtype: str, shard_tokens: int) -> tuple[Identity, bytes]:
+def _identify(trainer: Any, plan: CapturePlan, k: int, dtype: str, shard_tokens: int) -> tuple[Identity, bytes]:
     teacher, model = trainer.teacher, trainer.teacher.model
     tokenizer = tokenizer_of(teacher.tokenizer or trainer.processing_class)
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
@@ -262,7 +179,7 @@ def _fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         values = weight.flatten()[:: max(1, weight.numel() // 256)].float().cpu()
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + _bytes(values))
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -274,6 +191,7 @@ def _open(folder: Path, identity: Identity, number_of_shards: int, overwrite: bo
         if not all(_is_ours(name) for name in names):
             raise FileExistsError(f"{folder} is not empty, and holds no teacher cache. Choose another folder.")
         return Manifest(identity, number_of_shards)
+    found, different = None, []
     try:
         found = Manifest.read(folder)
         # Not the name, which was once a path: `model` is a fingerprint of the weights.
@@ -282,10 +200,9 @@ def _open(folder: Path, identity: Identity, number_of_shards: int, overwrite: bo
     except ValueError:
         if not overwrite or not all(_is_ours(name) for name in names):
             raise
-        different = ["manifest"]
-    if different and not overwrite:
+    if found and different and not overwrite:
         raise FileExistsError(_other_cache(folder, found.identity, identity, different))
-    if different:
+    if not found or different:
         for path in folder.iterdir():
             if _is_ours(path.name):
                 path.unlink()
@@ -311,14 +228,14 @@ def _other_cache(folder: Path, found: Identity, wanted: Identity, different: lis
 
 @torch.no_grad()
 def _write_shard(
-    trainer: Trainer,
-    plan: _Plan,
+    trainer: Any,
+    plan: CapturePlan,
     rows: np.ndarray,
     number: int,
     folder: Path,
     identity: Identity,
     batch_tokens: int,
-    bar,
+    bar: tqdm,
 ) -> Shard:
     parts: list[dict[str, torch.Tensor]] = []
     truncation_kl, tail_mass, device = 0.0, 0.0, trainer.accelerator.device
@@ -334,7 +251,7 @@ def _write_shard(
             raise ValueError(
                 "The teacher's logits are not numbers (NaN). Load it with another type: `teacher_model_init_kwargs: {dtype: float32}`."
             )
-        dtype = DTYPES[identity.dtype]
+        dtype = CACHE_DTYPES[identity.dtype]
         # A probability of 0 is stored as the smallest there is: exp gives 0 again, and no infinity gets into a loss.
         log_probs, rest = (x.to(dtype).clamp(min=torch.finfo(dtype).min) for x in (top.log_probs, top.rest))
         divergence = _truncation(top, *normalized(log_probs.float(), rest.float()), identity.vocabulary)

@@ -1,7 +1,7 @@
 """Teachers that are models on this machine: one of its own, or the student without its adapters."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_rb import tiny
 from hf_rb.ops.backbone import evaluating, model_inputs, width_of
-from hf_rb.ops.lm_head import Head, Teacher, lm_head_log_probs
+from hf_rb.ops.lm_head import Head, TeacherLogits
+from hf_rb.ops.lm_head_queries import lm_head_log_probs
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.ops.packing import Leak, measure_leak
 from hf_rb.teachers.vocabulary import shared_vocabulary
@@ -32,15 +33,18 @@ class _ModelTeacher:
     def __init__(self) -> None:
         self._source = LogitSource()
 
+    def _run(self, function: Callable[[PreTrainedModel], Any]) -> Any:
+        raise NotImplementedError
+
     def is_head(self) -> bool:
         """Returns whether the model's logits are its last hidden states through its LM head. See [`~hf_rb.ops.logit_source.LogitSource`]."""
         return self._run(self._source.is_head) if self._source.outcome is None else self._source.outcome
 
-    def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> list[Teacher]:
-        return self._run(lambda model: [Teacher(*self._hidden_and_head(model, inputs, keep))])
+    def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> list[TeacherLogits]:
+        return self._run(lambda model: [TeacherLogits(*self._hidden_and_head(model, inputs, keep))])
 
     def log_probs(self, inputs: Mapping[str, Any], keep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        def score(model):
+        def score(model: PreTrainedModel) -> torch.Tensor:
             hidden, head = self._hidden_and_head(model, inputs, keep)
             return lm_head_log_probs(hidden, head, ids.to(hidden.device), vocabulary=self.vocabulary)
 
@@ -91,7 +95,7 @@ class LocalTeacher(_ModelTeacher):
                 "The teacher is loaded already, so that its init kwargs cannot act. Pass its name, or no kwargs."
             )
         super().__init__()
-        self.model = tiny.resolve(model) if isinstance(model, str) else model
+        self.model: Any = tiny.resolve(model) if isinstance(model, str) else model  # a name until `prepare`
         self._init_kwargs = {"dtype": "auto"} | (init_kwargs or {})
         self.tokenizer = tokenizer
 
@@ -102,7 +106,7 @@ class LocalTeacher(_ModelTeacher):
         Raises:
             ValueError: The model is the student itself, or has another tokenizer.
         """
-        student = trainer.accelerator.unwrap_model(trainer.model)
+        student: Any = trainer.accelerator.unwrap_model(trainer.model)
         if self.model is student:
             raise ValueError(
                 "Teacher and student are the same object. Load the teacher separately, or pass a deep copy."
@@ -119,6 +123,7 @@ class LocalTeacher(_ModelTeacher):
         else:
             self.wrapped = trainer.accelerator.prepare_model(self.model, evaluation_mode=True)
         self._unwrapped = trainer.accelerator.unwrap_model(self.wrapped)
+        self._redirected = compat.ForwardRedirection()
 
     def _shared_vocabulary(self, processing_class: Any, student_width: int) -> int:
         hub = {key: self._init_kwargs[key] for key in ("revision", "trust_remote_code") if key in self._init_kwargs}
@@ -151,10 +156,10 @@ class LocalTeacher(_ModelTeacher):
         return self._run(lambda model: measure_leak(model, inputs))
 
     @torch.no_grad()
-    def _run(self, function):
+    def _run(self, function: Callable[[PreTrainedModel], Any]) -> Any:
         self.wrapped.eval()
         # Through the wrapper's forward, which is where FSDP and DeepSpeed gather the parameters.
-        return compat.ForwardRedirection()(self.wrapped, self._unwrapped, function, self._unwrapped)
+        return self._redirected(self.wrapped, self._unwrapped, function, self._unwrapped)
 
 
 class AdapterOffTeacher(_ModelTeacher):
@@ -171,14 +176,14 @@ class AdapterOffTeacher(_ModelTeacher):
         Raises:
             ValueError: The model has no adapter that could be switched off.
         """
-        self._student = trainer.accelerator.unwrap_model(trainer.model)
+        self._student: Any = trainer.accelerator.unwrap_model(trainer.model)
         if not is_peft_model(self._student):
             raise ValueError(
                 "The student has no adapters, so that without them it is its own teacher. Pass a `peft_config`, or another teacher."
             )
 
     @torch.no_grad()
-    def _run(self, function):
+    def _run(self, function: Callable[[PreTrainedModel], Any]) -> Any:
         with evaluating(self._student), self._student.disable_adapter():
             return function(self._student)
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from transformers import Trainer
 
-from hf_rb.ops import lm_head
+from hf_rb.ops.lm_head import CachedLogits, TeacherLogits
 
 
 __all__ = ["ModelTeacher", "Teacher"]
@@ -36,8 +36,8 @@ class Teacher(Protocol):
         """
         ...
 
-    def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> list[lm_head.Teacher] | lm_head.CachedTeacher:
-        """Returns what [`~hf_rb.lm_head.lm_head_loss`] takes as `teacher`."""
+    def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> list[TeacherLogits] | CachedLogits:
+        """Returns what [`~hf_rb.ops.lm_head.lm_head_loss`] takes as `teacher`."""
         ...
 
 

@@ -11,13 +11,12 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_rb.ops import lm_head
-from hf_rb.ops.backbone import model_inputs
+from hf_rb.ops.backbone import model_inputs, width_of
 from hf_rb.ops.sequences import Sequences
 from hf_rb.teachers import CachedTeacher, LocalTeacher, cache_teacher
 from hf_rb.trainers.common.distilling import dense_losses, log_prob
 from hf_rb.trainers.common.gopd import RoutedTeacher, copy_of
 from hf_rb.trainers.distillation.trainer import DistillationTrainer, loss_mask, whole_sequences
-from hf_rb.trainers.gkd.trainer import GKDTrainer
 from hf_rb.utils import compat
 
 
@@ -45,9 +44,7 @@ class Comparison:
     gradient: float
 
 
-def audit(
-    trainer: DistillationTrainer | GKDTrainer, batches: int = 2, captured: LocalTeacher | None = None
-) -> list[Comparison]:
+def audit(trainer: Any, batches: int = 2, captured: LocalTeacher | None = None) -> list[Comparison]:
     """
     Compares the paths of a trainer on batches of its training data: the loss as the trainer computes it, in small tiles, one
     sequence at a time, with more padding, and for packed batches unpacked. Last comes a student that is its own teacher and
@@ -58,6 +55,14 @@ def audit(
 
     The trainer's model keeps its weights; dropout is switched off. The load-balancing loss of a mixture of experts does not add up
     over sequences: it is compared by itself, on whole batches, with the weight 1.
+
+    Args:
+        trainer ([`DistillationTrainer`] or [`GKDTrainer`]):
+            The trainer.
+        batches (`int`, *optional*, defaults to `2`):
+            Number of batches.
+        captured ([`~hf_rb.teachers.LocalTeacher`], *optional*):
+            The model whose cache the trainer's teacher reads.
     """
     compat.disable_dropout_in_model(trainer.model)
     has_auxiliary_loss = getattr(trainer, "aux_loss_enabled", False)
@@ -89,7 +94,7 @@ def audit(
     return [Comparison(name, *map(max, zip(*pairs, strict=True))) for name, pairs in differences.items()]
 
 
-def _balance_losses(trainer: GKDTrainer, paths: "_GkdPaths", batches: list[Batch]) -> list[tuple[float, float]]:
+def _balance_losses(trainer: Any, paths: "_GkdPaths", batches: list[Batch]) -> list[tuple[float, float]]:
     weight, trainer.router_aux_loss_coef, trainer.aux_loss_enabled = trainer.router_aux_loss_coef, 1.0, True
     trainer.current_gradient_accumulation_steps = 1  # which only training sets
     pairs = [[_loss_and_gradient(trainer, loss, [batch]) for loss in (paths.loss, paths.dense)] for batch in batches]
@@ -97,14 +102,12 @@ def _balance_losses(trainer: GKDTrainer, paths: "_GkdPaths", batches: list[Batch
     return [_difference(*pair) for pair in pairs]
 
 
-def _cache_of_all_tokens(
-    trainer: GKDTrainer, teacher: LocalTeacher, batches: list[Batch]
-) -> list[tuple[float, float]]:
+def _cache_of_all_tokens(trainer: Any, teacher: LocalTeacher, batches: list[Batch]) -> list[tuple[float, float]]:
     stored, paths = trainer.teacher, _GkdPaths(trainer)
     trainer.teacher = teacher
     references = [_loss_and_gradient(trainer, paths.dense, [batch]) for batch in batches]
     with TemporaryDirectory() as folder:
-        cache_teacher(trainer, folder, k=teacher.vocabulary, dtype="float32")
+        cache_teacher(trainer, folder, k=teacher.vocabulary or width_of(trainer.model), dtype="float32")
         trainer.teacher = CachedTeacher(folder)
         trainer.teacher.prepare(trainer)
         found = [_loss_and_gradient(trainer, paths.loss, [batch]) for batch in batches]
@@ -112,7 +115,7 @@ def _cache_of_all_tokens(
     return list(map(_difference, found, references))
 
 
-def _loss_and_gradient(trainer, loss: Loss, parts: list[Batch]) -> tuple[float, list[torch.Tensor]]:
+def _loss_and_gradient(trainer: Any, loss: Loss, parts: list[Batch]) -> tuple[float, list[torch.Tensor]]:
     """Adds up the parts of a batch, as accumulation does."""
     trainer.model.zero_grad()
     total = 0.0
@@ -127,7 +130,9 @@ def _largest(gradient: list[torch.Tensor]) -> float:
     return max((part.abs().max().item() for part in gradient), default=0.0)
 
 
-def _difference(found, reference) -> tuple[float, float]:
+def _difference(
+    found: tuple[float, list[torch.Tensor]], reference: tuple[float, list[torch.Tensor]]
+) -> tuple[float, float]:
     (loss, gradient), (expected_loss, expected) = found, reference
     apart = max(((one - two).abs().max().item() for one, two in zip(gradient, expected, strict=True)), default=0.0)
     return abs(loss - expected_loss) / max(1.0, abs(expected_loss)), apart / (_largest(expected) or 1.0)
@@ -140,6 +145,18 @@ class _Paths:
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+
+    def batches(self) -> Iterator[Batch]:
+        """Yields batches of the training data, each with the number of its tokens."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Returns the loss as the trainer computes it."""
+        raise NotImplementedError
+
+    def dense(self, batch: Batch) -> torch.Tensor:
+        """Returns the loss by the formulas on all logits."""
+        raise NotImplementedError
 
     def variants(self, batch: Batch) -> Iterator[tuple[str, Loss, list[Batch]]]:
         yield "as trained", self.loss, [batch]
@@ -184,7 +201,7 @@ class _Paths:
             trainer._rule = replace(trainer._rule, kd_alpha=1.0, loca_alpha=None)
 
 
-def _paths(trainer: DistillationTrainer | GKDTrainer) -> _Paths:
+def _paths(trainer: Any) -> _Paths:
     if isinstance(trainer, DistillationTrainer):
         return _DistillationPaths(trainer)
     return _CachedPaths(trainer) if isinstance(trainer.teacher, CachedTeacher) else _GkdPaths(trainer)
@@ -265,7 +282,7 @@ class _CachedPaths(_GkdPaths):
         return (trainer._weights(keep, batch["items"].clamp(min=1)) * losses).sum()
 
 
-def _on_events(logits: torch.Tensor, events: lm_head.CachedTeacher) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_events(logits: torch.Tensor, events: lm_head.CachedLogits) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the log-probabilities of student and teacher for each of a cache's events: its ids, and all others together."""
     log_q, ids = logits.float().log_softmax(-1), events.ids.long()
     known = log_q.gather(-1, ids)
@@ -292,7 +309,7 @@ class _DistillationPaths(_Paths):
         shared = slice(trainer.teacher.vocabulary)
         length = batch["completion_ids"].shape[1]
 
-        def chosen(logits):
+        def chosen(logits: torch.Tensor) -> torch.Tensor:
             return logits[:, -length - 1 : -1][mask][:, shared].float() / trainer.temperature
 
         prompt = "teacher_prompt" if "teacher_prompt_ids" in batch else "prompt"
@@ -314,7 +331,7 @@ class _DistillationPaths(_Paths):
         weights = trainer._token_weights(mask, batch, batch["num_items_in_batch"] / trainer.accelerator.num_processes)
         return (weights[mask] * losses).sum()
 
-    def _teacher_rows(self, inputs, batch, chosen, mask) -> torch.Tensor:
+    def _teacher_rows(self, inputs: Batch, batch: Batch, chosen: Callable, mask: torch.Tensor) -> torch.Tensor:
         teacher = self.trainer.teacher
         if not isinstance(teacher, RoutedTeacher):
             return chosen(teacher.logits(inputs))

@@ -13,7 +13,7 @@ from seeded_runs import save_results
 from tiny_zoo import build_tiny
 from torch.distributed.fsdp import fully_shard
 
-from hf_rb.ops.lm_head import lm_head_logits
+from hf_rb.ops.lm_head_queries import lm_head_logits
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.utils import compat
 

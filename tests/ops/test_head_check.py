@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_rb import PTQTPConfig
 from hf_rb.ops.backbone import model_inputs, recorded_hidden, undisturbed
 from hf_rb.ops.head_check import head_difference, why_not_head
-from hf_rb.ops.lm_head import lm_head_logits
+from hf_rb.ops.lm_head_queries import lm_head_logits
 from hf_rb.ops.logit_source import LogitSource
 
 

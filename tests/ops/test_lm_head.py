@@ -9,7 +9,8 @@ from hf_rb.objectives.divergences import forward_kl, jsd, reverse_kl
 from hf_rb.objectives.hpd import hpd_loss, inverse_cdf_sample
 from hf_rb.objectives.loca import loca_calibrate
 from hf_rb.ops import lm_head
-from hf_rb.ops.lm_head import CachedTeacher, Head, Teacher, lm_head_log_probs, lm_head_loss
+from hf_rb.ops.lm_head import CachedLogits, Head, TeacherLogits, lm_head_loss
+from hf_rb.ops.lm_head_queries import lm_head_log_probs
 from hf_rb.ops.rules import DivergenceRule, GopdRule, HpdRule
 
 
@@ -41,7 +42,7 @@ def gradients(case, loss):
 
 
 def tiled(case, rule, **kwargs):
-    teacher = kwargs.pop("teacher", [Teacher(case["teacher_hidden"], Head(case["teacher_weight"]))])
+    teacher = kwargs.pop("teacher", [TeacherLogits(case["teacher_hidden"], Head(case["teacher_weight"]))])
     tokens = {"labels": case["labels"], "uniforms": case["uniforms"], **kwargs.pop("tokens", {})}
     return lm_head_loss(
         case["hidden"], Head(case["weight"], case["bias"]), rule, tokens, teacher, case["weights"], **kwargs
@@ -94,7 +95,7 @@ def test_scale_and_softcap(case):
     student = 3 * torch.tanh(student * 0.5 / 3)
     expected = (forward_kl(student, teacher) * case["weights"]).sum()
     head = Head(case["weight"], case["bias"], scale=0.5, softcap=3.0)
-    teacher = [Teacher(case["teacher_hidden"], Head(case["teacher_weight"]))]
+    teacher = [TeacherLogits(case["teacher_hidden"], Head(case["teacher_weight"]))]
     loss = lm_head_loss(case["hidden"], head, RULES["forward_kl"], {}, teacher, case["weights"]).loss
     assert_close(loss, expected)
     for mine, reference in zip(gradients(case, loss), gradients(case, expected), strict=True):
@@ -143,8 +144,8 @@ def test_a_mixture_of_teachers_is_a_mixture_of_logits(case):
     student, teacher = logits_of(case)
     expected = (reverse_kl(student, 1.25 * teacher - 0.25 * student) * case["weights"]).sum()
     parts = [
-        Teacher(case["teacher_hidden"], Head(case["teacher_weight"]), 1.25),
-        Teacher(case["hidden"], Head(case["weight"], case["bias"]), -0.25),
+        TeacherLogits(case["teacher_hidden"], Head(case["teacher_weight"]), 1.25),
+        TeacherLogits(case["hidden"], Head(case["weight"], case["bias"]), -0.25),
     ]
     result = tiled(case, RULES["reverse_kl"], teacher=parts)
     assert_close(result.loss, expected)
@@ -155,7 +156,7 @@ def test_cache_of_the_whole_vocabulary_equals_dense(case, objective):
     _, teacher = logits_of(case)
     log_p, ids = teacher.log_softmax(-1).sort(dim=-1, descending=True)
     expected = (dense(case, objective) * case["weights"]).sum()
-    result = tiled(case, RULES[objective], teacher=CachedTeacher(ids, log_p, torch.zeros(N)))
+    result = tiled(case, RULES[objective], teacher=CachedLogits(ids, log_p, torch.zeros(N)))
     assert_close(result.loss, expected)
     for mine, reference in zip(gradients(case, result.loss), gradients(case, expected), strict=True):
         assert_close(mine, reference, rtol=1e-4, atol=1e-5)
@@ -177,7 +178,7 @@ def test_cache_is_a_distribution_over_its_ids_and_the_rest(case, objective, scal
     expected = function(events(student.log_softmax(-1)), events(teacher.log_softmax(-1)))
     rest = events(teacher.log_softmax(-1))[:, -1]
     assert (rest.exp().max() < 1e-7) == (scale > 1)
-    result = tiled(case, RULES[objective], teacher=CachedTeacher(ids, log_p, rest))
+    result = tiled(case, RULES[objective], teacher=CachedLogits(ids, log_p, rest))
     assert_close(result.stats["loss"], expected)
     expected = (expected * case["weights"]).sum()
     for mine, reference in zip(gradients(case, result.loss), gradients(case, expected), strict=True):
@@ -187,8 +188,8 @@ def test_cache_is_a_distribution_over_its_ids_and_the_rest(case, objective, scal
 def test_the_rest_of_a_cache_is_the_largest_event_and_no_token():
     """p = (.3, .2, 50 x .01), q = (.4, .1, 50 x .01), of which two tokens are stored: AKL and LoCa are those of all logits."""
     p, q = (torch.tensor([[*top, *[0.01] * 50]]).log() for top in ((0.3, 0.2), (0.4, 0.1)))
-    cached = CachedTeacher(torch.tensor([[0, 1]]), p[:, :2], torch.tensor([0.5]).log())
-    everything = [Teacher(p, Head(torch.eye(52)))]
+    cached = CachedLogits(torch.tensor([[0, 1]]), p[:, :2], torch.tensor([0.5]).log())
+    everything = [TeacherLogits(p, Head(torch.eye(52)))]
 
     def stats(rule, label=0, teacher=cached):
         tokens = {"labels": torch.tensor([label]), "label_event": torch.tensor([label])}
@@ -205,7 +206,7 @@ def test_the_rest_of_a_cache_is_the_largest_event_and_no_token():
 @pytest.mark.parametrize("k, loss", [(2, 0.231134), (4, 0.436421)])
 def test_worked_numbers_of_a_cache(k, loss):
     p, q = torch.tensor([[0.60, 0.25, 0.08, 0.04, 0.02, 0.01]]), torch.tensor([[0.30, 0.30, 0.05, 0.05, 0.10, 0.20]])
-    cached = CachedTeacher(torch.arange(k)[None], p[:, :k].log(), p[:, k:].sum(-1).log())
+    cached = CachedLogits(torch.arange(k)[None], p[:, :k].log(), p[:, k:].sum(-1).log())
     found = lm_head_loss(q.log(), Head(torch.eye(6)), DivergenceRule("akl"), {}, cached).stats
     assert found["loss"].item() == pytest.approx(loss, abs=1e-6)
 
@@ -235,7 +236,7 @@ def test_no_gradient_reaches_the_teacher(case):
 
 def test_frozen_head_gets_no_gradient(case):
     result = lm_head_loss(case["hidden"], Head(case["weight"].detach()), RULES["forward_kl"], {}, [
-        Teacher(case["teacher_hidden"], Head(case["teacher_weight"]))
+        TeacherLogits(case["teacher_hidden"], Head(case["teacher_weight"]))
     ])  # fmt: skip
     result.loss.backward()
     assert case["hidden"].grad is not None

@@ -14,7 +14,8 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from hf_rb.ops.lm_head import Head, Teacher, lm_head_loss, lm_head_top_k
+from hf_rb.ops.lm_head import Head, TeacherLogits, lm_head_loss
+from hf_rb.ops.lm_head_queries import lm_head_top_k
 from hf_rb.ops.rules import DivergenceRule
 from hf_rb.teachers import CachedTeacher, bytes_per_token, cache_teacher
 
@@ -164,7 +165,7 @@ def test_vocabularies_of_more_than_16_bits(capturing, batches, tmp_path, monkeyp
     head = Head(torch.randn(wide, 4))
 
     def score(inputs, keep):
-        return [Teacher(torch.nn.functional.one_hot(inputs["input_ids"][:, :-1][keep] % 4, 4).float(), head)]
+        return [TeacherLogits(torch.nn.functional.one_hot(inputs["input_ids"][:, :-1][keep] % 4, 4).float(), head)]
 
     monkeypatch.setattr(capturing.teacher, "score", score)
     monkeypatch.setattr(capturing.teacher, "vocabulary", wide)
@@ -576,7 +577,7 @@ def test_capture_refuses_several_processes(capturing, tmp_path, monkeypatch):
 
 def test_capture_refuses_a_teacher_that_gives_nan(capturing, tmp_path, monkeypatch):
     def broken(inputs, keep):
-        return [Teacher(torch.full((int(keep.sum()), 4), float("nan")), Head(torch.randn(1024, 4)))]
+        return [TeacherLogits(torch.full((int(keep.sum()), 4), float("nan")), Head(torch.randn(1024, 4)))]
 
     monkeypatch.setattr(capturing.teacher, "score", broken)
     with pytest.raises(ValueError, match=r"logits are not numbers \(NaN\).*dtype: float32"):
@@ -588,7 +589,7 @@ def test_impossible_tokens_are_stored_as_finite_zeros(capturing, tmp_path, monke
     bias[10:] = float("-inf")
 
     def partial(inputs, keep):
-        return [Teacher(torch.randn(int(keep.sum()), 4), Head(torch.randn(1024, 4), bias))]
+        return [TeacherLogits(torch.randn(int(keep.sum()), 4), Head(torch.randn(1024, 4), bias))]
 
     monkeypatch.setattr(capturing.teacher, "score", partial)
     report = cache_teacher(capturing, tmp_path, k=64)

@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from hf_rb import SFTConfig, SFTTrainer, tiny
 from hf_rb.io import files as _files
-from hf_rb.trainers.common import mixin
+from hf_rb.trainers.common import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_an_interrupted_save_is_recognised(make, monkeypatch):
     assert (checkpoint(trainer, 4) / "model.safetensors").exists()  # it would load, and resume without Adam's state
     with pytest.raises(ValueError, match="checkpoint-4 is incomplete: .* says that the files are not all written"):
         make().train(resume_from_checkpoint=str(checkpoint(trainer, 4)))
-    assert mixin.complete_checkpoint(trainer.args.output_dir, True) == str(checkpoint(trainer, 2))
+    assert checkpoints.complete_checkpoint(trainer.args.output_dir, True) == str(checkpoint(trainer, 2))
 
 
 def test_old_checkpoints_outlive_the_manifest_of_the_new_one(make, monkeypatch):
@@ -112,7 +112,7 @@ def test_old_checkpoints_outlive_the_manifest_of_the_new_one(make, monkeypatch):
         seen.append(sorted(path.name for path in folder.parent.glob("checkpoint-*")))
         return _files.write_manifest(folder)
 
-    monkeypatch.setattr(mixin, "write_manifest", write_manifest)
+    monkeypatch.setattr(checkpoints, "write_manifest", write_manifest)
     trainer.train()
     assert seen == [["checkpoint-1"]] + [[f"checkpoint-{step - 1}", f"checkpoint-{step}"] for step in (2, 3, 4)]
     assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-4"]
@@ -162,7 +162,7 @@ def test_model_only_and_adapter_checkpoints(make):
     trainer = make(max_steps=2, peft_config=lora)
     trainer.train()
     truncate(checkpoint(trainer, 2) / "adapter_model.safetensors")
-    assert mixin.complete_checkpoint(trainer.args.output_dir, True) == str(checkpoint(trainer, 1))
+    assert checkpoints.complete_checkpoint(trainer.args.output_dir, True) == str(checkpoint(trainer, 1))
     assert make(max_steps=2, peft_config=lora).train(resume_from_checkpoint=True).global_step == 2
 
 

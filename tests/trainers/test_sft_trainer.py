@@ -10,7 +10,6 @@ from transformers.trainer_utils import set_seed
 from hf_rb import SFTConfig, SFTTrainer, tiny
 from hf_rb.objectives import profit_mask
 from hf_rb.ops.sequences import Sequences
-from hf_rb.trainers.common.mixin import own_config
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +250,3 @@ def test_trainer_refusals(student, config, data):
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="does not support prompt-learning adapters.*Use LoRA"):
         SFTTrainer(str(student), args, train_dataset=data["messages"], peft_config=prompt)
-
-
-def test_arguments_may_be_missing():
-    assert own_config(lambda output_dir: output_dir, None, "organization/model", "SFT") == "model-SFT"

@@ -1,39 +1,32 @@
-"""What the distillation trainers share: an objective's rule and its dense form, the student's backbone, errors and metrics."""
+"""What the distillation trainers share: the token rule of an objective, and its formulas on all logits."""
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from hf_rb.models.mpi.losses import auxiliary_loss
 from hf_rb.objectives.akl import adaptive_kl
 from hf_rb.objectives.divergences import forward_kl, jsd, reverse_kl
 from hf_rb.objectives.gopd import gopd_advantage
 from hf_rb.objectives.hpd import hpd_loss, inverse_cdf_sample
 from hf_rb.objectives.loca import loca_calibrate
-from hf_rb.ops.lm_head import Rule
-from hf_rb.ops.logit_source import LogitSource
-from hf_rb.ops.rules import DivergenceRule, GopdRule, HpdRule
+from hf_rb.ops.rules import DivergenceRule, GopdRule, HpdRule, ObjectiveRule
 from hf_rb.trainers.common.token_samples import certainty
 
 
 __all__ = [
     "build_rule",
-    "check_finite",
     "compared_rows",
     "dense_losses",
     "dense_stats",
     "init_kwargs_of",
-    "last_hidden",
     "log_prob",
-    "log_token_metrics",
     "sampled_stats",
 ]
 
 
-def build_rule(args: Any) -> Rule:
-    """Returns the per-token rule of a config's objective."""
+def build_rule(args: Any) -> ObjectiveRule:
+    """Returns the token rule of a config's objective."""
     if args.objective == "hpd":
         return HpdRule(args.hpd_sample, args.hpd_reinforce)
     if args.objective == "gopd" and not args.gopd_full_vocab:
@@ -49,17 +42,17 @@ def build_rule(args: Any) -> Rule:
 
 
 def dense_losses(
-    rule: Rule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: Mapping[str, torch.Tensor]
+    rule: ObjectiveRule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """
     Returns the loss of every token by the formulas on all logits, for autograd: what a rule in the tile loop must equal.
 
     Args:
-        rule ([`~hf_rb.ops.lm_head.Rule`]):
+        rule (`ObjectiveRule`):
             From [`build_rule`].
         student_logits, teacher_logits (`torch.Tensor` of shape `(N, V)`):
             Logits.
-        tokens (`Mapping[str, torch.Tensor]`):
+        tokens (`dict[str, torch.Tensor]`):
             What the rule reads, N rows each.
     """
     labels, has_rest = tokens["labels"], "rest" in tokens
@@ -87,7 +80,7 @@ def dense_losses(
 
 @torch.no_grad()
 def dense_stats(
-    rule: Rule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: Mapping[str, torch.Tensor]
+    rule: ObjectiveRule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Returns what a rule reports of every token, its loss among them, from all logits. Arguments as for [`dense_losses`]."""
     log_q, log_p = (logits.float().log_softmax(-1) for logits in (student_logits, teacher_logits))
@@ -114,7 +107,7 @@ def compared_rows(
 
 
 def sampled_stats(
-    rule: Rule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: Mapping[str, torch.Tensor]
+    rule: ObjectiveRule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """
     Returns the numbers of [`~hf_rb.trainers.common.token_samples.TokenStats`]: what the rule reports of every token, how sure the student
@@ -135,99 +128,3 @@ def init_kwargs_of(args: Any) -> dict[str, Any]:
 def log_prob(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Returns the log-probabilities `(N,)` of labels `(N,)` by logits `(N, V)`."""
     return logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-
-
-def last_hidden(
-    source: LogitSource, model: torch.nn.Module, inputs: Mapping[str, Any], router_logits: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Runs the student as far as the tile loop needs it, inside the forward pass of its wrapper.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor | None]`: Hidden states (B, L, H), or logits where `source` takes them; and the
-        load-balancing loss of a mixture of experts if `router_logits`.
-    """
-    if not router_logits:
-        return source.output(model, inputs)[0], None
-    states, outputs = source.output(model, inputs, output_router_logits=True)
-    positions = inputs.get("position_ids")
-    mask = None if positions is not None else inputs.get("attention_mask")
-    shape, config = inputs["input_ids"].shape, model.config.get_text_config()
-    return states, auxiliary_loss(config, outputs.router_logits, shape, mask, positions)
-
-
-def check_finite(objective: str, step: int, loss: torch.Tensor, losses: torch.Tensor | None = None) -> None:
-    """
-    Raises before a loss that is not finite can reach the weights.
-
-    Raises:
-        ValueError: `loss`, of which `losses` are the tokens' where they are known, is infinite or not a number.
-    """
-    if torch.isfinite(loss):
-        return
-    where = "" if losses is None else f" ({int((~torch.isfinite(losses)).sum())} of {len(losses)} tokens)"
-    raise ValueError(
-        f"`objective: {objective}` gave a loss of {loss.item()} at step {step}{where}; the weights have "
-        "not been changed. Either the teacher excludes tokens (logits of -inf) or overflows: `forward_kl` and `hpd` can take the "
-        "first, and `teacher_model_init_kwargs: {dtype: bfloat16}` avoids the second. Or the student has diverged: lower "
-        "`learning_rate`."
-    )
-
-
-# What a rule reports, and its name in the logs.
-_MEANS = {
-    "forward_kl": "forward_kl",
-    "reverse_kl": "reverse_kl",
-    "entropy": "entropy",
-    "nll": "ce",
-    "kd": "kd",
-    "akl_weight": "akl/weight",
-    "akl_head_size": "akl/head_size",
-    "loca_scale": "loca/scale",
-    "hpd_w_label": "hpd/label_weight",
-    "hpd_w_sample": "hpd/sample_weight",
-    "advantage": "gopd/advantage",
-    "reward": "gopd/reward",
-    "reverse_kl_sampled": "gopd/teacher_log_ratio",
-    "reference_kl_sampled": "gopd/reference_log_ratio",
-    "tis_weight": "gopd/tis_weight",
-}
-_EXTREMES = ("hpd_w_label", "hpd_w_sample", "advantage", "reward")
-
-
-def _fractions(args: Any, stats: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields names of metrics, and of which tokens (N,) they are the fraction."""
-    if "loca_scale" in stats:
-        yield "loca/corrected_fraction", stats["loca_scale"] < 1
-    if "hpd_w_label" in stats:
-        # The branches of HPD: the label's probability is too high; so is that of the drawn token; what is taken goes to the label.
-        yield "hpd/overestimated_fraction", stats["hpd_w_label"] < 0
-        if args.hpd_sample:
-            suppressed = stats["hpd_w_sample"] < 0
-            yield "hpd/suppressed_fraction", suppressed
-            if args.hpd_reinforce:
-                yield "hpd/reinforced_fraction", (stats["hpd_w_label"] > 0) & suppressed
-
-
-def log_token_metrics(trainer: Any, stats: Mapping[str, torch.Tensor], is_token: torch.Tensor) -> None:
-    """
-    Adds to a trainer's metrics the means of what a rule reports of every token (N,), fractions and extremes.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            A distillation trainer.
-        stats (`Mapping[str, torch.Tensor]`):
-            What the rule reports.
-        is_token (`torch.Tensor` of shape `(B, L)`):
-            Mask of all tokens of the batch, prompts and what is not trained on among them.
-    """
-    count = torch.tensor(len(stats["loss"]), device=stats["loss"].device)
-    trainer._add_metric("kept_fraction", count, is_token.sum().to(count.device))
-    for name, key in _MEANS.items():
-        if name in stats:
-            trainer._add_metric(key, stats[name].sum(), count)
-    for key, is_counted in _fractions(trainer.args, stats):
-        trainer._add_metric(key, is_counted.sum(), count)
-    for name in _EXTREMES:
-        if name in stats:
-            trainer._add_extremes(_MEANS[name], stats[name])

@@ -1,9 +1,10 @@
 """The check that a run makes of TRL's fused LM head: whether the log-probabilities that TRL trains on are the model's own."""
 
 import logging
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from hf_rb.ops.backbone import name_of, without_peft
 from hf_rb.ops.logit_source import agreed_reason
@@ -15,7 +16,7 @@ __all__ = ["check_fused_head", "why_not_fused"]
 logger = logging.getLogger(__name__)
 
 
-def why_not_fused(trainer: Trainer, model: torch.nn.Module) -> str | None:
+def why_not_fused(trainer: Any, model: torch.nn.Module) -> str | None:
     """
     Returns why the logits of a wrapped model are not what TRL takes them for, last hidden states times LM head; `None` if they are.
 
@@ -27,7 +28,7 @@ def why_not_fused(trainer: Trainer, model: torch.nn.Module) -> str | None:
         return compat.ForwardRedirection()(model, unwrapped, lambda: (agreed_reason(without_peft(unwrapped)),))[0]
 
 
-def check_fused_head(trainer: Trainer, model: torch.nn.Module, remedy: str) -> None:
+def check_fused_head(trainer: Any, model: torch.nn.Module, remedy: str) -> None:
     """
     Warns once a run where TRL trains a model on other log-probabilities than the model's own. Changes no number.
 

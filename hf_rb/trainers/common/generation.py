@@ -4,19 +4,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from hf_rb.ops.generation import own_distribution
+from hf_rb.trainers.common.below import TrainerBelow
 
 
 __all__ = ["OwnDistributionMixin", "SamplerLogProbs"]
 
 
-class OwnDistributionMixin:
+class OwnDistributionMixin(TrainerBelow):
     """
     Comes before a TRL trainer that generates: completions are drawn from the model's distribution, as the trainer's config and its
     `generation_kwargs` ask, and of the checkpoint's generation configuration its tokens alone act.
     """
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with own_distribution(self.accelerator.unwrap_model(self.model)):
+        model: Any = self.accelerator.unwrap_model(self.model)
+        with own_distribution(model):
             return super()._generate_single_turn(*args, **kwargs)
 
 
@@ -35,7 +37,7 @@ class SamplerLogProbs:
         generation.generate = self._keeping(generation.generate)
 
     def _keeping(self, generate: Callable) -> Callable:
-        def keeping(prompts, **kwargs):
+        def keeping(prompts: list[list[int]], **kwargs: Any) -> Any:
             result = generate(prompts=prompts, **kwargs)
             _, completions, log_probs, _ = result
             if log_probs is None:

@@ -84,7 +84,7 @@ def make_reference(trainer: Any, model: str | PreTrainedModel | None, **init_kwa
     return LocalTeacher(model, init_kwargs | init_kwargs_of(args) if isinstance(model, str) else None)
 
 
-def start_reference(trainer: Trainer) -> ModelTeacher:
+def start_reference(trainer: Any) -> ModelTeacher:
     """
     Returns a trainer's student as it is now, as a frozen model: itself without its adapters, or a copy of it.
 

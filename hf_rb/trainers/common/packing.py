@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather
-from transformers import Trainer
+from transformers import PreTrainedModel
 
 from hf_rb.ops.backbone import has_prompt_learning
 from hf_rb.ops.packing import Leak, LeakingPacking, is_packed, leak_message, measure_leak
@@ -17,7 +17,7 @@ __all__ = ["check_packing"]
 
 
 @torch.no_grad()
-def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str, Any], **kwargs: Any) -> None:
+def check_packing(trainer: Any, model: torch.nn.Module, inputs: Mapping[str, Any], **kwargs: Any) -> None:
     """
     Compares a sequence of a run's first packed batch with itself alone, in every model that reads the batch.
 
@@ -27,7 +27,7 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
         model (`torch.nn.Module`):
             Wrapped model.
         inputs (`Mapping`):
-            Collated batch on the device. All processes call this with each of their batches.
+            Collated batch on the device, with `position_ids`. All processes call this with each of their batches.
         **kwargs:
             More arguments of the backbone's forward.
 
@@ -35,8 +35,6 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
         ValueError: A model lets the sequences see each other, on any process, or has a prompt-learning adapter.
     """
     if trainer.args.allow_leaking_packing or getattr(trainer, "_packing_is_checked", False):
-        return
-    if inputs.get("position_ids") is None:  # then no process has any: they collate alike
         return
     if not on_any_process(is_packed(inputs)):
         return
@@ -54,13 +52,14 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
         # Inside the forward of the wrapper, where FSDP and DeepSpeed have the weights in place.
         redirect = compat.ForwardRedirection()
         _refuse(unwrapped, redirect(model, unwrapped, measure_leak, unwrapped, inputs, **kwargs), device)
-        for source in (getattr(trainer, name, None) for name in ("teacher", "reference")):
+        sources: list[Any] = [getattr(trainer, name, None) for name in ("teacher", "reference")]
+        for source in sources:
             if hasattr(source, "measure_leak"):  # not a cache, nor the student without its adapters
                 _refuse(source.model, source.measure_leak(inputs), device)
     trainer._packing_is_checked = True
 
 
-def _refuse(model: torch.nn.Module, leak: Leak, device: torch.device) -> None:
+def _refuse(model: PreTrainedModel, leak: Leak, device: torch.device) -> None:
     """Raises on all processes if one of them has seen a leak."""
     difference, ratio = max(gather(torch.tensor([[*leak]], device=device)).tolist(), key=lambda one: one[1])
     if ratio > 1:

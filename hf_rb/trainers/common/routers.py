@@ -2,11 +2,13 @@
 
 import functools
 import types
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_rb.models.mpi.callbacks import MPICallback, RouterDoctorCallback
@@ -14,12 +16,12 @@ from hf_rb.models.mpi.conversion import routers
 from hf_rb.models.mpi.losses import auxiliary_loss, check_z_loss
 
 
-__all__ = ["add_router_doctor", "has_mpi", "prepare_routers"]
+__all__ = ["add_router_doctor", "balance_loss", "has_mpi", "prepare_routers"]
 
 logger = logging.get_logger(__name__)
 
 
-def prepare_routers(trainer: Trainer) -> None:
+def prepare_routers(trainer: Any) -> None:
     """Makes a trainer that has its model follow what the model's routers need. Does nothing for other models."""
     model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
     maps = [layer.mpi for layer in routers(model) if layer.mpi is not None]
@@ -47,7 +49,15 @@ def _check_auxiliary_loss(model: PreTrainedModel, config: Any) -> None:
     check_z_loss(config)
 
 
-def add_router_doctor(trainer: Trainer, per_layer: bool = False) -> None:
+def balance_loss(model: PreTrainedModel, output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Returns the load-balancing loss of a mixture of experts, from what its forward pass on a batch has returned."""
+    positions = inputs.get("position_ids")
+    mask = None if positions is not None else inputs.get("attention_mask")
+    config = model.config.get_text_config()
+    return auxiliary_loss(config, output.router_logits, inputs["input_ids"].shape, mask, positions)
+
+
+def add_router_doctor(trainer: Any, per_layer: bool = False) -> None:
     """
     Lets a trainer log what the doctor sees, before its reporters are called.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_rb.io.resumable import write_json
 
@@ -50,7 +50,7 @@ class TokenSamplesCallback(TrainerCallback):
             Tokens of a sequence, from its start.
     """
 
-    def __init__(self, trainer: Trainer, rows: int = 16, tokens: int = 256):
+    def __init__(self, trainer: Any, rows: int = 16, tokens: int = 256):
         self.trainer, self.rows, self.tokens = trainer, rows, tokens
 
     def on_train_begin(
@@ -150,7 +150,7 @@ def _row(stats: TokenStats, tokenizer: Any) -> dict[str, Any]:
     """Returns a sequence for JSON: of every token its text and its numbers, `None` where it is not trained on."""
     places = (stats.is_label[0].nonzero().flatten() + 1).tolist()
     ids = stats.input_ids[0].tolist()
-    columns = {}
+    columns: dict[str, list] = {}
     for name, values in stats.values.items():
         columns[name] = [None] * len(ids)
         for place, value in zip(places, values.tolist(), strict=True):
@@ -158,7 +158,7 @@ def _row(stats: TokenStats, tokenizer: Any) -> dict[str, Any]:
     return {"tokens": [tokenizer.decode([one]) for one in ids], **columns}
 
 
-def add_token_samples(trainer: Trainer) -> None:
+def add_token_samples(trainer: Any) -> None:
     """Adds the fitting callback to a trainer that has something to say of tokens, which depends on its flags. For before it trains."""
     if getattr(trainer, "has_token_stats", False):
         generates = hasattr(trainer, "_buffered_inputs")

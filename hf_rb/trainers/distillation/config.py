@@ -1,12 +1,14 @@
 """Configuration of [`DistillationTrainer`]: TRL's, with the objectives and G-OPD's fields."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import trl
 
+from hf_rb.trainers.common.configs import ConfigMixin
 from hf_rb.trainers.common.distillation_arguments import GopdArguments, ObjectiveArguments
-from hf_rb.trainers.common.rules import distillation_rules, only_gkd
-from hf_rb.utils.fields import described, validate
+from hf_rb.trainers.distillation.rules import distillation_rules, only_gkd
+from hf_rb.utils.fields import described
 
 
 __all__ = ["DistillationConfig"]
@@ -15,14 +17,14 @@ __all__ = ["DistillationConfig"]
 class _WithoutDataset:
     """Says of a keyword argument that only GKD can act on where to go with it. A base class, so that signatures stay as they are."""
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any):
         for problem in filter(None, map(only_gkd, kwargs)):
             raise TypeError(problem)
         return super().__new__(cls)
 
 
 @dataclass
-class DistillationConfig(_WithoutDataset, GopdArguments, ObjectiveArguments, trl.DistillationConfig):
+class DistillationConfig(_WithoutDataset, ConfigMixin, GopdArguments, ObjectiveArguments, trl.DistillationConfig):
     r"""
     Configuration class for the [`DistillationTrainer`].
 
@@ -69,15 +71,12 @@ class DistillationConfig(_WithoutDataset, GopdArguments, ObjectiveArguments, trl
         TypeError: A field of [`GKDConfig`] alone; the message says what to do.
     """
 
+    _rules = (distillation_rules,)
     _VALID_DICT_FIELDS = trl.DistillationConfig._VALID_DICT_FIELDS + ["teacher_model_name_or_path"]
 
-    teacher_model_name_or_path: dict[str, str] | str | None = field(
+    teacher_model_name_or_path: dict[str, str] | str | None = field(  # pyrefly: ignore[bad-override]
         default=None,
         metadata=described(
             "Model name or path of the teacher; with `gopd_teacher_column`, a mapping from the names in that column to models."
         ),
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        validate(self, distillation_rules)

@@ -1,6 +1,6 @@
 """On-policy distillation: TRL's trainer with other objectives, among them G-OPD with its reference and its teachers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,21 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import is_conversational
 
 from hf_rb.ops.backbone import name_of, width_of
-from hf_rb.ops.lm_head import Teacher as TeacherLogits
-from hf_rb.ops.lm_head import lm_head_loss
+from hf_rb.ops.lm_head import TeacherLogits, lm_head_loss
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.teachers import LocalTeacher, ModelTeacher, build_teacher
-from hf_rb.trainers.common.distilling import (
-    build_rule,
-    check_finite,
-    compared_rows,
-    init_kwargs_of,
-    log_token_metrics,
-    sampled_stats,
-)
+from hf_rb.trainers.common.configs import own_config
+from hf_rb.trainers.common.distilling import build_rule, compared_rows, init_kwargs_of, sampled_stats
 from hf_rb.trainers.common.generation import OwnDistributionMixin, SamplerLogProbs
 from hf_rb.trainers.common.gopd import RoutedTeacher, given_reference, make_reference, share_vocabulary, token_weights
-from hf_rb.trainers.common.mixin import TrainerMixin, own_config
+from hf_rb.trainers.common.metrics import check_finite, log_token_metrics
+from hf_rb.trainers.common.mixin import TrainerMixin
 from hf_rb.trainers.common.token_samples import TokenStats
 from hf_rb.trainers.distillation.config import DistillationConfig
 
@@ -76,6 +70,10 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         TypeError: A teacher that knows only what it has stored, such as a cache.
     """
 
+    args: DistillationConfig  # pyrefly: ignore[bad-override-mutable-attribute]
+    teacher: Any  # a `ModelTeacher`, or a `RoutedTeacher` of several
+    reference: Any  # a `ModelTeacher`, or `None`
+
     def __init__(
         self,
         model: Model,
@@ -93,12 +91,12 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
     ):
         args = own_config(DistillationConfig, args, model, "Distillation")
         # All that can be wrong with them before a model is loaded.
-        teacher = _teacher(teacher, teacher_model, args)
+        given = _teacher(teacher, teacher_model, args)
         reference_model = given_reference(args, reference_model)
         super().__init__(
             model, None, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, **kwargs
         )
-        self.teacher = teacher
+        self.teacher = given
         self.teacher.prepare(self)
         self.reference = make_reference(self, reference_model, **_DTYPE)
         self.reference_is_start = reference_model is None
@@ -108,9 +106,9 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         self._student_logits = LogitSource()
         self._sampler = SamplerLogProbs(self.vllm_generation) if args.gopd_tis_cap is not None else None
         self._vocabulary = share_vocabulary(self)
-        if args.objective == "jsd" and isinstance(teacher, LocalTeacher):
-            if width_of(teacher.model) == width_of(self.model) == self._vocabulary:
-                self.teacher_model = teacher.wrapped  # the parent's loss reads it
+        if args.objective == "jsd" and isinstance(given, LocalTeacher):
+            if width_of(given.model) == width_of(self.model) == self._vocabulary:
+                self.teacher_model = given.wrapped  # the parent's loss reads it
 
     @property
     def _methods(self) -> list[str]:
@@ -126,18 +124,18 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
                 "images."
             )
         if self._vocabulary is not None and width_of(self.model) > self._vocabulary:
-            self._check_ids(output["completion_ids"])
+            self._check_ids(output["completion_ids"], self._vocabulary)
         if self.args.objective == "gopd":
             self._add_gopd(output, inputs)
         return output
 
-    def _check_ids(self, ids: torch.Tensor) -> None:
+    def _check_ids(self, ids: torch.Tensor, vocabulary: int) -> None:
         """Refuses what vLLM may sample, which is not told to leave the padding of the vocabulary out."""
-        if (ids >= self._vocabulary).any():
+        if (ids >= vocabulary).any():
             raise ValueError(
-                f"The student has written the id {ids.max()}, and student, teacher and reference share {self._vocabulary:,}: the "
+                f"The student has written the id {ids.max()}, and student, teacher and reference share {vocabulary:,}: the "
                 "others cannot read it. Generate without vLLM (`use_vllm: false`), which leaves such ids out, or cut the student "
-                f"to size first (`resize_token_embeddings({self._vocabulary})`)."
+                f"to size first (`resize_token_embeddings({vocabulary})`)."
             )
 
     def _add_gopd(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
@@ -166,7 +164,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
             output["sampler_logp"] = pad(log_probs, (0, width - log_probs.shape[1]))
 
     def _teacher_name(self, row: Mapping[str, Any]) -> str:
-        column, names = self.args.gopd_teacher_column, self.teacher.names
+        column, names = str(self.args.gopd_teacher_column), self.teacher.names
         if row.get(column) not in names:
             raise ValueError(
                 f"`gopd_teacher_column: {column}` names a teacher for each example, and an example has {row.get(column)!r}. The "
@@ -174,13 +172,13 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
             )
         return row[column]
 
-    def _teacher_prompts(self, prompts: list, names: list[str | None]) -> list[list[int]] | None:
+    def _teacher_prompts(self, prompts: list, names: Sequence[str | None]) -> list[list[int]] | None:
         """Prompts in the chat template of each one's teacher, or `None` if no teacher's template differs from the student's."""
         if not is_conversational({"prompt": prompts[0]}):
             return None
-        own = self._tokenizer
+        own: Any = self._tokenizer
         by_name = self.teacher.teachers if self.args.gopd_teacher_column is not None else {None: self.teacher}
-        tokenizers = {name: _chat_tokenizer(teacher) or own for name, teacher in by_name.items()}
+        tokenizers: dict[Any, Any] = {name: _chat_tokenizer(teacher) or own for name, teacher in by_name.items()}
         if all(tokenizer.chat_template == own.chat_template for tokenizer in tokenizers.values()):
             return None
         return [
@@ -198,7 +196,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
 
     # The loss
 
-    def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+    def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         if self.teacher_model is not None and self._can_be_trl(unwrapped_student, inputs):
             result = super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
             check_finite(self.args.objective, self.state.global_step, result[0])
@@ -207,7 +205,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         with self.accelerator.autocast():
             return self._our_loss(unwrapped_student, inputs, num_items_in_batch)
 
-    def _can_be_trl(self, student, inputs) -> bool:
+    def _can_be_trl(self, student: Any, inputs: Mapping[str, Any]) -> bool:
         """Returns whether TRL's loss, which multiplies hidden states by LM heads, has the logits of student and teacher right."""
         with self.accelerator.autocast():
             # Both, as all processes have to take part.
@@ -220,7 +218,9 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
             )
         return all(is_head)
 
-    def _our_loss(self, unwrapped_student, inputs, num_items_in_batch):
+    def _our_loss(
+        self, unwrapped_student: Any, inputs: Mapping[str, Any], num_items_in_batch: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch = whole_sequences(inputs, "prompt")
         length = inputs["completion_ids"].shape[1]
         if self._student_logits.is_head(unwrapped_student):
@@ -250,7 +250,9 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         log_token_metrics(self, scored.stats, batch["attention_mask"])
         return scored.loss, entropy, mask.sum()
 
-    def _token_weights(self, mask, inputs, num_items_in_batch) -> torch.Tensor:
+    def _token_weights(
+        self, mask: torch.Tensor, inputs: Mapping[str, Any], num_items_in_batch: torch.Tensor | None
+    ) -> torch.Tensor:
         if self.args.objective != "gopd":
             return token_weights(mask, "token-mean", num_items_in_batch)
         sequences = None  # in evaluation, a mean over the batch, as the parent's
@@ -258,7 +260,9 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
             sequences = inputs["num_sequences_in_batch"] / self.accelerator.num_processes
         return token_weights(mask, self.args.gopd_aggregation, num_items_in_batch, sequences)
 
-    def _score(self, inputs, mask) -> tuple[dict[str, torch.Tensor], list[TeacherLogits] | None]:
+    def _score(
+        self, inputs: Mapping[str, Any], mask: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], list[TeacherLogits] | None]:
         """Returns what the rule reads about each trained token, and the teacher's logits, in two parts with a reference."""
         (seen, keep), (seen_by_reference, reference_keep) = self._seen(inputs, mask)
         if self.args.objective != "gopd":
@@ -277,7 +281,9 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
             tokens["sampler_logp"] = inputs["sampler_logp"][mask]
         return tokens, None
 
-    def _seen(self, inputs, mask) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    def _seen(
+        self, inputs: Mapping[str, Any], mask: torch.Tensor
+    ) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """Returns what teacher and reference read, each with the positions that predict the trained tokens."""
         seen = whole_sequences(inputs, "teacher_prompt" if "teacher_prompt_ids" in inputs else "prompt")
         if "route" in inputs:
@@ -295,7 +301,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         keep = _keep(mask, own["input_ids"].shape[1])
         (seen, seen_keep), (seen_by_reference, reference_keep) = self._seen(inputs, mask)
 
-        def rows(logits, keep):
+        def rows(logits: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
             return logits[:, :-1][keep][..., : self._vocabulary] / self.temperature
 
         student_rows = rows(self.model_wrapped(**own, use_cache=False).logits, keep)
@@ -309,9 +315,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         return TokenStats(own["input_ids"], keep, sampled_stats(self._rule, student_rows, teacher_rows, tokens))
 
 
-def _teacher(
-    teacher: ModelTeacher | None, model: Model | dict[str, Model] | None, args: DistillationConfig
-) -> ModelTeacher:
+def _teacher(teacher: Any, model: Any, args: DistillationConfig) -> Any:
     model = args.teacher_model_name_or_path if model is None else model
     if isinstance(model, Mapping) and teacher is None:
         teacher, model = (
@@ -332,7 +336,7 @@ def _teacher(
     return teacher
 
 
-def _init_kwargs(model: Any, args: DistillationConfig) -> dict[str, Any] | None:
+def _init_kwargs(model: Any, args: DistillationConfig) -> Any:
     if not isinstance(model, str):
         return args.teacher_model_init_kwargs
     revision = {} if args.teacher_model_revision is None else {"revision": args.teacher_model_revision}
@@ -371,7 +375,7 @@ def _padded(rows: list[list], value: float, side: str, device: torch.device) -> 
     """Returns rows of unequal lengths as one tensor, with a mask of what is not padding."""
     length = max(map(len, rows))
 
-    def fill(row, value):
+    def fill(row: list, value: float) -> list:
         gap = [value] * (length - len(row))
         return gap + row if side == "left" else row + gap
 

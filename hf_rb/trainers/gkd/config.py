@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass, field
 
+from hf_rb.trainers.common.configs import ConfigMixin
 from hf_rb.trainers.common.distillation_arguments import GopdArguments, ObjectiveArguments, PackingArguments
-from hf_rb.trainers.common.rules import gkd_rules, packing_rules
-from hf_rb.utils import compat
-from hf_rb.utils.fields import described, validate
+from hf_rb.trainers.common.rules import packing_rules
+from hf_rb.trainers.gkd.base_config import GKDBaseConfig
+from hf_rb.trainers.gkd.rules import gkd_rules
+from hf_rb.utils.fields import described
 
 
 __all__ = ["GKDConfig"]
 
 
 @dataclass
-class GKDConfig(GopdArguments, ObjectiveArguments, PackingArguments, compat.GKDConfig):
+class GKDConfig(ConfigMixin, GopdArguments, ObjectiveArguments, PackingArguments, GKDBaseConfig):
     r"""
     Configuration class for the [`GKDTrainer`].
 
@@ -74,6 +76,8 @@ class GKDConfig(GopdArguments, ObjectiveArguments, PackingArguments, compat.GKDC
         ValueError: A value out of its range, or fields that exclude one another.
     """
 
+    _rules = (gkd_rules, packing_rules)
+
     loss_impl: str = field(
         default="chunked",
         metadata=described(
@@ -115,7 +119,3 @@ class GKDConfig(GopdArguments, ObjectiveArguments, PackingArguments, compat.GKDC
             "For `objective: forward_kl` and `akl` with `lmbda: 0.0`."
         ),
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        validate(self, gkd_rules, packing_rules)

@@ -1,17 +1,51 @@
-"""GKD's prompts and completions: the layouts of data that it takes beside SFT's, as functions of one example for `Dataset.map`, and the
-prompts of a collated batch."""
+"""GKD's prompts and completions: the layouts of data that it takes beside SFT's, and the prompts of a collated batch."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import trl
+from datasets import Dataset, IterableDataset
 
 
-__all__ = ["last_turn_as_completion", "prompts_of", "require_completion", "with_empty_completion"]
+__all__ = ["in_layout_of_sft", "prompts_of"]
 
 
-def with_empty_completion(example: dict[str, Any]) -> dict[str, Any]:
+def in_layout_of_sft(dataset: Dataset | IterableDataset, args: Any, name: str) -> tuple[Any, bool]:
+    """
+    Returns a dataset with `prompt` and `completion` where SFT would label other tokens than GKD trains on, and whether it has prompts
+    alone.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            Data that is not tokenized.
+        args ([`GKDConfig`]):
+            The config.
+        name (`str`):
+            Name of the dataset in messages.
+
+    Raises:
+        ValueError: Prompts alone, where `args.lmbda` asks for the completions of the dataset; an example without anything to train on.
+    """
+    example: Any = next(iter(dataset))
+    has_prompt, has_messages = "prompt" in example, "messages" in example or "conversations" in example
+    if has_prompt and "completion" not in example and not has_messages:
+        if args.lmbda < 1:
+            raise ValueError(
+                f"The {name} dataset has prompts without completions, and `lmbda: {args.lmbda}` trains on the "
+                "completions of the dataset. Add a column `completion`, or set `lmbda: 1.0`."
+            )
+        return dataset.map(_with_empty_completion), True
+    if has_prompt and isinstance(example.get("completion"), list):
+        return dataset.map(_require_completion), False
+    if has_messages and not args.assistant_only_loss and args.completion_only_loss is not False:
+        # `conversations` with `from` and `value` too.
+        columns = [column for column in ("messages", "conversations") if column in example]
+        return dataset.map(_last_turn_as_completion, remove_columns=columns), False
+    return dataset, False
+
+
+def _with_empty_completion(example: dict[str, Any]) -> dict[str, Any]:
     """Returns the completion of an example that has a prompt alone."""
     if isinstance(example["prompt"], str):
         return {"completion": ""}
@@ -19,7 +53,7 @@ def with_empty_completion(example: dict[str, Any]) -> dict[str, Any]:
     return {"completion": [{"role": "assistant", "content": ""}]}
 
 
-def require_completion(example: dict[str, Any]) -> dict[str, Any]:
+def _require_completion(example: dict[str, Any]) -> dict[str, Any]:
     """
     Changes nothing.
 
@@ -35,7 +69,7 @@ def require_completion(example: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def last_turn_as_completion(example: dict[str, Any]) -> dict[str, Any]:
+def _last_turn_as_completion(example: dict[str, Any]) -> dict[str, Any]:
     """
     Returns prompt and completion of a conversation in `messages` or `conversations`.
 

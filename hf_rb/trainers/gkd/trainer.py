@@ -2,13 +2,12 @@
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DataCollator,
     PreTrainedModel,
@@ -17,32 +16,32 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_rb.ops import lm_head
-from hf_rb.ops.backbone import model_inputs, own_randomness, width_of
-from hf_rb.ops.generation import generation_config, own_distribution
+from hf_rb.ops.backbone import model_inputs, width_of
+from hf_rb.ops.generation import generation_config
+from hf_rb.ops.lm_head import CachedLogits, TeacherLogits, lm_head_loss
 from hf_rb.ops.logit_source import LogitSource
 from hf_rb.ops.sequences import Sequences
 from hf_rb.ops.wide_head import wide_heads
 from hf_rb.teachers import CachedTeacher, Teacher, build_teacher
+from hf_rb.trainers.common.configs import own_config
 from hf_rb.trainers.common.distilling import (
     build_rule,
-    check_finite,
     compared_rows,
     dense_losses,
     dense_stats,
     init_kwargs_of,
-    last_hidden,
-    log_token_metrics,
     sampled_stats,
 )
 from hf_rb.trainers.common.gopd import given_reference, make_reference, share_vocabulary, token_weights
-from hf_rb.trainers.common.mixin import TrainerMixin, own_config
+from hf_rb.trainers.common.metrics import check_finite, log_token_metrics
+from hf_rb.trainers.common.mixin import TrainerMixin
 from hf_rb.trainers.common.packing import check_packing
-from hf_rb.trainers.common.rules import cache_rules
+from hf_rb.trainers.common.routers import balance_loss
 from hf_rb.trainers.common.token_samples import TokenStats
-from hf_rb.trainers.gkd.base import GKDBase
 from hf_rb.trainers.gkd.config import GKDConfig
-from hf_rb.trainers.gkd.data import last_turn_as_completion, prompts_of, require_completion, with_empty_completion
+from hf_rb.trainers.gkd.data import in_layout_of_sft
+from hf_rb.trainers.gkd.rules import cache_rules
+from hf_rb.trainers.gkd.sampling import SamplingGKD
 from hf_rb.utils import compat
 from hf_rb.utils.fields import validate
 
@@ -52,7 +51,7 @@ __all__ = ["GKDTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class GKDTrainer(TrainerMixin, GKDBase):
+class GKDTrainer(TrainerMixin, SamplingGKD):
     """
     Trainer for distillation. Takes what TRL's `GKDTrainer` takes, and any data that [`SFTTrainer`] takes.
 
@@ -86,6 +85,10 @@ class GKDTrainer(TrainerMixin, GKDBase):
             context or sequence parallelism, a `compute_loss_func`; images; data without anything to train on. In training: a loss that is not
             finite, or a model that lets packed sequences see each other.
     """
+
+    args: GKDConfig  # pyrefly: ignore[bad-override-mutable-attribute]
+    teacher: Any  # a `Teacher`; the objective decides what else it must be able to do
+    reference: Any  # a `ModelTeacher`, or `None`
 
     def __init__(
         self,
@@ -147,28 +150,18 @@ class GKDTrainer(TrainerMixin, GKDBase):
 
     # Data
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        # SFT has the labels of prompts and completions right: the other layouts become one.
-        example = next(iter(dataset))
-        has_prompt, has_messages = "prompt" in example, "messages" in example or "conversations" in example
-        if "input_ids" in example or formatting_func is not None:
-            pass
-        elif has_prompt and "completion" not in example and not has_messages:
-            if args.lmbda < 1:
-                raise ValueError(
-                    f"The {dataset_name} dataset has prompts without completions, and `lmbda: {args.lmbda}` trains on the "
-                    "completions of the dataset. Add a column `completion`, or set `lmbda: 1.0`."
-                )
-            self._has_prompts_only = True
-            dataset = dataset.map(with_empty_completion)
-        elif has_prompt and isinstance(example.get("completion"), list):
-            dataset = dataset.map(require_completion)
-        elif has_messages and not args.assistant_only_loss and args.completion_only_loss is not False:
-            # `conversations` with `from` and `value` too.
-            dataset = dataset.map(
-                last_turn_as_completion,
-                remove_columns=[name for name in ("messages", "conversations") if name in example],
-            )
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Callable | None,
+        dataset_name: str,
+    ) -> Any:
+        if "input_ids" not in next(iter(dataset)) and formatting_func is None:
+            dataset, has_prompts_only = in_layout_of_sft(dataset, args, dataset_name)
+            self._has_prompts_only |= has_prompts_only
         if args.completion_only_loss is None:
             self.completion_only_loss = "completion" in next(iter(dataset))
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -184,7 +177,17 @@ class GKDTrainer(TrainerMixin, GKDBase):
         labels, vocabulary = inputs["labels"], self.teacher.vocabulary
         return labels if vocabulary is None else labels.masked_fill(labels >= vocabulary, -100)
 
-    def _get_num_items_in_batch(self, batch_samples, device):
+    def _tokens(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Returns the labels (B, L), which of their predictions (B, L-1) are trained on, and what the rule reads about those."""
+        labels = self._trained_labels(inputs)
+        keep = labels[:, 1:] != -100
+        tokens = {"labels": labels[:, 1:][keep]}
+        if self.args.objective == "hpd":
+            draws = Sequences(inputs).uniforms(self.args.seed, self.state.global_step)
+            tokens["uniforms"] = draws[:, 1:][keep]
+        return labels, keep, tokens
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         return super()._get_num_items_in_batch(
             [{**batch, "shift_labels": self._counted_labels(batch)} for batch in batch_samples], device
         )
@@ -197,9 +200,9 @@ class GKDTrainer(TrainerMixin, GKDBase):
         is_label = labels != -100
         return labels.masked_fill(is_label.cumsum(-1) != 1, -100)
 
-    # Sampling
+    # Whose completions a step trains on
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         writer = self._writer()
         if writer is not None:  # before the parent counts the labels
             epoch_iterator = (self._with_completions(batch, writer) for batch in epoch_iterator)
@@ -212,58 +215,30 @@ class GKDTrainer(TrainerMixin, GKDBase):
             return self.model_wrapped
         return self.teacher.model if self.args.seq_kd else None
 
-    def _with_completions(self, inputs: Mapping[str, Any], writer: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Replaces the completions of a batch; nothing of its old completions is left."""
-        prompts = prompts_of(inputs)
-        completions = self._sample(writer, prompts)
-        rows = [torch.cat(pair) for pair in zip(prompts, completions, strict=True)]
-        labels = [
-            torch.cat([torch.full_like(prompt, -100), completion])
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        return {
-            "input_ids": pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-        }
-
-    def _sample(self, writer: torch.nn.Module, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Samples a completion of each prompt; it ends with its first end-of-sequence token."""
-        ids = pad_sequence(prompts, batch_first=True, padding_value=self._tokenizer.pad_token_id, padding_side="left")
-        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
-        with (
-            own_randomness([self.accelerator.device]),
-            compat.unwrap_model_for_generation(
-                writer,
-                self.accelerator,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            own_distribution(model),
-        ):
-            # From the step and the prompts, so that processes draw independently and a resumed run as the first one did.
-            key = (self.args.seed, self.state.global_step, [prompt.tolist() for prompt in prompts])
-            torch.manual_seed(random.Random(repr(key)).getrandbits(63))
-            inputs = {"prompts": ids, "prompt_attention_mask": mask}
-            sequences, is_token, _ = self.generate_on_policy_outputs(model, inputs, self.generation_config)
-        start = ids.shape[1]
-        return [row[start:][kept[start:] == 1] for row, kept in zip(sequences, is_token, strict=True)]
-
     # Loss
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
         # G-OPD is about sampled tokens, and prompts alone have no others.
         if self.args.objective == "gopd" or self._has_prompts_only:
             inputs = self._with_completions(self._prepare_inputs(inputs), model)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        check_packing(self, model, inputs)
-        labels = self._trained_labels(inputs)
-        keep = labels[:, 1:] != -100
-        tokens = {"labels": labels[:, 1:][keep]}
-        if self.args.objective == "hpd":
-            draws = Sequences(inputs).uniforms(self.args.seed, self.state.global_step)
-            tokens["uniforms"] = draws[:, 1:][keep]
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if "position_ids" in inputs:  # of packed rows, and of no padded ones
+            check_packing(self, model, inputs)
+        labels, keep, tokens = self._tokens(inputs)
         items = num_items_in_batch
         if items is None:
             items = (self._counted_labels(inputs) != -100).sum()
@@ -294,15 +269,26 @@ class GKDTrainer(TrainerMixin, GKDBase):
 
     def _weights(self, keep: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Returns the factor of every trained token (N,) in the loss."""
-        how = self.args.gopd_aggregation if self.args.objective == "gopd" else "token-mean"
-        return token_weights(keep, how, tokens=items, sequences=items)[keep]
+        if self.args.objective != "gopd":
+            return keep[keep] / items.to(keep.device)
+        return token_weights(keep, self.args.gopd_aggregation, tokens=items, sequences=items)[keep]
 
-    def _chunked_loss(self, student, inputs, keep, tokens, items):
+    def _chunked_loss(
+        self,
+        student: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        keep: torch.Tensor,
+        tokens: dict[str, torch.Tensor],
+        items: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+        """Returns the loss, what the rule reports of every token, and the balance loss of a mixture of experts."""
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         with self.accelerator.autocast():
             teacher = self._score(inputs, keep, tokens)
-            hidden, aux_loss = last_hidden(self._student_logits, student, inputs, self.aux_loss_enabled)
+            hidden, output = self._student_logits.output(student, inputs, **router)
+            aux_loss = balance_loss(student, output, inputs) if router else None
             with self._student_logits.head(student) as head:
-                scored = lm_head.lm_head_loss(
+                scored = lm_head_loss(
                     hidden[:, :-1][keep],
                     head,
                     self._rule,
@@ -313,7 +299,9 @@ class GKDTrainer(TrainerMixin, GKDBase):
                 )
         return scored.loss, scored.stats, aux_loss
 
-    def _score(self, inputs, keep, tokens):
+    def _score(
+        self, inputs: Mapping[str, Any], keep: torch.Tensor, tokens: dict[str, torch.Tensor]
+    ) -> list[TeacherLogits] | CachedLogits | None:
         """Returns what the loop takes as teacher, and adds to `tokens` what the rule needs of it."""
         scale, labels = self.args.reward_scale, tokens["labels"]
         if self.args.objective == "gopd" and not self.args.gopd_full_vocab:
@@ -322,7 +310,7 @@ class GKDTrainer(TrainerMixin, GKDBase):
                 tokens["reference_logp"] = self.reference.log_probs(inputs, keep, labels)
             return None
         teacher = self.teacher.score(inputs, keep)
-        if isinstance(teacher, lm_head.CachedTeacher):
+        if isinstance(teacher, CachedLogits):
             tokens["label_event"] = (teacher.ids == labels.unsqueeze(-1)).int().argmax(-1)
         if self.reference is None:
             return teacher
@@ -330,21 +318,29 @@ class GKDTrainer(TrainerMixin, GKDBase):
         parts = [replace(part, factor=scale * part.factor) for part in teacher]
         return parts + [replace(part, factor=(1 - scale) * part.factor) for part in self.reference.score(inputs, keep)]
 
-    def _dense_loss(self, model, inputs, labels, keep, tokens, items):
+    def _dense_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any],
+        labels: torch.Tensor,
+        keep: torch.Tensor,
+        tokens: dict[str, torch.Tensor],
+        items: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+        """Returns what [`_chunked_loss`] does, from all logits."""
         args, shared = self.args, slice(self.teacher.vocabulary)
         is_trl = args.objective == "jsd" and args.kd_alpha == 1 and args.loca_alpha is None  # its logits too are TRL's
         sources = [source for source in (self.teacher, self.reference) if hasattr(source, "model")]
-        models = [self.accelerator.unwrap_model(model), *(source.model for source in sources)]
+        models: list[Any] = [self.accelerator.unwrap_model(model), *(source.model for source in sources)]
         with wide_heads(*([] if is_trl else models)):
             teacher_logits = self.teacher.logits(inputs)[..., shared]
-            if self.reference is not None:
-                reference_logits = self.reference.logits(inputs)[..., shared]
+            reference_logits = None if self.reference is None else self.reference.logits(inputs)[..., shared]
             router = {"output_router_logits": True} if self.aux_loss_enabled else {}
             outputs = model(**model_inputs(inputs), use_cache=False, **router)
         logits, aux_loss = outputs.logits[..., shared], outputs.aux_loss if router else None
 
         rows, teacher_rows = logits[:, :-1][keep], teacher_logits[:, :-1][keep]
-        reference_rows = None if self.reference is None else reference_logits[:, :-1][keep]
+        reference_rows = None if reference_logits is None else reference_logits[:, :-1][keep]
         teacher_rows = compared_rows(self.args, teacher_rows, reference_rows, tokens)
         if is_trl:
             loss = self.generalized_jsd_loss(
@@ -363,11 +359,7 @@ class GKDTrainer(TrainerMixin, GKDBase):
         """Returns of every token that is trained on what the objective reports of it, and how alike student and teacher are there."""
         if self._has_prompts_only or self.args.lmbda == 1:
             inputs = self._with_completions(inputs, self.model_wrapped)
-        labels = self._trained_labels(inputs)
-        keep, shared = labels[:, 1:] != -100, slice(self.teacher.vocabulary)
-        tokens = {"labels": labels[:, 1:][keep]}
-        if self.args.objective == "hpd":
-            tokens["uniforms"] = Sequences(inputs).uniforms(self.args.seed, self.state.global_step)[:, 1:][keep]
+        (_, keep, tokens), shared = self._tokens(inputs), slice(self.teacher.vocabulary)
         rows, teacher_rows, *reference_rows = (
             logits[:, :-1][keep][..., shared]
             for logits in (
@@ -379,7 +371,9 @@ class GKDTrainer(TrainerMixin, GKDBase):
         teacher_rows = compared_rows(self.args, teacher_rows, reference_rows[0] if reference_rows else None, tokens)
         return TokenStats(inputs["input_ids"], keep, sampled_stats(self._rule, rows, teacher_rows, tokens))
 
-    def _log_tokens(self, inputs, labels, keep, stats) -> None:
+    def _log_tokens(
+        self, inputs: Mapping[str, Any], labels: torch.Tensor, keep: torch.Tensor, stats: Mapping[str, torch.Tensor]
+    ) -> None:
         mask = inputs.get("attention_mask")
         log_token_metrics(self, stats, torch.ones_like(labels) if mask is None else mask)
         if self.teacher.vocabulary is not None and self.teacher.vocabulary < width_of(self.model):
@@ -389,7 +383,7 @@ class GKDTrainer(TrainerMixin, GKDBase):
 
 def _teacher(args: GKDConfig, teacher: Teacher | None, teacher_model: Any) -> Teacher:
     model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-    init_kwargs = init_kwargs_of(args) if isinstance(model, str) else args.teacher_model_init_kwargs
+    init_kwargs: Any = init_kwargs_of(args) if isinstance(model, str) else args.teacher_model_init_kwargs
     teacher = build_teacher(teacher, model, args.teacher_cache, init_kwargs)
     if isinstance(teacher, CachedTeacher):
         validate(args, cache_rules)

@@ -4,16 +4,17 @@ from dataclasses import dataclass, field
 
 import trl
 
-from hf_rb.trainers.common.rules import grpo_rules
-from hf_rb.trainers.grpo.agent_config import AgentArguments, agent_rules
-from hf_rb.utils.fields import described, validate
+from hf_rb.trainers.common.configs import ConfigMixin
+from hf_rb.trainers.grpo.agent_config import AgentArguments
+from hf_rb.trainers.grpo.rules import agent_rules, grpo_rules
+from hf_rb.utils.fields import described
 
 
 __all__ = ["GRPOConfig"]
 
 
 @dataclass
-class GRPOConfig(AgentArguments, trl.GRPOConfig):
+class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     r"""
     Configuration class for the [`GRPOTrainer`].
 
@@ -101,6 +102,7 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
         ValueError: A value out of its range, or fields that exclude one another.
     """
 
+    _rules = (grpo_rules, agent_rules)
     _VALID_DICT_FIELDS = trl.GRPOConfig._VALID_DICT_FIELDS + ["environment_kwargs", "srar_judge_kwargs"]
 
     advantage_shapers: list[str] = field(
@@ -256,7 +258,3 @@ class GRPOConfig(AgentArguments, trl.GRPOConfig):
             "Whether `hidden_align_coef` aligns groups with correct completions only too, which have no advantage."
         ),
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        validate(self, grpo_rules, agent_rules)

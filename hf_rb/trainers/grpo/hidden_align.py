@@ -1,7 +1,7 @@
 """Hidden-Align in a GRPO trainer: where the anchors are, what they are aligned with, and the loss of a micro-batch."""
 
 from bisect import bisect_right
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -61,11 +61,12 @@ def add_targets(trainer: Any, output: dict[str, Any], context: ShapingContext) -
             The generation.
     """
     args, device = trainer.args, trainer.accelerator.device
+    correct, wrong = (cast(torch.Tensor, one) for one in (context.correct, context.wrong))  # the config asks for them
     marker = args.hidden_align_marker or MARKERS[args.answer_extractor]
     anchors = [
-        anchor_of(trainer._tokenizer, ids, mask, marker) if correct else None
-        for ids, mask, correct in zip(
-            context.completion_ids, context.mask.tolist(), context.correct[context.local].tolist(), strict=True
+        anchor_of(trainer._tokenizer, ids, mask, marker) if is_correct else None
+        for ids, mask, is_correct in zip(
+            context.completion_ids, context.mask.tolist(), correct[context.local].tolist(), strict=True
         )
     ]
     found = torch.tensor([anchor is not None for anchor in anchors], device=device)
@@ -76,7 +77,7 @@ def add_targets(trainer: Any, output: dict[str, Any], context: ShapingContext) -
     group_size = context.group_size
     aligned = found
     if not args.hidden_align_all_correct:
-        wrong = context.wrong.view(-1, group_size).any(1).repeat_interleave(group_size)
+        wrong = wrong.view(-1, group_size).any(1).repeat_interleave(group_size)
         aligned = found & wrong.to(device)
     targets, weights = alignment_targets(states, aligned, group_size)
     output |= {

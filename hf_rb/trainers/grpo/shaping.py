@@ -113,5 +113,6 @@ def names_of_rewards(reward_funcs: Any) -> list[str]:
 
 def _name(function: Any) -> str:
     if isinstance(function, torch.nn.Module):
-        function = function.config._name_or_path
+        config: Any = function.config
+        function = config._name_or_path
     return function.split("/")[-1] if isinstance(function, str) else compat.get_callable_name(function)

@@ -2,26 +2,28 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
-from hf_rb.advantages import SrarShaper, build_shapers, check_shapers, run_pipeline
+from hf_rb.advantages import ShapingContext, SrarShaper, build_shapers, check_shapers, run_pipeline
 from hf_rb.advantages.pipeline import Shaper
 from hf_rb.hub import METHODS
 from hf_rb.methods.registry import pipeline_line
 from hf_rb.ops.backbone import recorded_hidden
 from hf_rb.rl.answers import check_gold, require_math_verify, same_answer
 from hf_rb.rl.rewards import EXTRACTORS, GOLD_COLUMNS
+from hf_rb.trainers.common.configs import own_config
 from hf_rb.trainers.common.fused_head import check_fused_head
 from hf_rb.trainers.common.generation import OwnDistributionMixin
-from hf_rb.trainers.common.mixin import TrainerMixin, own_config
-from hf_rb.trainers.common.rules import grpo_warnings
+from hf_rb.trainers.common.mixin import TrainerMixin
 from hf_rb.trainers.grpo import hidden_align
 from hf_rb.trainers.grpo.config import GRPOConfig
+from hf_rb.trainers.grpo.rules import grpo_warnings
 from hf_rb.trainers.grpo.shaping import ScoredGeneration, add_columns, columns_of, make_context, names_of_rewards
 
 
@@ -72,6 +74,8 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
         ImportError: `edas_equivalence="math"` without `math-verify`.
     """
 
+    args: GRPOConfig  # pyrefly: ignore[bad-override-mutable-attribute]
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -92,7 +96,7 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
         judge: Callable | None = None,
         **kwargs: Any,
     ):
-        args = own_config(GRPOConfig, args, model, "GRPO", generation_batch_size=None)
+        args = own_config(GRPOConfig, args, model, "GRPO")
         environment_factory = environment_factory or _environment(args)
         self.answer_extractor = answer_extractor or EXTRACTORS[args.answer_extractor]
         self._extractor_name = repr(args.answer_extractor if answer_extractor is None else answer_extractor)
@@ -167,7 +171,7 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
         names = [shaper.name for shaper in self.shapers] + ["hidden_align"] * bool(self.args.hidden_align_coef)
         return [name for name in names if name in METHODS]
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self._acts:
             names = None if self._shapers_of_config else [shaper.name for shaper in self.shapers]
             self.accelerator.print(pipeline_line(self.args, names))
@@ -179,7 +183,9 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
     def _acts(self) -> bool:
         return bool(self.shapers or self.args.hidden_align_coef)
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._warn_of_infinite(rewards_per_func)
         if self._acts:
@@ -199,14 +205,15 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self._acts:
-            context, self._generation = make_context(self, output, self._generation), None
+            scored, self._generation = cast(ScoredGeneration, self._generation), None
+            context = make_context(self, output, scored)
             if self.shapers:
                 self._shape(output, context)
             if self.args.hidden_align_coef:
                 hidden_align.add_targets(self, output, context)
         return output
 
-    def _shape(self, output, context) -> None:
+    def _shape(self, output: dict[str, Any], context: ShapingContext) -> None:
         check_shapers(self.shapers, context.rows[0], context.reward_names, context.correct is not None)
         metrics, columns = {}, {}
         if (
@@ -231,13 +238,14 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
 
     # The loss
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         check_fused_head(
             self, model, "Train another model, or this one with `GKDTrainer`, which takes its own logits."
         )
         if "align_weight" not in inputs:
             return super()._compute_loss(model, inputs)
-        with recorded_hidden(self.accelerator.unwrap_model(model)) as states:
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        with recorded_hidden(unwrapped) as states:
             loss = super()._compute_loss(model, inputs)
         return loss + hidden_align.auxiliary_loss(self, inputs, states[0]).to(loss.device)
 

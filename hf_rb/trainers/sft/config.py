@@ -4,16 +4,18 @@ from dataclasses import dataclass, field
 
 import trl
 
+from hf_rb.trainers.common.configs import ConfigMixin
 from hf_rb.trainers.common.distillation_arguments import PackingArguments
-from hf_rb.trainers.common.rules import packing_rules, profit_rules
-from hf_rb.utils.fields import described, validate
+from hf_rb.trainers.common.rules import packing_rules
+from hf_rb.trainers.sft.rules import profit_rules
+from hf_rb.utils.fields import described
 
 
 __all__ = ["SFTConfig"]
 
 
 @dataclass
-class SFTConfig(PackingArguments, trl.SFTConfig):
+class SFTConfig(ConfigMixin, PackingArguments, trl.SFTConfig):
     r"""
     Configuration class for the [`SFTTrainer`].
 
@@ -50,6 +52,8 @@ class SFTConfig(PackingArguments, trl.SFTConfig):
             `label_smoothing_factor > 0`.
     """
 
+    _rules = (profit_rules, packing_rules)
+
     profit_threshold: float | None = field(
         default=None,
         metadata=described(
@@ -83,9 +87,8 @@ class SFTConfig(PackingArguments, trl.SFTConfig):
         ),
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        validate(self, profit_rules, packing_rules)
         if self.profit_normalize == "kept" and self.world_size > 1:
             raise ValueError(
                 f"`profit_normalize: kept` needs one process, and there are {self.world_size}: no process knows how many "

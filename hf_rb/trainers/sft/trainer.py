@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
@@ -14,8 +14,9 @@ from transformers.utils import ModelOutput
 from hf_rb.objectives import profit_mask
 from hf_rb.ops.backbone import model_inputs, name_of
 from hf_rb.ops.sequences import Sequences
+from hf_rb.trainers.common.configs import own_config
 from hf_rb.trainers.common.fused_head import check_fused_head, why_not_fused
-from hf_rb.trainers.common.mixin import TrainerMixin, own_config
+from hf_rb.trainers.common.mixin import TrainerMixin
 from hf_rb.trainers.common.packing import check_packing
 from hf_rb.trainers.common.token_samples import TokenStats, certainty
 from hf_rb.trainers.sft.config import SFTConfig
@@ -52,6 +53,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             `profit_normalize="sequence"`, or, in training, one with logits that are not last hidden states times LM head.
     """
 
+    args: SFTConfig  # pyrefly: ignore[bad-override-mutable-attribute]
     _head_is_checked = False
 
     def __init__(
@@ -88,10 +90,17 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     def _methods(self) -> list[str]:
         return [] if self.args.profit_threshold is None else ["profit"]
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # TRL hands the mask to the model beside `position_ids`, if a collator made both.
-        mask = inputs.get("attention_mask")
-        check_packing(self, model, inputs, **({} if mask is None else {"attention_mask": mask}))
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if "position_ids" in inputs:  # of packed rows, and of no padded ones
+            # TRL hands the mask to the model beside them, if a collator made both.
+            mask = inputs.get("attention_mask")
+            check_packing(self, model, inputs, **({} if mask is None else {"attention_mask": mask}))
         if self.args.profit_threshold is None:
             is_fused = self.compute_loss_func is None and (self.label_smoother is None or self.args.loss_type != "nll")
             if is_fused:
@@ -99,7 +108,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_head(model)
 
-        def gated_model(**kwargs):
+        def gated_model(**kwargs: Any) -> ModelOutput:
             outputs = model(**kwargs)
             if kwargs.get("fused_lm_head"):
                 gated = self._gate(outputs, inputs)
@@ -113,16 +122,16 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         """Refuses a model with other logits than TRL's loss takes it to have, once a run: the gate would read wrong probabilities."""
         if self._head_is_checked:
             return
-        reason = why_not_fused(self, model)
+        reason, unwrapped = why_not_fused(self, model), cast(PreTrainedModel, self.accelerator.unwrap_model(model))
         if reason is not None:
             raise ValueError(
                 f"`profit_threshold` reads the probabilities that TRL's loss makes of last hidden states and LM head, and the logits of "
-                f"{name_of(self.accelerator.unwrap_model(model))} are not that: {reason}. Train it without `profit_threshold`, or another "
+                f"{name_of(unwrapped)} are not that: {reason}. Train it without `profit_threshold`, or another "
                 "model."
             )
         self._head_is_checked = True
 
-    def _gate(self, outputs: ModelOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def _gate(self, outputs: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Returns the log-probabilities (B, L-1) that the parent's loss must sum in place of `outputs.log_probs`."""
         args, log_probs, is_label = self.args, outputs.log_probs, outputs.label_mask
         # A model split by `device_map` may end on another device than the one the batch is on.
@@ -146,7 +155,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 
     def _passes(self, log_probs: torch.Tensor, sequences: Sequences) -> torch.Tensor:
         """Returns which labels (B, L-1) pass the gate."""
-        args, uniforms = self.args, None
+        args: Any = self.args
+        uniforms = None
         if args.profit_mode == "random":
             uniforms = sequences.uniforms(args.seed, self.state.global_step)[:, 1:]
         return profit_mask(
@@ -171,7 +181,15 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         values = {**certainty(logits[is_label], labels[is_label]), "kept": kept[is_label]}
         return TokenStats(inputs["input_ids"], is_label, values)
 
-    def _log_gate(self, log_probs, labels, is_label, kept, loss, items) -> None:
+    def _log_gate(
+        self,
+        log_probs: torch.Tensor,
+        labels: torch.Tensor,
+        is_label: torch.Tensor,
+        kept: torch.Tensor,
+        loss: torch.Tensor,
+        items: torch.Tensor,
+    ) -> None:
         probs, dropped = log_probs.exp(), is_label & ~kept
         is_eos = is_label & torch.isin(labels, self._eos_token_ids(labels.device))
         self._add_metric("profit/loss", loss, items)
@@ -193,7 +211,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         eos = self.model.generation_config.eos_token_id  # the trainer has added the tokenizer's
         return torch.tensor(eos if isinstance(eos, list) else [] if eos is None else [eos], device=device)
 
-    def _get_num_items_in_batch(self, batch_samples, device):
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         if self.args.profit_threshold is None or self.args.profit_normalize != "sequence":
             return super()._get_num_items_in_batch(batch_samples, device)
         # One label for each sequence that has any, so that the parent, which adds up over accumulation steps and processes,

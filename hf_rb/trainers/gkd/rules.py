@@ -1,0 +1,106 @@
+"""Rules for the fields of `GKDConfig`, each of which yields what is wrong with them. Standard library only: `hf-rb check` runs these without
+torch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from hf_rb.trainers.common.rules import objective_rules
+
+
+__all__ = ["cache_rules", "gkd_rules"]
+
+_DIVERGENCES = ("jsd", "forward_kl", "reverse_kl", "akl")
+
+
+def gkd_rules(config: Any) -> Iterator[str]:
+    """Yields what is wrong with the fields of a [`GKDConfig`]."""
+    yield from objective_rules(config, beta=0.5)
+    objective, lmbda = config.objective, config.lmbda
+    if objective == "hpd" and lmbda > 0:
+        yield (
+            f"`objective: hpd` needs `lmbda: 0.0`: it trains on the completions of the dataset; got `lmbda: {lmbda}`."
+        )
+    if objective == "gopd" and lmbda < 1:
+        yield (
+            "`objective: gopd` needs `lmbda: 1.0`: its advantage is defined on tokens that the student has drawn; got "
+            f"`lmbda: {lmbda}`."
+        )
+    if objective == "gopd" and config.gopd_tis_cap is not None:
+        yield (
+            f"`gopd_tis_cap: {config.gopd_tis_cap}` needs the sampler's log-probabilities, and the sampler of GKD is the model "
+            "in training itself. Remove it, or use `DistillationTrainer` with `use_vllm: true`."
+        )
+    if objective == "gopd" and config.gopd_teacher_column is not None:
+        yield (
+            "`gopd_teacher_column` needs the columns of the dataset, which GKD has turned into tokens. Use "
+            "`DistillationTrainer` (`hf-rb distillation`)."
+        )
+    mixed = {"kd_alpha": config.kd_alpha != 1, "loca_alpha": config.loca_alpha is not None}
+    for name in (name for name, is_set in mixed.items() if is_set):
+        value = getattr(config, name)
+        if lmbda > 0:
+            yield (
+                f"`{name}: {value}` needs `lmbda: 0.0`: it reads the labels of the dataset, which sampled completions do not "
+                f"have; got `lmbda: {lmbda}`."
+            )
+        if objective not in _DIVERGENCES:
+            yield (
+                f"`{name}: {value}` acts on a divergence from the teacher, and `objective: {objective}` is none. Choose one of "
+                f"{', '.join(_DIVERGENCES)}, or remove `{name}`."
+            )
+    if lmbda == 0 and not config.seq_kd and config.temperature not in (0.9, 1.0):
+        yield (
+            f"`temperature: {config.temperature}` has no effect with `lmbda: 0.0`: it is that of sampling, nothing is sampled, and the "
+            "loss is at temperature 1, as in TRL. Remove it."
+        )
+    if config.seq_kd and lmbda == 1:
+        yield (
+            "`seq_kd: true` has no effect with `lmbda: 1.0`, where every completion is the student's. Set `lmbda` below 1, or "
+            "remove `seq_kd`."
+        )
+    if config.seq_kd and config.loca_alpha is not None:
+        yield (
+            f"`loca_alpha: {config.loca_alpha}` corrects the teacher by the labels of the dataset, and with `seq_kd: true` the "
+            "labels are the teacher's own. Remove one of the two."
+        )
+    if config.teacher_cache is not None:
+        yield from cache_rules(config)
+    if (lmbda > 0 or config.seq_kd) and (config.packing or config.padding_free):
+        name = "packing" if config.packing else "padding_free"
+        reason = "seq_kd: true" if lmbda == 0 else f"lmbda: {lmbda}"
+        yield (
+            f"`{name}: true` needs completions from the dataset, and `{reason}` generates them from one prompt a row. Set "
+            f"`{name}: false`, or `lmbda: 0.0` without `seq_kd`."
+        )
+    if config.loss_type != "nll":
+        yield f"`loss_type: {config.loss_type}` is a loss of SFT, and `objective: {objective}` replaces it. Remove `loss_type`."
+    if config.label_smoothing_factor > 0:
+        yield (
+            f"`label_smoothing_factor: {config.label_smoothing_factor}` acts on SFT's loss, which `objective: {objective}` "
+            "replaces. Remove it."
+        )
+
+
+def cache_rules(config: Any) -> Iterator[str]:
+    """Yields what a [`GKDConfig`] may not say with a cached teacher."""
+    if config.objective not in ("forward_kl", "akl"):
+        yield (
+            f"`teacher_cache` holds the teacher's most probable tokens, and `objective: {config.objective}` needs all of them. "
+            "Set `objective: forward_kl` or `objective: akl`, or give `teacher_model_name_or_path` instead of the cache."
+        )
+    if config.lmbda > 0:
+        yield (
+            "`teacher_cache` needs `lmbda: 0.0`: it holds the completions of the dataset, not those that the student will "
+            f"sample; got `lmbda: {config.lmbda}`."
+        )
+    for name, wrong, remedy in (
+        ("seq_kd", True, "seq_kd: false"),
+        ("loss_impl", "dense", "loss_impl: chunked"),
+    ):
+        if getattr(config, name) == wrong:
+            yield (
+                f"`{name}: {str(wrong).lower()}` needs the teacher itself, and `teacher_cache` is there to leave it out. Set "
+                f"`{remedy}`, or give `teacher_model_name_or_path` instead of the cache."
+            )
+    if config.teacher_model_name_or_path is not None:
+        yield "`teacher_cache` and `teacher_model_name_or_path` are two teachers. Remove one."
