@@ -7,6 +7,7 @@ enumerations, names of constants. Any other default reads as `None`.
 
 import ast
 import builtins
+import re
 from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
@@ -75,7 +76,7 @@ def class_fields(source: str) -> dict[str, dict[str, Any]]:
 def _fields(module: str, name: str) -> dict[str, dict[str, Any]]:
     found = _find(module, name)
     if not isinstance(found, _Class):
-        raise Missing(f"{_installed(module)} has no class `{module}.{name}`.")
+        raise Missing(f"{_installed(module)} has no class `{module}.{name}`.{_remedy(module)}")
     entries: dict[str, dict[str, Any]] = {}
     for base in reversed(found.node.bases):
         if isinstance(base, ast.Name) and not hasattr(builtins, base.id):
@@ -93,6 +94,16 @@ def _installed(module: str) -> str:
         return f"{library} {metadata.version(library)}"
     except metadata.PackageNotFoundError:
         return f"{library}, which is not installed,"
+
+
+def _remedy(module: str) -> str:
+    """Returns the versions that this package works with, if the library is among its dependencies."""
+    library = re.compile(rf"{module.partition('.')[0]}\b[^;]*")
+    try:
+        wanted = [found.group() for line in metadata.requires("hf_rb") or () if (found := library.match(line))]
+    except metadata.PackageNotFoundError:
+        wanted = []
+    return f" hf_rb works with {wanted[0].strip()}, which comes with `pip install hf_rb`." if wanted else ""
 
 
 def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str, Any]]:
@@ -163,7 +174,9 @@ def _value(node: ast.AST, owner: _Class) -> Any:
     except ValueError:
         pass
     if isinstance(node, ast.Name):
-        stated = [one for one in _statements(owner.node.body) if isinstance(one, ast.Assign) and _assigns(one, node.id)]
+        stated = [
+            one for one in _statements(owner.node.body) if isinstance(one, ast.Assign) and _assigns(one, node.id)
+        ]
         if stated:  # the last: the first is for older versions of a library
             return _value(stated[-1].value, owner)
         found = _find(owner.module.name, node.id)
@@ -185,7 +198,11 @@ def _parts(node: ast.AST | None, owner: _Class) -> dict[str, Any]:
     """Returns the values of a dictionary with constant keys."""
     if not isinstance(node, ast.Dict):
         return {}
-    return {key.value: _value(value, owner) for key, value in zip(node.keys, node.values, strict=True) if isinstance(key, ast.Constant)}
+    return {
+        key.value: _value(value, owner)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant)
+    }
 
 
 def _assigns(node: ast.Assign, name: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_rb.cli.memory import DTYPES, Architecture, Run, estimate, estimate_audit, peak
+from hf_rb.cli.check.memory import DTYPES, Architecture, Run, estimate, estimate_audit, peak
 from hf_rb.io import data_files as data
 from hf_rb.io.model_folder import local_folder
 from hf_rb.recover.config import TRAINING
