@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_rb.io.files import check_new_file
 from hf_rb.io.model_folder import adapter_beside, find_model, public_name
+from hf_rb.utils.dtypes import WEIGHT_TYPES_OR_AUTO
 from hf_rb.utils.output import json_text
 
 
@@ -56,9 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--allow-local-code", action="store_true", help="let harness task files name Python functions beside them"
     )
     parser.add_argument("--speed", action="store_true", help="decoding speed")
-    parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: as saved"
-    )
+    parser.add_argument("--dtype", choices=WEIGHT_TYPES_OR_AUTO, default="auto", help="default: as saved")
     parser.add_argument("--plot", metavar="FILE", help="of a sweep: draw what was measured against lambda, as SVG")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", metavar="FILE", help="write everything measured, generated texts included, as JSON")

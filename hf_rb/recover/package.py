@@ -20,7 +20,7 @@ from hf_rb.recover.report import RecoverReport
 
 __all__ = ["merged_model", "write_package"]
 
-METHODS = {"forward_kl": ["llm_neo"], "akl": ["akl"], "hpd": ["hpd"], "sft": []}
+METHODS_OF_OBJECTIVE = {"forward_kl": ["llm_neo"], "akl": ["akl"], "hpd": ["hpd"], "sft": []}
 SUMMARIES = {
     "llm_neo": "Distillation into LoRA; here by the forward KL alone, from the model itself in full precision.",
 }
@@ -51,7 +51,7 @@ def write_package(
         write_json(folder / "report.json", report.to_dict())
         card = ModelCardData(
             name,
-            [*packed, *METHODS[config.objectives[0]], "recover"],
+            [*packed, *METHODS_OF_OBJECTIVE[config.objectives[0]], "recover"],
             base_model=config.model_name_or_path,
             hyperparameters={
                 "quantization_config": quantization["hyperparameters"],

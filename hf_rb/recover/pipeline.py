@@ -188,7 +188,16 @@ class _Pipeline:
         )
         self.report.rounded_perplexity, self.report.rounding_seconds = read_rounded(rounded)
 
-    def _train(self, base, weights, sha256, comparison, size, objective, lost) -> Path:
+    def _train(
+        self,
+        base: _Base,
+        weights: Path,
+        sha256: str,
+        comparison: failures.Comparison,
+        size: int,
+        objective: str,
+        lost: Row | None,
+    ) -> Path:
         config, name = self.config, f"{base.name}-{size}"
         rows, failing = self._examples(comparison, size)
         shown = [{"text": self.tokenizer.decode(row["input_ids"]), **row} for row in rows]

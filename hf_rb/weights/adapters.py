@@ -25,11 +25,11 @@ from torch import Tensor
 from hf_rb import __version__
 from hf_rb.hub import ModelCardData, write_model_card
 from hf_rb.io.files import atomic_folder
-from hf_rb.io.model_folder import ADAPTER_CONFIG, check_apart, copy_companions, find_model
+from hf_rb.io.model_folder import ADAPTER_CONFIG, check_apart, copy_companions, find_model, public_name
 from hf_rb.io.resumable import write_json
 from hf_rb.io.safetensors import Entry, Output, read_header, write_tensors
-from hf_rb.weights.engine import Source, public_name, some
 from hf_rb.weights.report import MergeReport, TensorReport
+from hf_rb.weights.source import Source, some
 from hf_rb.weights.sweep import REPORT
 
 

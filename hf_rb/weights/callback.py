@@ -1,15 +1,15 @@
 """Shadow-FT at the end of a training: what Base has learned goes onto the Instruct model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_rb.io.files import check_replaceable
 from hf_rb.weights.adapters import REMEDY, adapter_problems
-from hf_rb.weights.engine import Source
 from hf_rb.weights.report import MergeReport
 from hf_rb.weights.shadow_ft import graft
+from hf_rb.weights.source import Source
 
 
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ class GraftCallback(TrainerCallback):
                 )
             Source("base", self.base)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.trainer.save_model(args.output_dir)  # every process takes part
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:

@@ -56,7 +56,7 @@ def test_weights_are_counted_in_the_files_and_follow_from_the_widths(name):
     widths = ("hidden", "layers", "attention", "key_value", "mlp", "vocabulary", "experts", "active", "gated", "tied")
     from_widths = memory._weights(**{width: getattr(model, width) for width in widths})
     assert from_widths == pytest.approx(model.weights, rel=0.01)
-    assert model.file_bytes == model.weights * memory.DTYPES[model.dtype]
+    assert model.file_bytes == model.weights * memory.WEIGHT_BYTES[model.dtype]
 
 
 def test_every_part_has_a_cause(student):

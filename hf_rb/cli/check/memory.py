@@ -22,8 +22,9 @@ from hf_rb.io.weight_files import weight_files
 __all__ = ["Architecture", "Run", "estimate", "estimate_audit", "peak"]
 
 MEBI = 1 << 20
-BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
-DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+# Of an element, by the names of safetensors' headers and of transformers' configurations.
+TENSOR_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
+WEIGHT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 # Bytes of optimizer state for every trained weight; Adam in 32 bit, with two moments, where an optimizer is not listed.
 OPTIMIZER = {"sgd": 0, "adafactor": 0, "adagrad": 4, "rmsprop": 4, "lion_32bit": 4, "lion_8bit": 1, "adamw_8bit": 2,
              "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adamw_torch_8bit": 2, "adamw_torch_4bit": 1}  # fmt: skip
@@ -120,7 +121,7 @@ class Architecture:
         return cls(
             **widths,
             weights=counted if counted and not packed else _weights(**widths),
-            file_bytes=sum(BYTES.get(kind, 4) * count for _, kind, count in tensors) or None,
+            file_bytes=sum(TENSOR_BYTES.get(kind, 4) * count for _, kind, count in tensors) or None,
             dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32"),
             packed=packed,
             separate=sum(count for name, _, count in tensors if re.search(r"\.experts\.\d+\.", name)),
@@ -149,7 +150,18 @@ def _tensors(folder: Path) -> list[tuple[str, str, int]]:
     return found
 
 
-def _weights(hidden, layers, attention, key_value, mlp, vocabulary, experts, active, gated, tied) -> int:
+def _weights(
+    hidden: int,
+    layers: int,
+    attention: int,
+    key_value: int,
+    mlp: int,
+    vocabulary: int,
+    experts: int,
+    active: int,
+    gated: bool,
+    tied: bool,
+) -> int:
     attention_weights = hidden * (2 * attention + 2 * key_value)
     mlp_weights = experts * hidden * mlp * (3 if gated else 2) + (experts * hidden if experts > 1 else 0)
     return layers * (attention_weights + mlp_weights + 2 * hidden) + vocabulary * hidden * (1 if tied else 2) + hidden

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_rb.cli.check.memory import DTYPES, Architecture, Run, estimate, estimate_audit, peak
+from hf_rb.cli.check.memory import WEIGHT_BYTES, Architecture, Run, estimate, estimate_audit, peak
 from hf_rb.io import data_files as data
 from hf_rb.io.model_folder import local_folder
 from hf_rb.recover.config import TRAINING
@@ -139,7 +139,9 @@ def make_plan(args: Any, verb: str) -> Plan:
     if not plan.missing:
         model, *frozen = map(Architecture.read, folders)
         run = _run(args, verb, "cpu" if device == "cpu" else "cuda", half, model)
-        sizes = [DTYPES.get(_dtype(kwargs, one), 4) for one, (_, kwargs) in zip(frozen, frozen_names, strict=True)]
+        sizes = [
+            WEIGHT_BYTES.get(_dtype(kwargs, one), 4) for one, (_, kwargs) in zip(frozen, frozen_names, strict=True)
+        ]
         plan.estimated = model, run, list(zip(frozen, sizes, strict=True))
         plan.memory = estimate(*plan.estimated)
         plan.peak = peak(plan.memory, run.accumulates)
@@ -162,7 +164,7 @@ def recover_lines(args: Any) -> Iterator[str]:
 
 def _run(args: Any, verb: str, device: str, half: bool, model: Architecture) -> Run:
     kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    size = DTYPES.get(_dtype({"dtype": args.dtype} | kwargs, model), 4)
+    size = WEIGHT_BYTES.get(_dtype({"dtype": args.dtype} | kwargs, model), 4)
     length = (
         (args.max_completion_length or 1024) + PROMPT_TOKENS
         if verb in ("grpo", "distillation")
