@@ -291,7 +291,9 @@ class SrarShaper(TokenShaper):
         """Judges this process's rollouts that are worth it; by their place in the batch."""
         wanted = ctx.valid
         if self.only_mixed:
-            right, wrong = ((ctx.valid & c).view(-1, ctx.group_size).any(1) for c in (ctx.correct, ctx.wrong))
+            right, wrong = (
+                (ctx.valid & c).view(-1, ctx.group_size).any(1) for c in (ctx.correct, ctx.wrong) if c is not None
+            )
             wanted = wanted & (right & wrong).repeat_interleave(ctx.group_size)
         answers = [None] * len(wanted) if ctx.answers is None else ctx.answers
         decode, rollouts, requests = _decoder(ctx), {}, []
@@ -343,7 +345,8 @@ def _decoder(ctx: ShapingContext) -> Callable[[Sequence[int]], str]:
 
 def _metrics(counts: list[tuple[int, int, int, int, int]]) -> dict[str, float]:
     judged = len(counts)
-    failed, steps, verdicts, satisfied, nowhere = map(sum, zip(*counts, strict=True)) if counts else (0,) * 5
+    sums = [sum(column) for column in zip(*counts, strict=True)]
+    failed, steps, verdicts, satisfied, nowhere = sums or [0] * 5
     return {
         "judged": judged,
         "judge_failed": failed,

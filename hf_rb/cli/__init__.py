@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         module = import_module(VERBS[verb][0])
         args = parse(verb, module, argv[1:])
     except SystemExit as stop:  # argparse has printed the help or the mistake
-        return stop.code
+        return int(stop.code or 0)
     return run(module, args)
 
 

@@ -272,10 +272,11 @@ def read_arguments(args: argparse.Namespace) -> QuantizeArguments:
 
 
 def _settings(given: list[tuple[str, int] | str] | None) -> dict[str, int] | str | None:
-    strategies = [one for one in given or () if isinstance(one, str)]
+    given = given or []
+    strategies = [one for one in given if isinstance(one, str)]
     if strategies and len(given) > 1:
         raise ValueError(f"{strategies[0]!r} says what every layer gets: leave out what stands beside it.")
-    return strategies[0] if strategies else dict(given) if given else None
+    return strategies[0] if strategies else dict(one for one in given if not isinstance(one, str)) or None
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -342,9 +343,13 @@ def _blocks(report: "Report") -> list[str]:
     blocks = [*report.blocks, *([report.final_norm] if report.final_norm else [])]
     rows = [[one.name, *map(shown, (one.hidden_error, one.shift_before, one.shift_after))] for one in blocks]
     lines = [format_table(["decoder layer", "error of its output", "norm's output lost", "corrected"], rows)]
-    checked = [block for block in blocks if block.shift_before]  # a parallel MLP loses nothing by the attention
+    checked = [  # a parallel MLP loses nothing by the attention
+        abs((block.shift_after or 0.0) - (block.shift_expected or 0.0)) / block.shift_before
+        for block in blocks
+        if block.shift_before
+    ]
     if checked:
-        worst = max(abs(block.shift_after - block.shift_expected) / block.shift_before for block in checked)
+        worst = max(checked)
         lines.append(
             f"Mean squares on the calibration text; they fall by the square of the mean, to within {worst:.1e}."
         )

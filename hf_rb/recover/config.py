@@ -13,7 +13,7 @@ __all__ = ["OBJECTIVES", "TRAINING", "RecoverConfig", "recover_rules"]
 
 OBJECTIVES = ("forward_kl", "akl", "hpd", "sft")
 # Defaults of `training`. Ours; the papers' rates are between 1e-5 and 2e-4, their runs of one to three epochs.
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "learning_rate": 2e-4,
     "num_train_epochs": 3,
     "per_device_train_batch_size": 8,

@@ -75,9 +75,9 @@ def _results(report: RecoverReport, merged: bool) -> Iterator[Result]:
     """What was measured of the model in the folder, and of the one in full precision."""
     full = report.rows[0]
     row = report.rows[-1] if merged else next(row for row in report.rows if row.objective)
-    if report.task:
+    if report.task and row.exact_match is not None:
         yield Result(
             f"exact match ({report.problems} problems)", row.exact_match, report.task, before=full.exact_match
         )
     measure = "perplexity" if report.text else "perplexity (worked solutions)"
-    yield Result(measure, row.perplexity, report.text or report.task, before=full.perplexity)
+    yield Result(measure, row.perplexity, report.text or report.task or "", before=full.perplexity)

@@ -284,8 +284,11 @@ class _Pipeline:
     def _add(self, title: str, folder: Path, lost: Row | None = None, **details: Any) -> Row:
         row = Row(title, **asdict(read_measured(folder)), **details)
         full = self.report.rows[0] if self.report.rows else None
-        if lost and lost.exact_match is not None and full.exact_match > lost.exact_match:
-            row.regained = (row.exact_match - lost.exact_match) / (full.exact_match - lost.exact_match)
+        after = row.exact_match
+        worst = lost.exact_match if lost else None
+        best = full.exact_match if full else None
+        if after is not None and worst is not None and best is not None and best > worst:
+            row.regained = (after - worst) / (best - worst)
             if row.regained < 0:
                 self._note(
                     f"{title} by {row.objective} on {row.examples} examples solves less than without the adapter: do not use it; lower "

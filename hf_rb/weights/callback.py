@@ -67,8 +67,8 @@ class GraftCallback(TrainerCallback):
         overwrite: bool = False,
     ):
         self.trainer, self.onto = trainer, onto
-        self.options = {"include": include, "dtype": dtype, "overwrite": overwrite}
-        self.destination = Path(destination or Path(trainer.args.output_dir, "grafted"))
+        self.options: dict[str, Any] = {"include": include, "dtype": dtype, "overwrite": overwrite}
+        self.destination = Path(destination or Path(str(trainer.args.output_dir), "grafted"))
         check_replaceable(self.destination.resolve(), overwrite)
         Source("onto", onto)
         self.base: str | Path | None = None
@@ -78,7 +78,8 @@ class GraftCallback(TrainerCallback):
             if problems := adapter_problems(config.to_dict()):
                 raise ValueError(f"The adapter in training cannot be grafted: {'; '.join(problems)}. {REMEDY}")
         if not adapters:
-            self.base = base or trainer.model.config._name_or_path
+            model: Any = trainer.model
+            self.base = base or model.config._name_or_path
             if not self.base:
                 raise ValueError(
                     "The trainer's model does not say where it is from. Give `base`, the model before training."
@@ -91,7 +92,8 @@ class GraftCallback(TrainerCallback):
         self.trainer.save_model(args.output_dir)  # every process takes part
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            self.report = graft(args.output_dir, self.onto, self.destination, base=self.base, **self.options)
-            for line in (*self.report.notes, f"The grafted model is in {self.destination}."):
+            report = graft(str(args.output_dir), self.onto, self.destination, base=self.base, **self.options)
+            self.report = report
+            for line in (*(report.notes if report else ()), f"The grafted model is in {self.destination}."):
                 self.trainer.accelerator.print(line)
         self.trainer.accelerator.wait_for_everyone()

@@ -147,7 +147,7 @@ class _Writer:
         return rows
 
     def _measured(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        values = {
+        values: dict[str, Any] = {
             key: value if key in ("sigma", "absolute") else (torch.as_tensor(value) ** 0.5).tolist()
             for key, value in sums.items()
         }

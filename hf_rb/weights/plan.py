@@ -108,11 +108,11 @@ class MergePlan:
         for other in self.others:
             wanted = sorted(included - kept.keys())
             missing = [name for name in wanted if other.find(name) is None]
-            shapes = [
-                name
+            shapes = {
+                name: entry.shape
                 for name in wanted
                 if (entry := other.find(name)) and entry.shape != self.receiver.entries[name].shape
-            ]
+            }
             if missing:
                 self._refuse(
                     f"{other.role} has no {some(missing)}, which {self.receiver.role} has",
@@ -122,10 +122,10 @@ class MergePlan:
                 )
                 kept |= dict.fromkeys(missing, f"not in {other.role}")
             if shapes:
-                name = shapes[0]
+                name = next(iter(shapes))
                 self._refuse(
-                    f"{some(shapes)} differs in shape: {self.receiver.entries[name].shape} in {self.receiver.role}, "
-                    f"{other.find(name).shape} in {other.role}",
+                    f"{some([*shapes])} differs in shape: {self.receiver.entries[name].shape} in {self.receiver.role}, "
+                    f"{shapes[name]} in {other.role}",
                     padding(self.receiver, other, name)
                     or 'Give models of one shape, or keep what differs with `mismatch="skip"` (`--mismatch skip`).',
                 )
@@ -136,7 +136,7 @@ class MergePlan:
         return kept
 
     def _job(self, name: str, entry: Entry, kept: dict[str, str]) -> Job:
-        others = {other.role: other.find(name) for other in self.others}
+        others = {other.role: found for other in self.others if (found := other.find(name))}
         reason = kept.get(name)
         if reason is None and not entry.dtype.is_floating_point:
             for other in self.others:

@@ -290,6 +290,11 @@ def test_check_another_version_of_a_library_takes_its_keys(tmp_path, monkeypatch
     start = f"{tmp_path / 'recipe.yaml'}: error: "
     assert told(new_key="many")[0] == f"{start}`new_key` must be int or null; got 'many' (str)."
     assert told(nwe_key=1)[0] == f"{start}unknown key `nwe_key`; did you mean `new_key`?"
+    moved.write_text(moved.read_text().replace("    max_length: int", "    longest: int"))
+    (error,) = told()
+    assert error.startswith(
+        f"{start}hf_rb reads the key `max_length`, which the installed TRL or transformers does not have"
+    )
     moved.write_text("")
     (error,) = told()
     assert error.startswith("hf-rb check: error: trl 1") and "has no class `trl.SFTConfig`" in error

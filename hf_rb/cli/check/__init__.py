@@ -84,7 +84,21 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Findin
         findings.errors.append(f"this is a recipe for `hf-rb {likely}`, not for `hf-rb {verb}`.")
         return findings
     values = ValueChecker(findings).values(recipe, schemas.load(verb))
-    args = SimpleNamespace(**values)
+    try:
+        _apply_rules(findings, SimpleNamespace(**values))
+    except AttributeError as error:
+        if not isinstance(error.obj, SimpleNamespace):
+            raise
+        findings.errors.append(
+            f"hf_rb reads the key `{error.name}`, which the installed TRL or transformers does not have any more: `pip install hf_rb` "
+            "brings versions that it works with."
+        )
+    return findings
+
+
+def _apply_rules(findings: Findings, args: Any) -> None:
+    """Adds what is wrong with the values together, and what a good recipe will do."""
+    verb = findings.verb
     for rule in RULES[verb]:
         findings.errors += rule(args)
     if verb in TRAINED:
@@ -97,7 +111,6 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Findin
         findings.notes += recover_lines(args) if not findings.errors else ()
     if verb in TRAINED and not findings.errors:
         _plan(findings, args)
-    return findings
 
 
 def _verb_of(recipe: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ values of width F of a gated MLP, three of a plain one. Standard library only.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -206,13 +207,13 @@ class Run:
     generated: int = 0
 
 
-def estimate(model: Architecture, run: Run, frozen: list[tuple[Architecture, int]] = ()) -> dict[str, int]:
+def estimate(model: Architecture, run: Run, frozen: Sequence[tuple[Architecture, int]] = ()) -> dict[str, int]:
     """Estimates the bytes of a run by what they are for.
 
     Args:
         model ([`Architecture`]): The model in training.
         run ([`Run`]): The recipe.
-        frozen (`list[tuple[Architecture, int]]`): Teachers and references, with the bytes of their weights' type.
+        frozen (`Sequence[tuple[Architecture, int]]`, *optional*): Teachers and references, with the bytes of their weights' type.
 
     Returns:
         `dict[str, int]`: Bytes of `weights`, `gradients`, `optimizer`, `activations`, `logits`, `teacher` (and reference), `cache` (of
@@ -240,7 +241,7 @@ def estimate(model: Architecture, run: Run, frozen: list[tuple[Architecture, int
     }
 
 
-def estimate_audit(model: Architecture, run: Run, frozen: list[tuple[Architecture, int]] = ()) -> dict[str, int]:
+def estimate_audit(model: Architecture, run: Run, frozen: Sequence[tuple[Architecture, int]] = ()) -> dict[str, int]:
     """
     Estimates the bytes of `hf-rb audit`. It makes all logits and has no optimizer. `comparison` is what it holds besides: the gradients
     of the two paths that it compares, and at the end a copy of the student, which then is the teacher.
@@ -300,7 +301,7 @@ def _weight_bytes(model: Architecture, run: Run) -> int:
 
 
 def _adapted(model: Architecture, run: Run) -> int:
-    return model.layers * run.rank * sum(sum(model.linear(name)) for name in run.targets)
+    return model.layers * run.rank * sum(sum(model.linear(name)) for name in run.targets or ())
 
 
 def _activations(model: Architecture, run: Run) -> int:

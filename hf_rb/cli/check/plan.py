@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def largest(self) -> str | None:
-        return max(self.memory, key=self.memory.get) if self.memory else None
+        return max(self.memory, key=self.memory.__getitem__) if self.memory else None
 
     def lines(self) -> Iterator[str]:
         """The plan for a reader."""
@@ -80,9 +80,9 @@ class Plan:
     def memory_lines(self) -> Iterator[str]:
         """What of the plan is about memory."""
         if self.memory:
-            parts = sorted(self.memory, key=self.memory.get, reverse=True)
+            parts = sorted(self.memory, key=self.memory.__getitem__, reverse=True)
             listed = ", ".join(f"{part} {_size(self.memory[part])}" for part in parts if self.memory[part])
-            yield f"memory: about {_size(self.peak)} a process, without sharding; the largest part is {self.largest} ({listed})"
+            yield f"memory: about {_size(self.peak or 0)} a process, without sharding; the largest part is {self.largest} ({listed})"
         elif self.missing:
             verb = "is" if len(self.missing) == 1 else "are"
             yield f"memory: not estimated, as {' and '.join(self.missing)} {verb} not on this machine"
@@ -90,7 +90,8 @@ class Plan:
     def problems(self) -> Iterator[str]:
         """What may stop the run on this machine."""
         if self.device == "cpu" and not self.cpu_arguments and self.peak and self.peak > (memory := _machine_memory()):
-            part = max(_REMEDIES, key=lambda name: self.memory.get(name, 0))
+            parts = self.memory or {}
+            part = max(_REMEDIES, key=lambda name: parts.get(name, 0))
             yield (
                 f"the run needs about {_size(self.peak)} and this machine has {_size(memory)}. The largest part that a recipe decides is "
                 f"{part}: {_REMEDIES[part]}."
@@ -137,7 +138,7 @@ def make_plan(args: Any, verb: str) -> Plan:
     plan = Plan(device, added, precision, steps, sequences, length, tokens, None, None, [])
     plan.missing = [name for name, folder in dict(zip(names, folders, strict=True)).items() if folder is None]
     if not plan.missing:
-        model, *frozen = map(Architecture.read, folders)
+        model, *frozen = (Architecture.read(folder) for folder in folders if folder)
         run = _run(args, verb, "cpu" if device == "cpu" else "cuda", half, model)
         sizes = [
             WEIGHT_BYTES.get(_dtype(kwargs, one), 4) for one, (_, kwargs) in zip(frozen, frozen_names, strict=True)

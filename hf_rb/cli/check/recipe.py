@@ -33,7 +33,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _repeated_keys(node: Any) -> Iterator[Any]:
     """The nodes of a YAML tree that repeat a key of their mapping."""
     children = node.value if node and not isinstance(node.value, str) else ()
-    seen = set()
+    seen: set[str | None] = set()
     for child in children:
         key, value = child if isinstance(child, tuple) else (None, child)
         if key and str(key.value) in seen:
@@ -50,6 +50,7 @@ def read_overrides(arguments: Iterable[str], verb: str) -> dict[str, Any]:
     """
     keys = schemas.load(verb)
     values: dict[str, Any] = {}
+    key = ""
     for argument in _split_at_equals(arguments):
         if argument.startswith("--"):
             key = argument[2:].replace("-", "_")

@@ -85,7 +85,7 @@ class ValueChecker:
     def _quantization(self, key: str, config: Any) -> None:
         """Checks a quantization config, if it is one of ours. It reaches its class as YAML gives it: no text is converted."""
         method = config.get("quant_method") if isinstance(config, dict) else None
-        if method in [*schemas.QUANTIZATION]:  # compared, not hashed: it may be anything
+        if isinstance(method, str) and method in schemas.QUANTIZATION:
             before = len(self.findings.errors)
             values = self.values(config, schemas.load(method), f"{key}.", from_text=False)
             rules = QUANTIZATION_RULES[method](SimpleNamespace(**values))
@@ -93,7 +93,7 @@ class ValueChecker:
                 self.findings.errors += [f"`{key}`: {problem}" for problem in rules]
         elif key == "quantization_config" and isinstance(config, dict):
             problem = value_problem(f"{key}.quant_method", str(method), choices=[*schemas.QUANTIZATION])
-            self.findings.errors.append(problem)
+            self.findings.errors += filter(None, [problem])
         # Elsewhere it may be a method of another library; "quanto" is further away than this.
         elif close := get_close_matches(str(method), schemas.QUANTIZATION, n=1, cutoff=0.8):
             self.findings.warnings.append(f"`{key}.quant_method` is {method!r}; did you mean {close[0]!r}?")

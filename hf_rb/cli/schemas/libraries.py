@@ -159,7 +159,9 @@ def _module(name: str) -> _Module | None:
 def _find(module: str, name: str) -> "_Class | tuple[_Module, ast.Assign] | None":
     """Finds a class, or a constant with its module, by the name that a module has for it."""
     source = _module(module)
-    node = source and source.names.get(name)
+    if source is None:
+        return None
+    node = source.names.get(name)
     if isinstance(node, ast.ImportFrom):
         return _find(source.source_of(node), source.renamed[name])
     if isinstance(node, ast.ClassDef):
@@ -198,11 +200,8 @@ def _parts(node: ast.AST | None, owner: _Class) -> dict[str, Any]:
     """Returns the values of a dictionary with constant keys."""
     if not isinstance(node, ast.Dict):
         return {}
-    return {
-        key.value: _value(value, owner)
-        for key, value in zip(node.keys, node.values, strict=True)
-        if isinstance(key, ast.Constant)
-    }
+    pairs = zip(node.keys, node.values, strict=True)
+    return {str(key.value): _value(value, owner) for key, value in pairs if isinstance(key, ast.Constant)}
 
 
 def _assigns(node: ast.Assign, name: str) -> bool:
@@ -220,7 +219,8 @@ def _options(annotation: ast.expr) -> Iterator[ast.expr]:
         for part in _arguments(annotation):
             yield from _options(part)
     elif _outer(annotation) == "Optional":
-        yield from _options(annotation.slice)
+        for part in _arguments(annotation):
+            yield from _options(part)
         yield ast.Constant(None)
     else:
         yield annotation
