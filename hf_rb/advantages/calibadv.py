@@ -334,7 +334,7 @@ class CalibAdvShaper(TokenShaper):
                 if row and ends_with_tool_call(completion, len(row)):
                     row.append(0)
         scorer = self.step_scorer if self.soft else None
-        scores = scorer(ctx) if scorer else [[]] * len(tokens)
+        scores = scorer(ctx) if scorer is not None else [[]] * len(tokens)
         quality = [([*q, *[0.0] * len(row)])[: max(len(row) - 1, 0)] for row, q in zip(tokens, scores, strict=True)]
         all_tokens, all_quality = zip(*ctx.gather(list(zip(tokens, quality, strict=True))), strict=True)
 
