@@ -36,6 +36,7 @@ def errors(**changes) -> list[str]:
 SOURCE = """
 from __future__ import annotations
 import typing
+import somelib
 from dataclasses import dataclass, field
 from enum import Enum
 try:
@@ -59,7 +60,7 @@ class Item:
     x: int = 3
 
 @dataclass
-class Config(Mixin, Base):
+class Config(Mixin, somelib.Base):
     must: list[Item] | typing.Any
     optional: typing.Optional[float] = None
     union: typing.Union[str, int, None] = field(default=None)
@@ -68,6 +69,7 @@ class Config(Mixin, Base):
     made: typing.List[int] = field(default_factory=lambda: [1, 2])
     kind: Kind = Kind.A
     level: str = field(default="low", metadata={"choices": levels, "help": "x"})
+    ours: float = field(default=0.5, metadata=described("Share.", range="[0, 1]"))
     hidden: int = field(init=False, default=0)
     shared: typing.ClassVar[int] = 0
 """
@@ -301,6 +303,19 @@ def test_check_another_version_of_a_library_takes_its_keys(tmp_path, monkeypatch
     assert "hf_rb works with trl" in error and error.endswith("`pip install hf_rb`.")
 
 
+STAND_IN = Path(check_module.__file__).parents[2] / "trainers/gkd/base_config.py"
+
+
+@pytest.mark.skipif(not STAND_IN.is_file(), reason="GKDConfig has no class of ours for TRL's")
+def test_check_takes_gkd_recipes_where_trl_has_dropped_its_class(tmp_path):
+    ignored = shutil.ignore_patterns("*.pyc", "gkd")
+    shutil.copytree(Path(find_spec("trl").origin).parent, tmp_path / "trl", ignore=ignored)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "hf_rb.cli", "check", "akl/tiny-cpu"]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
 def test_check_works_read_only_and_without_a_home(tmp_path):
     """Nothing is written, and nothing is read but the package, the libraries' sources and the recipe."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(GOOD))
@@ -401,11 +416,23 @@ def test_schemas_values_in_sources(tmp_path, monkeypatch):
     (tmp_path / "somelib/other.py").write_text("LEVELS = ['low', 'high']\n")
     monkeypatch.syspath_prepend(tmp_path)
     entries = class_fields("somelib:Config")
-    assert list(entries) == ["inherited", "must", "optional", "union", "text", "computed", "made", "kind", "level"]
+    assert list(entries) == [
+        "inherited",
+        "must",
+        "optional",
+        "union",
+        "text",
+        "computed",
+        "made",
+        "kind",
+        "level",
+        "ours",
+    ]
     assert [entries[key]["types"] for key in entries] == [
         ["int"], ["any", "list[dict]"], ["float", "null"], ["int", "null", "str"], ["bool"], ["dict", "null"], ["list[int]"], ["str"],
-        ["str"],
+        ["str"], ["float"],
     ]  # fmt: skip
+    assert entries["ours"] == {"types": ["float"], "default": 0.5, "range": "[0, 1]", "help": "Share."}
     assert "default" not in entries["must"] and entries["computed"]["default"] is None
     assert (entries["made"]["default"], entries["kind"]["default"], entries["text"]["default"]) == ([1, 2], "a", True)
     assert entries["kind"]["choices"] == ["a", "b"] and entries["level"]["choices"] == ["low", "high"]

@@ -16,6 +16,9 @@ from hf_rb.utils.fields import is_described
 
 __all__ = ["build", "configs_of", "keys_of"]
 
+# Our own class for one that TRL may drop without notice, by that one.
+STAND_INS = {"trl.experimental.gkd:GKDConfig": "hf_rb.trainers.gkd.base_config:GKDArguments"}
+
 
 def build(name: str) -> str:
     """Returns the text of one schema."""
@@ -34,14 +37,15 @@ def configs_of(name: str) -> list[type]:
 
 def libraries_of(config: type) -> list[str]:
     """
-    Returns the library's class that a config class stands on, by its public name. TRL may drop an experimental one: the next base
-    follows it, for a version without.
+    Returns the library's class that a config class stands on, by its public name. TRL may drop an experimental one: what stands in
+    for it and the next base follow it, for a version without.
     """
     found = []
     for base in config.__mro__:
         if dataclasses.is_dataclass(base) and not base.__module__.startswith("hf_rb."):
-            found.append(_public_name(base))
-            if "experimental" not in found[-1]:
+            name = _public_name(base)
+            found += filter(None, [name, STAND_INS.get(name)])
+            if "experimental" not in name:
                 break
     return found
 

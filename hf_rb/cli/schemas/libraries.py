@@ -79,7 +79,9 @@ def _fields(module: str, name: str) -> dict[str, dict[str, Any]]:
         raise Missing(f"{_installed(module)} has no class `{module}.{name}`.{_remedy(module)}")
     entries: dict[str, dict[str, Any]] = {}
     for base in reversed(found.node.bases):
-        if isinstance(base, ast.Name) and not hasattr(builtins, base.id):
+        if isinstance(base, ast.Attribute):
+            entries |= _fields(ast.unparse(base.value), base.attr)
+        elif isinstance(base, ast.Name) and not hasattr(builtins, base.id):
             entries |= _fields(found.module.name, base.id)
     if any("dataclass" in ast.unparse(decorator) for decorator in found.node.decorator_list):
         for node in found.node.body:
@@ -129,6 +131,7 @@ def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str,
             name,
             {_type_name(option, owner) for option in options},
             choices=about.get("choices") or _choices(options, owner),
+            range=about.get("range"),
             help=about.get("help") or "",
             keys=_nested(options, owner),
             **default,
@@ -197,7 +200,10 @@ def _made(factory: ast.AST, owner: _Class) -> Any:
 
 
 def _parts(node: ast.AST | None, owner: _Class) -> dict[str, Any]:
-    """Returns the values of a dictionary with constant keys."""
+    """Returns the values of a dictionary with constant keys, or of a call of our own `described`."""
+    if isinstance(node, ast.Call):
+        given = {str(keyword.arg): _value(keyword.value, owner) for keyword in node.keywords}
+        return {"help": _value(node.args[0], owner), **given} if node.args else given
     if not isinstance(node, ast.Dict):
         return {}
     pairs = zip(node.keys, node.values, strict=True)
