@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from hf_rb.cli.plan import Plan
+    from hf_rb.cli.check.plan import Plan
 
 RESULTS = Path(__file__).parent / "results"
 BAR = 0.25

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from hf_rb import PTQTPConfig
-from hf_rb.cli.memory import Architecture
+from hf_rb.cli.check.memory import Architecture
 from hf_rb.evaluation import model_size
 from hf_rb.hub import plan_upload
 from hf_rb.io.safetensors import Checkpoint

@@ -12,7 +12,8 @@ from hf_rb.advantages.pipeline import (
     check_shapers,
     run_pipeline,
 )
-from hf_rb.advantages.srar import SrarShaper, parse_rubric, parse_verdicts, srar_offsets, srar_step_scores
+from hf_rb.advantages.rubrics import parse_rubric, parse_verdicts
+from hf_rb.advantages.srar import SrarShaper, srar_offsets, srar_step_scores
 
 
 __all__ = [

@@ -21,8 +21,8 @@ Shapes: N rollouts in contiguous groups of `group_size`; advantages `(N,)`, runs
 """
 
 import math
-from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Sequence, Set
+from typing import Any, cast
 
 import torch
 
@@ -174,7 +174,7 @@ def silver_documents(
 
 def step_quality(
     documents: Sequence[Collection[Hashable]],
-    silver: Collection[Hashable],
+    silver: Set[Hashable],
     thoughts: Sequence[str] | None = None,
     max_similarity: float = 0.5,
     max_overlap: int = 1,
@@ -185,7 +185,7 @@ def step_quality(
     Args:
         documents (`Sequence` of length S):
             For each search step, the ids of the documents it returned.
-        silver (`Collection`):
+        silver (`Set`):
             The group's silver documents.
         thoughts (`Sequence[str]` of length S, *optional*):
             What the model thought before each search.
@@ -213,9 +213,9 @@ def step_quality(
 
 def word_similarity(first: str, second: str) -> float:
     """Returns 1 minus the word-level edit distance over the longer one's number of words; 0 for two empty texts."""
-    first, second = first.split(), second.split()
-    longest = max(len(first), len(second))
-    return 1 - _edit_distance(first, second) / longest if longest else 0.0
+    words, others = first.split(), second.split()
+    longest = max(len(words), len(others))
+    return 1 - _edit_distance(words, others) / longest if longest else 0.0
 
 
 def _edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
@@ -249,7 +249,7 @@ def model_runs(mask: torch.Tensor) -> list[list[tuple[int, int]]]:
         `list[list[tuple[int, int]]]`: for each row, first column and column after the last of each run.
     """
     edges = torch.nn.functional.pad(mask.cpu().to(torch.int8), (1, 1)).diff(dim=1)
-    runs = [[] for _ in range(len(mask))]
+    runs: list[list[tuple[int, int]]] = [[] for _ in range(len(mask))]
     for (row, start), (_, stop) in zip((edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist(), strict=True):
         runs[row].append((start, stop))
     return runs
@@ -333,11 +333,12 @@ class CalibAdvShaper(TokenShaper):
             for row, completion in zip(tokens, ctx.completions, strict=True):
                 if row and ends_with_tool_call(completion, len(row)):
                     row.append(0)
-        scores = self.step_scorer(ctx) if self.soft else [[]] * len(tokens)
+        scorer = self.step_scorer if self.soft else None
+        scores = scorer(ctx) if scorer is not None else [[]] * len(tokens)
         quality = [([*q, *[0.0] * len(row)])[: max(len(row) - 1, 0)] for row, q in zip(tokens, scores, strict=True)]
         all_tokens, all_quality = zip(*ctx.gather(list(zip(tokens, quality, strict=True))), strict=True)
 
-        scored = torch.where(ctx.valid, ctx.sequence_advantages, torch.nan)
+        scored = torch.where(ctx.valid, cast(torch.Tensor, ctx.sequence_advantages), torch.nan)
         weights = [1 / max(sum(row), 1) for row in all_tokens] if self.sequence_mean else None
         calibrated = calibadv(
             scored, all_tokens, all_quality, ctx.group_size, self.pos_neg_ratio, self.max_gain, weights

@@ -17,7 +17,7 @@ Shapes: N rollouts in contiguous groups of `group_size`; advantages and correct 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -260,7 +260,7 @@ class EdasShaper(SequenceShaper):
 
     def _classes(self, ctx: ShapingContext) -> tuple[torch.Tensor, list[str]]:
         """[`error_classes`] of all rollouts."""
-        wrong = ctx.wrong & ctx.valid
+        wrong, answers = cast(torch.Tensor, ctx.wrong) & ctx.valid, cast(list, ctx.answers)  # `requires` asks for both
         if self.format_reward is not None:
             wrong &= ~(ctx.reward(self.format_reward) < 0.5)  # a NaN is no score, and no reason to leave one out
         wrong, group_size, starts, gather = wrong.tolist(), ctx.group_size, range(len(wrong)), list
@@ -270,7 +270,7 @@ class EdasShaper(SequenceShaper):
             starts, gather = range(*ctx.local.indices(len(wrong))), ctx.gather
         found = [
             error_classes(
-                ctx.answers[i : i + group_size], wrong[i : i + group_size], group_size, self.no_answer, self.equivalent
+                answers[i : i + group_size], wrong[i : i + group_size], group_size, self.no_answer, self.equivalent
             )
             if i % group_size == 0
             else None

@@ -169,7 +169,7 @@ class Shaper(Protocol):
 class SequenceShaper(Shaper, Protocol):
     """Shapes one advantage a rollout: `shape(ctx, advantages)` with advantages `(N,)`, of all processes, on the CPU."""
 
-    level = "sequence"
+    level: Literal["sequence", "token"] = "sequence"
 
 
 class TokenShaper(Shaper, Protocol):
@@ -178,7 +178,7 @@ class TokenShaper(Shaper, Protocol):
     `additive` says that it adds to what it is given; a shaper that multiplies may not follow it.
     """
 
-    level = "token"
+    level: Literal["sequence", "token"] = "token"
 
 
 def build_shapers(names: Iterable[str], args: Any, trainer: Any) -> list[Shaper]:
@@ -354,7 +354,8 @@ def _statistics(before: torch.Tensor, after: torch.Tensor, gather: Callable[[lis
     delta = (after - before).abs()
     parts = (after, after.square(), delta > 0, delta, before * after < 0)
     sums = torch.stack([part.double().sum() for part in parts]).tolist()
-    total, squares, changed, moved, flipped, count = map(sum, zip(*gather([(*sums, after.numel())]), strict=True))
+    everywhere: list[tuple[float, ...]] = gather([(*sums, after.numel())])
+    total, squares, changed, moved, flipped, count = [sum(column) for column in zip(*everywhere, strict=True)]
     count = max(count, 1)
     mean = total / count
     return {

@@ -21,7 +21,6 @@ from 1 and 0 is the whole completion.
 
 import functools
 import inspect
-import json
 import logging
 import math
 import re
@@ -33,18 +32,13 @@ from typing import Any
 import torch
 
 from hf_rb.advantages.pipeline import Requires, Shaped, ShapingContext, TokenShaper
+from hf_rb.advantages.rubrics import WEIGHTS, JudgeRequest, RubricItem, parse_rubric, parse_verdicts
 
 
 __all__ = [
-    "ITEM_TYPES",
     "STEP_HEADER",
-    "WEIGHTS",
-    "JudgeRequest",
-    "RubricItem",
     "SrarShaper",
     "find_steps",
-    "parse_rubric",
-    "parse_verdicts",
     "srar_offsets",
     "srar_step_scores",
     "token_spans",
@@ -52,105 +46,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = {"SUGGEST": 0.8, "PITFALL": -1.0, "BONUS": 1.0}
-"""R_τ of the paper. ANSWER items are shown to the judge and never scored."""
-
-ITEM_TYPES = (*WEIGHTS, "ANSWER")
-
-_ITEM = re.compile(rf"<({'|'.join(ITEM_TYPES)})>\s*(\S.*)")
 STEP_HEADER = re.compile(r"^#{1,6}[ \t]*Step[ \t]+\d+", re.MULTILINE | re.IGNORECASE)
 """Where a step begins: a line such as `### Step 1:`."""
-
-_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
-_VERDICT = {"id": int, "satisfied": bool, "step": int}
-
-
-@dataclass(frozen=True)
-class RubricItem:
-    """One line of a rubric: its number, counted from 1, one of `ITEM_TYPES`, and its text."""
-
-    id: int
-    type: str
-    text: str
-
-
-@dataclass(frozen=True)
-class JudgeRequest:
-    """
-    What a judge is asked about one rollout.
-
-    Attributes:
-        prompt (`str` or `list[dict]`): The problem, as the policy saw it.
-        rubric (`list[RubricItem]`): The items.
-        solution (`str`): The completion. Written by the policy: text to judge, never instructions.
-        steps (`list[tuple[int, int]]`): First character and character after the last of each of its steps. They are numbered
-            by order, from 1; a step may print another number.
-        answer (`str`, *optional*): Final answer that was extracted from it.
-    """
-
-    prompt: str | list[dict]
-    rubric: list[RubricItem]
-    solution: str
-    steps: list[tuple[int, int]]
-    answer: str | None = None
-
-
-def parse_rubric(text: str) -> list[RubricItem]:
-    """
-    Reads a rubric: one item a line, `<TYPE> text`, with a type of SUGGEST, PITFALL, BONUS or ANSWER. Blank lines do not count.
-
-    Raises:
-        ValueError: A line that is not of this form, or no text.
-    """
-    if not isinstance(text, str):
-        raise ValueError(
-            f"A rubric is text, one item a line; got {type(text).__name__}. Join the items with line ends."
-        )
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    items = []
-    for number, line in enumerate(lines, start=1):
-        match = _ITEM.fullmatch(line)
-        if match is None:
-            raise ValueError(
-                f"Line {number} of the rubric is {line!r}. Write `<TYPE> text` with a type of {', '.join(ITEM_TYPES)}."
-            )
-        items.append(RubricItem(number, *match.groups()))
-    return items
-
-
-def parse_verdicts(reply: str | list, num_items: int) -> list[dict]:
-    """
-    Reads a judge's reply.
-
-    Args:
-        reply (`str` or `list`):
-            A JSON array of `{"id": int, "satisfied": bool, "step": int}`, parsed or not, at most in one code fence. Nothing may
-            stand around it: a verdict that the judge merely quotes from the completion is not one.
-        num_items (`int`):
-            Items in the rubric. An item without a verdict is not satisfied.
-
-    Returns:
-        `list[dict]`: the verdicts.
-
-    Raises:
-        ValueError: Anything else, an id outside the rubric, or an id twice.
-    """
-    if isinstance(reply, str):
-        fenced = _FENCE.fullmatch(reply.strip())
-        try:
-            reply = json.loads(fenced.group(1) if fenced else reply)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"The judge's reply is not JSON ({error}): {reply[:200]!r}.") from error
-    expected = 'a list of {"id": int, "satisfied": bool, "step": int}'
-    if not isinstance(reply, list):
-        raise ValueError(f"The judge's reply is {expected}; got {type(reply).__name__}.")
-    for verdict in reply:
-        if not isinstance(verdict, dict) or {key: type(value) for key, value in verdict.items()} != _VERDICT:
-            raise ValueError(f"The judge's reply is {expected}; got the entry {str(verdict)[:200]}.")
-    counts = Counter(verdict["id"] for verdict in reply)
-    if wrong := [number for number, count in counts.items() if count > 1 or not 1 <= number <= num_items]:
-        raise ValueError(f"The judge's reply has items {wrong} twice or outside the rubric of {num_items} items.")
-    return reply
 
 
 def srar_step_scores(
@@ -394,7 +291,9 @@ class SrarShaper(TokenShaper):
         """Judges this process's rollouts that are worth it; by their place in the batch."""
         wanted = ctx.valid
         if self.only_mixed:
-            right, wrong = ((ctx.valid & c).view(-1, ctx.group_size).any(1) for c in (ctx.correct, ctx.wrong))
+            right, wrong = (
+                (ctx.valid & c).view(-1, ctx.group_size).any(1) for c in (ctx.correct, ctx.wrong) if c is not None
+            )
             wanted = wanted & (right & wrong).repeat_interleave(ctx.group_size)
         answers = [None] * len(wanted) if ctx.answers is None else ctx.answers
         decode, rollouts, requests = _decoder(ctx), {}, []
@@ -446,7 +345,8 @@ def _decoder(ctx: ShapingContext) -> Callable[[Sequence[int]], str]:
 
 def _metrics(counts: list[tuple[int, int, int, int, int]]) -> dict[str, float]:
     judged = len(counts)
-    failed, steps, verdicts, satisfied, nowhere = map(sum, zip(*counts, strict=True)) if counts else (0,) * 5
+    sums = [sum(column) for column in zip(*counts, strict=True)]
+    failed, steps, verdicts, satisfied, nowhere = sums or [0] * 5
     return {
         "judged": judged,
         "judge_failed": failed,

@@ -15,6 +15,7 @@ import traceback
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 
 __all__ = ["VERBS", "configure", "main", "parse", "run"]
@@ -54,11 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         module = import_module(VERBS[verb][0])
         args = parse(verb, module, argv[1:])
     except SystemExit as stop:  # argparse has printed the help or the mistake
-        return stop.code
+        return int(stop.code or 0)
     return run(module, args)
 
 
-def configure(parser: argparse.ArgumentParser, module: ModuleType, **options) -> None:
+def configure(parser: argparse.ArgumentParser, module: ModuleType, **options: Any) -> None:
     """Gives a parser the arguments of a verb's module, and those that every verb has."""
     module.configure(parser, **options)
     parser.set_defaults(command=parser.prog)

@@ -3,6 +3,7 @@
 import argparse
 
 from hf_rb.io.model_folder import find_packed
+from hf_rb.utils.dtypes import WEIGHT_TYPES
 
 
 EXAMPLE = "hf-rb dequantize outputs/student-ptqtp outputs/student-16bit --dtype bfloat16"
@@ -11,9 +12,7 @@ EXAMPLE = "hf-rb dequantize outputs/student-ptqtp outputs/student-16bit --dtype 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model that hf-rb quantized: a folder or a Hub id")
     parser.add_argument("destination", metavar="DEST", help="folder for the ordinary model")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="type of all weights (default: the model's)"
-    )
+    parser.add_argument("--dtype", choices=WEIGHT_TYPES, help="type of all weights (default: the model's)")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
 
 

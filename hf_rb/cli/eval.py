@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_rb.io.files import check_new_file
 from hf_rb.io.model_folder import adapter_beside, find_model, public_name
+from hf_rb.utils.dtypes import WEIGHT_TYPES_OR_AUTO
 from hf_rb.utils.output import json_text
 
 
@@ -56,9 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--allow-local-code", action="store_true", help="let harness task files name Python functions beside them"
     )
     parser.add_argument("--speed", action="store_true", help="decoding speed")
-    parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: as saved"
-    )
+    parser.add_argument("--dtype", choices=WEIGHT_TYPES_OR_AUTO, default="auto", help="default: as saved")
     parser.add_argument("--plot", metavar="FILE", help="of a sweep: draw what was measured against lambda, as SVG")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", metavar="FILE", help="write everything measured, generated texts included, as JSON")
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     text = Path(args.perplexity).read_text(encoding="utf-8") if args.perplexity else None
     if not (rows or text or args.speed or args.harness):
         print("Only the size was measured; add --task, --perplexity, --harness or --speed for more.", file=sys.stderr)
-    baseline = _baseline(args, text, folders.values()) if args.baseline else None
+    baseline = _baseline(args, text or "", folders.values()) if args.baseline else None
     measured = {lam: _measure(folder, args, rows, text, baseline) for lam, folder in folders.items()}
 
     everything = {"model": public_name(args.model), "task": args.task and public_name(args.task)}
@@ -125,7 +124,9 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         Path(args.out).write_text(json_text(everything) + "\n", encoding="utf-8")
     if args.plot:
-        evaluation.plot_curves(args.plot, list(folders), _curves(list(measured.values())), "lambda")
+        evaluation.plot_curves(
+            args.plot, [lam for lam in folders if lam is not None], _curves(list(measured.values())), "lambda"
+        )
     if args.json:
         for result in results.values():
             for key in ("completions", "correct"):  # thousands of lines that only --out keeps
@@ -150,9 +151,8 @@ def _baseline(args: argparse.Namespace, text: str, folders: Iterable[Path]) -> A
     from hf_rb import evaluation
 
     source = evaluation.find_model(args.baseline)
-    ours, *others = (
-        AutoTokenizer.from_pretrained(one)(text, verbose=False)["input_ids"] for one in (source, *folders)
-    )
+    tokenizers: list[Any] = [AutoTokenizer.from_pretrained(one) for one in (source, *folders)]
+    ours, *others = (tokenizer(text, verbose=False)["input_ids"] for tokenizer in tokenizers)
     if any(other != ours for other in others):
         raise ValueError(
             f"--baseline {args.baseline} makes other tokens of {args.perplexity} than {args.model}, so their perplexities do not "
@@ -175,7 +175,9 @@ def _measure(
 ) -> dict:
     from hf_rb import evaluation
 
-    measured = {"size": evaluation.model_size(folder)}
+    measured: dict[str, Any] = {"size": evaluation.model_size(folder)}
+    model: Any = None
+    tokenizer: Any = None
     if rows or text or args.speed or args.harness:
         model, tokenizer = _load(folder, args.dtype)
     if rows:
@@ -198,7 +200,7 @@ def _measure(
     return measured
 
 
-def _load(folder: Path, dtype: str) -> tuple:
+def _load(folder: Path, dtype: str) -> tuple[Any, Any]:
     if not adapter_beside(folder):
         from hf_rb.evaluation import load_model
 

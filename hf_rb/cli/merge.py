@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hf_rb.io.model_folder import find_model
+from hf_rb.utils.dtypes import WEIGHT_TYPES
 from hf_rb.utils.output import json_text
 
 
@@ -29,7 +30,6 @@ SHARED = ("include", "mismatch", "dtype", "overwrite", "resume", "progress")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    flag = {"action": argparse.BooleanOptionalAction, "default": None}
     parser.add_argument("--method", choices=list(MODELS), required=True, help="what to do with the models")
     parser.add_argument("destination", metavar="DEST", help="folder to write; of several lambdas, a folder of folders")
     models = parser.add_argument_group("models: tiny:student, a folder or a Hub id")
@@ -72,15 +72,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mismatch", choices=["refuse", "skip"], help="tensors that do not fit: refuse (default), or keep as they are"
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="type of all floating tensors")
+    parser.add_argument("--dtype", choices=WEIGHT_TYPES, help="type of all floating tensors")
     parser.add_argument("--device", help="timber: where to decompose (default: the GPU if there is one)")
-    parser.add_argument("--spectra", **flag, help="timber: effective ranks of both models too (default: yes)")
-    parser.add_argument("--keep-adapter", **flag, help="graft: write the adapter as one of --onto (default: merge it)")
-    parser.add_argument("--extrapolate", **flag, help="lambdas outside [0, 1] are meant (default: no)")
-    parser.add_argument("--overwrite", **flag, help="replace a folder that is not empty (default: no)")
-    parser.add_argument("--resume", **flag, help="go on with what an interrupted call has left (default: yes)")
-    parser.add_argument("--progress", **flag, help="show a progress bar, on a terminal (default: yes)")
+    _add_switch(parser, "--spectra", help="timber: effective ranks of both models too (default: yes)")
+    _add_switch(parser, "--keep-adapter", help="graft: write the adapter as one of --onto (default: merge it)")
+    _add_switch(parser, "--extrapolate", help="lambdas outside [0, 1] are meant (default: no)")
+    _add_switch(parser, "--overwrite", help="replace a folder that is not empty (default: no)")
+    _add_switch(parser, "--resume", help="go on with what an interrupted call has left (default: yes)")
+    _add_switch(parser, "--progress", help="show a progress bar, on a terminal (default: yes)")
     parser.add_argument("--json", action="store_true", help="print the report, tensor by tensor, as JSON")
+
+
+def _add_switch(parser: argparse.ArgumentParser, name: str, help: str) -> None:
+    """Adds a flag with its opposite; `None` where neither is given, so that a flag of another method is noticed."""
+    parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=help)
 
 
 def _lambdas(text: str) -> float | list[float]:

@@ -1,9 +1,13 @@
 """`hf-rb push`: uploads a model, an adapter, GGUF files, a teacher cache or a report to the Hub."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from hf_rb.utils.output import json_text
 
+
+if TYPE_CHECKING:
+    from hf_rb.hub import Upload
 
 EXAMPLE = "hf-rb push outputs/student-ptqtp me/student-ptqtp --results eval.json --dry-run"
 
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(args: argparse.Namespace, upload, results: int, url: str | None) -> None:
+def _show(args: argparse.Namespace, upload: "Upload", results: int, url: str | None) -> None:
     if args.json:
         report = {
             "repo": args.repo,

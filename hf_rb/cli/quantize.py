@@ -2,6 +2,7 @@
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from hf_rb.cli.check import check, read_recipe
 from hf_rb.io.files import check_replaceable
 from hf_rb.io.model_folder import find_model
 from hf_rb.io.resources import find_recipe
+from hf_rb.utils.dtypes import WEIGHT_TYPES_OR_AUTO
 from hf_rb.utils.fields import described, validate
 from hf_rb.utils.output import json_text
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["QuantizeArguments"]
 
 EXAMPLE = "hf-rb quantize tiny:student outputs/student-ptqtp --packing dense"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -53,7 +54,9 @@ class QuantizeArguments:
     quantization_config: dict[str, Any] = field(
         default_factory=dict, metadata=described("`quant_method` and the fields of its config.")
     )
-    dtype: str = field(default="auto", metadata=described("Type of what is not quantized.", choices=DTYPES))
+    dtype: str = field(
+        default="auto", metadata=described("Type of what is not quantized.", choices=WEIGHT_TYPES_OR_AUTO)
+    )
     overwrite: bool = field(default=False, metadata=described("Whether to replace a folder that is not empty."))
     stream: bool = field(
         default=False, metadata=described("Whether to quantize tensor by tensor, with the memory of one.")
@@ -70,7 +73,7 @@ class QuantizeArguments:
         self.quantization_config = {"quant_method": "ptqtp"} | self.quantization_config
 
 
-def _rules(arguments):
+def _rules(arguments: QuantizeArguments) -> Iterator[str]:
     config = arguments.quantization_config
     calibrated = config.get("quant_method") == "d2quant" and config.get("backend") != "rtn"
     if not arguments.resume and not arguments.stream and not calibrated:
@@ -90,12 +93,14 @@ def configure(parser: argparse.ArgumentParser, method: str | None = None) -> Non
     parser.add_argument("destination", metavar="DEST", nargs="?", help="folder for the quantized model")
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file or a recipe of hf_rb; arguments override it")
     if method is None:
-        parser.add_argument("--method", choices=[*METHODS], help="quantization method (default ptqtp)")
+        parser.add_argument("--method", choices=[*METHOD_ARGUMENTS], help="quantization method (default ptqtp)")
     else:
         parser.set_defaults(method=method)
     parser.add_argument("--group-size", type=int, help="weights of a row that share their scales (default 128)")
     parser.add_argument("--skip", nargs="+", metavar="PATTERN", help="modules to leave as they are, by name or ending")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of what is not quantized (default: as saved)")
+    parser.add_argument(
+        "--dtype", choices=WEIGHT_TYPES_OR_AUTO, help="type of what is not quantized (default: as saved)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
     parser.add_argument(
         "--stream", action="store_true", help="tensor by tensor, with the memory of one; goes on if killed"
@@ -105,7 +110,7 @@ def configure(parser: argparse.ArgumentParser, method: str | None = None) -> Non
         "--eval-data", metavar="TEXT", help="text file or dataset (NAME:CONFIG) for the perplexity before and after"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    for name, (title, add_arguments) in METHODS.items():
+    for name, (title, add_arguments) in METHOD_ARGUMENTS.items():
         if method in (None, name):
             add_arguments(parser.add_argument_group(title))
 
@@ -168,7 +173,7 @@ def _configure_d2quant(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--no-rotate", action="store_true", help="do not rotate the hidden state")
 
 
-METHODS = {"ptqtp": ("PTQTP", _configure_ptqtp), "d2quant": ("D²Quant", _configure_d2quant)}
+METHOD_ARGUMENTS = {"ptqtp": ("PTQTP", _configure_ptqtp), "d2quant": ("D²Quant", _configure_d2quant)}
 
 
 def _by_pattern(text: str) -> tuple[str, int] | str:
@@ -267,10 +272,11 @@ def read_arguments(args: argparse.Namespace) -> QuantizeArguments:
 
 
 def _settings(given: list[tuple[str, int] | str] | None) -> dict[str, int] | str | None:
-    strategies = [one for one in given or () if isinstance(one, str)]
+    given = given or []
+    strategies = [one for one in given if isinstance(one, str)]
     if strategies and len(given) > 1:
         raise ValueError(f"{strategies[0]!r} says what every layer gets: leave out what stands beside it.")
-    return strategies[0] if strategies else dict(given) if given else None
+    return strategies[0] if strategies else dict(one for one in given if not isinstance(one, str)) or None
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -337,9 +343,13 @@ def _blocks(report: "Report") -> list[str]:
     blocks = [*report.blocks, *([report.final_norm] if report.final_norm else [])]
     rows = [[one.name, *map(shown, (one.hidden_error, one.shift_before, one.shift_after))] for one in blocks]
     lines = [format_table(["decoder layer", "error of its output", "norm's output lost", "corrected"], rows)]
-    checked = [block for block in blocks if block.shift_before]  # a parallel MLP loses nothing by the attention
+    checked = [  # a parallel MLP loses nothing by the attention
+        abs((block.shift_after or 0.0) - (block.shift_expected or 0.0)) / block.shift_before
+        for block in blocks
+        if block.shift_before
+    ]
     if checked:
-        worst = max(abs(block.shift_after - block.shift_expected) / block.shift_before for block in checked)
+        worst = max(checked)
         lines.append(
             f"Mean squares on the calibration text; they fall by the square of the mean, to within {worst:.1e}."
         )

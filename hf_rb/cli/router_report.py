@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hf_rb.io.data_files import text_problem
 from hf_rb.io.files import check_new_file
 from hf_rb.io.model_folder import find_model, public_name
+from hf_rb.utils.dtypes import WEIGHT_TYPES_OR_AUTO
 from hf_rb.utils.output import json_text
 
 
@@ -25,9 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=512, help="tokens of a sequence (default 512)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences of a batch (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random rows (default 0)")
-    parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: as saved"
-    )
+    parser.add_argument("--dtype", choices=WEIGHT_TYPES_OR_AUTO, default="auto", help="default: as saved")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", metavar="FILE", help="write the JSON to a file too")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")

@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_rb.utils.dtypes import WEIGHT_TYPES_OR_AUTO
 from hf_rb.utils.fields import described, validate
 
 
 __all__ = ["OBJECTIVES", "TRAINING", "RecoverConfig", "recover_rules"]
 
 OBJECTIVES = ("forward_kl", "akl", "hpd", "sft")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Defaults of `training`. Ours; the papers' rates are between 1e-5 and 2e-4, their runs of one to three epochs.
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "learning_rate": 2e-4,
     "num_train_epochs": 3,
     "per_device_train_batch_size": 8,
@@ -115,7 +115,9 @@ class RecoverConfig:
     lora_alpha: int = field(default=64, metadata=described("Scale of the adapter times its rank.", range="[1, inf)"))
     training: dict[str, Any] = field(default_factory=dict, metadata=described("Fields of GKDConfig for all runs."))
     merge: bool = field(default=False, metadata=described("Whether the result is an ordinary, merged model."))
-    dtype: str = field(default="auto", metadata=described("Type to measure and train in.", choices=DTYPES))
+    dtype: str = field(
+        default="auto", metadata=described("Type to measure and train in.", choices=WEIGHT_TYPES_OR_AUTO)
+    )
     eval_batch_size: int = field(default=64, metadata=described("Problems solved at a time.", range="[1, inf)"))
     seed: int = field(default=42, metadata=described("Seed of examples, adapter and training."))
     overwrite: bool = field(default=False, metadata=described("Whether to replace what `output_dir` holds."))

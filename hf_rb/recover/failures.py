@@ -111,10 +111,10 @@ def compare_failures(problems: Sequence[Mapping[str, Any]], before: ExactMatch, 
             f"There are {len(problems)} problems and results of {before.count} and {after.count}: solve the same ones with both."
         )
     groups: dict[tuple[bool, bool], list[Answers]] = {}
-    for row, *answers in zip(
+    for row, first, second, *right in zip(
         problems, before.completions, after.completions, before.correct, after.correct, strict=True
     ):
-        one = Answers(row["prompt"], row["answer"], row.get("kind", "all"), *answers)
+        one = Answers(row["prompt"], row["answer"], row.get("kind", "all"), first, second, *right)
         groups.setdefault((one.right_before, one.right_after), []).append(one)
     outcomes = (True, False), (True, True), (False, True), (False, False)
     return Comparison(*(groups.get(outcome, []) for outcome in outcomes))

@@ -142,7 +142,7 @@ def measure(
         size += (adapter / ADAPTER / "adapter_model.safetensors").stat().st_size
     measured = Measured(
         size,
-        solved and solved.accuracy,
+        solved.accuracy if solved else None,
         questions.perplexity(model, tokenizer),
         decode_speed(model).tokens_per_second,
     )

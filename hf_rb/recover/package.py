@@ -20,7 +20,7 @@ from hf_rb.recover.report import RecoverReport
 
 __all__ = ["merged_model", "write_package"]
 
-METHODS = {"forward_kl": ["llm_neo"], "akl": ["akl"], "hpd": ["hpd"], "sft": []}
+METHODS_OF_OBJECTIVE = {"forward_kl": ["llm_neo"], "akl": ["akl"], "hpd": ["hpd"], "sft": []}
 SUMMARIES = {
     "llm_neo": "Distillation into LoRA; here by the forward KL alone, from the model itself in full precision.",
 }
@@ -51,7 +51,7 @@ def write_package(
         write_json(folder / "report.json", report.to_dict())
         card = ModelCardData(
             name,
-            [*packed, *METHODS[config.objectives[0]], "recover"],
+            [*packed, *METHODS_OF_OBJECTIVE[config.objectives[0]], "recover"],
             base_model=config.model_name_or_path,
             hyperparameters={
                 "quantization_config": quantization["hyperparameters"],
@@ -75,9 +75,9 @@ def _results(report: RecoverReport, merged: bool) -> Iterator[Result]:
     """What was measured of the model in the folder, and of the one in full precision."""
     full = report.rows[0]
     row = report.rows[-1] if merged else next(row for row in report.rows if row.objective)
-    if report.task:
+    if report.task and row.exact_match is not None:
         yield Result(
             f"exact match ({report.problems} problems)", row.exact_match, report.task, before=full.exact_match
         )
     measure = "perplexity" if report.text else "perplexity (worked solutions)"
-    yield Result(measure, row.perplexity, report.text or report.task, before=full.perplexity)
+    yield Result(measure, row.perplexity, report.text or report.task or "", before=full.perplexity)

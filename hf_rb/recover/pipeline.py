@@ -188,7 +188,16 @@ class _Pipeline:
         )
         self.report.rounded_perplexity, self.report.rounding_seconds = read_rounded(rounded)
 
-    def _train(self, base, weights, sha256, comparison, size, objective, lost) -> Path:
+    def _train(
+        self,
+        base: _Base,
+        weights: Path,
+        sha256: str,
+        comparison: failures.Comparison,
+        size: int,
+        objective: str,
+        lost: Row | None,
+    ) -> Path:
         config, name = self.config, f"{base.name}-{size}"
         rows, failing = self._examples(comparison, size)
         shown = [{"text": self.tokenizer.decode(row["input_ids"]), **row} for row in rows]
@@ -275,8 +284,11 @@ class _Pipeline:
     def _add(self, title: str, folder: Path, lost: Row | None = None, **details: Any) -> Row:
         row = Row(title, **asdict(read_measured(folder)), **details)
         full = self.report.rows[0] if self.report.rows else None
-        if lost and lost.exact_match is not None and full.exact_match > lost.exact_match:
-            row.regained = (row.exact_match - lost.exact_match) / (full.exact_match - lost.exact_match)
+        after = row.exact_match
+        worst = lost.exact_match if lost else None
+        best = full.exact_match if full else None
+        if after is not None and worst is not None and best is not None and best > worst:
+            row.regained = (after - worst) / (best - worst)
             if row.regained < 0:
                 self._note(
                     f"{title} by {row.objective} on {row.examples} examples solves less than without the adapter: do not use it; lower "

@@ -42,7 +42,7 @@ class Stages:
     def __init__(self, root: Path, say: Callable[[str], None]):
         self.root, self.say = root, say
 
-    def run(self, name: str, inputs: dict[str, Any], work: Callable[[Path], None]) -> Path:
+    def run(self, name: str, inputs: dict[str, Any], work: Callable[[Path], object]) -> Path:
         """Does a stage unless it is done, and returns its folder. `work` gets the folder to write into."""
         folder, inputs = self.root / name, json.loads(json.dumps(inputs))
         changes = _changes(folder, inputs)

@@ -21,7 +21,7 @@ from hf_rb.teachers import cache_teacher
 
 __all__ = ["capture", "make_config", "make_trainer", "train"]
 
-ON_CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+ON_CPU: dict[str, Any] = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
 
 
 def make_config(config: RecoverConfig, objective: str, folder: Path, **options: Any) -> GKDConfig | SFTConfig:
@@ -37,7 +37,8 @@ def make_config(config: RecoverConfig, objective: str, folder: Path, **options: 
     if objective == "sft":
         known = {field.name for field in fields(SFTConfig)}
         return SFTConfig(**{key: value for key, value in options.items() if key in known})
-    return GKDConfig(**options, objective=objective, lmbda=0.0)
+    options |= {"objective": objective, "lmbda": 0.0}
+    return GKDConfig(**options)
 
 
 def make_trainer(
@@ -54,9 +55,9 @@ def make_trainer(
     adapter = LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    data = {"train_dataset": Dataset.from_list(rows), "peft_config": adapter}
+    data: dict[str, Any] = {"train_dataset": Dataset.from_list(rows), "peft_config": adapter}
     set_seed(config.seed)  # of the adapter
-    if objective == "sft":
+    if not isinstance(args, GKDConfig):
         return SFTTrainer(str(base), args, **data)
     if args.teacher_cache is None:
         args.teacher_model_name_or_path = str(teacher)
@@ -87,11 +88,12 @@ def train(
     options = {"teacher_cache": str(cache / "cache")} if cache and objective != "sft" else {}
     trainer = make_trainer(config, base, teacher, rows, objective, folder, **options)
     result = trainer.train()
-    for parameter in trainer.model.parameters():
+    model: Any = trainer.model
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
     target = folder / ADAPTER
-    trainer.model.save_pretrained(target)
+    model.save_pretrained(target)
     (target / "README.md").unlink(missing_ok=True)  # PEFT's, empty
     _name_base(target, config)
     write_json(target / BASE, {"sha256": fingerprint(base)})

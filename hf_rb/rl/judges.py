@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from typing import Any
 
-from hf_rb.advantages.srar import JudgeRequest, parse_rubric, parse_verdicts
+from hf_rb.advantages.rubrics import JudgeRequest, parse_rubric, parse_verdicts
 from hf_rb.rl.answers import same_answer
 
 

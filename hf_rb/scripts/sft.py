@@ -88,7 +88,7 @@ def prepare(argv: Sequence[str] | None = None) -> tuple:
 
 def _check_pair(base: str, onto: str) -> None:
     """Refuses models of which one cannot read the other's token ids."""
-    from hf_rb.weights.engine import Source, vocabulary_problem
+    from hf_rb.weights.source import Source, vocabulary_problem
 
     sources = Source("model_name_or_path", base), Source("graft_onto", onto)
     if problem := vocabulary_problem(*sources):

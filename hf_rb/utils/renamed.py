@@ -33,7 +33,7 @@ RENAMED = {
 }
 
 # A key and value that are now written otherwise.
-REWRITTEN = {
+REWRITTEN: dict[tuple[str, bool | str], tuple[str, Any]] = {
     ("adafactor", True): ("optim", "adafactor"),
     ("group_by_length", True): ("train_sampling_strategy", "group_by_length"),
     ("include_inputs_for_metrics", True): ("include_for_metrics", ["inputs"]),

@@ -25,11 +25,11 @@ from torch import Tensor
 from hf_rb import __version__
 from hf_rb.hub import ModelCardData, write_model_card
 from hf_rb.io.files import atomic_folder
-from hf_rb.io.model_folder import ADAPTER_CONFIG, check_apart, copy_companions, find_model
+from hf_rb.io.model_folder import ADAPTER_CONFIG, check_apart, copy_companions, find_model, public_name
 from hf_rb.io.resumable import write_json
 from hf_rb.io.safetensors import Entry, Output, read_header, write_tensors
-from hf_rb.weights.engine import Source, public_name, some
 from hf_rb.weights.report import MergeReport, TensorReport
+from hf_rb.weights.source import Source, some
 from hf_rb.weights.sweep import REPORT
 
 
@@ -132,8 +132,8 @@ class Adapter:
             raise ValueError(f"The adapter {name} cannot be moved or merged: {'; '.join(problems)}. {REMEDY}")
         self.modules = sorted({entry.split(".lora_")[0].removeprefix(PREFIX) for entry in self.entries})
         for module in self.modules:
-            factors = [self.entries.get(f"{PREFIX}{module}.lora_{factor}.weight") for factor in "AB"]
-            if None in factors or factors[0].shape[0] != factors[1].shape[1]:
+            a, b = (self.entries.get(f"{PREFIX}{module}.lora_{factor}.weight") for factor in "AB")
+            if a is None or b is None or a.shape[0] != b.shape[1]:
                 raise ValueError(
                     f"The adapter {name} has no two factors of one rank for {module}. Copy or save it again."
                 )
@@ -164,8 +164,9 @@ class Adapter:
         Raises:
             ValueError: The model lacks one, or it has another shape.
         """
-        names = {module: source.name_of(f"{module}.weight") for module in self.modules}
-        if missing := [f"{module}.weight" for module, name in names.items() if name is None]:
+        found = {module: source.name_of(f"{module}.weight") for module in self.modules}
+        names = {module: name for module, name in found.items() if name is not None}
+        if missing := [f"{module}.weight" for module in self.modules if module not in names]:
             raise ValueError(
                 f"The adapter {self.name} adapts {some(missing)}, which {source.role} ({source.name}) does not have in its files."
             )

@@ -1,15 +1,15 @@
 """Shadow-FT at the end of a training: what Base has learned goes onto the Instruct model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_rb.io.files import check_replaceable
 from hf_rb.weights.adapters import REMEDY, adapter_problems
-from hf_rb.weights.engine import Source
 from hf_rb.weights.report import MergeReport
 from hf_rb.weights.shadow_ft import graft
+from hf_rb.weights.source import Source
 
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class GraftCallback(TrainerCallback):
         overwrite: bool = False,
     ):
         self.trainer, self.onto = trainer, onto
-        self.options = {"include": include, "dtype": dtype, "overwrite": overwrite}
-        self.destination = Path(destination or Path(trainer.args.output_dir, "grafted"))
+        self.options: dict[str, Any] = {"include": include, "dtype": dtype, "overwrite": overwrite}
+        self.destination = Path(destination or Path(str(trainer.args.output_dir), "grafted"))
         check_replaceable(self.destination.resolve(), overwrite)
         Source("onto", onto)
         self.base: str | Path | None = None
@@ -78,18 +78,22 @@ class GraftCallback(TrainerCallback):
             if problems := adapter_problems(config.to_dict()):
                 raise ValueError(f"The adapter in training cannot be grafted: {'; '.join(problems)}. {REMEDY}")
         if not adapters:
-            self.base = base or trainer.model.config._name_or_path
+            model: Any = trainer.model
+            self.base = base or model.config._name_or_path
             if not self.base:
                 raise ValueError(
                     "The trainer's model does not say where it is from. Give `base`, the model before training."
                 )
             Source("base", self.base)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.trainer.save_model(args.output_dir)  # every process takes part
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            self.report = graft(args.output_dir, self.onto, self.destination, base=self.base, **self.options)
-            for line in (*self.report.notes, f"The grafted model is in {self.destination}."):
+            report = graft(str(args.output_dir), self.onto, self.destination, base=self.base, **self.options)
+            self.report = report
+            for line in (*(report.notes if report else ()), f"The grafted model is in {self.destination}."):
                 self.trainer.accelerator.print(line)
         self.trainer.accelerator.wait_for_everyone()

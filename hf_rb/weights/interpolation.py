@@ -17,9 +17,11 @@ from torch import Tensor
 from hf_rb.io.model_folder import find_model
 from hf_rb.io.safetensors import Entry
 from hf_rb.weights.adapters import combine_adapters, is_adapter
-from hf_rb.weights.engine import Job, Operation, Options, Piece, Source, check_lambdas, measure, merge, pieces
+from hf_rb.weights.engine import merge
+from hf_rb.weights.operation import Job, Operation, Options, Piece, check_lambdas, measure, pieces
 from hf_rb.weights.patterns import matcher, select
 from hf_rb.weights.report import MergeReport
+from hf_rb.weights.source import Source
 
 
 __all__ = ["interpolate", "interpolate_tensors"]

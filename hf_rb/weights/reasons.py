@@ -13,7 +13,9 @@ __all__ = ["difference", "padding"]
 def difference(one: Source, other: Source) -> str | None:
     """Returns why tensors of one model are not found in the other, where it is not the shape of the models."""
     ours, theirs = (_parameters(one.config, source.entries) for source in (one, other))
-    same = ours and theirs and ours.keys() == theirs.keys()
+    if not ours or not theirs:
+        return None
+    same = ours.keys() == theirs.keys()
     renamed = [parameter for parameter in ours if ours[parameter] != theirs[parameter]] if same else []
     if renamed:
         parameter = renamed[0]
@@ -22,7 +24,7 @@ def difference(one: Source, other: Source) -> str | None:
             f"of {parameter}), as two versions of transformers write them. Load each with `from_pretrained` and write it with "
             "`save_pretrained(folder, save_original_format=False)`: then both have transformers' names."
         )
-    if ours and theirs and one.tied != other.tied:
+    if one.tied != other.tied:
         tied, own = (one, other) if one.tied else (other, one)
         head = sorted(ours.keys() ^ theirs.keys())
         if len(head) <= 2 and head[0] in (theirs if own is other else ours):  # its weight, perhaps its bias
@@ -35,8 +37,9 @@ def difference(one: Source, other: Source) -> str | None:
 
 def padding(one: Source, other: Source, name: str) -> str | None:
     """Returns what to do about an embedding or a head with more rows in one of two models with the same tokens."""
-    pair = sorted((one, other), key=lambda source: source.find(name).shape)
-    few, many = (source.find(name).shape for source in pair)
+    shapes = {source: entry.shape for source in (one, other) if (entry := source.find(name))}
+    pair = sorted(shapes, key=shapes.__getitem__)
+    few, many = (shapes[source] for source in pair)
     vocabulary = one.vocabulary()
     if (
         not name.endswith(EMBEDDINGS + HEADS)

@@ -18,20 +18,10 @@ from torch import Tensor
 from hf_rb.io.model_folder import find_model
 from hf_rb.io.safetensors import Entry
 from hf_rb.weights.adapters import Adapter, is_adapter, retarget
-from hf_rb.weights.engine import (
-    ELEMENTS,
-    Job,
-    Operation,
-    Options,
-    Piece,
-    Source,
-    check_finite,
-    measure,
-    merge,
-    pieces,
-    square,
-)
+from hf_rb.weights.engine import merge
+from hf_rb.weights.operation import ELEMENTS, Job, Operation, Options, Piece, check_finite, measure, pieces, square
 from hf_rb.weights.report import MergeReport, TensorReport
+from hf_rb.weights.source import Source
 
 
 __all__ = ["graft", "graft_tensors", "sigma"]

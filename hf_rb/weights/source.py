@@ -88,16 +88,19 @@ class Source:
 
     def find(self, name: str) -> Entry | None:
         """Returns the tensor that another checkpoint calls `name`."""
-        return self.entries.get(self.name_of(name))
+        known = self.name_of(name)
+        return None if known is None else self.entries[known]
 
     def own_head(self, name: str, embedding: str) -> bool:
         """Whether the head is another matrix than the embedding; two tensors of the same values are one."""
-        head, embedding = self.find(name), self.find(embedding)
-        return not (head and embedding and (head is embedding or same_values(head, embedding)))
+        ours, theirs = self.find(name), self.find(embedding)
+        return not (ours and theirs and (ours is theirs or same_values(ours, theirs)))
 
     def untie(self, name: str) -> None:
         """Gives a tied model a tensor for its head beside the one for its embedding; they have the same values."""
         entry = self.find(name)
+        if entry is None:
+            return
         for shard in self.shards:
             if entry in shard.values():
                 shard[name] = entry
@@ -154,7 +157,7 @@ def vocabulary_problem(one: Source, other: Source) -> str | None:
     files = [source.folder / "tokenizer.json" for source in (one, other)]
     if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
         return None
-    ours, theirs = one.vocabulary(), other.vocabulary()
+    ours, theirs = one.vocabulary() or {}, other.vocabulary() or {}
     conflict = next((index for index in sorted(ours.keys() & theirs.keys()) if ours[index] != theirs[index]), None)
     if conflict is None:
         return None

@@ -22,8 +22,10 @@ from torch import Tensor
 from hf_rb.io.model_folder import find_model
 from hf_rb.io.safetensors import Entry
 from hf_rb.weights.adapters import Adapter, factor_svd, is_adapter, write_adapter
-from hf_rb.weights.engine import Job, Operation, Options, Piece, Source, check_finite, check_lambdas, measure, merge
+from hf_rb.weights.engine import merge
+from hf_rb.weights.operation import Job, Operation, Options, Piece, check_finite, check_lambdas, measure
 from hf_rb.weights.report import MergeReport, TensorReport
+from hf_rb.weights.source import Source
 
 
 __all__ = ["Spectrum", "effective_rank", "kept_rank", "refine", "refine_tensors", "singular_values"]

@@ -18,7 +18,8 @@ from hf_rb.advantages import (
     srar_offsets,
     srar_step_scores,
 )
-from hf_rb.advantages.srar import WEIGHTS, RubricItem, find_steps, token_spans
+from hf_rb.advantages.rubrics import WEIGHTS, RubricItem
+from hf_rb.advantages.srar import find_steps, token_spans
 
 
 RUBRIC = ["SUGGEST"] * 4 + ["PITFALL", "BONUS"]

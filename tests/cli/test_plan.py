@@ -4,9 +4,9 @@ from types import SimpleNamespace
 import pytest
 
 from hf_rb import tiny
-from hf_rb.cli import memory, plan, schemas
-from hf_rb.cli.check import check, read_recipe
-from hf_rb.cli.memory import Architecture, Run, estimate, peak
+from hf_rb.cli import schemas
+from hf_rb.cli.check import check, memory, plan, read_recipe
+from hf_rb.cli.check.memory import Architecture, Run, estimate, peak
 from hf_rb.io import data_files as data
 from hf_rb.io.resources import find_recipe
 
@@ -56,7 +56,7 @@ def test_weights_are_counted_in_the_files_and_follow_from_the_widths(name):
     widths = ("hidden", "layers", "attention", "key_value", "mlp", "vocabulary", "experts", "active", "gated", "tied")
     from_widths = memory._weights(**{width: getattr(model, width) for width in widths})
     assert from_widths == pytest.approx(model.weights, rel=0.01)
-    assert model.file_bytes == model.weights * memory.DTYPES[model.dtype]
+    assert model.file_bytes == model.weights * memory.WEIGHT_BYTES[model.dtype]
 
 
 def test_every_part_has_a_cause(student):
@@ -238,7 +238,7 @@ def test_rows_of_files(tmp_path, monkeypatch):
 
 def test_every_key_that_a_plan_reads_is_in_every_schema():
     for verb in ("sft", "gkd", "distillation", "grpo"):
-        values = {key: entry.get("default") for key, entry in schemas.load(verb)["keys"].items()}
+        values = {key: entry.get("default") for key, entry in schemas.load(verb).items()}
         names = {"model_name_or_path": "tiny:student", "teacher_model_name_or_path": "tiny:teacher"}
         assert plan.make_plan(SimpleNamespace(**(values | names)), verb).peak
 

@@ -25,7 +25,7 @@ RECIPES = {
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr("hf_rb.cli.plan._device", lambda: "cpu")
+    monkeypatch.setattr("hf_rb.cli.check.plan._device", lambda: "cpu")
 
 
 @pytest.fixture

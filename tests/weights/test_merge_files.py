@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,8 +13,10 @@ from raw_models import noise, read, write
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_rb.weights import engine, graft, interpolate, refine
+from hf_rb.io.safetensors import Entry
+from hf_rb.weights import engine, graft, interpolate, operation, refine
 from hf_rb.weights.patterns import matcher
+from hf_rb.weights.source import Source
 
 
 def layers(seed=0, dtype=torch.float32, vocabulary=40, **more):
@@ -39,6 +42,19 @@ def layers(seed=0, dtype=torch.float32, vocabulary=40, **more):
 def pair(tmp_path):
     """Two models of one shape, in different shards."""
     return write(tmp_path / "start", layers(0), shards=3), write(tmp_path / "end", layers(100), shards=2)
+
+
+def test_operation_the_documented_example_averages(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, folder in zip("ab", pair, strict=True):
+        folder.rename(name)
+    (example,) = re.findall(r"```python\n(.*?)```", operation.__doc__, re.DOTALL)
+    names = vars(operation) | {"Source": Source, "merge": engine.merge}
+    exec(example, names)
+    one, other, result = (read(tmp_path / name) for name in ("a", "b", "average"))
+    changed = {name for name in one if not torch.equal(result[name], one[name])}
+    assert changed == {row.name for row in names["report"].tensors if row.kept is None} and len(changed) == 6
+    assert all(torch.equal(result[name], 0.5 * (one[name] + other[name])) for name in changed)
 
 
 def same_bits(one, other):
@@ -112,8 +128,8 @@ class TestInterpolating:
 
     def test_a_sweep_reads_once(self, pair, tmp_path, monkeypatch):
         lams, passes = [0.2, 0.55, 1.0], []
-        chunks = engine.Entry.chunks
-        monkeypatch.setattr(engine.Entry, "chunks", lambda self, *args: passes.append(self) or chunks(self, *args))
+        chunks = Entry.chunks
+        monkeypatch.setattr(Entry, "chunks", lambda self, *args: passes.append(self) or chunks(self, *args))
         report = interpolate(*pair, tmp_path / "sweep", lams)
         assert len(passes) == len(set(passes)) == 2 * len(layers())
         for place, lam in enumerate(lams):
@@ -434,7 +450,7 @@ class TestResuming:
         expected = tmp_path / "expected"
         whole = interpolate(*pair, expected, [0.3, 0.6])
         monkeypatch.setattr(engine, "SYNC_BYTES", 1)
-        count, write_tensor = [0], engine._Plan._write_tensor
+        count, write_tensor = [0], engine._Writer._write_tensor
 
         def killed(plan, job, files):
             if count[0] == stop:
@@ -444,19 +460,21 @@ class TestResuming:
             return write_tensor(plan, job, files)
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine._Plan, "_write_tensor", killed)
+            patch.setattr(engine._Writer, "_write_tensor", killed)
             if stop < 13:
                 with pytest.raises(self.Kill):
                     interpolate(*pair, tmp_path / "out", [0.3, 0.6])
         if stop == 13:  # all tensors written, nothing else
             with monkeypatch.context() as patch, pytest.raises(self.Kill):
-                patch.setattr(engine._Plan, "complete", lambda *args: (_ for _ in ()).throw(self.Kill))
+                patch.setattr(engine._Writer, "complete", lambda *args: (_ for _ in ()).throw(self.Kill))
                 interpolate(*pair, tmp_path / "out", [0.3, 0.6])
         assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").is_dir()
         with (tmp_path / ".out.partial/journal.jsonl").open("a") as journal:
             journal.write('{"done": 9, "ten')  # half a line
         again = []
-        monkeypatch.setattr(engine._Plan, "_write_tensor", lambda *args: again.append(args[1]) or write_tensor(*args))
+        monkeypatch.setattr(
+            engine._Writer, "_write_tensor", lambda *args: again.append(args[1]) or write_tensor(*args)
+        )
         report = interpolate(*pair, tmp_path / "out", [0.3, 0.6])
         assert len(again) == 13 - stop
         assert not (tmp_path / ".out.partial").exists()
@@ -466,7 +484,7 @@ class TestResuming:
 
     def test_other_work_is_refused_or_thrown_away(self, pair, tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(self.Kill):
-            patch.setattr(engine._Plan, "complete", lambda *args: (_ for _ in ()).throw(self.Kill))
+            patch.setattr(engine._Writer, "complete", lambda *args: (_ for _ in ()).throw(self.Kill))
             interpolate(*pair, tmp_path / "out", 0.3)
         with pytest.raises(ValueError, match="lambda was 0.3 and is 0.4.*--no-resume"):
             interpolate(*pair, tmp_path / "out", 0.4)

@@ -1,4 +1,4 @@
-"""Makes the schemas from the config classes."""
+"""Makes the schemas of our keys from the config classes."""
 
 import dataclasses
 import enum
@@ -6,97 +6,84 @@ import json
 import types
 import typing
 from collections.abc import Iterable
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
 from hf_rb.cli import schemas
+from hf_rb.cli.schemas.entry import TYPE_NAMES, make_entry
 from hf_rb.utils.fields import is_described
 
 
-__all__ = ["build"]
+__all__ = ["build", "configs_of", "keys_of"]
 
-_NAMES = {type(None): "null", bool: "bool", int: "int", float: "float", str: "str", dict: "dict"}
-
-# What the libraries' own fields may be, where they say it nowhere, or after models are loaded.
-_RANGES = {
-    **dict.fromkeys(
-        (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "eval_accumulation_steps",
-            "generation_batch_size",
-            "steps_per_generation",
-            "num_iterations",
-            "num_generations_eval",
-            "max_length",
-            "max_completion_length",
-            "max_new_tokens",
-            "save_total_limit",
-            "lora_r",
-            "lora_alpha",
-        ),
-        "[1, inf)",
-    ),
-    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "temperature", "test_split_size"), "(0, inf)"),
-    **dict.fromkeys(
-        ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "dataloader_num_workers"),
-        "[0, inf)",
-    ),
-    **dict.fromkeys(("lora_dropout", "label_smoothing_factor"), "[0, 1)"),
-    "lmbda": "[0, 1]",
-    "max_steps": "[-1, inf)",  # -1: as many as the epochs have
-    "num_generations": "[2, inf)",
-    "top_p": "(0, 1]",
-}
+# Our own class for one that TRL may drop without notice, by that one.
+STAND_INS = {"trl.experimental.gkd:GKDConfig": "hf_rb.trainers.gkd.base_config:GKDArguments"}
 
 
 def build(name: str) -> str:
     """Returns the text of one schema."""
+    configs = configs_of(name)
+    libraries = [libraries_of(config) for config in configs]
+    schema = {"libraries": [found for found in libraries if found], "keys": keys_of(configs, own=True)}
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def configs_of(name: str) -> list[type]:
+    """Returns the dataclasses whose fields are the keys of a schema."""
     module, _, attribute = (schemas.RECIPES | schemas.QUANTIZATION | schemas.PARTS)[name].partition(":")
     source = getattr(import_module(module), attribute)
-    configs = [source] if dataclasses.is_dataclass(source) else source().dataclass_types
-    versions = {library: _minor(library) for library in ("transformers", "trl")}
-    return json.dumps({"versions": versions, "keys": _keys(configs)}, indent=1, ensure_ascii=False) + "\n"
+    return [source] if dataclasses.is_dataclass(source) else list(source().dataclass_types)
 
 
-def _minor(library: str) -> str:
-    return ".".join(metadata.version(library).split(".")[:2])
+def libraries_of(config: type) -> list[str]:
+    """
+    Returns the library's class that a config class stands on, by its public name. TRL may drop an experimental one: what stands in
+    for it and the next base follow it, for a version without.
+    """
+    found = []
+    for base in config.__mro__:
+        if dataclasses.is_dataclass(base) and not base.__module__.startswith("hf_rb."):
+            name = _public_name(base)
+            found += filter(None, [name, STAND_INS.get(name)])
+            if "experimental" not in name:
+                break
+    return found
 
 
-def _keys(configs: Iterable[type]) -> dict[str, dict]:
+def _public_name(config: type) -> str:
+    """Returns module and name of a class, of the packages that have it the outermost."""
+    parts = config.__module__.split(".")
+    modules = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    module = next(one for one in modules if getattr(import_module(one), config.__name__, None) is config)
+    return f"{module}:{config.__name__}"
+
+
+def keys_of(configs: Iterable[type], own: bool = False) -> dict[str, dict[str, Any]]:
+    """Returns the entries of all fields of config classes, or of our own fields alone."""
     return {
         field.name: _entry(field, typing.get_type_hints(config)[field.name])
         for config in configs
         for field in dataclasses.fields(config)
-        if field.init
+        if field.init and (is_described(field) or not own)
     }
 
 
 def _entry(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    entry = {
-        "types": sorted({_name(option) for option in _options(hint)}),
-        "default": default.value if isinstance(default, enum.Enum) else default,
-        "choices": list(field.metadata.get("choices") or _choices(hint)) or None,
-        "range": field.metadata.get("range") or _RANGES.get(field.name),
-        "help": field.metadata.get("help", "").replace("%%", "%"),
-        "own": is_described(field) or None,
-    }
-    if default is dataclasses.MISSING:
-        del entry["default"]
-    elif default is None:  # TrainingArguments has fields typed `str` whose default is None
-        entry["types"] = sorted({*entry["types"], "null"})
-    if field.name in (
-        "resume_from_checkpoint",
-        "scale_rewards",
-    ):  # typed as text, and TRL and transformers take booleans
-        entry["types"].append("bool")
-    for option in _options(hint):
-        for argument in (option, *typing.get_args(option)):
-            if dataclasses.is_dataclass(argument) and typing.get_origin(option) is list:
-                entry["keys"] = _keys([argument])
-    return {key: value for key, value in entry.items() if value is not None or key == "default"}
+    default = {}
+    if field.default_factory is not dataclasses.MISSING:
+        default = {"default": field.default_factory()}
+    elif field.default is not dataclasses.MISSING:
+        default = {"default": field.default.value if isinstance(field.default, enum.Enum) else field.default}
+    options = _options(hint)
+    return make_entry(
+        field.name,
+        {_name(option) for option in options},
+        choices=field.metadata.get("choices") or _choices(hint),
+        range=field.metadata.get("range"),
+        help=field.metadata.get("help", ""),
+        keys=_nested(options),
+        **default,
+    )
 
 
 def _options(hint: Any) -> tuple:
@@ -109,12 +96,12 @@ def _name(option: Any) -> str:
     if origin is list:
         return f"list[{_name(*typing.get_args(option))}]" if typing.get_args(option) else "list[any]"
     if origin is typing.Literal:
-        return _NAMES[type(typing.get_args(option)[0])]
+        return TYPE_NAMES[type(typing.get_args(option)[0])]
     if isinstance(origin, type) and issubclass(origin, enum.Enum):
         return "str"
     if dataclasses.is_dataclass(origin):
         return "dict"
-    return _NAMES.get(origin, "any")
+    return TYPE_NAMES.get(origin, "any")
 
 
 def _choices(hint: Any) -> list:
@@ -125,3 +112,12 @@ def _choices(hint: Any) -> list:
         if isinstance(option, type) and issubclass(option, enum.Enum):
             return [member.value for member in option]
     return []
+
+
+def _nested(options: Iterable[Any]) -> dict[str, Any] | None:
+    """The fields of the dataclass that a list holds."""
+    for option in options:
+        for argument in typing.get_args(option):
+            if dataclasses.is_dataclass(argument) and typing.get_origin(option) is list:
+                return keys_of([typing.cast(type, argument)])
+    return None

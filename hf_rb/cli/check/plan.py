@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_rb.cli.memory import DTYPES, Architecture, Run, estimate, estimate_audit, peak
+from hf_rb.cli.check.memory import WEIGHT_BYTES, Architecture, Run, estimate, estimate_audit, peak
 from hf_rb.io import data_files as data
 from hf_rb.io.model_folder import local_folder
 from hf_rb.recover.config import TRAINING
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def largest(self) -> str | None:
-        return max(self.memory, key=self.memory.get) if self.memory else None
+        return max(self.memory, key=self.memory.__getitem__) if self.memory else None
 
     def lines(self) -> Iterator[str]:
         """The plan for a reader."""
@@ -80,9 +80,9 @@ class Plan:
     def memory_lines(self) -> Iterator[str]:
         """What of the plan is about memory."""
         if self.memory:
-            parts = sorted(self.memory, key=self.memory.get, reverse=True)
+            parts = sorted(self.memory, key=self.memory.__getitem__, reverse=True)
             listed = ", ".join(f"{part} {_size(self.memory[part])}" for part in parts if self.memory[part])
-            yield f"memory: about {_size(self.peak)} a process, without sharding; the largest part is {self.largest} ({listed})"
+            yield f"memory: about {_size(self.peak or 0)} a process, without sharding; the largest part is {self.largest} ({listed})"
         elif self.missing:
             verb = "is" if len(self.missing) == 1 else "are"
             yield f"memory: not estimated, as {' and '.join(self.missing)} {verb} not on this machine"
@@ -90,7 +90,8 @@ class Plan:
     def problems(self) -> Iterator[str]:
         """What may stop the run on this machine."""
         if self.device == "cpu" and not self.cpu_arguments and self.peak and self.peak > (memory := _machine_memory()):
-            part = max(_REMEDIES, key=lambda name: self.memory.get(name, 0))
+            parts = self.memory or {}
+            part = max(_REMEDIES, key=lambda name: parts.get(name, 0))
             yield (
                 f"the run needs about {_size(self.peak)} and this machine has {_size(memory)}. The largest part that a recipe decides is "
                 f"{part}: {_REMEDIES[part]}."
@@ -137,9 +138,11 @@ def make_plan(args: Any, verb: str) -> Plan:
     plan = Plan(device, added, precision, steps, sequences, length, tokens, None, None, [])
     plan.missing = [name for name, folder in dict(zip(names, folders, strict=True)).items() if folder is None]
     if not plan.missing:
-        model, *frozen = map(Architecture.read, folders)
+        model, *frozen = (Architecture.read(folder) for folder in folders if folder)
         run = _run(args, verb, "cpu" if device == "cpu" else "cuda", half, model)
-        sizes = [DTYPES.get(_dtype(kwargs, one), 4) for one, (_, kwargs) in zip(frozen, frozen_names, strict=True)]
+        sizes = [
+            WEIGHT_BYTES.get(_dtype(kwargs, one), 4) for one, (_, kwargs) in zip(frozen, frozen_names, strict=True)
+        ]
         plan.estimated = model, run, list(zip(frozen, sizes, strict=True))
         plan.memory = estimate(*plan.estimated)
         plan.peak = peak(plan.memory, run.accumulates)
@@ -162,7 +165,7 @@ def recover_lines(args: Any) -> Iterator[str]:
 
 def _run(args: Any, verb: str, device: str, half: bool, model: Architecture) -> Run:
     kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    size = DTYPES.get(_dtype({"dtype": args.dtype} | kwargs, model), 4)
+    size = WEIGHT_BYTES.get(_dtype({"dtype": args.dtype} | kwargs, model), 4)
     length = (
         (args.max_completion_length or 1024) + PROMPT_TOKENS
         if verb in ("grpo", "distillation")

@@ -34,7 +34,8 @@ def fix(text: str, recipe: dict[str, Any], known: Collection[str]) -> tuple[str,
     node = yaml.compose(text, yaml.SafeLoader)
     if node.flow_style:
         raise ValueError("`--fix` changes lines, and this recipe is written in braces. Write one key a line.")
-    lines, changes, taken = text.splitlines(), [], set(recipe)
+    lines, changes = text.splitlines(), []
+    taken: set[str | None] = set(recipe)
     for key, value in reversed(node.value):  # from the end, so that the numbers of earlier lines stay right
         name, first, last = key.value, key.start_mark.line, _last_line(lines, value)
         indent = lines[first][: key.start_mark.column]

@@ -12,6 +12,7 @@ values of width F of a gated MLP, three of a plain one. Standard library only.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -22,8 +23,9 @@ from hf_rb.io.weight_files import weight_files
 __all__ = ["Architecture", "Run", "estimate", "estimate_audit", "peak"]
 
 MEBI = 1 << 20
-BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
-DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+# Of an element, by the names of safetensors' headers and of transformers' configurations.
+TENSOR_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
+WEIGHT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 # Bytes of optimizer state for every trained weight; Adam in 32 bit, with two moments, where an optimizer is not listed.
 OPTIMIZER = {"sgd": 0, "adafactor": 0, "adagrad": 4, "rmsprop": 4, "lion_32bit": 4, "lion_8bit": 1, "adamw_8bit": 2,
              "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adamw_torch_8bit": 2, "adamw_torch_4bit": 1}  # fmt: skip
@@ -120,7 +122,7 @@ class Architecture:
         return cls(
             **widths,
             weights=counted if counted and not packed else _weights(**widths),
-            file_bytes=sum(BYTES.get(kind, 4) * count for _, kind, count in tensors) or None,
+            file_bytes=sum(TENSOR_BYTES.get(kind, 4) * count for _, kind, count in tensors) or None,
             dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32"),
             packed=packed,
             separate=sum(count for name, _, count in tensors if re.search(r"\.experts\.\d+\.", name)),
@@ -149,7 +151,18 @@ def _tensors(folder: Path) -> list[tuple[str, str, int]]:
     return found
 
 
-def _weights(hidden, layers, attention, key_value, mlp, vocabulary, experts, active, gated, tied) -> int:
+def _weights(
+    hidden: int,
+    layers: int,
+    attention: int,
+    key_value: int,
+    mlp: int,
+    vocabulary: int,
+    experts: int,
+    active: int,
+    gated: bool,
+    tied: bool,
+) -> int:
     attention_weights = hidden * (2 * attention + 2 * key_value)
     mlp_weights = experts * hidden * mlp * (3 if gated else 2) + (experts * hidden if experts > 1 else 0)
     return layers * (attention_weights + mlp_weights + 2 * hidden) + vocabulary * hidden * (1 if tied else 2) + hidden
@@ -194,13 +207,13 @@ class Run:
     generated: int = 0
 
 
-def estimate(model: Architecture, run: Run, frozen: list[tuple[Architecture, int]] = ()) -> dict[str, int]:
+def estimate(model: Architecture, run: Run, frozen: Sequence[tuple[Architecture, int]] = ()) -> dict[str, int]:
     """Estimates the bytes of a run by what they are for.
 
     Args:
         model ([`Architecture`]): The model in training.
         run ([`Run`]): The recipe.
-        frozen (`list[tuple[Architecture, int]]`): Teachers and references, with the bytes of their weights' type.
+        frozen (`Sequence[tuple[Architecture, int]]`, *optional*): Teachers and references, with the bytes of their weights' type.
 
     Returns:
         `dict[str, int]`: Bytes of `weights`, `gradients`, `optimizer`, `activations`, `logits`, `teacher` (and reference), `cache` (of
@@ -228,7 +241,7 @@ def estimate(model: Architecture, run: Run, frozen: list[tuple[Architecture, int
     }
 
 
-def estimate_audit(model: Architecture, run: Run, frozen: list[tuple[Architecture, int]] = ()) -> dict[str, int]:
+def estimate_audit(model: Architecture, run: Run, frozen: Sequence[tuple[Architecture, int]] = ()) -> dict[str, int]:
     """
     Estimates the bytes of `hf-rb audit`. It makes all logits and has no optimizer. `comparison` is what it holds besides: the gradients
     of the two paths that it compares, and at the end a copy of the student, which then is the teacher.
@@ -288,7 +301,7 @@ def _weight_bytes(model: Architecture, run: Run) -> int:
 
 
 def _adapted(model: Architecture, run: Run) -> int:
-    return model.layers * run.rank * sum(sum(model.linear(name)) for name in run.targets)
+    return model.layers * run.rank * sum(sum(model.linear(name)) for name in run.targets or ())
 
 
 def _activations(model: Architecture, run: Run) -> int:

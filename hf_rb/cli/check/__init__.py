@@ -1,0 +1,131 @@
+"""`hf-rb check`: everything wrong with a recipe that can be known without loading anything, in one pass.
+
+Keys, types, choices and ranges come from the schemas, and combinations from the rules that the configs themselves run. What
+a recipe is for follows from its keys: it is for the verb that knows the most of them, the first in `schemas.RECIPES` where
+two know equally many; `--for` says it outright.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from hf_rb.cli import schemas
+from hf_rb.cli.check.findings import Findings
+from hf_rb.cli.check.fix import fix
+from hf_rb.cli.check.plan import make_plan, recover_lines
+from hf_rb.cli.check.recipe import read_overrides, read_recipe
+from hf_rb.cli.check.rules import RULES, TRAINED, group_warnings, training_rules, upcycle_rules
+from hf_rb.cli.check.values import ValueChecker
+from hf_rb.io.data_files import column_rules
+from hf_rb.io.resources import find_recipe
+from hf_rb.methods.registry import LOCAL, pipeline_line
+from hf_rb.trainers.grpo.rules import grpo_warnings
+from hf_rb.utils.output import json_text
+
+
+__all__ = ["Findings", "check", "read_overrides", "read_recipe", "upcycle_rules"]
+
+EXAMPLE = "hf-rb check profit/tiny-cpu"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipes", nargs="+", metavar="recipe", help="a YAML file, or the name of a recipe of hf_rb")
+    parser.add_argument(
+        "--for", dest="target", choices=[*schemas.RECIPES], help="the verb to check for (default: by the keys)"
+    )
+    parser.add_argument(
+        "--allow_local_code",
+        action="append",
+        default=[],
+        metavar="MODULE:ATTRIBUTE",
+        help="code that a recipe for `hf-rb grpo` names (nothing is imported)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--fix",
+        action="store_true",
+        help="first rewrite keys that older versions had: new names, and comments where a key is gone",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    LOCAL.update(args.allow_local_code)
+    for path in map(find_recipe, args.recipes if args.fix else ()):
+        recipe = read_recipe(path)
+        text, changes = fix(path.read_text(encoding="utf-8"), recipe, schemas.load(args.target or _verb_of(recipe)))
+        if changes:
+            path.write_text(text, encoding="utf-8")
+        for change in changes:
+            print(f"{path}: {change}", file=sys.stderr)
+    found = [check(path, read_recipe(path), args.target) for path in map(find_recipe, args.recipes)]
+    if args.json:
+        print(json_text([findings.as_dict() for findings in found]))
+    else:
+        for findings in found:
+            findings.show()
+    return 2 if any(findings.errors for findings in found) else 0
+
+
+def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Findings:
+    """Checks the values of a recipe.
+
+    Args:
+        path (`Path`): Where the recipe came from, for the messages.
+        recipe (`dict`): Key to value, as YAML gives them; strings are converted as the command line's parser does.
+        verb (`str`, *optional*): What the recipe is for, one of `schemas.RECIPES`; by default it follows from the keys.
+    """
+    recipe = {key: value for key, value in recipe.items() if key != "env"}
+    likely = _verb_of(recipe)
+    verb = verb or likely
+    findings = Findings(str(path), verb)
+    if 2 * _known(recipe, verb) < _known(recipe, likely):  # one line, in place of one for every key
+        findings.errors.append(f"this is a recipe for `hf-rb {likely}`, not for `hf-rb {verb}`.")
+        return findings
+    values = ValueChecker(findings).values(recipe, schemas.load(verb))
+    try:
+        _apply_rules(findings, SimpleNamespace(**values))
+    except AttributeError as error:
+        if not isinstance(error.obj, SimpleNamespace):
+            raise
+        findings.errors.append(
+            f"hf_rb reads the key `{error.name}`, which the installed TRL or transformers does not have any more: `pip install hf_rb` "
+            "brings versions that it works with."
+        )
+    return findings
+
+
+def _apply_rules(findings: Findings, args: Any) -> None:
+    """Adds what is wrong with the values together, and what a good recipe will do."""
+    verb = findings.verb
+    for rule in RULES[verb]:
+        findings.errors += rule(args)
+    if verb in TRAINED:
+        findings.errors += column_rules(args, verb)
+    if verb == "grpo" and not findings.errors:
+        findings.warnings += [*grpo_warnings(args), *group_warnings(args)]
+        findings.notes.append(pipeline_line(args))
+    if verb == "recover" and not findings.errors:
+        findings.errors += dict.fromkeys(training_rules(args))
+        findings.notes += recover_lines(args) if not findings.errors else ()
+    if verb in TRAINED and not findings.errors:
+        _plan(findings, args)
+
+
+def _verb_of(recipe: dict[str, Any]) -> str:
+    """Returns the verb that knows the most keys of a recipe."""
+    return max(schemas.RECIPES, key=lambda verb: _known(recipe, verb))
+
+
+def _known(recipe: dict[str, Any], verb: str) -> int:
+    return len(recipe.keys() & schemas.load(verb).keys())
+
+
+def _plan(findings: Findings, args: Any) -> None:
+    try:
+        findings.plan = make_plan(args, findings.verb)
+    except ValueError as error:
+        findings.warnings.append(f"memory cannot be estimated: {error}")
+    else:
+        findings.warnings += findings.plan.problems()

@@ -1,0 +1,290 @@
+"""Reads the fields of the libraries' config classes from their installed sources, without importing a library.
+
+`class_fields("trl:SFTConfig")` finds the class as an import of that name does: it follows the imports of the sources, also those
+for type checkers alone, and then the base classes. Values are read where the source states them: constants, members of
+enumerations, names of constants. Any other default reads as `None`.
+"""
+
+import ast
+import builtins
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_rb.cli.schemas.entry import TYPE_NAMES, make_entry
+
+
+__all__ = ["Missing", "class_fields"]
+
+
+class Missing(ValueError):
+    """A class that the installed version of a library does not have."""
+
+
+class _Module:
+    """The source of one module: its classes, constants and imports by name."""
+
+    def __init__(self, name: str, path: Path):
+        self.name = name
+        self.package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        self.names: dict[str, ast.ClassDef | ast.ImportFrom | ast.Assign] = {}
+        self.renamed: dict[str, str] = {}
+        for node in _statements(ast.parse(path.read_text(encoding="utf-8")).body):
+            if isinstance(node, ast.ClassDef):
+                self.names[node.name] = node
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                self.names.setdefault(node.targets[0].id, node)
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    known = alias.asname or alias.name
+                    self.names.setdefault(known, node)
+                    self.renamed.setdefault(known, alias.name)
+
+    def source_of(self, node: ast.ImportFrom) -> str:
+        """Returns the full name of the module that an import names."""
+        if not node.level:
+            return str(node.module)
+        parts = self.package.split(".")
+        return ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
+
+
+class _Class(NamedTuple):
+    module: _Module
+    node: ast.ClassDef
+
+
+def class_fields(source: str) -> dict[str, dict[str, Any]]:
+    """
+    Returns the fields of a dataclass and of its bases, as entries of a schema.
+
+    Args:
+        source (`str`):
+            Module and class, such as `"trl:SFTConfig"`.
+
+    Raises:
+        Missing: The library is not installed, or has no such class.
+    """
+    module, _, name = source.partition(":")
+    return dict(_fields(module, name))
+
+
+@cache
+def _fields(module: str, name: str) -> dict[str, dict[str, Any]]:
+    found = _find(module, name)
+    if not isinstance(found, _Class):
+        raise Missing(f"{_installed(module)} has no class `{module}.{name}`.{_remedy(module)}")
+    entries: dict[str, dict[str, Any]] = {}
+    for base in reversed(found.node.bases):
+        if isinstance(base, ast.Attribute):
+            entries |= _fields(ast.unparse(base.value), base.attr)
+        elif isinstance(base, ast.Name) and not hasattr(builtins, base.id):
+            entries |= _fields(found.module.name, base.id)
+    if any("dataclass" in ast.unparse(decorator) for decorator in found.node.decorator_list):
+        for node in found.node.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                entries |= _field(node.target.id, node, found)
+    return entries
+
+
+def _installed(module: str) -> str:
+    library = module.partition(".")[0]
+    try:
+        return f"{library} {metadata.version(library)}"
+    except metadata.PackageNotFoundError:
+        return f"{library}, which is not installed,"
+
+
+def _remedy(module: str) -> str:
+    """Returns the versions that this package works with, if the library is among its dependencies."""
+    library = re.compile(rf"{module.partition('.')[0]}\b[^;]*")
+    try:
+        wanted = [found.group() for line in metadata.requires("hf_rb") or () if (found := library.match(line))]
+    except metadata.PackageNotFoundError:
+        wanted = []
+    return f" hf_rb works with {wanted[0].strip()}, which comes with `pip install hf_rb`." if wanted else ""
+
+
+def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str, Any]]:
+    """Returns the entry of a field by its name; nothing for a variable of the class, and for a field that no call can set."""
+    if "ClassVar" in ast.unparse(node.annotation):
+        return {}
+    given: dict[str, ast.expr] = {}
+    if isinstance(node.value, ast.Call) and ast.unparse(node.value.func).endswith("field"):
+        given = {str(keyword.arg): keyword.value for keyword in node.value.keywords}
+    elif node.value is not None:
+        given = {"default": node.value}
+    if "init" in given and _value(given["init"], owner) is False:
+        return {}
+    about = _parts(given.get("metadata"), owner)
+    default = {}
+    if "default_factory" in given:
+        default = {"default": _made(given["default_factory"], owner)}
+    elif "default" in given:
+        default = {"default": _value(given["default"], owner)}
+    options = list(_options(node.annotation))
+    return {
+        name: make_entry(
+            name,
+            {_type_name(option, owner) for option in options},
+            choices=about.get("choices") or _choices(options, owner),
+            range=about.get("range"),
+            help=about.get("help") or "",
+            keys=_nested(options, owner),
+            **default,
+        )
+    }
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yields statements and those inside `if`, `else` and `try`."""
+    for node in body:
+        yield node
+        for part in ("body", "orelse") if isinstance(node, ast.If | ast.Try) else ():
+            yield from _statements(getattr(node, part))
+
+
+@cache
+def _module(name: str) -> _Module | None:
+    top, *inner = name.split(".")
+    spec = find_spec(top)
+    for location in (spec and spec.submodule_search_locations) or ():
+        folder = Path(location, *inner)
+        for path in (folder / "__init__.py", folder.parent / f"{folder.name}.py"):
+            if path.is_file():
+                return _Module(name, path)
+    return None
+
+
+def _find(module: str, name: str) -> "_Class | tuple[_Module, ast.Assign] | None":
+    """Finds a class, or a constant with its module, by the name that a module has for it."""
+    source = _module(module)
+    if source is None:
+        return None
+    node = source.names.get(name)
+    if isinstance(node, ast.ImportFrom):
+        return _find(source.source_of(node), source.renamed[name])
+    if isinstance(node, ast.ClassDef):
+        return _Class(source, node)
+    return (source, node) if isinstance(node, ast.Assign) else None
+
+
+def _value(node: ast.AST, owner: _Class) -> Any:
+    """Returns the value of an expression in the body of a class, and `None` where its source does not state it."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        pass
+    if isinstance(node, ast.Name):
+        stated = [
+            one for one in _statements(owner.node.body) if isinstance(one, ast.Assign) and _assigns(one, node.id)
+        ]
+        if stated:  # the last: the first is for older versions of a library
+            return _value(stated[-1].value, owner)
+        found = _find(owner.module.name, node.id)
+        return None if found is None or isinstance(found, _Class) else _value(found[1].value, owner)
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return _members(node.value.id, owner).get(node.attr)
+    return None
+
+
+def _made(factory: ast.AST, owner: _Class) -> Any:
+    """Returns what a default factory makes."""
+    if isinstance(factory, ast.Lambda):
+        return _value(factory.body, owner)
+    empty = {"list": [], "dict": {}}
+    return empty.get(factory.id) if isinstance(factory, ast.Name) else None
+
+
+def _parts(node: ast.AST | None, owner: _Class) -> dict[str, Any]:
+    """Returns the values of a dictionary with constant keys, or of a call of our own `described`."""
+    if isinstance(node, ast.Call):
+        given = {str(keyword.arg): _value(keyword.value, owner) for keyword in node.keywords}
+        return {"help": _value(node.args[0], owner), **given} if node.args else given
+    if not isinstance(node, ast.Dict):
+        return {}
+    pairs = zip(node.keys, node.values, strict=True)
+    return {str(key.value): _value(value, owner) for key, value in pairs if isinstance(key, ast.Constant)}
+
+
+def _assigns(node: ast.Assign, name: str) -> bool:
+    return any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
+
+
+def _options(annotation: ast.expr) -> Iterator[ast.expr]:
+    """Yields the alternatives of a union, or the type alone."""
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        yield from _options(ast.parse(annotation.value, mode="eval").body)
+    elif isinstance(annotation, ast.BinOp):
+        yield from _options(annotation.left)
+        yield from _options(annotation.right)
+    elif _outer(annotation) == "Union":
+        for part in _arguments(annotation):
+            yield from _options(part)
+    elif _outer(annotation) == "Optional":
+        for part in _arguments(annotation):
+            yield from _options(part)
+        yield ast.Constant(None)
+    else:
+        yield annotation
+
+
+def _outer(option: ast.expr) -> str:
+    """Returns the name of a type without its arguments and its module."""
+    return ast.unparse(option.value if isinstance(option, ast.Subscript) else option).rpartition(".")[2]
+
+
+def _arguments(option: ast.expr) -> list[ast.expr]:
+    inner = option.slice if isinstance(option, ast.Subscript) else None
+    return list(inner.elts) if isinstance(inner, ast.Tuple) else [inner] if inner is not None else []
+
+
+def _type_name(option: ast.expr, owner: _Class) -> str:
+    outer, arguments = _outer(option), _arguments(option)
+    if outer in ("list", "List"):
+        return f"list[{_type_name(arguments[0], owner)}]" if arguments else "list[any]"
+    if outer == "Literal":
+        return TYPE_NAMES[type(ast.literal_eval(arguments[0]))]
+    for kind, name in TYPE_NAMES.items():
+        if outer in (kind.__name__, "None" if kind is type(None) else kind.__name__.title()):
+            return name
+    found = _find(owner.module.name, outer)
+    if not isinstance(found, _Class):
+        return "any"
+    return "str" if _is_enumeration(found.node) else "dict" if found.node.decorator_list else "any"
+
+
+def _is_enumeration(node: ast.ClassDef) -> bool:
+    return any(_outer(base).endswith("Enum") for base in node.bases)
+
+
+def _members(name: str, owner: _Class) -> dict[str, Any]:
+    """Returns the members of an enumeration, and nothing for another class."""
+    found = _find(owner.module.name, name)
+    if not isinstance(found, _Class) or not _is_enumeration(found.node):
+        return {}
+    assigned = [node for node in found.node.body if isinstance(node, ast.Assign)]
+    return {ast.unparse(node.targets[0]): _value(node.value, found) for node in assigned}
+
+
+def _choices(options: list[ast.expr], owner: _Class) -> list[Any]:
+    """Returns the values of a `Literal` or of an enumeration, which the config converts a string to."""
+    for option in options:
+        if _outer(option) == "Literal" and not any(_outer(other) == "str" for other in options):
+            return [ast.literal_eval(value) for value in _arguments(option)]
+        if isinstance(option, ast.Name) and (members := _members(option.id, owner)):
+            return list(members.values())
+    return []
+
+
+def _nested(options: list[ast.expr], owner: _Class) -> dict[str, Any] | None:
+    """Returns the fields of the dataclass that a list holds."""
+    for option in options:
+        if _outer(option) == "list" and _arguments(option) and _type_name(_arguments(option)[0], owner) == "dict":
+            found = _find(owner.module.name, _outer(_arguments(option)[0]))
+            if isinstance(found, _Class):
+                return _fields(owner.module.name, _outer(_arguments(option)[0]))
+    return None

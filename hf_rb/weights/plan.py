@@ -1,0 +1,241 @@
+"""What becomes of every tensor of a merge, decided from the headers of the files before anything is written."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from hf_rb import __version__
+from hf_rb.io.model_folder import companions
+from hf_rb.io.resumable import file_stamps
+from hf_rb.io.safetensors import Entry, standard_names
+from hf_rb.io.skeleton import loading_problem
+from hf_rb.weights.operation import Job, Operation, Options
+from hf_rb.weights.patterns import matcher, select
+from hf_rb.weights.reasons import difference, padding
+from hf_rb.weights.source import EMBEDDINGS, HEADS, TIE, Source, content, some, vocabulary_problem, with_ties_of
+
+
+__all__ = ["MergePlan"]
+
+# What a configuration says beside what the model computes.
+SILENT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+class MergePlan:
+    """What becomes of every tensor, decided from the headers of the files before anything is written."""
+
+    def __init__(self, operation: Operation, sources: Sequence[Source], options: Options):
+        self.operation, self.sources, self.options = operation, sources, options
+        self.receiver, self.others = sources[0], sources[1:]
+        self.notes: list[str] = []
+        self.untied = False
+        self._check_architecture()
+        self._give_head()
+        included = select(options.include, self.receiver.entries)
+        self.dropped = self._extra()
+        kept = self._kept(included)
+        self.shards = [
+            [self._job(name, entry, kept) for name, entry in shard.items()] for shard in self.receiver.shards
+        ]
+        self.names = standard_names(len(self.shards))
+        self.files_from = self._files_from()
+        self.giver = next(source for source in sources if source.role == self.files_from)
+        self._check_loading()
+
+    def _refuse(self, problem: str, remedy: str, other: Source | None = None) -> None:
+        """Raises, or notes the problem; `other` is a model in which the receiving one does not find its tensors, or the other way round."""
+        if self.options.mismatch == "refuse":
+            raise ValueError(other and difference(self.receiver, other) or f"{problem}. {remedy}")
+        self.notes.append(f"{problem}.")
+
+    def _check_architecture(self) -> None:
+        ours = self.receiver.config
+        for other in self.others:
+            if (theirs := other.config.get("model_type")) != ours.get("model_type"):
+                self._refuse(
+                    f"{self.receiver.role} is a {ours.get('model_type')} model and {other.role} a {theirs} model",
+                    'Give models of one architecture, or `mismatch="skip"` (`--mismatch skip`) to merge the tensors that fit.',
+                )
+
+    def _give_head(self) -> None:
+        """Gives a receiving model that ties its head a head of its own, where another model has one that is merged."""
+        for other in self.others:
+            for name in filter(matcher(self.options.include), list(other.entries)):
+                ours = self.receiver.name_of(name) if name.endswith(HEADS) else None
+                if ours and ours.endswith(EMBEDDINGS) and other.own_head(name, ours):
+                    self.receiver.untie(name)
+                    self.untied = True
+                    self.notes.append(
+                        f"{self.receiver.role} ties its head to the embedding, {other.role} does not: the result has {name} for a head of "
+                        f"its own, and {self.receiver.role} puts {ours} into it."
+                    )
+
+    def _extra(self) -> list[str]:
+        """Names that only other models have."""
+        extra = []
+        for other in self.others:
+            known = filter(matcher(self.options.include), other.entries)
+            names = [name for name in known if self.receiver.name_of(name) is None]
+            if names:
+                self._refuse(
+                    f"{self.receiver.role} has no {some(names)}, which {other.role} has",
+                    'Give models of one shape, choose tensors with `include` (`--include`), or leave these out with `mismatch="skip"` '
+                    "(`--mismatch skip`).",
+                    other,
+                )
+            extra += names
+        return sorted(set(extra))
+
+    def _kept(self, included: set[str]) -> dict[str, str]:
+        """Why tensors are copied from the receiving model."""
+        kept = {name: "not included" for name in self.receiver.entries if name not in included}
+        for name in included:
+            if reason := self.operation.keeps(name, self.receiver.entries[name]):
+                kept[name] = reason
+        own = set(kept.values())
+        vocabulary = next(filter(None, (vocabulary_problem(self.receiver, other) for other in self.others)), None)
+        embeddings = {name for name in included - kept.keys() if name.endswith(EMBEDDINGS + HEADS)}
+        if vocabulary and embeddings:
+            self._refuse(
+                vocabulary,
+                'Their rows would mix different tokens. Give models with one tokenizer, or `mismatch="skip"` (`--mismatch skip`) to keep '
+                f"the embeddings of {self.receiver.role}.",
+            )
+            kept |= dict.fromkeys(embeddings, "another vocabulary")
+        for other in self.others:
+            wanted = sorted(included - kept.keys())
+            missing = [name for name in wanted if other.find(name) is None]
+            shapes = {
+                name: entry.shape
+                for name in wanted
+                if (entry := other.find(name)) and entry.shape != self.receiver.entries[name].shape
+            }
+            if missing:
+                self._refuse(
+                    f"{other.role} has no {some(missing)}, which {self.receiver.role} has",
+                    "Give models of one shape, choose tensors with `include` (`--include`), or keep these of "
+                    f'{self.receiver.role} with `mismatch="skip"` (`--mismatch skip`).',
+                    other,
+                )
+                kept |= dict.fromkeys(missing, f"not in {other.role}")
+            if shapes:
+                name = next(iter(shapes))
+                self._refuse(
+                    f"{some([*shapes])} differs in shape: {self.receiver.entries[name].shape} in {self.receiver.role}, "
+                    f"{shapes[name]} in {other.role}",
+                    padding(self.receiver, other, name)
+                    or 'Give models of one shape, or keep what differs with `mismatch="skip"` (`--mismatch skip`).',
+                )
+                kept |= dict.fromkeys(shapes, f"another shape in {other.role}")
+        if included <= kept.keys():
+            raise ValueError(f"Nothing is left to merge: {'; '.join(sorted(set(kept.values())))}.")
+        self.skipped = bool(set(kept.values()) - own)
+        return kept
+
+    def _job(self, name: str, entry: Entry, kept: dict[str, str]) -> Job:
+        others = {other.role: found for other in self.others if (found := other.find(name))}
+        reason = kept.get(name)
+        if reason is None and not entry.dtype.is_floating_point:
+            for other in self.others:
+                if any(
+                    not torch.equal(*pair) for pair in zip(entry.chunks(), others[other.role].chunks(), strict=True)
+                ):
+                    raise ValueError(
+                        f"{name} holds integers that differ between {self.receiver.role} and {other.role}."
+                    )
+            reason = "integers"
+        dtype = entry.dtype
+        if entry.dtype.is_floating_point:
+            if self.options.dtype:
+                dtype = getattr(torch, self.options.dtype)
+            elif reason is None:
+                dtype = self.operation.dtype(entry, others)
+        return Job(name, entry, {} if reason else others, dtype, reason)
+
+    def _files_from(self) -> str:
+        """Role of the model that everything but the weights comes from."""
+        roles = [source.role for source in self.sources]
+        chosen, choices = self.options.files_from, self.operation.files_from
+        if len(choices) == 1:
+            return choices[0]
+        if chosen is not None and chosen not in choices:
+            raise ValueError(f"`files_from` cannot be {chosen!r}; write {' or '.join(map(repr, choices))}.")
+        if chosen is None and (different := self._different_files()):
+            raise ValueError(
+                f"{' and '.join(choices)} have different {', '.join(different)}. Say whose configuration, tokenizer, chat template "
+                f'and generation config the result gets: `files_from="{choices[-1]}"` (`--files-from {choices[-1]}`) or '
+                f"`{choices[0]}`."
+            )
+        chosen = chosen or choices[0]
+        if self.skipped and chosen != roles[0]:
+            raise ValueError(
+                f"The result has the shapes of {roles[0]}, since tensors that do not fit are skipped; it cannot have the files of "
+                f'{chosen}. Write `files_from="{roles[0]}"` (`--files-from {roles[0]}`).'
+            )
+        return chosen
+
+    def _different_files(self) -> list[str]:
+        ours, theirs = ({file.name: file for file in companions(source.folder)} for source in self.sources)
+        different = [
+            name
+            for name in sorted(ours.keys() | theirs.keys())
+            if not name.startswith(("LICENSE", "NOTICE"))
+            and (name not in ours or name not in theirs or content(ours[name]) != content(theirs[name]))
+        ]
+        configs = [{k: v for k, v in source.config.items() if k not in SILENT} for source in self.sources]
+        return (["config.json"] if configs[0] != configs[1] else []) + different
+
+    def _check_loading(self) -> None:
+        """Refuses a result that lacks a parameter: where no model has its configuration and its tensors, transformers is asked."""
+        config = self.config(untied=self.untied)
+        for source in self.sources:
+            alike = _telling(source.config) == _telling(config)
+            if alike and source.entries.keys() == self.receiver.entries.keys():
+                return
+        if problem := loading_problem(config, self.receiver.entries):
+            raise ValueError(
+                f"The result, with the tensors of {self.receiver.role} and the configuration of {self.files_from}, would be no whole model: "
+                f'{problem}. Write `files_from="{self.receiver.role}"` (`--files-from {self.receiver.role}`), or save both models with one '
+                "version of transformers (`save_pretrained`)."
+            )
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What must not change between two parts of a run."""
+        files = {}
+        for source in self.sources:
+            stamps = file_stamps([source.folder / "config.json", *source.files])
+            files |= {f"{source.role}/{name}": stamp for name, stamp in stamps.items()}
+        asked = {
+            key: value for key, value in asdict(self.options).items() if key not in ("overwrite", "resume", "progress")
+        }
+        models = {source.role: str(source.folder) for source in self.sources}
+        return {
+            "files": files,
+            "options": {
+                "method": self.operation.method,
+                "hf_rb": __version__,
+                **models,
+                **asked,
+                **self.operation.options(),
+            },
+        }
+
+    def config(self, untied: bool) -> dict[str, Any]:
+        """The configuration of the result, which ties its head as the receiving model does unless it holds a head of its own."""
+        counts = Counter()
+        for job in (job for jobs in self.shards for job in jobs if job.dtype.is_floating_point):
+            counts[job.dtype] += torch.Size(job.entry.shape).numel()
+        dtype = str(counts.most_common(1)[0][0]).removeprefix("torch.")
+        key = "torch_dtype" if "torch_dtype" in self.giver.config else "dtype"
+        config = with_ties_of(self.giver.config, None if untied else self.receiver.config) | {key: dtype}
+        config.pop("transformers_weights", None)  # the files of the result have the usual names
+        return config
+
+
+def _telling(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration says which tensors the model needs; a head that is not tied needs no mention."""
+    silent = SILENT - {"architectures"}
+    return {key: value for key, value in config.items() if key not in silent and (key, value) != (TIE, False)}
