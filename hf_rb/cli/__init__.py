@@ -16,6 +16,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 
+from hf_rb.utils import compat
+
 
 __all__ = ["VERBS", "configure", "main", "parse", "run"]
 
@@ -68,6 +70,8 @@ def configure(parser: argparse.ArgumentParser, module: ModuleType, **options) ->
 def run(module: ModuleType, args: argparse.Namespace) -> int:
     """Runs a verb's module and returns the exit code; what is wrong with the input is said in one line, without a traceback."""
     try:
+        if getattr(args, "verb", None) != "doctor":  # whose work it is to say more
+            compat.check_versions()
         return module.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args.debug:

@@ -1,12 +1,103 @@
 """The one door to names of TRL, transformers and PEFT that are private, experimental or likely to move.
 
-`from hf_rb import compat` and use `compat.<name>`: the name is looked up in `TABLE` and imported on first use, so that
-importing this module costs nothing. A name that is gone raises one `ImportError` that says which library moved it, the
-version that is installed and the versions we tested. `tests/test_compat.py` walks the table on every run.
+`from hf_rb.utils import compat` and use `compat.<name>`: the name is looked up in `TABLE` and imported on first use, so that
+importing this module costs nothing. Private attributes of objects that these libraries make are used where they are, and listed in
+`ATTRIBUTES`. A name that is gone raises one `ImportError` that says which library moved it, the version that is installed and the
+versions we tested.
+
+`hf-rb doctor` and `tests/test_compat.py` check by behaviour what we rely on in each name of both tables
+(hf_rb/scripts/doctor/behaviours). The block for type checkers has every name of `TABLE` that is an attribute of this module.
 """
 
+import re
 from importlib import import_module, metadata
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+
+if TYPE_CHECKING:
+    from accelerate.commands.config import default_config_file
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.utils.integrations import skip_init_on_device
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        ConversionOps,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+    from transformers.core_model_loading import _IdentityOp as IdentityOp
+    from transformers.integrations.accelerate import load_offloaded_parameter
+    from transformers.modelcard import TASK_MAPPING
+    from transformers.modeling_utils import load_state_dict
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        AUTO_QUANTIZER_MAPPING,
+        LOADING_ATTRIBUTES_CONFIG_TYPES,
+    )
+    from transformers.quantizers.quantizers_utils import should_convert_module
+    from transformers.trainer_utils import rotate_checkpoints
+    from transformers.utils import PushInProgress
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as CAN_RECORD_REGISTRY
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+    from trl.models import prepare_deepspeed
+    from trl.models.utils import _ForwardRedirection as ForwardRedirection
+    from trl.models.utils import unwrap_model_for_generation
+    from trl.trainer.utils import (
+        FusedCausalLMOutput,
+        create_model_from_path,
+        disable_dropout_in_model,
+        get_callable_name,
+        maybe_gather_lm_head_ctx,
+    )
+
+__all__ = [
+    "ATTRIBUTES",
+    "AUTO_QUANTIZATION_CONFIG_MAPPING",
+    "AUTO_QUANTIZER_MAPPING",
+    "CAN_RECORD_REGISTRY",
+    "CONFIG_MAPPING",
+    "Concatenate",
+    "ConversionOps",
+    "Entry",
+    "ForwardRedirection",
+    "FusedCausalLMOutput",
+    "GKDConfig",
+    "GKDTrainer",
+    "IdentityOp",
+    "LOADING_ATTRIBUTES_CONFIG_TYPES",
+    "MergeModulelist",
+    "ParamWrapper",
+    "PushInProgress",
+    "RANGES",
+    "TABLE",
+    "TASK_MAPPING",
+    "TESTED",
+    "WeightConverter",
+    "WeightRenaming",
+    "cache_of",
+    "check_versions",
+    "create_model_from_path",
+    "default_config_file",
+    "disable_dropout_in_model",
+    "get_callable_name",
+    "get_model_conversion_mapping",
+    "launch_command",
+    "launch_command_parser",
+    "load_offloaded_parameter",
+    "load_state_dict",
+    "maybe_gather_lm_head_ctx",
+    "prepare_deepspeed",
+    "rename_source_key",
+    "resolve",
+    "rotate_checkpoints",
+    "should_convert_module",
+    "skip_init_on_device",
+    "unwrap_model_for_generation",
+]
 
 
 class Entry(NamedTuple):
@@ -27,7 +118,10 @@ class Entry(NamedTuple):
         return self.module.partition(".")[0]
 
 
-TESTED = {"trl": "1.16", "transformers": "5.23", "peft": "0.21", "accelerate": "1.15"}
+TESTED = {"trl": "1.16", "transformers": "5.23 and 5.24", "peft": "0.21", "accelerate": "1.15"}
+
+# As in pyproject.toml: from, and below.
+RANGES = {"transformers": ("5.23", "6"), "trl": ("1.16", "2"), "peft": ("0.21", "1"), "accelerate": ("1.15", None)}
 
 TABLE: dict[str, Entry] = {
     # Where a quantization method is registered (hf_rb/integrations/registration.py).
@@ -158,6 +252,96 @@ TABLE: dict[str, Entry] = {
     "launch_command_parser": Entry("accelerate.commands.launch", "launch_command_parser"),
 }
 
+# Attributes of objects, private ones above all, by library. The class that has each is named where it is not the obvious one.
+ATTRIBUTES: dict[str, str] = {
+    # Model types that other packages add (hf_rb/integrations/registration.py).
+    "_extra_content": "transformers",
+    # How a checkpoint's tensors became parameters, and how they become tensors of a file again (hf_rb/quantizers).
+    "_weight_conversions": "transformers",
+    "_original_source_patterns": "transformers",
+    "_original_target_patterns": "transformers",
+    # What a quantizer overrides, and what it is told of a model and its parameters.
+    "_process_model_before_weight_loading": "transformers",
+    "_process_model_after_weight_loading": "transformers",
+    "_dequantize": "transformers",
+    "_is_hf_initialized": "transformers",
+    "_hf_peft_config_loaded": "transformers",
+    "_is_quantized": "transformers",
+    "_keep_in_fp32_modules": "transformers",
+    "_keep_in_fp32_modules_strict": "transformers",
+    "_keys_to_ignore_on_load_missing": "transformers",
+    "_keys_to_ignore_on_load_unexpected": "transformers",
+    "_keys_to_ignore_on_save": "transformers",
+    "_name_or_path": "transformers",  # of a configuration
+    # What the experts of a mixture are (hf_rb/models/mpi, hf_rb/quantizers/packed/experts.py).
+    "_apply_gate": "transformers",
+    "_is_expert_parallel": "transformers",
+    # What our model classes override or read (hf_rb/models/mpi).
+    "_auto_class": "transformers",
+    "_can_record_outputs": "transformers",
+    "_can_set_experts_implementation": "transformers",
+    # What the trainers call or read (hf_rb/trainers). Methods in `TABLE` are not here again.
+    "_VALID_DICT_FIELDS": "transformers",  # of TrainingArguments
+    "_finish_current_push": "transformers",
+    "_prepare_inputs": "transformers",
+    "_buffered_inputs": "trl",
+    "_forward_redirection": "trl",
+    "_get_last_hidden_state": "trl",
+    "_is_vision_dataset": "trl",
+    "_logs": "trl",
+    "_metrics": "trl",
+    "_name": "trl",
+    "_paper": "trl",
+    "_tag_names": "trl",
+    "_tokenizer": "trl",
+    # Dimensions of the parameter that LoRA was put on (hf_rb/quantizers/loading/adapters.py).
+    "_param_ndim": "peft",
+    # Where a layer's forward is while accelerate's hook stands in its place (hf_rb/ops/wide_head.py).
+    "_hf_hook": "accelerate",
+    "_old_forward": "accelerate",
+}
+
+_supported = False
+
+
+def check_versions() -> None:
+    """Raises one sentence about all libraries of `RANGES` that are missing or outside their range; imports none of them.
+
+    Raises:
+        ImportError: With the ranges, what is installed, and the command that mends it.
+    """
+    global _supported
+    if _supported:
+        return
+    found, wanted = [], []
+    for library, (floor, ceiling) in RANGES.items():
+        required = f"{library}>={floor}" + (f",<{ceiling}" if ceiling else "")
+        try:
+            installed = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found.append(f"{required} (not installed)")
+        else:
+            release = _release(installed)
+            if _release(floor) <= release and (ceiling is None or release < _release(ceiling)):
+                continue
+            found.append(f"{required} (installed: {installed})")
+        wanted.append(f"'{required}'")
+    if found:
+        raise ImportError(f"hf_rb needs {' and '.join(found)}: run `pip install {' '.join(wanted)}`.")
+    _supported = True
+
+
+def _release(version: str) -> tuple[int, ...]:
+    # A development version counts as the release that it will be: what is built from source is let through.
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def cache_of(output: Any) -> dict[str, Any]:
+    """Returns the cache in a model's output as the keyword argument that the model's next call takes."""
+    # Transformers 5.24 renamed `past_key_values`.
+    return {name: output[name] for name in ("cache", "past_key_values") if name in output.keys()}
+
 
 def resolve(name: str) -> Any:
     """Imports and returns the object that `TABLE` lists under `name`.
@@ -185,5 +369,6 @@ def resolve(name: str) -> Any:
 def __getattr__(name: str) -> Any:
     if name not in TABLE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    check_versions()
     value = globals()[name] = resolve(name)
     return value
