@@ -43,6 +43,7 @@ VERBS = {
         "Write one HTML file about runs and models: curves, tokens, advantages, errors, routers.",
     ),
     "push": ("hf_rb.cli.push", "Upload a model or an adapter to the Hub."),
+    "doctor": ("hf_rb.cli.doctor", "Print versions, and try what is installed: for a bug report."),
 }
 
 BAD_INPUT, INTERRUPTED = 2, 130  # 128 and the number of the signal, as shells have it

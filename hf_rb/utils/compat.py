@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from transformers.core_model_loading import _IdentityOp as IdentityOp
     from transformers.integrations.accelerate import load_offloaded_parameter
+    from transformers.integrations.peft import MIN_PEFT_VERSION
     from transformers.modelcard import TASK_MAPPING
     from transformers.modeling_utils import load_state_dict
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -69,6 +70,7 @@ __all__ = [
     "GKDTrainer",
     "IdentityOp",
     "LOADING_ATTRIBUTES_CONFIG_TYPES",
+    "MIN_PEFT_VERSION",
     "MergeModulelist",
     "ParamWrapper",
     "PushInProgress",
@@ -215,6 +217,8 @@ TABLE: dict[str, Entry] = {
     "ParamWrapper._get_in_out_features": Entry(
         "peft.tuners.lora.layer", "ParamWrapper._get_in_out_features", ("module",)
     ),
+    # From which PEFT on transformers adds, loads and saves adapters by itself.
+    "MIN_PEFT_VERSION": Entry("transformers.integrations.peft", "MIN_PEFT_VERSION"),
     # What a quantizer does to a tensor while it loads, and how it names modules (hf_rb/quantizers).
     "ConversionOps": Entry("transformers.core_model_loading", "ConversionOps"),
     "IdentityOp": Entry("transformers.core_model_loading", "_IdentityOp"),
@@ -341,6 +345,15 @@ def cache_of(output: Any) -> dict[str, Any]:
     """Returns the cache in a model's output as the keyword argument that the model's next call takes."""
     # Transformers 5.24 renamed `past_key_values`.
     return {name: output[name] for name in ("cache", "past_key_values") if name in output.keys()}
+
+
+def native_adapters_problem() -> str | None:
+    """Returns why transformers will not have an adapter added to a model, loaded or saved with the installed PEFT, or `None`."""
+    # transformers asks for a PEFT of its own choice, which may not be released yet.
+    wanted, installed = resolve("MIN_PEFT_VERSION"), metadata.version("peft")
+    if _release(installed) >= _release(wanted):
+        return None
+    return f"transformers {metadata.version('transformers')} takes adapters from peft {wanted} on; peft {installed} is installed."
 
 
 def resolve(name: str) -> Any:

@@ -38,6 +38,6 @@ def import_optional(module: str, what: str) -> Any:
 def missing(package: str, what: str, error: ImportError | None = None) -> ImportError:
     """Returns the error that says what needs a package and which extra installs it."""
     name, extra = EXTRAS[package]
-    lacks = getattr(error, "name", None)
-    reason = f" ({error})" if lacks and lacks != package else ""
+    lacks = getattr(error, "name", None) or package
+    reason = "" if lacks.partition(".")[0] == package else f" ({error})"
     return ImportError(f"{what} needs {name}{reason}. Run `pip install 'hf_rb[{extra}]'`.")

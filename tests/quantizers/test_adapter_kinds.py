@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_rb import D2QuantConfig, PTQTPConfig
 from hf_rb.quantizers.loading.adapters import PlainWeightsNeeded
+from hf_rb.utils import compat
 
 
 LAYERS = dict(target_modules=["q_proj", "o_proj"])
@@ -141,6 +142,8 @@ def test_is_refused_in_a_sentence(base, name):
 
 
 def test_everywhere_that_adapters_are_attached(folder, base, tmp_path):
+    if problem := compat.native_adapters_problem():
+        pytest.skip(problem)
     get_peft_model(copy.deepcopy(base).dequantize(), make("loha")).save_pretrained(tmp_path)
     message = "LoHaConfig as given cannot be attached to model.layers.0.self_attn.q_proj, which is packed"
     for attach in (

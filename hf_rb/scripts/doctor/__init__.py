@@ -1,0 +1,43 @@
+"""What `hf-rb doctor` does: versions, and verdicts on what is installed, in under a minute, offline."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+
+from hf_rb.scripts.doctor import behaviours
+from hf_rb.scripts.doctor.environment import environment
+from hf_rb.scripts.doctor.verdicts import Verdict, examine
+from hf_rb.utils import compat, import_hooks
+
+
+__all__ = ["environment", "examination"]
+
+
+def examination() -> Iterator[Verdict]:
+    """Yields verdicts as they are found; where a version is not supported or the package does not import, there is no more to say."""
+    versions = examine("versions", "ranges of transformers, TRL, PEFT and accelerate", compat.check_versions)
+    yield versions
+    if versions.state == "failed":
+        return
+    names = [examine("names", name, lambda name=name: behaviours.check_parameters(name)) for name in compat.TABLE]
+    yield from (verdict for verdict in names if verdict.state == "failed")
+    imported = examine("imports", "every part of the package", lambda: import_module(f"{__name__}.trials") and None)
+    yield imported
+    if imported.state == "failed":
+        return
+    for library in ("transformers", "peft"):
+        yield examine("registration", library, lambda library=library: import_hooks.require(library))
+
+    from hf_rb.scripts.doctor import trials
+
+    for group, found in (
+        ("quantization", trials.quantization_trials()),
+        ("adapters", trials.adapter_trials()),
+        ("training", trials.training_trials()),
+    ):
+        for name, check in found:
+            yield examine(group, name, check)
+    for behaviour in behaviours.behaviours():
+        verdict = examine("behaviour", behaviour.sentence, behaviour.check)
+        of_names = f" (in the table as {', '.join(behaviour.names)})" if verdict.state == "failed" else ""
+        yield replace(verdict, detail=verdict.detail + of_names)

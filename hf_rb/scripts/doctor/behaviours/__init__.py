@@ -1,0 +1,92 @@
+"""What we rely on in each name of `hf_rb.utils.compat`, as a function that tries it on something small.
+
+Every name of `compat.TABLE` and `compat.ATTRIBUTES` is tried by one function at least, which raises where the installed library does
+something else. `hf-rb doctor` runs all of them, and `tests/test_compat.py` one a test.
+"""
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from hf_rb.utils import compat
+
+
+__all__ = ["Behaviour", "behaviours", "check_parameters", "relies_on"]
+
+_MODULES = ("loading", "models", "adapters", "training", "trainers")
+_FOUND: list["Behaviour"] = []
+
+
+class Behaviour(NamedTuple):
+    """What we rely on.
+
+    Attributes:
+        names (`tuple[str, ...]`): Names of `compat.TABLE` and `compat.ATTRIBUTES`.
+        sentence (`str`): What they do.
+        check (`Callable`): Raises where they do not.
+    """
+
+    names: tuple[str, ...]
+    sentence: str
+    check: Callable[[], None]
+
+
+def relies_on(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Registers a function as the check of some names; the first line of its docstring says what they do."""
+
+    def register(check: Callable[[], None]) -> Callable[[], None]:
+        _FOUND.append(Behaviour(names, str(check.__doc__).split("\n")[0].rstrip("."), check))
+        return check
+
+    return register
+
+
+def behaviours() -> list[Behaviour]:
+    """Returns all checks; imports the libraries."""
+    for module in _MODULES:
+        import_module(f"{__name__}.{module}")
+    return list(_FOUND)
+
+
+def check_parameters(name: str) -> None:
+    """
+    Raises:
+        ImportError: A name of `compat.TABLE` is gone.
+        RuntimeError: It no longer takes a parameter that we pass.
+    """
+    entry, value = compat.TABLE[name], compat.resolve(name)
+    if missing := set(entry.parameters) - set(inspect.signature(value).parameters if entry.parameters else ()):
+        raise RuntimeError(f"{entry.module}.{entry.attribute} no longer takes {', '.join(sorted(missing))}.")
+
+
+class Recorded:
+    """Notes the arguments and the results of a method of a class while it is entered, and changes neither.
+
+    Attributes:
+        calls (`list[tuple[dict, Any]]`): Arguments by name, and what was returned.
+    """
+
+    def __init__(self, owner: type, name: str):
+        self.owner, self.name, self.calls = owner, name, []
+
+    def __enter__(self) -> "Recorded":
+        # As it lies in the class: a static method stays one.
+        self.original = inspect.getattr_static(self.owner, self.name)
+        self.is_own = self.name in vars(self.owner)
+        function = getattr(self.owner, self.name)
+        signature = inspect.signature(function)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            self.calls.append((dict(signature.bind(*args, **kwargs).arguments), result))
+            return result
+
+        setattr(self.owner, self.name, staticmethod(recorded) if isinstance(self.original, staticmethod) else recorded)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.is_own:
+            setattr(self.owner, self.name, self.original)
+        else:
+            delattr(self.owner, self.name)
