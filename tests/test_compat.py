@@ -1,5 +1,6 @@
 import ast
 import inspect
+import os
 import pkgutil
 import re
 import subprocess
@@ -157,17 +158,32 @@ def pretend(monkeypatch, installed):
     monkeypatch.setattr(compat.metadata, "version", version)
 
 
+OLD = "hf_rb needs transformers>=5.23,<6 (installed: 5.22.2): run `pip install 'transformers>=5.23,<6'`."
+
+
+@pytest.fixture
+def old_transformers(tmp_path):
+    """Runs Python where the metadata of a transformers that is not there lies first on the path."""
+    (tmp_path / "transformers-5.22.2.dist-info").mkdir()
+    (tmp_path / "transformers-5.22.2.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 5.22.2\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])}
+
+    def run(arguments):
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120
+        )
+
+    return run
+
+
 @pytest.mark.parametrize(
     "use",
     ["hf_rb.PTQTPConfig", "hf_rb.SFTTrainer", "hf_rb.apply_mpi", "hf_rb.quantizers.quantize"],
 )
-def test_the_first_real_use_says_the_versions(use, tmp_path):
-    """Before anything of another version is imported: the metadata of a transformers that is not there lies first on the path."""
-    (tmp_path / "transformers-5.22.2.dist-info").mkdir()
-    (tmp_path / "transformers-5.22.2.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 5.22.2\n")
+def test_the_first_real_use_says_the_versions(use, old_transformers):
+    """Before anything of another version is imported."""
     program = f"""
 import sys
-sys.path.insert(0, {str(tmp_path)!r})
 import hf_rb
 hf_rb.tiny.path("student")
 try:
@@ -175,11 +191,18 @@ try:
 except ImportError as error:
     print([*{{"torch", "transformers", "trl", "peft"}} & set(sys.modules)], error)
 """
-    output = subprocess.check_output([sys.executable, "-c", program], text=True, timeout=120)
-    assert (
-        output
-        == "[] hf_rb needs transformers>=5.23,<6 (installed: 5.22.2): run `pip install 'transformers>=5.23,<6'`.\n"
-    )
+    found = old_transformers(["-c", program])
+    assert found.stdout == f"[] {OLD}\n"
+
+
+def test_a_verb_says_the_versions_in_one_line(old_transformers):
+    for verb in ("check", "quantize"):
+        found = old_transformers(["-m", "hf_rb.cli", verb, "profit/tiny-cpu"])
+        assert (found.returncode, found.stdout, found.stderr) == (2, "", f"hf-rb {verb}: error: {OLD}\n")
+    assert old_transformers(["-m", "hf_rb.cli", "--help"]).returncode == 0
+    program = "from hf_rb.integrations import optimum_cli; print(optimum_cli.REGISTER_COMMANDS)"
+    pytest.importorskip("optimum.commands.base")
+    assert old_transformers(["-c", program]).stdout == "[]\n"  # optimum's own commands go on
 
 
 def test_a_new_adapter_of_transformers_needs_the_peft_that_it_asks_for(monkeypatch):

@@ -54,10 +54,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         verb = _overview().parse_args(argv[:1] or ["--help"]).verb
+        if verb != "doctor":  # whose work it is to say more
+            compat.check_versions()
         module = import_module(VERBS[verb][0])
         args = parse(verb, module, argv[1:])
     except SystemExit as stop:  # argparse has printed the help or the mistake
         return stop.code
+    except compat.UnsupportedVersion as error:
+        print(f"hf-rb {verb}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
     return run(module, args)
 
 
@@ -71,8 +76,6 @@ def configure(parser: argparse.ArgumentParser, module: ModuleType, **options) ->
 def run(module: ModuleType, args: argparse.Namespace) -> int:
     """Runs a verb's module and returns the exit code; what is wrong with the input is said in one line, without a traceback."""
     try:
-        if getattr(args, "verb", None) != "doctor":  # whose work it is to say more
-            compat.check_versions()
         return module.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if args.debug:

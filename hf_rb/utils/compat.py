@@ -78,6 +78,7 @@ __all__ = [
     "TABLE",
     "TASK_MAPPING",
     "TESTED",
+    "UnsupportedVersion",
     "WeightConverter",
     "WeightRenaming",
     "cache_of",
@@ -308,11 +309,15 @@ ATTRIBUTES: dict[str, str] = {
 _supported = False
 
 
+class UnsupportedVersion(ImportError):
+    """Says that a library of `RANGES` is missing or outside its range."""
+
+
 def check_versions() -> None:
     """Raises one sentence about all libraries of `RANGES` that are missing or outside their range; imports none of them.
 
     Raises:
-        ImportError: With the ranges, what is installed, and the command that mends it.
+        UnsupportedVersion: With the ranges, what is installed, and the command that mends it.
     """
     global _supported
     if _supported:
@@ -331,7 +336,7 @@ def check_versions() -> None:
             found.append(f"{required} (installed: {installed})")
         wanted.append(f"'{required}'")
     if found:
-        raise ImportError(f"hf_rb needs {' and '.join(found)}: run `pip install {' '.join(wanted)}`.")
+        raise UnsupportedVersion(f"hf_rb needs {' and '.join(found)}: run `pip install {' '.join(wanted)}`.")
     _supported = True
 
 

@@ -54,7 +54,7 @@ def test_doctor_with_an_unsupported_version_says_the_range_and_fails(capsys, mon
     assert main(["doctor"]) == 1
     output = capsys.readouterr().out
     assert (
-        "FAILED  ranges of transformers, TRL, PEFT and accelerate: ImportError: hf_rb needs transformers>=5.23,<6"
+        "FAILED  ranges of transformers, TRL, PEFT and accelerate: UnsupportedVersion: hf_rb needs transformers>=5.23,<6"
         in output
     )
     assert output.rstrip().endswith("0 passed, 1 failed, 0 skipped, 0 s")
@@ -92,13 +92,3 @@ def test_public_texts_have_no_folders_of_this_machine():
     text = public(f"File {torch.__file__} in {Path.cwd()}, {tempfile.gettempdir()}/tmpx and {Path.home()}/.cache")
     assert "torch" in text and "site-packages>" in text or "<path>" in text
     assert not [one for one in (str(Path(torch.__file__).parent), tempfile.gettempdir() + "/") if one in text]
-
-
-def test_other_verbs_with_an_unsupported_version_say_the_range_in_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(compat, "_supported", False)
-    monkeypatch.setattr(compat.metadata, "version", lambda name: "6.0.1" if name == "transformers" else "1.20")
-    monkeypatch.setattr(compat, "RANGES", {"transformers": ("5.23", "6")})
-    assert main(["check", "profit/tiny-cpu"]) == 2
-    assert capsys.readouterr().err == (
-        "hf-rb check: error: hf_rb needs transformers>=5.23,<6 (installed: 6.0.1): run `pip install 'transformers>=5.23,<6'`.\n"
-    )

@@ -56,8 +56,13 @@ def examine(group: str, name: str, check: Callable[[], str | None]) -> Verdict:
     except Skipped as reason:
         state, detail = "skipped", str(reason)
     except Exception as error:  # whatever a library of another version raises is what is looked for
-        state, detail = "failed", f"{type(error).__name__}: {error}"
+        state, detail = "failed", _short(f"{type(error).__name__}: {error}")
     return Verdict(group, name, state, public(detail), round(time.perf_counter() - start, 3))
+
+
+def _short(text: str, limit: int = 4) -> str:
+    lines = text.splitlines()
+    return "\n".join(lines[:limit]) + (f"\n… and {len(lines) - limit} more lines" if len(lines) > limit else "")
 
 
 @contextlib.contextmanager
