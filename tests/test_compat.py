@@ -14,7 +14,7 @@ import pytest
 import hf_rb
 from hf_rb.scripts.doctor.behaviours import behaviours, check_parameters
 from hf_rb.scripts.doctor.verdicts import Skipped
-from hf_rb.utils import compat
+from hf_rb.utils import compat, versions
 
 
 BEHAVIOURS = behaviours()
@@ -31,7 +31,7 @@ def test_the_libraries_do_what_we_rely_on(behaviour):
 @pytest.mark.parametrize("name", compat.TABLE)
 def test_every_name_resolves_and_takes_the_parameters_we_pass(name):
     check_parameters(name)
-    assert compat.TABLE[name].library in compat.TESTED
+    assert compat.TABLE[name].library in versions.TESTED
 
 
 def test_every_name_is_checked_by_behaviour():
@@ -103,10 +103,10 @@ def requirements():
 
 def test_ranges_are_those_of_the_project():
     declared = requirements()
-    for library, (floor, ceiling) in compat.RANGES.items():
+    for library, (floor, ceiling) in versions.RANGES.items():
         assert declared[library] == f">={floor}" + (f",<{ceiling}" if ceiling else "")
     constraints = (PACKAGE.parent / "constraints.txt").read_text()
-    for library, tested in compat.TESTED.items():
+    for library, tested in versions.TESTED.items():
         assert re.search(rf"^{library}==(\d+\.\d+)", constraints, re.MULTILINE)[1] in tested
 
 
@@ -133,7 +133,7 @@ def test_what_is_imported_is_declared():
 def test_unsupported_versions_are_one_sentence(monkeypatch, installed, message):
     pretend(monkeypatch, installed)
     with pytest.raises(ImportError) as error:
-        compat.check_versions()
+        versions.check_versions()
     assert str(error.value) == message
 
 
@@ -142,20 +142,20 @@ def test_unsupported_versions_are_one_sentence(monkeypatch, installed, message):
 )  # fmt: skip
 def test_supported_versions_pass(monkeypatch, installed):
     pretend(monkeypatch, installed)
-    compat.check_versions()
+    versions.check_versions()
 
 
 def pretend(monkeypatch, installed):
     """Lets the metadata say other versions."""
-    real = compat.metadata.version
+    real = versions.metadata.version
 
     def version(name):
         if name in installed and installed[name] is None:
-            raise compat.metadata.PackageNotFoundError(name)
+            raise versions.metadata.PackageNotFoundError(name)
         return installed.get(name) or real(name)
 
-    monkeypatch.setattr(compat, "_supported", False)
-    monkeypatch.setattr(compat.metadata, "version", version)
+    monkeypatch.setattr(versions, "_supported", False)
+    monkeypatch.setattr(versions.metadata, "version", version)
 
 
 OLD = "hf_rb needs transformers>=5.23,<6 (installed: 5.22.2): run `pip install 'transformers>=5.23,<6'`."
@@ -231,6 +231,15 @@ def test_a_moved_module_is_the_same_error(monkeypatch):
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(compat.TABLE, "absent", compat.Entry("no_such_library", "function"))
     with pytest.raises(ImportError, match="needs no_such_library for `absent`, and it is not installed"):
+        compat.resolve("absent")
+
+
+def test_what_a_library_lacks_itself_is_named(monkeypatch, tmp_path):
+    (tmp_path / "accelerate_plugin.py").write_text("import no_such_library\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(compat.TABLE, "absent", compat.Entry("accelerate_plugin", "function"))
+    monkeypatch.setattr(versions.metadata, "version", lambda name: "1.0")
+    with pytest.raises(ImportError, match="`accelerate_plugin.function`, and accelerate_plugin needs no_such_library"):
         compat.resolve("absent")
 
 

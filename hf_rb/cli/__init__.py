@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 
-from hf_rb.utils import compat
+from hf_rb.utils import versions
 
 
 __all__ = ["VERBS", "configure", "main", "parse", "run"]
@@ -55,12 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         verb = _overview().parse_args(argv[:1] or ["--help"]).verb
         if verb != "doctor":  # whose work it is to say more
-            compat.check_versions()
+            versions.check_versions()
         module = import_module(VERBS[verb][0])
         args = parse(verb, module, argv[1:])
     except SystemExit as stop:  # argparse has printed the help or the mistake
         return stop.code
-    except compat.UnsupportedVersion as error:
+    except versions.UnsupportedVersion as error:
         print(f"hf-rb {verb}: error: {error}", file=sys.stderr)
         return BAD_INPUT
     return run(module, args)

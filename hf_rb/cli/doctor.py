@@ -7,7 +7,7 @@ from dataclasses import asdict
 from hf_rb.utils.output import json_text
 
 
-EXAMPLE = "hf-rb doctor"
+EXAMPLE = "hf-rb doctor --json"
 
 MARKS = {"passed": "ok", "failed": "FAILED", "skipped": "skipped"}
 

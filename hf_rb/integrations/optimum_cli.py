@@ -11,12 +11,12 @@ from argparse import ArgumentParser
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from hf_rb import cli
-from hf_rb.utils import compat
+from hf_rb.utils.versions import UnsupportedVersion
 
 
 try:
     from hf_rb.cli import quantize
-except compat.UnsupportedVersion:  # not the concern of optimum's own commands
+except UnsupportedVersion:  # not the concern of optimum's own commands
     quantize = None
 
 

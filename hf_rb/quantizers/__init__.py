@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from hf_rb.utils.compat import check_versions
 from hf_rb.utils.lazy import lazy_names
+from hf_rb.utils.versions import check_versions
 
 
 if TYPE_CHECKING:

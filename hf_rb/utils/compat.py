@@ -9,9 +9,10 @@ versions we tested.
 (hf_rb/scripts/doctor/behaviours). The block for type checkers has every name of `TABLE` that is an attribute of this module.
 """
 
-import re
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hf_rb.utils.versions import TESTED, check_versions, release_of
 
 
 if TYPE_CHECKING:
@@ -74,15 +75,11 @@ __all__ = [
     "MergeModulelist",
     "ParamWrapper",
     "PushInProgress",
-    "RANGES",
     "TABLE",
     "TASK_MAPPING",
-    "TESTED",
-    "UnsupportedVersion",
     "WeightConverter",
     "WeightRenaming",
     "cache_of",
-    "check_versions",
     "create_model_from_path",
     "default_config_file",
     "disable_dropout_in_model",
@@ -120,11 +117,6 @@ class Entry(NamedTuple):
     def library(self) -> str:
         return self.module.partition(".")[0]
 
-
-TESTED = {"trl": "1.16", "transformers": "5.23 and 5.24", "peft": "0.21", "accelerate": "1.15"}
-
-# As in pyproject.toml: from, and below.
-RANGES = {"transformers": ("5.23", "6"), "trl": ("1.16", "2"), "peft": ("0.21", "1"), "accelerate": ("1.15", None)}
 
 TABLE: dict[str, Entry] = {
     # Where a quantization method is registered (hf_rb/integrations/registration.py).
@@ -306,45 +298,6 @@ ATTRIBUTES: dict[str, str] = {
     "_old_forward": "accelerate",
 }
 
-_supported = False
-
-
-class UnsupportedVersion(ImportError):
-    """Says that a library of `RANGES` is missing or outside its range."""
-
-
-def check_versions() -> None:
-    """Raises one sentence about all libraries of `RANGES` that are missing or outside their range; imports none of them.
-
-    Raises:
-        UnsupportedVersion: With the ranges, what is installed, and the command that mends it.
-    """
-    global _supported
-    if _supported:
-        return
-    found, wanted = [], []
-    for library, (floor, ceiling) in RANGES.items():
-        required = f"{library}>={floor}" + (f",<{ceiling}" if ceiling else "")
-        try:
-            installed = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            found.append(f"{required} (not installed)")
-        else:
-            release = _release(installed)
-            if _release(floor) <= release and (ceiling is None or release < _release(ceiling)):
-                continue
-            found.append(f"{required} (installed: {installed})")
-        wanted.append(f"'{required}'")
-    if found:
-        raise UnsupportedVersion(f"hf_rb needs {' and '.join(found)}: run `pip install {' '.join(wanted)}`.")
-    _supported = True
-
-
-def _release(version: str) -> tuple[int, ...]:
-    # A development version counts as the release that it will be: what is built from source is let through.
-    match = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(map(int, match[0].split("."))) if match else ()
-
 
 def cache_of(output: Any) -> dict[str, Any]:
     """Returns the cache in a model's output as the keyword argument that the model's next call takes."""
@@ -356,7 +309,7 @@ def native_adapters_problem() -> str | None:
     """Returns why transformers will not have an adapter added to a model, loaded or saved with the installed PEFT, or `None`."""
     # transformers asks for a PEFT of its own choice, which may not be released yet.
     wanted, installed = resolve("MIN_PEFT_VERSION"), metadata.version("peft")
-    if _release(installed) >= _release(wanted):
+    if release_of(installed) >= release_of(wanted):
         return None
     return f"transformers {metadata.version('transformers')} takes adapters from peft {wanted} on; peft {installed} is installed."
 
@@ -377,6 +330,11 @@ def resolve(name: str) -> Any:
             installed = metadata.version(entry.library)
         except metadata.PackageNotFoundError:
             raise ImportError(f"hf_rb needs {entry.library} for `{name}`, and it is not installed.") from error
+        absent = (getattr(error, "name", None) or "") if isinstance(error, ModuleNotFoundError) else ""
+        if absent and absent.partition(".")[0] != entry.library:
+            raise ImportError(
+                f"hf_rb needs `{entry.module}.{entry.attribute}`, and {entry.library} needs {absent}."
+            ) from error
         raise ImportError(
             f"hf_rb needs `{entry.module}.{entry.attribute}`, which {entry.library} {installed} does not have. hf_rb is "
             f"tested with {entry.library} {TESTED.get(entry.library, '?')}; install that version or a newer hf_rb."

@@ -12,7 +12,7 @@ import pytest
 from hf_rb.cli import main
 from hf_rb.scripts import doctor
 from hf_rb.scripts.doctor.verdicts import Skipped, examine, public
-from hf_rb.utils import compat
+from hf_rb.utils import compat, versions
 
 
 def doctors_json(capsys):
@@ -48,9 +48,9 @@ def test_doctor_on_what_is_installed_finds_nothing_wrong(capsys):
 
 
 def test_doctor_with_an_unsupported_version_says_the_range_and_fails(capsys, monkeypatch):
-    monkeypatch.setattr(compat, "_supported", False)
-    monkeypatch.setattr(compat.metadata, "version", lambda name: "4.57.1" if name == "transformers" else "99.0")
-    monkeypatch.setattr(compat, "RANGES", {"transformers": ("5.23", "6")})
+    monkeypatch.setattr(versions, "_supported", False)
+    monkeypatch.setattr(versions.metadata, "version", lambda name: "4.57.1" if name == "transformers" else "99.0")
+    monkeypatch.setattr(versions, "RANGES", {"transformers": ("5.23", "6")})
     assert main(["doctor"]) == 1
     output = capsys.readouterr().out
     assert (

@@ -7,7 +7,7 @@ from importlib import import_module
 from hf_rb.scripts.doctor import behaviours
 from hf_rb.scripts.doctor.environment import environment
 from hf_rb.scripts.doctor.verdicts import Verdict, examine
-from hf_rb.utils import compat, import_hooks
+from hf_rb.utils import compat, import_hooks, versions
 
 
 __all__ = ["environment", "examination"]
@@ -15,14 +15,16 @@ __all__ = ["environment", "examination"]
 
 def examination() -> Iterator[Verdict]:
     """Yields verdicts as they are found; where a version is not supported or the package does not import, there is no more to say."""
-    versions = examine("versions", "ranges of transformers, TRL, PEFT and accelerate", compat.check_versions)
-    yield versions
-    if versions.state == "failed":
-        return
+    for group, name, check in (
+        ("versions", "ranges of transformers, TRL, PEFT and accelerate", versions.check_versions),
+        ("imports", "the libraries", lambda: _import("torch", *versions.RANGES)),
+    ):
+        yield (verdict := examine(group, name, check))
+        if verdict.state == "failed":
+            return
     names = [examine("names", name, lambda name=name: behaviours.check_parameters(name)) for name in compat.TABLE]
     yield from (verdict for verdict in names if verdict.state == "failed")
-    imported = examine("imports", "every part of the package", lambda: import_module(f"{__name__}.trials") and None)
-    yield imported
+    yield (imported := examine("imports", "every part of the package", lambda: _import(f"{__name__}.trials")))
     if imported.state == "failed":
         return
     for library in ("transformers", "peft"):
@@ -41,3 +43,8 @@ def examination() -> Iterator[Verdict]:
         verdict = examine("behaviour", behaviour.sentence, behaviour.check)
         of_names = f" (in the table as {', '.join(behaviour.names)})" if verdict.state == "failed" else ""
         yield replace(verdict, detail=verdict.detail + of_names)
+
+
+def _import(*modules: str) -> None:
+    for module in modules:
+        import_module(module)
