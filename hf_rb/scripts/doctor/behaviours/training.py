@@ -48,10 +48,10 @@ def run_inside_the_wrapper() -> None:
 def unwrap_for_generation() -> None:
     """`unwrap_model_for_generation` lends the model without its wrapper."""
     from accelerate import Accelerator
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     check_parameters("unwrap_model_for_generation")
-    model = nn.Linear(1, 1)
-    model.is_gradient_checkpointing = False
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny.path("student")))
     with compat.unwrap_model_for_generation(model, Accelerator(), gradient_checkpointing_kwargs=None) as lent:
         expect(lent is model, f"It lends a {type(lent).__name__}.")
 
