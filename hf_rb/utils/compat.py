@@ -5,8 +5,8 @@ importing this module costs nothing. Private attributes of objects that these li
 `ATTRIBUTES`. A name that is gone raises one `ImportError` that says which library moved it, the version that is installed and the
 versions we tested.
 
-`hf-rb doctor` and `tests/test_compat.py` check by behaviour what we rely on in each name of both tables
-(hf_rb/scripts/doctor/behaviours). The block for type checkers has every name of `TABLE` that is an attribute of this module.
+`hf-rb doctor` and `tests/test_compat.py` check each name of both tables by behaviour (hf_rb/scripts/doctor/behaviours). The block for
+type checkers imports every name of `TABLE` that is an attribute of this module.
 """
 
 from importlib import import_module, metadata
@@ -249,7 +249,7 @@ TABLE: dict[str, Entry] = {
     "launch_command_parser": Entry("accelerate.commands.launch", "launch_command_parser"),
 }
 
-# Attributes of objects, private ones above all, by library. The class that has each is named where it is not the obvious one.
+# Private attributes of objects by library. A comment names the class where it is not obvious.
 ATTRIBUTES: dict[str, str] = {
     # Model types that other packages add (hf_rb/integrations/registration.py).
     "_extra_content": "transformers",

@@ -1,4 +1,4 @@
-"""Packages that only some features need, and the extra of hf_rb that installs each. Standard library only."""
+"""Packages that only some features need, with the extra of hf_rb that installs each. Standard library only."""
 
 from importlib import import_module
 from typing import Any
@@ -24,7 +24,7 @@ def import_optional(module: str, what: str) -> Any:
         module (`str`):
             Name of the module, `"bm25s"` or `"lm_eval.tasks"`.
         what (`str`):
-            What needs it, as the subject of the error's sentence.
+            Feature that needs it, as the subject of the error's sentence.
 
     Raises:
         ImportError: It is not installed, or lacks something itself; the message names the extra.
@@ -36,7 +36,7 @@ def import_optional(module: str, what: str) -> Any:
 
 
 def missing(package: str, what: str, error: ImportError | None = None) -> ImportError:
-    """Returns the error that says what needs a package and which extra installs it."""
+    """Returns the error that names a feature, the package it needs and the extra that installs it."""
     name, extra = EXTRAS[package]
     lacks = getattr(error, "name", None) or package
     reason = "" if lacks.partition(".")[0] == package else f" ({error})"

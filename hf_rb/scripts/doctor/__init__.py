@@ -1,4 +1,4 @@
-"""What `hf-rb doctor` does: versions, and verdicts on what is installed, in under a minute, offline."""
+"""Versions and verdicts of `hf-rb doctor`, in under a minute, offline."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ __all__ = ["environment", "examination"]
 
 
 def examination() -> Iterator[Verdict]:
-    """Yields verdicts as they are found; where a version is not supported or the package does not import, there is no more to say."""
+    """Yields verdicts as they are found, and stops at a version that is not supported or a part that does not import."""
     for group, name, check in (
         ("versions", "ranges of transformers, TRL, PEFT and accelerate", versions.check_versions),
         ("imports", "the libraries", lambda: _import("torch", *versions.RANGES)),
@@ -28,7 +28,9 @@ def examination() -> Iterator[Verdict]:
     if imported.state == "failed":
         return
     for library in ("transformers", "peft"):
-        yield examine("registration", library, lambda library=library: import_hooks.require(library))
+        yield examine(
+            "registration", f"registered with {library}", lambda library=library: import_hooks.require(library)
+        )
 
     from hf_rb.scripts.doctor import trials
 

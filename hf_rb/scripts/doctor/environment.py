@@ -1,4 +1,4 @@
-"""What is installed, as `hf-rb doctor` prints it: versions, the C compiler, the devices."""
+"""Versions of libraries, the C compiler and the devices, as `hf-rb doctor` prints them."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ OPTIONAL = ("vllm", "deepspeed", "liger-kernel", *(name for name, _ in EXTRAS.va
 
 
 def environment() -> dict[str, str]:
-    """Returns versions by name; of what is not installed, `"not installed"`. Imports torch for the devices."""
+    """Returns versions by name, `"not installed"` for a library that is not there. Imports torch for the devices."""
     found = {
         "hf_rb": __version__,
         "python": platform.python_version(),

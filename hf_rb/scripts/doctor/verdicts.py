@@ -1,4 +1,4 @@
-"""What a check of `hf-rb doctor` finds: passed, failed or skipped, in words without paths of this machine."""
+"""Verdicts of `hf-rb doctor`: passed, failed or skipped, in words without paths of this machine."""
 
 import contextlib
 import io
@@ -24,10 +24,10 @@ class Verdict:
 
     Attributes:
         group (`str`): `"versions"`, `"names"`, `"imports"`, `"registration"`, `"quantization"`, `"adapters"`, `"training"` or `"behaviour"`.
-        name (`str`): What was checked.
+        name (`str`): Subject of the check.
         state (`str`): `"passed"`, `"failed"` or `"skipped"`.
-        detail (`str`): Why it failed or was skipped, or what it found.
-        seconds (`float`): How long it took.
+        detail (`str`): Reason of a failure or a skip, or a finding.
+        seconds (`float`): Wall time.
     """
 
     group: str
@@ -48,14 +48,14 @@ def expect(condition: Any, sentence: str) -> None:
 
 
 def examine(group: str, name: str, check: Callable[[], str | None]) -> Verdict:
-    """Runs a check, which may return a detail; anything that it raises is a verdict too."""
+    """Runs a check, which may return a detail, and turns anything that it raises into a verdict."""
     start = time.perf_counter()
     try:
         with _quiet():
             state, detail = "passed", check() or ""
     except Skipped as reason:
         state, detail = "skipped", str(reason)
-    except Exception as error:  # whatever a library of another version raises is what is looked for
+    except Exception as error:  # a library of another version may raise anything
         state, detail = "failed", _short(f"{type(error).__name__}: {error}")
     return Verdict(group, name, state, public(detail), round(time.perf_counter() - start, 3))
 
@@ -67,7 +67,7 @@ def _short(text: str, limit: int = 4) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what trainers and libraries print to themselves."""
+    """Hides the output and the warnings of trainers and libraries."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""What we rely on in each name of `hf_rb.utils.compat`, as a function that tries it on something small.
+"""Checks of the names in `hf_rb.utils.compat` by behaviour, each on something small.
 
 Every name of `compat.TABLE` and `compat.ATTRIBUTES` is tried by one function at least, which raises where the installed library does
 something else. `hf-rb doctor` runs all of them, and `tests/test_compat.py` one a test.
@@ -19,12 +19,12 @@ _FOUND: list["Behaviour"] = []
 
 
 class Behaviour(NamedTuple):
-    """What we rely on.
+    """A check of names by behaviour.
 
     Attributes:
         names (`tuple[str, ...]`): Names of `compat.TABLE` and `compat.ATTRIBUTES`.
-        sentence (`str`): What they do.
-        check (`Callable`): Raises where they do not.
+        sentence (`str`): Description of the behaviour.
+        check (`Callable`): Raises where the installed library does something else.
     """
 
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class Behaviour(NamedTuple):
 
 
 def relies_on(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Registers a function as the check of some names; the first line of its docstring says what they do."""
+    """Registers a function as the check of some names; the first line of its docstring describes the behaviour."""
 
     def register(check: Callable[[], None]) -> Callable[[], None]:
         _FOUND.append(Behaviour(names, str(check.__doc__).split("\n")[0].rstrip("."), check))
@@ -64,14 +64,14 @@ class Recorded:
     """Notes the arguments and the results of a method of a class while it is entered, and changes neither.
 
     Attributes:
-        calls (`list[tuple[dict, Any]]`): Arguments by name, and what was returned.
+        calls (`list[tuple[dict, Any]]`): Arguments by name, and the result, of each call.
     """
 
     def __init__(self, owner: type, name: str):
         self.owner, self.name, self.calls = owner, name, []
 
     def __enter__(self) -> "Recorded":
-        # As it lies in the class: a static method stays one.
+        # Read without binding: a static method must stay one.
         self.original = inspect.getattr_static(self.owner, self.name)
         self.is_own = self.name in vars(self.owner)
         function = getattr(self.owner, self.name)

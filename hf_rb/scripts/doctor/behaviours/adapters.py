@@ -1,4 +1,4 @@
-"""What we rely on in PEFT, tried on a layer or two."""
+"""Checks of names of PEFT, on a layer or two."""
 
 import copy
 

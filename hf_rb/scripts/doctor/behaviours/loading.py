@@ -1,4 +1,4 @@
-"""What a quantizer relies on: how transformers finds it, how tensors of files become parameters, and what a model says of its own."""
+"""Checks of names that quantizers rely on: registration, conversion of tensors, attributes of models."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the MPI classes and packed experts rely on."""
+"""Checks of names that the MPI classes and packed experts rely on."""
 
 import tempfile
 from pathlib import Path

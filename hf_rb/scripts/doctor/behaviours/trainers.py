@@ -1,4 +1,4 @@
-"""One step of each of our trainers on the embedded models, and what TRL and transformers did in it."""
+"""One step of each of our trainers on the embedded models, and checks of the methods that TRL and transformers called in it."""
 
 import tempfile
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Run(NamedTuple):
     Attributes:
         trainer (`Trainer`): Our trainer.
         calls (`dict[str, list[tuple[dict, Any]]]`): Arguments and results of the library's own methods, by name in `compat.TABLE`.
-        outputs (`list[Any]`): What the model returned, in order.
+        outputs (`list[Any]`): Outputs of the model, in order.
     """
 
     trainer: Trainer
@@ -93,7 +93,7 @@ TRAINERS: dict[str, Callable[[dict], Trainer]] = {
 
 @cache
 def run(name: str) -> Run:
-    """Trains one step with one of our trainers, and notes what the library's methods are given and return."""
+    """Trains one step with one of our trainers, and notes arguments and results of the library's own methods."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         options = {
             "output_dir": folder, "max_steps": 1, "per_device_train_batch_size": 2, "report_to": "none", "bf16": False,
@@ -127,7 +127,7 @@ def _live(name: str) -> Run:
 
 
 def _rows(sampled: Any) -> list:
-    """Returns what was sampled, of which GRPO returns more than the ids."""
+    """Returns the sampled ids, beside which GRPO returns more."""
     return sampled[0] if isinstance(sampled, tuple) else sampled
 
 

@@ -1,4 +1,4 @@
-"""What we rely on in TRL, transformers' Trainer and accelerate outside of a run."""
+"""Checks of names of TRL, transformers and accelerate that need no training run."""
 
 import functools
 import os
