@@ -110,6 +110,10 @@ def test_texts_and_numbers(first, second, same, installed, monkeypatch):
         ("4-1", "3"),
         ("0.333333", "0.33333333"),
         ("x and y", "y and x"),
+        ("1, 2", "1,2"),
+        ("3, 5, 7", "3,5,7"),
+        ("1.5, 2", "1.5,2"),
+        (r"\{1,2\}", "1, 2"),
     ],
 )
 def test_what_math_verify_adds(first, second, monkeypatch):

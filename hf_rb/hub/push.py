@@ -180,7 +180,9 @@ def _published(name: str, text: str) -> Iterator[str]:
 def _model_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Returns what of a model folder is uploaded, `README.md` apart, and the names of what else lies there."""
     entries = sorted(folder.iterdir())
-    weights = published_names(folder) if (folder / "config.json").is_file() else set()
+    has_weights = any(entry.suffix in (".safetensors", ".bin") and entry.name not in ADAPTER for entry in entries)
+    is_other = not has_weights and any(entry.suffix == ".gguf" or entry.name == ADAPTER_CONFIG for entry in entries)
+    weights = published_names(folder) if (folder / "config.json").is_file() and not is_other else set()
     chosen = [
         entry
         for entry in entries

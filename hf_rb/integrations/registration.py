@@ -115,7 +115,7 @@ def _guard_adapters(tuners: ModuleType) -> None:
         return
 
     def check_adapter(self: Any, config: Any, model: Any, *target: str) -> None:
-        if any(_is_packed(module) for module in model.modules()):
+        if self.__dict__.get("_has_packed", True):
             import_module("hf_rb.quantizers.loading.trial").check_adapter(self, config, model, *target)
 
     def check_target_module(self: Any, peft_config: Any, model: Any, target_name: str) -> None:
@@ -124,6 +124,8 @@ def _guard_adapters(tuners: ModuleType) -> None:
 
     @wraps(init)
     def initialize(self: Any, model: Any, peft_config: Any, adapter_name: str, *args, **kwargs) -> None:
+        # Once for all layers: PEFT asks for each, and a look at the whole model each time would be quadratic.
+        self.__dict__["_has_packed"] = any(_is_packed(module) for module in model.modules())
         try:
             init(self, model, peft_config, adapter_name, *args, **kwargs)
         except (ImportError, ValueError):

@@ -153,8 +153,10 @@ def own_randomness(devices: Iterable[torch.device]) -> AbstractContextManager:
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """
     Context for forward passes that leave no trace: in evaluation mode and without gradient, after which random states, modes and
-    buffers are as before. Buffers of more than 65,536 numbers, which are tables or packed weights and no counters, are not kept.
+    buffers are as before, and so are the attributes of modules that keep buffers out of their state, such as the length that dynamic
+    rotary positions have seen. Buffers of more than 65,536 numbers, which are tables or packed weights and no counters, are not kept.
     """
+    attributes = [(module, dict(vars(module))) for module in model.modules() if module._non_persistent_buffers_set]
     kept = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -169,6 +171,10 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+            for module, before in attributes:
+                vars(module).update(
+                    (name, value) for name, value in before.items() if not isinstance(value, dict | set)
+                )
 
 
 def without_peft(model: PreTrainedModel) -> PreTrainedModel:

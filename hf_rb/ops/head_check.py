@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_rb.ops.backbone import gathered_head, head_of, undisturbed, width_of, without_peft
 from hf_rb.ops.lm_head import Head, lm_head_logits
-from hf_rb.ops.rounding import coarsest_eps
+from hf_rb.ops.rounding import coarsest_eps, smallest_max
 
 
 __all__ = ["head_difference", "why_not_head"]
@@ -42,7 +42,7 @@ def why_not_head(model: PreTrainedModel) -> str | None:
         )
     try:
         others = _other_trained(model)
-        if others:
+        if others and (others := _reaching(model, others)):
             more = f" and {len(others) - 1} more of its parameters" if len(others) > 1 else ""
             return f"`{others[0]}`{more} would get no gradient"
         difference, tolerance = head_difference(model)
@@ -70,7 +70,7 @@ def head_difference(model: PreTrainedModel) -> tuple[float, float]:
     with undisturbed(model):
         with gathered_head(model):
             head = head_of(model)
-            hidden = _hidden(head)
+            hidden = _hidden(head, model.dtype)
             ours = lm_head_logits(hidden, head)
         logits, types = _logits(model, hidden)
         if logits.shape != (1, *ours.shape):
@@ -83,17 +83,24 @@ def head_difference(model: PreTrainedModel) -> tuple[float, float]:
     return difference if difference == difference else torch.inf, ROUNDINGS * unit
 
 
-def _hidden(head: Head) -> torch.Tensor:
-    """Random hidden states `(8, H)` that give logits of the magnitudes above, exact in bfloat16 and so in every wider type."""
+def _hidden(head: Head, dtype: torch.dtype) -> torch.Tensor:
+    """
+    Random hidden states `(8, H)` that give logits of the magnitudes above, exact in bfloat16 and so in every wider type. In float16
+    they give smaller ones where they, or the logits before a small scale, would not be finite.
+    """
     if not head.weight.is_floating_point() or head.weight.ndim != 2:
         raise ValueError(f"the weight of the LM head is packed ({head.weight.dtype}, {tuple(head.weight.shape)})")
     width = head.weight.shape[1]
     hidden = torch.randn(len(MAGNITUDES), width, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(head.weight.device)
-    size = lm_head_logits(hidden, Head(head.weight, scale=head.scale)).square().mean(-1, keepdim=True).sqrt()
+    logits = lm_head_logits(hidden, Head(head.weight))
+    size = (logits * head.scale).square().mean(-1, keepdim=True).sqrt()
     if not (size > 0).all():
         raise ValueError("the LM head is zero")
-    return (hidden * torch.tensor(MAGNITUDES, device=size.device).unsqueeze(-1) / size).bfloat16()
+    factor = torch.tensor(MAGNITUDES, device=size.device).unsqueeze(-1) / size
+    largest = torch.maximum(hidden.abs().amax(-1, keepdim=True), logits.abs().amax(-1, keepdim=True))
+    fits = smallest_max(hidden.device, head.weight.dtype, dtype) / 4 / largest
+    return (hidden * torch.minimum(factor, fits)).bfloat16()
 
 
 def _tokens(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -144,6 +151,15 @@ def _giving(module: torch.nn.Module, hidden: torch.Tensor) -> Iterator[list[torc
         yield types
     finally:
         handle.remove()
+
+
+def _reaching(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Returns those of the parameters that the logits depend on: an auxiliary head gets no gradient from the model's own either."""
+    parameters = dict(without_peft(model).named_parameters(remove_duplicate=False))
+    with undisturbed(model), torch.enable_grad():
+        logits = model.forward(**_tokens(model), use_cache=False).logits
+        gradients = torch.autograd.grad(logits.float().sum(), [parameters[name] for name in names], allow_unused=True)
+    return [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None]
 
 
 def _other_trained(model: PreTrainedModel) -> list[str]:

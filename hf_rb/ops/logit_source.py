@@ -104,7 +104,7 @@ def agreed_reason(model: PreTrainedModel) -> str | None:
 
 def _notice(model: PreTrainedModel, reason: str) -> str:
     return (
-        f"The logits of {name_of(model)} are not its last hidden states times its LM head, with a scale and a cap that are known: "
-        f"{reason}. So its own logits are taken, of all tokens of a batch at once, as with `loss_impl: dense`: the loss is right and "
+        f"The logits of {name_of(model)} are not its last hidden states times its LM head, with a scale and a cap that are known, or it "
+        f"could not be told: {reason}. So its own logits are taken, of all tokens of a batch at once, as with `loss_impl: dense`: the loss is right and "
         "takes more memory. Where it does not fit, lower `per_device_train_batch_size`."
     )

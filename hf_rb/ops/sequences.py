@@ -29,8 +29,11 @@ class Sequences:
         self._is_token = torch.ones_like(self._input_ids) if mask is None else mask
         positions = inputs.get("position_ids")
         self.positions = (self._is_token.cumsum(-1) - 1).clamp(min=0) if positions is None else positions
-        # Padding before a row's first token counts as sequences of its own, which hold no label.
-        self._index = (self.positions == 0).flatten().cumsum(0) - 1
+        # Padding before a row's first token counts as sequences of its own, which hold no label. A row begins a sequence, also where its
+        # first token is not the first of a text.
+        self._is_start = self.positions == 0
+        self._is_start[:, 0] = True
+        self._index = self._is_start.flatten().cumsum(0) - 1
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Sums `values` (B, L) over each sequence, and gives every token (B, L) the sum of its own."""
@@ -40,7 +43,7 @@ class Sequences:
     def spans(self) -> list[tuple[int, int]]:
         """Returns where each sequence of tokens starts and ends among the batch's B · L tokens, in their order."""
         is_token = self._is_token.flatten().bool()
-        starts = is_token & (self.positions == 0).flatten()
+        starts = is_token & self._is_start.flatten()
         lengths = torch.bincount(self._index[is_token])
         return [
             (start, start + length)

@@ -6,7 +6,8 @@ r"""When two answers are the same: one notion for rewards, evaluation, EDAS's cl
 2. Equal texts are the same answer. Blanks around them, case, dollar signs around formulas, `\text{}` and a final point do not count.
 3. Numbers are compared as numbers: `1,080` is `1080`, `$18` and `18.` are `18.00`. A comma separates thousands, so that `1,2` is not
    `12`. A currency may be left out but not changed, and so may a unit: `5 km` is `5` and not `5 m`.
-4. Words are compared as text only, and so are dates, clock times, versions and the like, which arithmetic would make numbers of.
+4. Words are compared as text only, and so are dates, times such as `9:05`, versions and the like, which arithmetic would make numbers of.
+   `12:30` may be a ratio and is one.
 5. What is left is compared by `math-verify` where it is installed (`pip install 'hf_rb[math]'`): `\frac{1}{2}` is `0.5`, `\{1, 2\}` is
    `\{2, 1\}`, `50\%` is both `50` and `1/2`, decimals are equal to six places, of which five digits count. Where it is not installed, what is left is different.
 
@@ -34,7 +35,7 @@ _NUMBER = re.compile(
 )
 _WORDS = re.compile(r"[^\W\d_]+(?:[\s.,;:!?'’&]+[^\W\d_]+)*[.!?]?")
 # What only looks like arithmetic: 2020-01-02, 1:1:2, 192.168.0.1; 9:05; 0x10; 2 3.
-_CODE = re.compile(r"[0-9]+(?:[-/.:][0-9]+){2,}|[0-9]+:0[0-9]|0[xX][0-9a-fA-F]+|[0-9.,]+(?:\s+[0-9.,]+)+")
+_CODE = re.compile(r"[0-9]+(?:[-/.:][0-9]+){2,}|[0-9]+:0[0-9]|0[xX][0-9a-fA-F]+|[0-9.,]*[0-9.](?:\s+[0-9.,]*[0-9.])+")
 _QUANTITY = re.compile(r"[-+]?[0-9][0-9.,/]*\s*((?:[^\W\d_]+/)?[^\W\d_]+(?:\^[0-9]|[²³])?)")
 _COMMAND, _WORD = re.compile(r"\\[A-Za-z]+"), re.compile(r"[^\W\d_]{2,}")
 # Names of mathematics that are written without a backslash: words, and formulas all the same.

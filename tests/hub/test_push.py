@@ -127,6 +127,15 @@ def test_the_folder_of_a_recovery_names_its_model(folder, capsys):
     assert f"{folder.parent / 'model'} is one." in capsys.readouterr().err
 
 
+def test_files_of_other_programs_may_have_a_config_beside_them(tmp_path):
+    """As repositories of GGUF files often have."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="its weights are missing"):
+        plan_upload(tmp_path)
+    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
+    assert "model-q4.gguf" in plan_upload(tmp_path).files
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -15,7 +15,7 @@ from tiny_zoo import build_tiny
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_rb import PTQTPConfig
-from hf_rb.ops.backbone import model_inputs, recorded_hidden
+from hf_rb.ops.backbone import model_inputs, recorded_hidden, undisturbed
 from hf_rb.ops.head_check import head_difference, why_not_head
 from hf_rb.ops.lm_head import lm_head_logits
 from hf_rb.ops.logit_source import LogitSource
@@ -182,7 +182,14 @@ def test_bias_of_zero_behind_the_backbone(tied):
     """It changes no logit yet, and a loss that does not know it would never train it."""
     model = tiny("LlamaForCausalLM", tie_word_embeddings=tied)
     assert why_not_head(model) is None
-    model.extra = torch.nn.Parameter(torch.zeros(128))
+    own, model.extra = type(model).forward, torch.nn.Parameter(torch.zeros(128))
+
+    def forward(**kwargs):
+        output = own(model, **kwargs)
+        output.logits = output.logits + model.extra
+        return output
+
+    model.forward = forward
     assert why_not_head(model) == "`extra` would get no gradient"
     model.extra.requires_grad_(False)
     assert why_not_head(model) is None
@@ -289,3 +296,48 @@ def test_leaves_no_trace():
         model.model.forward = lambda **kwargs: 1 / 0
         why_not_head(model)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_dynamic_rotary_positions_are_restored():
+    """They keep the length that they have seen beside their buffers; both are as before, or the next forward computes another thing."""
+    model = tiny(
+        "LlamaForCausalLM",
+        max_position_embeddings=16,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    )
+    ids = torch.arange(20, 50).unsqueeze(0)
+    expected = copy.deepcopy(model)(ids).logits
+    with undisturbed(model):
+        model(ids)
+    assert torch.equal(model(ids).logits, expected)  # longer than before the context
+    short = copy.deepcopy(model)(ids[:, :8]).logits
+    assert LogitSource().is_head(model)
+    assert torch.equal(model(ids[:, :8]).logits, short)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16_with_a_small_scale(autocast):
+    """Logits before a scale of 1/300 would be infinite in float16, where those of a run are not."""
+    model = tiny("FalconH1ForCausalLM", lm_head_multiplier=1 / 300)
+    model = model if autocast else model.half()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        difference, tolerance = head_difference(model)
+    assert difference < tolerance / 2
+    model.config.lm_head_multiplier = 1 / 280
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        assert "the two differ by" in why_not_head(model)
+
+
+def test_an_auxiliary_head_is_no_part_of_the_logits():
+    model = tiny("LlamaForCausalLM")
+    model.timestamp_head = torch.nn.Linear(model.config.hidden_size, 3)
+    assert why_not_head(model) is None
+    own = type(model).forward
+
+    def forward(**kwargs):
+        output = own(model, **kwargs)
+        output.logits = output.logits + 0 * model.timestamp_head.weight.sum()
+        return output
+
+    model.forward = forward
+    assert "`timestamp_head.weight` would get no gradient" in why_not_head(model)

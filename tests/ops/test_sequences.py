@@ -89,3 +89,10 @@ def test_totals():
     values = torch.tensor([[1, 2, 3, 4, 10, 20, 5, 6, 7, 8, 1, 1, 1]])
     assert Sequences(packed()).total(values).tolist() == [[10] * 4 + [30] * 2 + [26] * 4 + [3] * 3]
     assert Sequences(padded()).total(torch.ones(4, 4))[:, 0].tolist() == [4, 4, 4, 4]
+
+
+def test_a_row_that_begins_inside_a_text_is_a_sequence():
+    """As where a text is cut over processes: the first position is not 0."""
+    sequences = Sequences({"input_ids": torch.zeros(2, 4), "position_ids": torch.tensor([[4, 5, 0, 1], [2, 3, 4, 5]])})
+    assert sequences.spans() == [(0, 2), (2, 4), (4, 8)]
+    assert sequences.total(torch.ones(2, 4)).tolist() == [[2, 2, 2, 2], [4, 4, 4, 4]]

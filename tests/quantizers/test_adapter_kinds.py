@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_rb import D2QuantConfig, PTQTPConfig
+from hf_rb.integrations import registration
 from hf_rb.quantizers.loading.adapters import PlainWeightsNeeded
 from hf_rb.utils import compat
 
@@ -196,3 +197,13 @@ def test_an_offloaded_layer_is_tried_too(base):
     assert model.model.layers[0].self_attn.q_proj.weight.is_meta and isinstance(model.lm_head, nn.Linear)
     with pytest.raises(PlainWeightsNeeded, match="LoHaConfig"):
         get_peft_model(model, make("loha"))
+
+
+def test_an_ordinary_model_is_looked_at_once(monkeypatch):
+    """PEFT asks for every layer: a look at all modules each time would be quadratic."""
+    seen = []
+    monkeypatch.setattr(registration, "_is_packed", lambda module: seen.append(module))
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(50)))
+    get_peft_model(model, peft.LoraConfig(r=1, target_modules=[str(layer) for layer in range(50)]))
+    of_layers = [module for module in seen if type(module) is nn.Linear]
+    assert len(of_layers) <= 2 * 50  # once before the adapters, and once where each is put

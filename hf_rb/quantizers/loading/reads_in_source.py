@@ -4,6 +4,7 @@ import ast
 import linecache
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from types import FrameType
@@ -52,8 +53,13 @@ def scan(model: nn.Module, names: dict[int, str]) -> tuple[dict[str, str], list[
     """Returns the readers of layers (name by id), and what the source does not tell."""
     found: dict[str, str] = {}
     unknown: list[str] = []
+    inside = defaultdict(list)  # layers by the prefix of each module that they are in
+    for name in names.values():
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            inside[".".join(parts[:depth])].append(name)
     for prefix, module in model.named_modules():
-        below = [name for name in names.values() if name.startswith(f"{prefix}." if prefix else "")]
+        below = inside.get(prefix)
         if not below or isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
             continue
         if isinstance(module, PreTrainedModel) and (name := _first(module, names)):  # `model.dtype`

@@ -49,6 +49,6 @@ def check_fused_head(trainer: Trainer, model: torch.nn.Module, remedy: str) -> N
     if reason and trainer.accelerator.is_main_process:
         logger.warning(
             f"TRL's loss takes the logits of {name_of(trainer.accelerator.unwrap_model(model))} to be its last hidden states times "
-            f"its LM head, with a scale and a cap that TRL knows, and they are not: {reason}. The run goes on as TRL's does, on other "
-            f"probabilities than the model's own. {remedy}"
+            f"its LM head, with a scale and a cap that TRL knows. They are not, or it could not be told: {reason}. The run goes on as "
+            f"TRL's does, perhaps on other probabilities than the model's own. {remedy}"
         )

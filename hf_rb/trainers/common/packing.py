@@ -40,6 +40,9 @@ def check_packing(trainer: Trainer, model: torch.nn.Module, inputs: Mapping[str,
         return
     if not on_any_process(is_packed(inputs)):
         return
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        return  # they cut every sequence over processes; TRL refuses packing with them
     device = inputs["input_ids"].device
     unwrapped = trainer.accelerator.unwrap_model(model)
     if has_prompt_learning(unwrapped):  # of which no hidden states of the model alone tell
