@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from transformers import Trainer
 
 from hf_rb import tiny
-from hf_rb.scripts.doctor.behaviours import Recorded, check_parameters, relies_on
+from hf_rb.scripts.doctor.behaviours import Recorded, check_parameters, is_removed, relies_on
 from hf_rb.scripts.doctor.verdicts import expect
 from hf_rb.utils import compat
 
@@ -104,7 +104,7 @@ def run(name: str) -> Run:
         recorded = {}
         for entry, place in compat.TABLE.items():
             owner, _, method = place.attribute.partition(".")
-            if method and owner in (name, "Trainer"):
+            if method and owner in (name, "Trainer") and not is_removed(entry):
                 parent = getattr(import_module(place.module), owner)
                 recorded[entry] = stack.enter_context(Recorded(parent, method))
         trainer = TRAINERS[name](options)
@@ -194,11 +194,19 @@ def wait_for_pushes() -> None:
     expect(waited, "It does not wait.")
 
 
-@relies_on("GKDConfig", "GKDTrainer", "_is_vision_dataset", "_tokenizer")
+@relies_on("GKDConfig", "GKDTrainer")
 def distil() -> None:
-    """TRL's GKDTrainer knows its tokenizer, and whether its dataset has images."""
+    """Our GKDTrainer and its configuration are TRL's too."""
+    check_parameters("GKDTrainer")
     trainer = run("GKDTrainer").trainer
+    expect(isinstance(trainer, compat.GKDTrainer), "Our trainer is no GKDTrainer of TRL.")
     expect(isinstance(trainer.args, compat.GKDConfig), "Our configuration is no GKDConfig of TRL.")
+
+
+@relies_on("_is_vision_dataset", "_tokenizer")
+def know_the_data() -> None:
+    """TRL's SFTTrainer knows its tokenizer, and whether its dataset has images."""
+    trainer = run("GKDTrainer").trainer
     expect(trainer._is_vision_dataset is False, "A dataset of texts counts as one of images.")
     expect(trainer._tokenizer is trainer.processing_class, "The tokenizer is kept elsewhere.")
 

@@ -132,6 +132,7 @@ def sample_completions() -> None:
     """`generate_on_policy_outputs` returns prompts with completions and a mask that ends with the first end-of-sequence token."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    check_parameters("GKDTrainer.generate_on_policy_outputs")
     model = AutoModelForCausalLM.from_pretrained(tiny.path("student"))
     ids = torch.tensor([[5, 6], [7, 8]])
     options = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
