@@ -87,6 +87,7 @@ def cell_of_ours(args: argparse.Namespace, folder: Path, dtype: str, activations
     from transformers import AutoModelForCausalLM
 
     from hf_rb import PTQTPConfig
+    from hf_rb.utils import compat
 
     torch.set_num_threads(threads)
     before = peak()
@@ -100,7 +101,7 @@ def cell_of_ours(args: argparse.Namespace, folder: Path, dtype: str, activations
             clock = Clock()
             for _ in range(NEW_TOKENS):
                 token = output.logits[:, -1:].argmax(dim=-1)
-                output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+                output = model(input_ids=token, use_cache=True, **compat.cache_of(output))
             return clock.stop()
 
     files = folder.glob("*.safetensors")

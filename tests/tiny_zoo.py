@@ -73,6 +73,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "bridgetower": {"hidden_size": 64},
     "cohere_compass_text": {"layer_types": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "dory": {  # as files have it: every layer is two blocks
+        "num_hidden_layers": 6,
+        "n_(input|recurrent|output)_layers": 2,
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "full_attention", "mlp"],
+    },
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
     "glm5_next": {"index_kpool": 4, "qk_rope_head_dim": 0, "qk_head_dim": 8},

@@ -17,6 +17,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from hf_rb.utils import versions
+
 
 __all__ = ["VERBS", "configure", "main", "parse", "run"]
 
@@ -42,6 +44,7 @@ VERBS = {
         "Write one HTML file about runs and models: curves, tokens, advantages, errors, routers.",
     ),
     "push": ("hf_rb.cli.push", "Upload a model or an adapter to the Hub."),
+    "doctor": ("hf_rb.cli.doctor", "Print versions, and try what is installed: for a bug report."),
 }
 
 BAD_INPUT, INTERRUPTED = 2, 130  # 128 and the number of the signal, as shells have it
@@ -52,10 +55,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         verb = _overview().parse_args(argv[:1] or ["--help"]).verb
+        if verb != "doctor":  # whose work it is to say more
+            versions.check_versions()
         module = import_module(VERBS[verb][0])
         args = parse(verb, module, argv[1:])
     except SystemExit as stop:  # argparse has printed the help or the mistake
         return int(stop.code or 0)
+    except versions.UnsupportedVersion as error:
+        print(f"hf-rb {verb}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
     return run(module, args)
 
 

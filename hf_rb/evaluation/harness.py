@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_rb.utils.optional import import_optional
+
 
 __all__ = ["HarnessScore", "run_harness"]
 
@@ -74,12 +76,10 @@ def run_harness(
     """
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [_task_name(Path(task), allow_local_code) if Path(task) in files else task for task in tasks]
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError(f"lm-evaluation-harness is missing ({error}): pip install 'hf_rb[eval]'.") from error
+    what = "An evaluation on tasks of lm-evaluation-harness"
+    simple_evaluate = import_optional("lm_eval", what).simple_evaluate
+    HFLM = import_optional("lm_eval.models.huggingface", what).HFLM
+    TaskManager = import_optional("lm_eval.tasks", what).TaskManager
 
     # Reading the harness's own thousands of task files takes seconds.
     manager = TaskManager(

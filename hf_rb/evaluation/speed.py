@@ -7,6 +7,8 @@ from time import perf_counter
 import torch
 from transformers import PreTrainedModel
 
+from hf_rb.utils import compat
+
 
 __all__ = ["Speed", "decode_speed"]
 
@@ -80,7 +82,7 @@ def _decode(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> fl
     start = perf_counter()
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(dim=-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **compat.cache_of(output))
     _synchronize(model)
     return perf_counter() - start
 

@@ -11,7 +11,13 @@ from argparse import ArgumentParser
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from hf_rb import cli
-from hf_rb.cli import quantize
+from hf_rb.utils.versions import UnsupportedVersion
+
+
+try:
+    from hf_rb.cli import quantize
+except UnsupportedVersion:  # not the concern of optimum's own commands
+    quantize = None
 
 
 __all__ = ["REGISTER_COMMANDS"]
@@ -37,4 +43,4 @@ class D2QuantCommand(_Quantize):
     COMMAND = CommandInfo(name="d2quant", help="Quantize a model to 2 or 3 bits (D²Quant, hf_rb) and save it.")
 
 
-REGISTER_COMMANDS = [PTQTPCommand, D2QuantCommand]
+REGISTER_COMMANDS = [PTQTPCommand, D2QuantCommand] if quantize else []

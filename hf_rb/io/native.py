@@ -92,8 +92,8 @@ def _load(source: Path, variant: str, folder: Path) -> ctypes.CDLL | None:
 
 
 def _build(source: Path, variant: str, folder: Path) -> ctypes.CDLL:
-    compiler, flags = _compiler(), FLAGS + VARIANTS[variant][1].split()
-    identity = [*map(_identity, compiler), platform.machine(), *flags]
+    command, flags = compiler(), FLAGS + VARIANTS[variant][1].split()
+    identity = [*map(_identity, command), platform.machine(), *flags]
     key = hashlib.sha256(source.read_bytes() + repr(identity).encode()).hexdigest()[:20]
     library = folder / f"{source.stem}-{variant}-{key}.{SUFFIX}"
     try:
@@ -104,11 +104,17 @@ def _build(source: Path, variant: str, folder: Path) -> ctypes.CDLL:
         ) from error
     with FileLock(f"{library}.lock", timeout=300):
         if not _is_whole(library):
-            _compile([*compiler, *flags], source, library)
+            _compile([*command, *flags], source, library)
         return ctypes.CDLL(str(library))
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
+    """
+    Returns the command of the C compiler.
+
+    Raises:
+        RuntimeError: There is none.
+    """
     chosen = os.environ.get("CC", "").strip()
     try:
         commands = [shlex.split(chosen)] if chosen else [["cc"], ["gcc"], ["clang"]]

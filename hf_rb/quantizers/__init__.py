@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from hf_rb.utils.lazy import lazy_names
+from hf_rb.utils.versions import check_versions
 
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ __all__ = [
     "quantize",
     "quantize_checkpoint",
 ]
+
+check_versions()
 
 # On first use: a configuration below this folder is read without what its quantizer needs.
 __getattr__, __dir__ = lazy_names(__name__)

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from hf_rb.report.blocks import Block, Figure, Heading, Table, Text, Tokens, Word
 from hf_rb.report.panels import PANELS, environment, overview
 from hf_rb.report.sources import Source, read_source
+from hf_rb.utils.optional import import_optional
 
 
 __all__ = ["Report", "make_report", "write_report"]
@@ -74,10 +75,7 @@ def make_report(sources: Sequence[Source]) -> Report:
             raise ValueError(message)
         logger.warning(f"{message} The report is about the others.")
         sources = [source for source in sources if source not in empty]
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("Drawings need matplotlib: `pip install hf_rb[report]`.") from None
+    matplotlib = import_optional("matplotlib", "A report")
     named = len(sources) > 1
     shown = {overview.TITLE: _built(overview, sources, named)}
     with matplotlib.rc_context({"text.parse_math": False}):  # a name with dollars is no formula

@@ -21,6 +21,7 @@ from numbers import Number
 from typing import Any, NamedTuple
 
 from hf_rb.rl import math_verify
+from hf_rb.utils.optional import missing
 
 
 __all__ = ["check_gold", "gold_answer", "is_readable", "math_equivalent", "require_math_verify", "same_answer"]
@@ -147,7 +148,7 @@ def require_math_verify(what: str) -> None:
         RuntimeError: The process in which it runs cannot be started.
     """
     if find_spec("math_verify") is None:
-        raise ImportError(f"`{what}` needs math-verify. Run `pip install 'hf_rb[math]'`.")
+        raise missing("math_verify", f"`{what}`")
     if problem := math_verify.problem():
         raise RuntimeError(f"`{what}` needs math-verify, which runs in a process of its own. That failed: {problem}")
 

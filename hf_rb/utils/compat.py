@@ -1,12 +1,103 @@
 """The one door to names of TRL, transformers and PEFT that are private, experimental or likely to move.
 
-`from hf_rb import compat` and use `compat.<name>`: the name is looked up in `TABLE` and imported on first use, so that
-importing this module costs nothing. A name that is gone raises one `ImportError` that says which library moved it, the
-version that is installed and the versions we tested. `tests/test_compat.py` walks the table on every run.
+`from hf_rb.utils import compat` and use `compat.<name>`: the name is looked up in `TABLE` and imported on first use, so that
+importing this module costs nothing. Private attributes of objects that these libraries make are used where they are, and listed in
+`ATTRIBUTES`. A name that is gone raises one `ImportError` that says which library moved it, the version that is installed and the
+versions we tested.
+
+`hf-rb doctor` and `tests/test_compat.py` check each name of both tables by behaviour (hf_rb/scripts/doctor/behaviours). The block for
+type checkers imports every name of `TABLE` that is an attribute of this module.
 """
 
 from importlib import import_module, metadata
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hf_rb.utils.versions import TESTED, check_versions, release_of
+
+
+if TYPE_CHECKING:
+    from accelerate.commands.config import default_config_file
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.utils.integrations import skip_init_on_device
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        ConversionOps,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+    from transformers.core_model_loading import _IdentityOp as IdentityOp
+    from transformers.integrations.accelerate import load_offloaded_parameter
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+    from transformers.modelcard import TASK_MAPPING
+    from transformers.modeling_utils import load_state_dict
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        AUTO_QUANTIZER_MAPPING,
+        LOADING_ATTRIBUTES_CONFIG_TYPES,
+    )
+    from transformers.quantizers.quantizers_utils import should_convert_module
+    from transformers.trainer_utils import rotate_checkpoints
+    from transformers.utils import PushInProgress
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as CAN_RECORD_REGISTRY
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+    from trl.models import prepare_deepspeed
+    from trl.models.utils import _ForwardRedirection as ForwardRedirection
+    from trl.models.utils import unwrap_model_for_generation
+    from trl.trainer.utils import (
+        FusedCausalLMOutput,
+        create_model_from_path,
+        disable_dropout_in_model,
+        get_callable_name,
+        maybe_gather_lm_head_ctx,
+    )
+
+__all__ = [
+    "ATTRIBUTES",
+    "AUTO_QUANTIZATION_CONFIG_MAPPING",
+    "AUTO_QUANTIZER_MAPPING",
+    "CAN_RECORD_REGISTRY",
+    "CONFIG_MAPPING",
+    "Concatenate",
+    "ConversionOps",
+    "Entry",
+    "ForwardRedirection",
+    "FusedCausalLMOutput",
+    "GKDConfig",
+    "GKDTrainer",
+    "IdentityOp",
+    "LOADING_ATTRIBUTES_CONFIG_TYPES",
+    "MIN_PEFT_VERSION",
+    "MergeModulelist",
+    "ParamWrapper",
+    "PushInProgress",
+    "TABLE",
+    "TASK_MAPPING",
+    "WeightConverter",
+    "WeightRenaming",
+    "cache_of",
+    "create_model_from_path",
+    "default_config_file",
+    "disable_dropout_in_model",
+    "get_callable_name",
+    "get_model_conversion_mapping",
+    "launch_command",
+    "launch_command_parser",
+    "load_offloaded_parameter",
+    "load_state_dict",
+    "maybe_gather_lm_head_ctx",
+    "prepare_deepspeed",
+    "rename_source_key",
+    "resolve",
+    "rotate_checkpoints",
+    "should_convert_module",
+    "skip_init_on_device",
+    "unwrap_model_for_generation",
+]
 
 
 class Entry(NamedTuple):
@@ -26,8 +117,6 @@ class Entry(NamedTuple):
     def library(self) -> str:
         return self.module.partition(".")[0]
 
-
-TESTED = {"trl": "1.16", "transformers": "5.23", "peft": "0.21", "accelerate": "1.15"}
 
 TABLE: dict[str, Entry] = {
     # Where a quantization method is registered (hf_rb/integrations/registration.py).
@@ -121,6 +210,8 @@ TABLE: dict[str, Entry] = {
     "ParamWrapper._get_in_out_features": Entry(
         "peft.tuners.lora.layer", "ParamWrapper._get_in_out_features", ("module",)
     ),
+    # From which PEFT on transformers adds, loads and saves adapters by itself.
+    "MIN_PEFT_VERSION": Entry("transformers.integrations.peft", "MIN_PEFT_VERSION"),
     # What a quantizer does to a tensor while it loads, and how it names modules (hf_rb/quantizers).
     "ConversionOps": Entry("transformers.core_model_loading", "ConversionOps"),
     "IdentityOp": Entry("transformers.core_model_loading", "_IdentityOp"),
@@ -158,6 +249,70 @@ TABLE: dict[str, Entry] = {
     "launch_command_parser": Entry("accelerate.commands.launch", "launch_command_parser"),
 }
 
+# Private attributes of objects by library. A comment names the class where it is not obvious.
+ATTRIBUTES: dict[str, str] = {
+    # Model types that other packages add (hf_rb/integrations/registration.py).
+    "_extra_content": "transformers",
+    # How a checkpoint's tensors became parameters, and how they become tensors of a file again (hf_rb/quantizers).
+    "_weight_conversions": "transformers",
+    "_original_source_patterns": "transformers",
+    "_original_target_patterns": "transformers",
+    # What a quantizer overrides, and what it is told of a model and its parameters.
+    "_process_model_before_weight_loading": "transformers",
+    "_process_model_after_weight_loading": "transformers",
+    "_dequantize": "transformers",
+    "_is_hf_initialized": "transformers",
+    "_hf_peft_config_loaded": "transformers",
+    "_is_quantized": "transformers",
+    "_keep_in_fp32_modules": "transformers",
+    "_keep_in_fp32_modules_strict": "transformers",
+    "_keys_to_ignore_on_load_missing": "transformers",
+    "_keys_to_ignore_on_load_unexpected": "transformers",
+    "_keys_to_ignore_on_save": "transformers",
+    "_name_or_path": "transformers",  # of a configuration
+    # What the experts of a mixture are (hf_rb/models/mpi, hf_rb/quantizers/packed/experts.py).
+    "_apply_gate": "transformers",
+    "_is_expert_parallel": "transformers",
+    # What our model classes override or read (hf_rb/models/mpi).
+    "_auto_class": "transformers",
+    "_can_record_outputs": "transformers",
+    "_can_set_experts_implementation": "transformers",
+    # What the trainers call or read (hf_rb/trainers). Methods in `TABLE` are not here again.
+    "_VALID_DICT_FIELDS": "transformers",  # of TrainingArguments
+    "_finish_current_push": "transformers",
+    "_prepare_inputs": "transformers",
+    "_buffered_inputs": "trl",
+    "_forward_redirection": "trl",
+    "_get_last_hidden_state": "trl",
+    "_is_vision_dataset": "trl",
+    "_logs": "trl",
+    "_metrics": "trl",
+    "_name": "trl",
+    "_paper": "trl",
+    "_tag_names": "trl",
+    "_tokenizer": "trl",
+    # Dimensions of the parameter that LoRA was put on (hf_rb/quantizers/loading/adapters.py).
+    "_param_ndim": "peft",
+    # Where a layer's forward is while accelerate's hook stands in its place (hf_rb/ops/wide_head.py).
+    "_hf_hook": "accelerate",
+    "_old_forward": "accelerate",
+}
+
+
+def cache_of(output: Any) -> dict[str, Any]:
+    """Returns the cache in a model's output as the keyword argument that the model's next call takes."""
+    # Transformers 5.24 renamed `past_key_values`.
+    return {name: output[name] for name in ("cache", "past_key_values") if name in output.keys()}
+
+
+def native_adapters_problem() -> str | None:
+    """Returns why transformers will not have an adapter added to a model, loaded or saved with the installed PEFT, or `None`."""
+    # transformers asks for a PEFT of its own choice, which may not be released yet.
+    wanted, installed = resolve("MIN_PEFT_VERSION"), metadata.version("peft")
+    if release_of(installed) >= release_of(wanted):
+        return None
+    return f"transformers {metadata.version('transformers')} takes adapters from peft {wanted} on; peft {installed} is installed."
+
 
 def resolve(name: str) -> Any:
     """Imports and returns the object that `TABLE` lists under `name`.
@@ -175,6 +330,11 @@ def resolve(name: str) -> Any:
             installed = metadata.version(entry.library)
         except metadata.PackageNotFoundError:
             raise ImportError(f"hf_rb needs {entry.library} for `{name}`, and it is not installed.") from error
+        absent = (getattr(error, "name", None) or "") if isinstance(error, ModuleNotFoundError) else ""
+        if absent and absent.partition(".")[0] != entry.library:
+            raise ImportError(
+                f"hf_rb needs `{entry.module}.{entry.attribute}`, and {entry.library} needs {absent}."
+            ) from error
         raise ImportError(
             f"hf_rb needs `{entry.module}.{entry.attribute}`, which {entry.library} {installed} does not have. hf_rb is "
             f"tested with {entry.library} {TESTED.get(entry.library, '?')}; install that version or a newer hf_rb."
@@ -185,5 +345,6 @@ def resolve(name: str) -> Any:
 def __getattr__(name: str) -> Any:
     if name not in TABLE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    check_versions()
     value = globals()[name] = resolve(name)
     return value

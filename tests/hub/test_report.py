@@ -441,7 +441,7 @@ def test_other_bad_input(profit_run, rl_run, tmp_path, capsys):
 def test_without_matplotlib_the_remedy_is_told(profit_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(profit_run), "--out", str(tmp_path / "r.html")]) == 2
-    assert "pip install hf_rb[report]" in capsys.readouterr().err
+    assert "A report needs matplotlib. Run `pip install 'hf_rb[report]'`." in capsys.readouterr().err
 
 
 def test_every_panel_is_listed():

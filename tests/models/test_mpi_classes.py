@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -19,14 +20,27 @@ from transformers.distributed import DistributedConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, load_balancing_loss_func
 
 from hf_rb import MPIQwen3MoeConfig, MPIQwen3MoeForCausalLM, apply_mpi, fold_mpi
+from hf_rb.evaluation import decode_speed
 from hf_rb.models.mpi import effective_router
 from hf_rb.models.mpi.conversion import advance, routers
 from hf_rb.models.mpi.functional import expert_matrix
 from hf_rb.models.mpi.losses import auxiliary_loss
+from hf_rb.utils import compat
 
 
 FAMILIES = ["qwen3_moe", "olmoe", "mixtral"]
 SIZES = MOE_SIZES | MOE["qwen3_moe"] | dict(vocab_size=64)
+
+
+@pytest.fixture
+def said(recwarn):
+    """Returns what has been warned of, by Python's warnings and by transformers' logger."""
+    records, handler = [], logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield lambda: [*(str(one.message) for one in recwarn), *(one.getMessage() for one in records)]
+    logger.removeHandler(handler)
 
 
 def load(folder, auto=AutoModelForCausalLM, dtype=torch.float32, **options):
@@ -43,6 +57,20 @@ class TestEveryFamily:
         assert model.state_dict().keys() == native.state_dict().keys()
         native.load_state_dict(model.state_dict())
         torch.testing.assert_close(apply_mpi(native)(ids).logits, model(ids).logits, atol=0, rtol=0)
+
+    def test_a_cache_by_either_name_is_taken_without_a_warning(self, family, make_mixture, ids, said):
+        model = make_mixture(f"mpi_{family}")
+        with torch.no_grad():
+            whole = model(ids).logits[:, -1]
+            for name in ("cache", "past_key_values"):
+                (cache,) = compat.cache_of(model(ids[:, :-1], use_cache=True)).values()
+                logits = model(ids[:, -1:], use_cache=True, **{name: cache}).logits[:, -1]
+                # Sums over other lengths, in float32.
+                torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
+        generated = model.generate(ids, max_new_tokens=3, do_sample=False)
+        assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False), generated)
+        decode_speed(model, new_tokens=2, prompt_tokens=3, repeats=1)
+        assert [one for one in said() if "cache" in one or "past_key_values" in one] == []
 
     def test_native_checkpoints_load_whole_and_a_folded_model_is_native(self, family, make_mixture, ids, tmp_path):
         native = make_mixture(family)

@@ -1,7 +1,10 @@
 """Whether models keep packed sequences apart is measured, for models that do and for models that do not."""
 
+import inspect
+
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -43,6 +46,12 @@ def packed_batch(*more):
     return {"input_ids": ids, "position_ids": torch.cat([torch.arange(length) for length in LENGTHS + more])[None]}
 
 
+def mask_call(backbone):
+    """How a backbone makes its attention mask."""
+    source = inspect.getsource(backbone.forward)
+    return source[source.index("create_causal_mask(") :].split("\n        )")[0]
+
+
 KINDS = ["float32", "bfloat16", "autocast"]
 
 
@@ -61,6 +70,9 @@ def test_models_that_separate(name, kind):
 @pytest.mark.parametrize("name", MIXED)
 def test_models_that_mix(name):
     model = build(name, MIXED[name])
+    if name.startswith("falcon") and "position_ids=position_ids" in mask_call(type(model.transformer)):
+        assert leak_in(model, "float32", packed_batch()).ratio <= 1
+        pytest.skip(f"Falcon keeps packed rows apart in transformers {transformers.__version__}.")
     for kind in KINDS:
         leak = leak_in(model, kind, packed_batch())
         assert leak.ratio > 1, kind

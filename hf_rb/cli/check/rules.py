@@ -17,8 +17,7 @@ from hf_rb.rl.rewards import reward_name, reward_problem
 from hf_rb.trainers.common.rules import packing_rules
 from hf_rb.trainers.distillation.rules import distillation_rules
 from hf_rb.trainers.gkd.rules import gkd_rules
-from hf_rb.trainers.grpo.agent_config import agent_rules
-from hf_rb.trainers.grpo.rules import grpo_rules
+from hf_rb.trainers.grpo.rules import agent_rules, grpo_rules
 from hf_rb.trainers.sft.rules import profit_rules
 from hf_rb.utils.fields import Rule, value_problem
 from hf_rb.weights.rules import graft_rules

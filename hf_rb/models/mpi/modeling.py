@@ -21,6 +21,10 @@ from hf_rb.models.mpi.losses import auxiliary_loss
 from hf_rb.models.mpi.router import EffectiveRouter
 
 
+# What the native classes call a cache. Not in `compat`: this file goes to the Hub with a model, without the package.
+CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
 class MPIRouter:
     """Inherited before a native router: it routes with the effective router, and is the native one in all else."""
 
@@ -128,16 +132,19 @@ class MPIForCausalLM(MPIPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """
         As the native class's, with the auxiliary loss of the configuration (`lb_type`, `z_loss_coef`).
+
+        `cache` and `past_key_values` are the same argument: transformers 5.24 renamed it.
 
         Raises:
             ValueError: The auxiliary loss would have no gradient, because of reentrant checkpointing.
@@ -145,8 +152,9 @@ class MPIForCausalLM(MPIPreTrainedModel):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, output_router_logits=output_router_logits, **kwargs,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            use_cache=use_cache, output_router_logits=output_router_logits, **kwargs,
+            **{CACHE: past_key_values if cache is None else cache},
         )  # fmt: skip
         hidden_BTD = outputs.last_hidden_state
         logits = self.lm_head(slice_logits_to_keep(hidden_BTD, logits_to_keep))
@@ -158,8 +166,8 @@ class MPIForCausalLM(MPIPreTrainedModel):
             if loss is not None:
                 loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states, attentions=outputs.attentions, router_logits=outputs.router_logits,
+            loss=loss, aux_loss=aux_loss, logits=logits, hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions, router_logits=outputs.router_logits, **{CACHE: getattr(outputs, CACHE)},
         )  # fmt: skip
 
     def _auxiliary_loss(self, router_logits, hidden_BTD, attention_mask, position_ids) -> Tensor:

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_rb.utils.optional import import_optional
+
 
 __all__ = ["FactSearch", "Index", "Passage", "PassageSearch", "read_passages", "search_environment"]
 
@@ -59,10 +61,7 @@ class Index:
     """
 
     def __init__(self, passages: list[Passage], top_k: int = 3):
-        try:
-            import bm25s
-        except ImportError as error:
-            raise ImportError("Searching needs the package bm25s: pip install 'hf_rb[rl]'.") from error
+        bm25s = import_optional("bm25s", "A search environment")
         if not passages or top_k < 1:
             raise ValueError(f"A search needs passages and top_k of at least 1, not {len(passages)} and {top_k}.")
         self.passages, self.top_k = passages, min(top_k, len(passages))
