@@ -31,7 +31,8 @@ class ExactMatch:
 
     Attributes:
         accuracy (`float`): Share of problems whose answer after `####` is the right one.
-        lenient_accuracy (`float`): The same, with the last number of a completion as its answer where `####` is missing.
+        lenient_accuracy (`float`): The same, with the last number of a completion as its answer where `####` is
+            missing.
         by_kind (`dict[str, float]`): Accuracy on each kind of problem.
         finished (`float`): Share of completions that ended before the token limit.
         count (`int`): Number of problems.
@@ -50,7 +51,9 @@ class ExactMatch:
 
 @dataclass(frozen=True)
 class PassAtK:
-    """Result of [`pass_at_k`]: the chance that at least one of `k` sampled completions is right, estimated without bias."""
+    """Result of [`pass_at_k`]: the chance that at least one of `k` sampled completions is right, estimated without
+    bias.
+    """
 
     k: int
     pass_at_k: float
@@ -121,8 +124,9 @@ def generate(
     step = max(batch_size // samples, 1)
     training = model.training
     model.eval()
-    # TRL leaves `output_router_logits` on in mixtures of experts that it has trained. transformers then computes the balance loss of every
-    # token that it generates, and fails on padded prompts: the mask covers all tokens so far, the routers have seen one.
+    # TRL leaves `output_router_logits` on in mixtures of experts that it has trained. transformers then computes the
+    # balance loss of every token that it generates, and fails on padded prompts: the mask covers all tokens so far,
+    # the routers have seen one.
     routers = {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
     with torch.random.fork_rng(), own_distribution(model):
         torch.manual_seed(seed)

@@ -1,4 +1,6 @@
-"""Public benchmarks through the Python API of lm-evaluation-harness (`pip install hf_rb[eval]`), task files of one's own included."""
+"""Public benchmarks through the Python API of lm-evaluation-harness (`pip install hf_rb[eval]`), task files of one's
+own included.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +46,8 @@ def run_harness(
     batch_size: int = 8,
     allow_local_code: bool = False,
 ) -> list[HarnessScore]:
-    """Runs tasks of lm-evaluation-harness, which generates as it always does, so that scores compare with those that others publish.
+    """Runs tasks of lm-evaluation-harness, which generates as it always does, so that scores compare with those that
+    others publish.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -52,7 +55,8 @@ def run_harness(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
         tasks (`Sequence[str]`):
-            Names of the harness's tasks (their data comes from the Hub or its cache), or paths of task files in its YAML format.
+            Names of the harness's tasks (their data comes from the Hub or its cache), or paths of task files in its
+            YAML format.
         limit (`int`, *optional*):
             Asks only the first so many questions of a task. Not for figures that are published.
         fewshot (`int`, *optional*):
@@ -113,7 +117,8 @@ def _task_name(file: Path, allow_local_code: bool) -> str:
     for neighbour in sorted([*file.parent.glob("*.yaml"), *file.parent.glob("*.yml")]):
         if "!function" in neighbour.read_text(encoding="utf-8") and not allow_local_code:
             raise ValueError(
-                f"{neighbour} names Python code (`!function`), which would be imported: add `--allow-local-code` if you trust it."
+                f"{neighbour} names Python code (`!function`), which would be imported: add `--allow-local-code` if "
+                "you trust it."
             )
     loader = type("Loader", (yaml.SafeLoader,), {})  # takes the tag as text; nothing is imported here
     loader.add_constructor("!function", lambda _, node: node.value)

@@ -19,8 +19,8 @@ def load_task(name: str, limit: int | None = None, split: str = "test") -> list[
 
     Args:
         name (`str`):
-            `"tiny:math"`, or the path of a JSON-lines file with a `question` and an `answer` that ends in `#### <answer>`, as
-            GSM8K has them.
+            `"tiny:math"`, or the path of a JSON-lines file with a `question` and an `answer` that ends in
+            `#### <answer>`, as GSM8K has them.
         limit (`int`, *optional*):
             Takes the first so many.
         split (`str`, *optional*, defaults to `"test"`):
@@ -84,8 +84,8 @@ def solutions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) ->
     """Renders worked solutions as assistant turns.
 
     Returns:
-        `tuple[list[str], list[str]]`: The solutions, and in front of each the prompt up to where the assistant begins: `texts`
-        and `contexts` of [`perplexity`].
+        `tuple[list[str], list[str]]`: The solutions, and in front of each the prompt up to where the assistant begins:
+        `texts` and `contexts` of [`perplexity`].
 
     Raises:
         ValueError: The chat template does not begin a conversation as it begins its prompt.
@@ -97,8 +97,8 @@ def solutions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) ->
         whole = tokenizer.apply_chat_template(row["prompt"] + turn, tokenize=False)
         if not whole.startswith(context):
             raise ValueError(
-                "The chat template writes a prompt in another way when an answer follows, so prompt and solution cannot be "
-                "told apart. Give the tokenizer a template that keeps prefixes."
+                "The chat template writes a prompt in another way when an answer follows, so prompt and solution "
+                "cannot be told apart. Give the tokenizer a template that keeps prefixes."
             )
         texts.append(whole.removeprefix(context))
         contexts.append(context)
@@ -106,7 +106,8 @@ def solutions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) ->
 
 
 def is_correct(text: str, answer: str | float | None, lenient: bool = False) -> bool:
-    """Says whether what follows the last `####` of `text` is `answer`, as [`~hf_rb.rl.answers.same_answer`] compares them.
+    """Says whether what follows the last `####` of `text` is `answer`, as [`~hf_rb.rl.answers.same_answer`] compares
+    them.
 
     Args:
         text (`str`):

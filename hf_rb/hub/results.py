@@ -25,7 +25,8 @@ def read_results(path: str | Path, models: Sequence[str | Path] = ()) -> list[Re
         path (`str` or `Path`):
             The file.
         models (`Sequence[str | Path]`, *optional*, defaults to `()`):
-            Folders or Hub ids, by the last part of which the measured model must be called; by default, it is not asked.
+            Folders or Hub ids, by the last part of which the measured model must be called; by default, it is not
+            asked.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -54,13 +55,15 @@ def read_results(path: str | Path, models: Sequence[str | Path] = ()) -> list[Re
     called = {Path(model).resolve().name for model in models}
     if models and Path(measured).resolve().name not in called:
         raise ValueError(
-            f"{path} measures {measured}, not {models[0]}. If they are the same, write the latter as `model` in {path}."
+            f"{path} measures {measured}, not {models[0]}. If they are the same, write the latter as `model` in "
+            f"{path}."
         )
     return results
 
 
 def add_results(readme: str | Path, results: Sequence[Result]) -> Path:
-    """Writes results into a model card, in place of what this function wrote there before; makes the card where there is none.
+    """Writes results into a model card, in place of what this function wrote there before; makes the card where there
+    is none.
 
     Args:
         readme (`str` or `Path`):

@@ -1,6 +1,7 @@
 """Registers our classes with the Hugging Face libraries, whatever is imported first.
 
-A hook stores names, never classes, and imports none of our own modules: at that moment the library is still half imported.
+A hook stores names, never classes, and imports none of our own modules: at that moment the library is still half
+imported.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,6 @@
-"""Files that are either whole or absent: folders that appear in one step, and a manifest that says what a whole one holds."""
+"""Files that are either whole or absent: folders that appear in one step, and a manifest that says what a whole one
+holds.
+"""
 
 import hashlib
 import json
@@ -55,8 +57,9 @@ def atomic_folder(destination: str | os.PathLike, overwrite: bool = False) -> It
     """
     Context manager for writing a folder that appears at `destination` only when it is complete.
 
-    Yields an empty temporary folder beside `destination`. When the block ends, everything in it is synced to disk and the
-    folder takes its final name; when the block raises, the temporary folder is removed and `destination` stays as it was.
+    Yields an empty temporary folder beside `destination`. When the block ends, everything in it is synced to disk and
+    the folder takes its final name; when the block raises, the temporary folder is removed and `destination` stays as
+    it was.
 
     Args:
         destination (`str` or `os.PathLike`):
@@ -118,7 +121,8 @@ def check_replaceable(destination: Path, overwrite: bool) -> None:
 
 
 def check_new_file(path: str | os.PathLike, option: str, overwrite: bool) -> None:
-    """Refuses a file that cannot be written, or that is there and is not to be replaced; `option` is the argument that names it.
+    """Refuses a file that cannot be written, or that is there and is not to be replaced; `option` is the argument that
+    names it.
 
     Raises:
         FileNotFoundError: There is no such folder.

@@ -1,6 +1,7 @@
 """Safetensors checkpoints read and written in pieces: whatever their size, no more than one tensor is in memory.
 
-Files are read with plain reads. A memory map would be simpler, but what it has touched counts as memory of the process.
+Files are read with plain reads. A memory map would be simpler, but what it has touched counts as memory of the
+process.
 """
 
 import json
@@ -134,7 +135,8 @@ class Checkpoint:
 
     Attributes:
         files (`list[Path]`): The weight files.
-        shards (`list[dict[str, Entry]]`): Their tensors by name, a file each; one that two files hold is in the last one.
+        shards (`list[dict[str, Entry]]`): Their tensors by name, a file each; one that two files hold is in the last
+            one.
         entries (`dict[str, Entry]`): The tensors of all files.
         lost (`list[str]`): What the index lists and no file holds.
 

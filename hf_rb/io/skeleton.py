@@ -1,4 +1,6 @@
-"""What transformers makes of the tensors of a checkpoint: its own loader, run on tensors without values, before they are published."""
+"""What transformers makes of the tensors of a checkpoint: its own loader, run on tensors without values, before they
+are published.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +15,8 @@ __all__ = ["loading_problem", "skeleton_of"]
 
 def loading_problem(config: dict[str, Any], entries: Mapping[str, Entry], extra: bool = False) -> str | None:
     """
-    Returns why transformers would not load these tensors as the model of this configuration with every parameter from a tensor.
+    Returns why transformers would not load these tensors as the model of this configuration with every parameter from
+    a tensor.
 
     Args:
         config (`dict`):

@@ -1,15 +1,17 @@
 """
-The router doctor: is the load of the experts balanced, do tokens decide clearly, do routers point where their experts respond?
+The router doctor: is the load of the experts balanced, do tokens decide clearly, do routers point where their experts
+respond?
 
 Of a layer with N experts over some tokens, with c_i the times that expert i was chosen:
 
     MaxVio     = max_i c_i / mean c - 1                      0 at balance, N / K - 1 where all tokens choose the same K
     dead       = #{i : c_i = 0}
-    load entropy, entropy                                    of c / Σ c, and the mean of a token's softmax, both in [0, 1] (1 = uniform)
+    load entropy, entropy                                    of c / Σ c, and the mean of a token's softmax,
+                                                             both in [0, 1] (1 = uniform)
     λ          = ‖G r‖ / (‖r‖ ‖G‖₂)                          see `hf_rb.models.mpi.alignment`
 
-λ is given for the learned router, for the effective one and for one power step on random rows: a power step alone raises λ, whatever
-the rows are, so only what the effective router has above the third was learned.
+λ is given for the learned router, for the effective one and for one power step on random rows: a power step alone
+raises λ, whatever the rows are, so only what the effective router has above the third was learned.
 """
 
 import math
@@ -40,7 +42,9 @@ __all__ = [
 
 
 def max_vio(picks: Tensor) -> float:
-    """Returns how far the most chosen expert is above the mean load, in units of the mean, of counts `(N,)`; NaN without tokens."""
+    """Returns how far the most chosen expert is above the mean load, in units of the mean, of counts `(N,)`; NaN
+    without tokens.
+    """
     picks = picks.double()
     return (picks.max() / picks.mean() - 1).item()
 
@@ -71,7 +75,8 @@ def layer_alignments(layer: RoutedLayer, seed: int = 0) -> dict[str, float]:
             Seed of the random rows.
 
     Returns:
-        `dict[str, float]`: `learned`, `effective` (the same for an ordinary router) and `random`: random rows after one power step.
+        `dict[str, float]`: `learned`, `effective` (the same for an ordinary router) and `random`: random rows after
+        one power step.
 
     Raises:
         TypeError: The experts' matrices are not known, as those of quantized experts.
@@ -94,7 +99,9 @@ def _response(rows_ND: Tensor, expert_NdD: Tensor) -> Tensor:
 
 @dataclass
 class Load:
-    """What a layer did with some tokens: how often each expert was chosen, and the sum of the tokens' entropies, in [0, 1] each."""
+    """What a layer did with some tokens: how often each expert was chosen, and the sum of the tokens' entropies, in
+    [0, 1] each.
+    """
 
     picks: Tensor
     entropy: Tensor
@@ -103,7 +110,8 @@ class Load:
 
 class RouterMeter:
     """
-    Counts which experts the tokens of forward passes choose. Padding, by the `attention_mask` of the pass, does not count.
+    Counts which experts the tokens of forward passes choose. Padding, by the `attention_mask` of the pass, does not
+    count.
 
     Args:
         model (`torch.nn.Module`):
@@ -182,8 +190,8 @@ class LayerReport:
         dead (`int`): Experts that were never chosen.
         load_entropy, entropy (`float`): In [0, 1].
         row_cosine (`float`): Mean |cos| between two rows of the router that is used.
-        lambda_learned, lambda_effective, lambda_random (`float`, *optional*): Mean over experts; `None` where the experts' matrices
-            are not known.
+        lambda_learned, lambda_effective, lambda_random (`float`, *optional*): Mean over experts; `None` where the
+            experts' matrices are not known.
     """
 
     name: str
@@ -291,11 +299,12 @@ def _notes(report: RouterReport) -> list[str]:
     effective, random = report.mean("lambda_effective"), report.mean("lambda_random")
     if effective is None:
         notes.append(
-            "The experts' matrices are packed or adapted: λ cannot be measured here; look at the model they were made from."
+            "The experts' matrices are packed or adapted: λ cannot be measured here; look at the model they were "
+            "made from."
         )
     elif report.mpi and effective <= random:
         notes.append(
-            f"The effective routers (λ {effective:.3f}) are aligned no better than one power step makes random rows ({random:.3f}): "
-            "what there is comes from the step, not from training."
+            f"The effective routers (λ {effective:.3f}) are aligned no better than one power step makes random rows "
+            f"({random:.3f}): what there is comes from the step, not from training."
         )
     return notes

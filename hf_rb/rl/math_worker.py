@@ -1,8 +1,9 @@
-"""The process in which `math-verify` runs; `hf_rb.rl.math_verify` starts it as a script, so that nothing of hf_rb or torch is imported.
+"""The process in which `math-verify` runs; `hf_rb.rl.math_verify` starts it as a script, so that nothing of hf_rb or
+torch is imported.
 
-A question is a line of JSON: {"what": "read", "answers": [answer], "seconds": 5} asks whether an answer can be read, {"what": "equal",
-"answers": [first, second], "seconds": 5} whether two are equal. The reply is a line with true or false. When the seconds are over, the
-other side ends this process.
+A question is a line of JSON: {"what": "read", "answers": [answer], "seconds": 5} asks whether an answer can be read,
+{"what": "equal", "answers": [first, second], "seconds": 5} whether two are equal. The reply is a line with true or
+false. When the seconds are over, the other side ends this process.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""What the training scripts share: strict parsing, data that is checked before a model is loaded, and the end of a run."""
+"""What the training scripts share: strict parsing, data that is checked before a model is loaded, and the end of a
+run.
+"""
 
 import argparse
 import os
@@ -53,11 +55,11 @@ class ScriptArguments(trl.ScriptArguments):
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether a model and checkpoints that `output_dir` already holds are deleted when training starts.
         token_samples (`bool`, *optional*, defaults to `True`):
-            Whether to write what a method does to the tokens of the first 16 sequences of the training data into `output_dir`, as
-            text and numbers, for `hf-rb report`.
+            Whether to write what a method does to the tokens of the first 16 sequences of the training data into
+            `output_dir`, as text and numbers, for `hf-rb report`.
         router_doctor (`str`, *optional*):
-            What is logged of a mixture's routers, for `hf-rb report` and the trackers: `"mean"`, the mean over the layers of load,
-            dead experts, entropies and λ, or `"layers"`, every layer's too.
+            What is logged of a mixture's routers, for `hf-rb report` and the trackers: `"mean"`, the mean over the
+            layers of load, dead experts, entropies and λ, or `"layers"`, every layer's too.
     """
 
     overwrite: bool = field(
@@ -69,15 +71,15 @@ class ScriptArguments(trl.ScriptArguments):
     token_samples: bool = field(
         default=True,
         metadata=described(
-            "Whether to write what a method does to the tokens of the first 16 sequences of the training data into `output_dir`, as text "
-            "and numbers, for `hf-rb report`."
+            "Whether to write what a method does to the tokens of the first 16 sequences of the training data into "
+            "`output_dir`, as text and numbers, for `hf-rb report`."
         ),
     )
     router_doctor: str | None = field(
         default=None,
         metadata=described(
-            "What is logged of a mixture's routers, for `hf-rb report` and the trackers: `mean`, the mean over the layers of load, dead "
-            "experts, entropies and λ, or `layers`, every layer's too.",
+            "What is logged of a mixture's routers, for `hf-rb report` and the trackers: `mean`, the mean over the "
+            "layers of load, dead experts, entropies and λ, or `layers`, every layer's too.",
             choices=["mean", "layers"],
         ),
     )
@@ -89,14 +91,15 @@ def run(prepare: Callable, build: Callable, argv: Sequence[str] | None = None, n
 
     Args:
         prepare (`Callable`):
-            From the arguments to what `build` takes. Everything that can be wrong before a model is loaded is found here.
+            From the arguments to what `build` takes. Everything that can be wrong before a model is loaded is found
+            here.
         build (`Callable`):
             From script arguments, config, model arguments, mixture and splits to the trainer.
         argv (`Sequence[str]`, *optional*):
             Arguments. Defaults to those of the process.
         name (`str`, *optional*):
-            The script as a program of its own, which ends with one line on stderr where `prepare` raises, where there is no such
-            model or teacher, or where the first packed batch shows that a model cannot pack.
+            The script as a program of its own, which ends with one line on stderr where `prepare` raises, where there
+            is no such model or teacher, or where the first packed batch shows that a model cannot pack.
     """
     with readable_errors(name) if name else nullcontext():
         script_args, args, model_args, mixture, splits = prepare(argv)
@@ -134,7 +137,9 @@ def readable_errors(module: str) -> Iterator[None]:
 
 
 class RecipeParser(trl.TrlParser):
-    """TRL's parser, for which a scalar in a recipe is a list of one where the key takes a list, as on the command line."""
+    """TRL's parser, for which a scalar in a recipe is a list of one where the key takes a list, as on the command
+    line.
+    """
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
         for action in self._actions:
@@ -238,7 +243,8 @@ def check_output_dir(args: TrainingArguments, overwrite: bool) -> None:
     resume = _resume_from(args)
     if overwrite and resume:
         raise ValueError(
-            "`--overwrite` deletes the checkpoints that `--resume_from_checkpoint` would continue from. Pass one of the two."
+            "`--overwrite` deletes the checkpoints that `--resume_from_checkpoint` would continue from. Pass one of "
+            "the two."
         )
     found = [
         path.name
@@ -247,8 +253,9 @@ def check_output_dir(args: TrainingArguments, overwrite: bool) -> None:
     ]
     if found and not overwrite and not resume:
         raise FileExistsError(
-            f"`output_dir: {args.output_dir}` already holds a model or checkpoints of one ({found[0]}). Choose another "
-            "folder, pass `--resume_from_checkpoint true` to continue that run, or `--overwrite` to replace it."
+            f"`output_dir: {args.output_dir}` already holds a model or checkpoints of one ({found[0]}). Choose "
+            "another folder, pass `--resume_from_checkpoint true` to continue that run, or `--overwrite` to replace "
+            "it."
         )
 
 
@@ -272,7 +279,8 @@ def load_splits(
     script_args: ScriptArguments, args: TrainingArguments, mixture: trl.DatasetMixtureConfig
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset | datasets.IterableDataset | None]:
     """
-    Loads the training split and, if there is evaluation, the test split of what a recipe names as `dataset_name` or `datasets`.
+    Loads the training split and, if there is evaluation, the test split of what a recipe names as `dataset_name` or
+    `datasets`.
 
     Raises:
         ValueError: No dataset, or a split that it does not have.
@@ -297,8 +305,8 @@ def load_splits(
     for name in names:
         if name not in splits:
             raise ValueError(
-                f"The dataset has no split {name!r}, only {', '.join(map(repr, splits))}. Set `dataset_train_split` and "
-                "`dataset_test_split`, `test_split_size` for a mixture, or `eval_strategy: no`."
+                f"The dataset has no split {name!r}, only {', '.join(map(repr, splits))}. Set `dataset_train_split` "
+                "and `dataset_test_split`, `test_split_size` for a mixture, or `eval_strategy: no`."
             )
     return splits[names[0]], splits[names[1]] if evaluation else None
 

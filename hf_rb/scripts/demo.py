@@ -1,5 +1,5 @@
-"""What `hf-rb demo` does: fine-tune the tiny student with ProFit, quantize it with PTQTP, and measure every step. The tiny teacher,
-which has learnt its task, is quantized beside it."""
+"""What `hf-rb demo` does: fine-tune the tiny student with ProFit, quantize it with PTQTP, and measure every step. The
+tiny teacher, which has learnt its task, is quantized beside it."""
 
 import ast
 import json
@@ -86,7 +86,8 @@ def demo(
             Whether to replace a folder that is not empty.
 
     Returns:
-        `list[Row]`: What was measured: the student before, fine-tuned, and quantized; the teacher before, and quantized.
+        `list[Row]`: What was measured: the student before, fine-tuned, and quantized; the teacher before, and
+        quantized.
 
     Raises:
         FileExistsError: `output` is not empty and `overwrite` is `False`.
@@ -177,10 +178,15 @@ def _train(folder: Path, arguments: Sequence[str], log: Path) -> None:
 
 
 def _summarize(line: str) -> str | None:
-    """Shortens a line of the trainer's log to its loss and ProFit's share of kept tokens; anything else gives `None`."""
+    """Shortens a line of the trainer's log to its loss and ProFit's share of kept tokens; anything else gives
+    `None`.
+    """
     try:
         logs = ast.literal_eval(line.strip())
-        return f"epoch {float(logs['epoch']):.2f}  loss {float(logs['loss']):.4f}  tokens kept {float(logs['profit/kept_fraction']):.1%}"
+        return (
+            f"epoch {float(logs['epoch']):.2f}  loss {float(logs['loss']):.4f}  tokens kept "
+            f"{float(logs['profit/kept_fraction']):.1%}"
+        )
     except (ValueError, SyntaxError, TypeError, KeyError):
         return None
 
@@ -240,16 +246,22 @@ def _print_summary(output: Path, table: list[Row], seconds: dict[str, float]) ->
     print("\n" + format_table(HEADER, [row.cells() for row in table]))
     print(
         f"""
-exact match   greedy answers to {problems} held-out word problems; one standard error is at most {50 / problems**0.5:.1f} points
+exact match   greedy answers to {problems} held-out word problems; one standard error is at most \
+{50 / problems**0.5:.1f} points
 perplexity    of the worked solutions, given the problems; ProFit leaves improbable tokens alone, so it need not fall
-bits/weight   8 x bytes of the weight files / weights; {student.size.quantized_bits_per_weight:.2f} in the quantized layers of the student: 16-bit embeddings
-              weigh more in a model of {student.size.weights / 1e6:.1f} million weights than in a large one; the trainer saves float32
-tokens/s      one sequence, with a cache; without kernels, PTQTP unpacks a layer once and multiplies as before: it gains bytes, not time
+bits/weight   8 x bytes of the weight files / weights; {student.size.quantized_bits_per_weight:.2f} in \
+the quantized layers of the student: 16-bit embeddings
+              weigh more in a model of {student.size.weights / 1e6:.1f} million weights than in a large one; \
+the trainer saves float32
+tokens/s      one sequence, with a cache; without kernels, PTQTP unpacks a layer once and multiplies as before: it \
+gains bytes, not time
 A model this small shows that everything works, not how much the methods gain: see model_cards/ for that."""
     )
     print(
-        f"\nIn {output}: student-profit, student-profit-ptqtp and teacher-ptqtp with their cards; demo.json; train.log\n"
-        f"`hf-rb report {output}/student-profit --out report.html` draws what ProFit masked (pip install 'hf_rb[report]')"
+        f"\nIn {output}: student-profit, student-profit-ptqtp and teacher-ptqtp with their cards; demo.json; "
+        "train.log\n"
+        f"`hf-rb report {output}/student-profit --out report.html` draws what ProFit masked (pip "
+        "install 'hf_rb[report]')"
     )
     print("\nSeconds by stage")
     for index, (title, value) in enumerate(seconds.items(), start=1):

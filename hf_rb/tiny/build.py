@@ -1,4 +1,5 @@
-"""Rebuilds everything under `hf_rb/tiny/assets` from a seed: `python -m hf_rb.tiny.build` (about an hour on one CPU core).
+"""Rebuilds everything under `hf_rb/tiny/assets` from a seed: `python -m hf_rb.tiny.build` (about an hour on one CPU
+core).
 
 The same seed gives the same bytes on one machine with the same number of threads.
 """
@@ -79,7 +80,8 @@ MODELS = {
         ),
     ),
 }
-# Tokens seen and peak learning rate. The student stops early on purpose: it is the one that fine-tuning, distillation and RL improve.
+# Tokens seen and peak learning rate. The student stops early on purpose: it is the one that fine-tuning, distillation
+# and RL improve.
 BUDGETS = {"teacher": (10_000_000, 2e-3), "student": (3_200_000, 2e-3), "moe": (4_000_000, 2e-3)}
 
 

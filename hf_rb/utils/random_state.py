@@ -13,7 +13,9 @@ __all__ = ["random_states_kept"]
 
 @contextmanager
 def random_states_kept(devices: Iterable[int] = ()) -> Iterator[None]:
-    """Gives Python's, NumPy's and torch's random states back as they were. `devices` are the GPUs whose states count too."""
+    """Gives Python's, NumPy's and torch's random states back as they were. `devices` are the GPUs whose states count
+    too.
+    """
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices):

@@ -1,5 +1,6 @@
 """
-Callbacks for trainers of mixtures of experts: what an MPI router does after an optimizer step, balance by a bias, and the doctor's log.
+Callbacks for trainers of mixtures of experts: what an MPI router does after an optimizer step, balance by a bias, and
+the doctor's log.
 
 They work with every `transformers.Trainer`. Our own trainers add [`MPICallback`] by themselves where a model needs it.
 """
@@ -19,11 +20,12 @@ __all__ = ["LossFreeBalanceCallback", "MPICallback", "RouterDoctorCallback"]
 
 class MPICallback(TrainerCallback):
     """
-    Iterates routers in place after each optimizer step (`mpi_mode="inplace"`), and moves ramps on (`ramp_steps`). Without it the first
-    would be ordinary routers, and the second would stay at their start. Others are left alone.
+    Iterates routers in place after each optimizer step (`mpi_mode="inplace"`), and moves ramps on (`ramp_steps`).
+    Without it the first would be ordinary routers, and the second would stay at their start. Others are left alone.
 
-    In place, a router jumps with every step while the moments of the optimizer stay, so they are of the gradients along a path that
-    the router did not take. This mode is an experiment: the paper's code maps the router in each forward pass, the default.
+    In place, a router jumps with every step while the moments of the optimizer stay, so they are of the gradients
+    along a path that the router did not take. This mode is an experiment: the paper's code maps the router in each
+    forward pass, the default.
     """
 
     def on_optimizer_step(
@@ -54,9 +56,9 @@ class LossFreeBalanceCallback(_Metered):
 
         bias_i += rate · sign(mean load - load_i)
 
-    with the load of all micro-batches and processes of the step. The bias is added to an expert's score when experts are chosen, and to
-    nothing else. It is for models that have one, `e_score_correction_bias` in DeepSeek-V3, GLM-4-MoE and their like, whose training in
-    transformers leaves it at zero; with MPI or without.
+    with the load of all micro-batches and processes of the step. The bias is added to an expert's score when experts
+    are chosen, and to nothing else. It is for models that have one, `e_score_correction_bias` in DeepSeek-V3,
+    GLM-4-MoE and their like, whose training in transformers leaves it at zero; with MPI or without.
 
     Args:
         rate (`float`, *optional*, defaults to `1e-3`):
@@ -87,20 +89,22 @@ def _expert_bias(model: nn.Module, layer: RoutedLayer) -> Tensor:
         if isinstance(bias := getattr(module, "e_score_correction_bias", None), Tensor):
             return bias
     raise ValueError(
-        f"The router {layer.name} ({type(layer.router).__name__}) has no `e_score_correction_bias` that would balance its experts: use "
-        "a balance loss (`router_aux_loss_coef`, and `lb_type` of the MPI classes) instead of LossFreeBalanceCallback."
+        f"The router {layer.name} ({type(layer.router).__name__}) has no `e_score_correction_bias` that would "
+        "balance its experts: use a balance loss (`router_aux_loss_coef`, and `lb_type` of the MPI classes) instead "
+        "of LossFreeBalanceCallback."
     )
 
 
 class RouterDoctorCallback(_Metered):
     """
-    Adds to what a trainer logs, with a mean over the layers, what the doctor sees in the training passes since the last log:
-    `router/max_vio` (of an optimizer step's tokens), `router/global_max_vio` (of all tokens), `router/dead`, `router/load_entropy`,
-    `router/entropy`, `router/lambda_learned`, `router/lambda_effective` and `router/lambda_random` (one power step on random rows).
+    Adds to what a trainer logs, with a mean over the layers, what the doctor sees in the training passes since the
+    last log: `router/max_vio` (of an optimizer step's tokens), `router/global_max_vio` (of all tokens), `router/dead`,
+    `router/load_entropy`, `router/entropy`, `router/lambda_learned`, `router/lambda_effective` and
+    `router/lambda_random` (one power step on random rows).
 
-    Reporters that a trainer has made from `report_to` are called before the callbacks it is given. For their sake write
-    `trainer.callback_handler.callbacks.insert(0, RouterDoctorCallback())`; given as `callbacks=[...]` it reaches the console and
-    `trainer_state.json`.
+    Reporters that a trainer has made from `report_to` are called before the callbacks it is given. For their sake
+    write `trainer.callback_handler.callbacks.insert(0, RouterDoctorCallback())`; given as `callbacks=[...]` it reaches
+    the console and `trainer_state.json`.
 
     Args:
         per_layer (`bool`, *optional*, defaults to `False`):

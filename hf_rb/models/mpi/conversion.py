@@ -1,7 +1,8 @@
 """Puts MPI on any mixture of experts of transformers, and makes ordinary models of those that have it.
 
-A layer is a module with fused experts under the name `experts` and a router under the name `gate` or `router`, whose `weight` has a
-row an expert. Nothing else is asked of its code: on any model the effective router is a parametrization of that weight.
+A layer is a module with fused experts under the name `experts` and a router under the name `gate` or `router`, whose
+`weight` has a row an expert. Nothing else is asked of its code: on any model the effective router is a parametrization
+of that weight.
 """
 
 import warnings
@@ -30,7 +31,8 @@ class RoutedLayer(NamedTuple):
         name (`str`): Name of its block in the model.
         router (`torch.nn.Module`): Router module, which returns logits, weights and indices.
         experts (`torch.nn.Module`): Experts module, or the adapter around it.
-        weight (`Callable[[], torch.Tensor]`): Returns the matrix `(N, D)` that the layer routes with now, with its gradient.
+        weight (`Callable[[], torch.Tensor]`): Returns the matrix `(N, D)` that the layer routes with now, with its
+            gradient.
     """
 
     name: str
@@ -49,7 +51,9 @@ class RoutedLayer(NamedTuple):
         return _learned(self.router)
 
     def expert_matrix(self) -> Tensor:
-        """Returns the experts' matrix `(N, d, D)` that the router is iterated with; of an ordinary layer, the gate's."""
+        """Returns the experts' matrix `(N, d, D)` that the router is iterated with; of an ordinary layer, the
+        gate's.
+        """
         return expert_matrix(self.experts) if self.mpi is None else self.mpi.expert_matrix()
 
 
@@ -101,10 +105,11 @@ def apply_mpi(
     ramp_steps: int = 0,
 ) -> nn.Module:
     """
-    Gives every router of a mixture of experts a manifold power iteration (https://huggingface.co/papers/2606.12397), in place.
+    Gives every router of a mixture of experts a manifold power iteration (https://huggingface.co/papers/2606.12397),
+    in place.
 
-    Made for a model that is still to be pretrained. It changes what a trained model computes, and cannot do otherwise: an effective
-    row lies where its expert responds. `ramp_steps` begins with the trained router.
+    Made for a model that is still to be pretrained. It changes what a trained model computes, and cannot do otherwise:
+    an effective row lies where its expert responds. `ramp_steps` begins with the trained router.
 
     Until it is folded, save the model as a checkpoint of a training only: its routers are stored under
     `<router>.parametrizations.weight.original`, which no other class reads. To resume, apply first, then load.
@@ -119,27 +124,30 @@ def apply_mpi(
         scale (`float`, *optional*, defaults to `2.0`):
             C': rows have length C' / √N. The paper's sweep at N = 256 has 2 to 8 alike and 1 behind a learned router.
         norm (`float`, *optional*):
-            C, the length of the rows, instead of `scale`. The paper has 1.0 for routers with sigmoid scores, as DeepSeek-V3's.
+            C, the length of the rows, instead of `scale`. The paper has 1.0 for routers with sigmoid scores, as
+            DeepSeek-V3's.
         mode (`str`, *optional*, defaults to `"reparam"`):
-            `"inplace"`, an experiment, uses the router as it is and iterates it after every optimizer step: call [`advance`], or let
-            the callback do it.
+            `"inplace"`, an experiment, uses the router as it is and iterates it after every optimizer step: call
+            [`advance`], or let the callback do it.
         grad (`str`, *optional*, defaults to `"full"`):
             Where gradients go: `"full"`, `"detach_experts"` or `"detach_power"`, see [`effective_router`].
         ramp_steps (`int`, *optional*, defaults to `0`):
-            Optimizer steps over which the router goes from the one there is to the effective one. Counted by [`advance`].
+            Optimizer steps over which the router goes from the one there is to the effective one. Counted by
+            [`advance`].
 
     Returns:
         `torch.nn.Module`: The same model.
 
     Raises:
         TypeError: The model has no mixture of experts that is known here, or its experts are quantized.
-        ValueError: An option is out of range, a router has rows of zeros, the routers have MPI already, or the model is split
-            over processes or uses fused kernels that pass its routers by.
+        ValueError: An option is out of range, a router has rows of zeros, the routers have MPI already, or the model
+            is split over processes or uses fused kernels that pass its routers by.
     """
     layers = list(routers(model))
     if not layers:
         raise TypeError(
-            f"{type(model).__name__} has no layer with fused `experts` beside a `gate` or `router` with a row an expert."
+            f"{type(model).__name__} has no layer with fused `experts` beside a `gate` or `router` with a row an "
+            "expert."
         )
     if any(layer.mpi is not None for layer in layers):
         raise ValueError(
@@ -154,14 +162,14 @@ def apply_mpi(
         mpi.expert_matrix()
     if getattr(model, "name_or_path", "") and not ramp_steps:
         warnings.warn(
-            f"{model.name_or_path!r} was trained with ordinary routers; with MPI it computes something else until it is trained "
-            "further. `ramp_steps` makes that gradual.",
+            f"{model.name_or_path!r} was trained with ordinary routers; with MPI it computes something else until it "
+            "is trained further. `ramp_steps` makes that gradual.",
             stacklevel=2,
         )
     if any(getattr(layer.router, "norm_topk_prob", True) is False for layer in layers):
         warnings.warn(
-            "The weights of the chosen experts are not normalized to a sum of one, as the paper's are: build the model with "
-            "`norm_topk_prob=True`.",
+            "The weights of the chosen experts are not normalized to a sum of one, as the paper's are: build the "
+            "model with `norm_topk_prob=True`.",
             stacklevel=2,
         )
     for layer, mpi in zip(layers, maps, strict=True):
@@ -171,7 +179,9 @@ def apply_mpi(
 
 
 def advance(model: nn.Module) -> None:
-    """Does what follows an optimizer step: iterates routers in place, or goes one step up their ramps. Others stay as they are."""
+    """Does what follows an optimizer step: iterates routers in place, or goes one step up their ramps. Others stay as
+    they are.
+    """
     for layer in routers(model):
         if layer.mpi is not None:
             layer.mpi.advance(layer.learned)
@@ -182,12 +192,12 @@ def fold_mpi(model: nn.Module) -> nn.Module:
     """
     Makes an ordinary model of one with MPI, in place: effective routers take the place of the learned ones.
 
-    They are computed in float32 and stored in the dtype of the model. In float32 the logits stay the same, bit for bit; in bfloat16
-    the rounding of the routers may change the choice between experts that are nearly as good. Fold before the experts' weights
-    change by other means than training: quantization, merging, averaging.
+    They are computed in float32 and stored in the dtype of the model. In float32 the logits stay the same, bit for
+    bit; in bfloat16 the rounding of the routers may change the choice between experts that are nearly as good. Fold
+    before the experts' weights change by other means than training: quantization, merging, averaging.
 
-    A folded model is for inference: `output_router_logits` of its configuration, which trainers switch on and save, is switched off,
-    because with it transformers' own classes fail to generate from padded prompts.
+    A folded model is for inference: `output_router_logits` of its configuration, which trainers switch on and save, is
+    switched off, because with it transformers' own classes fail to generate from padded prompts.
 
     Args:
         model (`torch.nn.Module`):
@@ -197,12 +207,14 @@ def fold_mpi(model: nn.Module) -> nn.Module:
         `torch.nn.Module`: The same model, of the class that transformers has for it.
 
     Raises:
-        ValueError: Its routers are ordinary ones, have rows of zeros, or its experts have an adapter that is not merged.
+        ValueError: Its routers are ordinary ones, have rows of zeros, or its experts have an adapter that is not
+            merged.
     """
     layers = [layer for layer in routers(model) if layer.mpi is not None]
     if not layers:
         raise ValueError(
-            f"The routers of this {type(model).__name__} are ordinary ones: it is folded already, or `apply_mpi` was never called."
+            f"The routers of this {type(model).__name__} are ordinary ones: it is folded already, or `apply_mpi` was "
+            "never called."
         )
     # All before any is replaced: an error leaves the model as it was.
     folded = [layer.mpi.folded(layer.learned) for layer in layers]

@@ -1,7 +1,7 @@
 """What the MPI model classes have in common; a family adds the names of its native classes.
 
-A model is built as its native class is. Then its routers, in place, become of a class that routes with the effective router, and
-whose parameters have the native names: checkpoints of either kind load in the other.
+A model is built as its native class is. Then its routers, in place, become of a class that routes with the effective
+router, and whose parameters have the native names: checkpoints of either kind load in the other.
 """
 
 import re
@@ -67,17 +67,20 @@ class MPIPreTrainedModel:
         parallel = getattr(config, "distributed_config", None)
         if parallel is not None and max(parallel.tp_size or 1, parallel.ep_size or 1) > 1:
             raise ValueError(
-                "A power step needs an expert's matrix whole: tensor and expert parallelism are not supported before `fold_mpi`. "
-                "Load the model without them, or fold it and load that."
+                "A power step needs an expert's matrix whole: tensor and expert parallelism are not supported before "
+                "`fold_mpi`. Load the model without them, or fold it and load that."
             )
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for a decorator in the file of the class, and runs a loop over the experts where it finds none.
+        # transformers looks for a decorator in the file of the class, and runs a loop over the experts where it finds
+        # none.
         return True
 
     def save_pretrained(self, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
-        """As transformers' own; code that was registered with `register_for_auto_class` takes along what it imports from here."""
+        """As transformers' own; code that was registered with `register_for_auto_class` takes along what it imports
+        from here.
+        """
         if self._auto_class is not None and push_to_hub:
             raise ValueError(
                 "With code to go along, write `model.push_to_hub(repo_id)` instead of `push_to_hub=True`."
@@ -145,8 +148,9 @@ class MPIForCausalLM(MPIPreTrainedModel):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, output_router_logits=output_router_logits, **kwargs,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            output_router_logits=output_router_logits, **kwargs,
         )  # fmt: skip
         hidden_BTD = outputs.last_hidden_state
         logits = self.lm_head(slice_logits_to_keep(hidden_BTD, logits_to_keep))

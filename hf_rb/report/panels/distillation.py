@@ -53,7 +53,10 @@ def _build(source: Source) -> list[Block]:
     blocks.append(_worst(found[-1], shade_by))
     top = max(sorted(values(found[0], shade_by))[int(0.98 * (len(values(found[0], shade_by)) - 1))], 1e-6)
     shown = MEANS.get(shade_by, "loss")
-    caption = f"{shown} of every token, of the sequences with the largest. The darker, the larger, up to {top:.3g}; without colour: not trained on."
+    caption = (
+        f"{shown} of every token, of the sequences with the largest. The darker, the larger, up to {top:.3g}; "
+        "without colour: not trained on."
+    )
     interest = lambda row: _mean([value for value in row[shade_by] if value is not None]) or 0.0  # noqa: E731
     return blocks + samples(found, shade_by, caption, interest, lambda kl: kl / top, hue=20)
 
@@ -63,7 +66,9 @@ def _mean(numbers: Sequence[float]) -> float | None:
 
 
 def _by_position(found, name: str) -> list[Block]:
-    """The mean over sequences by where in its completion a token stands: late tokens are often others than early ones."""
+    """The mean over sequences by where in its completion a token stands: late tokens are often others than early
+    ones.
+    """
     rows = []
     for snapshot in found:
         cells: list[list[float]] = [[] for _ in range(PLACES)]

@@ -15,8 +15,8 @@ TITLE = "Rewards and shaped advantages"
 CLASSES = 12
 PROMPT = 90  # characters of a prompt in a table
 NO_COMPLETIONS = (
-    "This run has no table of completions. With `log_completions: true` in its recipe, the advantages before and after shaping and the "
-    "largest classes of wrong answers stand here."
+    "This run has no table of completions. With `log_completions: true` in its recipe, the advantages before and "
+    "after shaping and the largest classes of wrong answers stand here."
 )
 
 
