@@ -120,10 +120,13 @@ def _task_name(file: Path, allow_local_code: bool) -> str:
                 f"{neighbour} names Python code (`!function`), which would be imported: add `--allow-local-code` if "
                 "you trust it."
             )
-    loader = type("Loader", (yaml.SafeLoader,), {})  # takes the tag as text; nothing is imported here
-    loader.add_constructor("!function", lambda _, node: node.value)
+
+    class Loader(yaml.SafeLoader):
+        """Takes the tag `!function` as text; nothing is imported here."""
+
+    Loader.add_constructor("!function", lambda _, node: node.value)
     try:
-        task = yaml.load(file.read_text(encoding="utf-8"), loader)
+        task = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506 (it is a SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(task, dict) or not isinstance(task.get("task"), str):

@@ -158,7 +158,7 @@ def require_math_verify(what: str) -> None:
 
 
 def _plain(answer: str) -> str:
-    """The answer without what only sets it: dollar signs around a formula, `\\text{}`, other spellings of signs."""
+    r"""The answer without what only sets it: dollar signs around a formula, `\text{}`, other spellings of signs."""
     text = _WRAPPED.sub(r"\1", answer.strip())
     if len(text) > 2 and text[0] == text[-1] == "$":
         text = text[1:-1]

@@ -1,5 +1,6 @@
 """What `hf-rb demo` does: fine-tune the tiny student with ProFit, quantize it with PTQTP, and measure every step. The
-tiny teacher, which has learnt its task, is quantized beside it."""
+tiny teacher, which has learnt its task, is quantized beside it.
+"""
 
 import ast
 import json

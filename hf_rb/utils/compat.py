@@ -15,8 +15,7 @@ class Entry(NamedTuple):
     Attributes:
         module (`str`): Module to import.
         attribute (`str`): Attribute path inside the module, dots allowed (`"GRPOTrainer._compute_loss"`).
-        parameters (`tuple[str, ...]`): For a callable, the parameters we pass by name or rely on. Checked by the
-            tests.
+        parameters (`tuple[str, ...]`): For a callable, the parameters we pass by name or rely on. Checked by the tests.
     """
 
     module: str
@@ -35,8 +34,7 @@ TABLE: dict[str, Entry] = {
     "AUTO_QUANTIZATION_CONFIG_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING"),
     "AUTO_QUANTIZER_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZER_MAPPING"),
     "LOADING_ATTRIBUTES_CONFIG_TYPES": Entry("transformers.quantizers.auto", "LOADING_ATTRIBUTES_CONFIG_TYPES"),
-    # Where transformers looks up what a model of a class may return besides its output
-    # (hf_rb/models/mpi/conversion.py).
+    # Where transformers looks up what a model of a class may return besides its output (hf_rb/models/mpi/conversion.py).
     "CAN_RECORD_REGISTRY": Entry("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"),
     # Where a model type is registered (hf_rb/integrations/registration.py).
     "CONFIG_MAPPING": Entry("transformers.models.auto.configuration_auto", "CONFIG_MAPPING"),
@@ -96,14 +94,12 @@ TABLE: dict[str, Entry] = {
         "rotate_checkpoints",
         ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
     ),
-    # How a model that is not trained is loaded and placed, and run under its wrapper (hf_rb/teachers,
-    # hf_rb/ops/backbone.py).
+    # How a model that is not trained is loaded and placed, and run under its wrapper (hf_rb/teachers, hf_rb/ops/backbone.py).
     "ForwardRedirection": Entry("trl.models.utils", "_ForwardRedirection"),
     "create_model_from_path": Entry("trl.trainer.utils", "create_model_from_path", ("model_id",)),
     "maybe_gather_lm_head_ctx": Entry("trl.trainer.utils", "maybe_gather_lm_head_ctx"),
     "prepare_deepspeed": Entry("trl.models", "prepare_deepspeed", ("model", "accelerator")),
-    # Where an adapter is made and merged, and the one for parameters (hf_rb/integrations/registration.py,
-    # hf_rb/quantizers/loading/adapters.py).
+    # Where an adapter is made and merged, and the one for parameters (hf_rb/integrations/registration.py, hf_rb/quantizers/loading/adapters.py).
     "BaseTuner._check_merge_allowed": Entry("peft.tuners.tuners_utils", "BaseTuner._check_merge_allowed"),
     "BaseTuner._check_target_module_compatiblity": Entry(
         "peft.tuners.tuners_utils",
@@ -180,8 +176,8 @@ def resolve(name: str) -> Any:
         except metadata.PackageNotFoundError:
             raise ImportError(f"hf_rb needs {entry.library} for `{name}`, and it is not installed.") from error
         raise ImportError(
-            f"hf_rb needs `{entry.module}.{entry.attribute}`, which {entry.library} {installed} does not have. hf_rb "
-            f"is tested with {entry.library} {TESTED.get(entry.library, '?')}; install that version or a newer hf_rb."
+            f"hf_rb needs `{entry.module}.{entry.attribute}`, which {entry.library} {installed} does not have. hf_rb is "
+            f"tested with {entry.library} {TESTED.get(entry.library, '?')}; install that version or a newer hf_rb."
         ) from error
     return value
 
