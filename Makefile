@@ -17,7 +17,7 @@ TESTS_WITHOUT_TORCH := tests/test_layout.py tests/test_fields.py tests/test_file
 # Files of the repository that have a public schema.
 SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema
 
-.PHONY: demo test test-first test-slow check format types coverage hooks schemas bench
+.PHONY: demo test test-first test-slow check format types hooks schemas bench
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-rb demo --output runs/demo --overwrite
@@ -30,9 +30,6 @@ test-slow: $(VENV)/.installed
 
 test-first: $(VENV)/.installed
 	$(BIN)/python -m pytest -q $(TESTS_WITHOUT_TORCH) $(PYTEST_ARGS)
-
-coverage: $(VENV)/.installed
-	$(BIN)/python -m pytest --cov=hf_rb --cov-report=term:skip-covered --cov-report=xml $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev types
 	$(BIN)/ruff check .

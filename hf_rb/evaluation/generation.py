@@ -1,16 +1,16 @@
 """Accuracy of generated answers: greedy exact match, and pass@k of sampled completions."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_rb.evaluation.tasks import is_correct
+from hf_rb.evaluation.tasks import is_correct, rendered
 from hf_rb.ops.generation import generation_config, own_distribution
 from hf_rb.utils.progress import tqdm
 
@@ -109,11 +109,7 @@ def generate(
         raise ValueError(
             "The prompts are conversations and the tokenizer has no chat template: give the prompts as text."
         )
-    texts = (
-        [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
-        if chat
-        else prompts
-    )
+    texts = [rendered(tokenizer, prompt, add_generation_prompt=True) for prompt in prompts] if chat else prompts
 
     config = generation_config(model, tokenizer, max_new_tokens, temperature, samples)
     pad, ends = config.pad_token_id, set(config.eos_token_id or [])
@@ -122,7 +118,7 @@ def generate(
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))  # rows of a batch are of similar length
     completions: list[list[Completion]] = [[] for _ in ids]
     step = max(batch_size // samples, 1)
-    training = model.training
+    training, sample = model.training, cast(Callable[..., torch.Tensor], model.generate)
     model.eval()
     # TRL leaves `output_router_logits` on in mixtures of experts that it has trained. transformers then computes the
     # balance loss of every token that it generates, and fails on padded prompts: the mask covers all tokens so far,
@@ -137,10 +133,10 @@ def generate(
             mask = torch.tensor(
                 [[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in rows], device=model.device
             )
-            new = model.generate(input_ids=padded, attention_mask=mask, generation_config=config, **routers)
+            new = sample(input_ids=padded, attention_mask=mask, generation_config=config, **routers)
             new = new[:, width:].tolist()
             for index, tokens in enumerate(new):
-                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                text = cast(str, tokenizer.decode(tokens, skip_special_tokens=True))
                 completions[rows[index // samples]].append(Completion(text, not ends.isdisjoint(tokens)))
     model.train(training)
     return completions

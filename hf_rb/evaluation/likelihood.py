@@ -102,7 +102,7 @@ def perplexity(
     head, _, name = special_tokens(tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None)
     room = positions - len(head) if positions else math.inf
-    window = min(WINDOW, room) if window is None else window
+    window = int(min(WINDOW, room)) if window is None else window
     stride = window if stride is None else stride
     if not 1 <= stride <= window or window < 2:
         raise ValueError(

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -42,7 +42,7 @@ def load_task(name: str, limit: int | None = None, split: str = "test") -> list[
 
 
 def _embedded(name: str, limit: int | None, split: str) -> list[dict[str, Any]]:
-    dataset = tiny.load_dataset(name.removeprefix("tiny:"), config="prompt_completion", split=split, size=limit)
+    dataset: Any = tiny.load_dataset(name.removeprefix("tiny:"), config="prompt_completion", split=split, size=limit)
     return [
         {
             "prompt": row["prompt"],
@@ -80,6 +80,11 @@ def _file(path: Path, limit: int | None) -> list[dict[str, Any]]:
     return rows
 
 
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> str:
+    """Returns a conversation as the chat template writes it."""
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
 def solutions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     """Renders worked solutions as assistant turns.
 
@@ -92,9 +97,9 @@ def solutions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) ->
     """
     texts, contexts = [], []
     for row in rows:
-        context = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        context = rendered(tokenizer, row["prompt"], add_generation_prompt=True)
         turn = [{"role": "assistant", "content": row["solution"]}]
-        whole = tokenizer.apply_chat_template(row["prompt"] + turn, tokenize=False)
+        whole = rendered(tokenizer, row["prompt"] + turn)
         if not whole.startswith(context):
             raise ValueError(
                 "The chat template writes a prompt in another way when an answer follows, so prompt and solution "

@@ -66,10 +66,11 @@ def judge(perplexity: float, original_perplexity: float, original: str, rounded:
     """
     if not math.isfinite(original_perplexity):
         return Verdict(math.nan, "unknown", original)
-    times, rounded_times = (
-        None if value is None else math.inf if math.isnan(value) else value / original_perplexity
-        for value in (perplexity, rounded)
-    )
+
+    def ratio(value: float) -> float:
+        return math.inf if math.isnan(value) else value / original_perplexity
+
+    times, rounded_times = ratio(perplexity), None if rounded is None else ratio(rounded)
     word = "close" if times < CLOSE_BELOW else "damaged" if times < DAMAGED_BELOW else "broken"
     return Verdict(times, word, original, rounded_times)
 

@@ -85,7 +85,7 @@ class Loading:
         images = ["pillow", "torchvision"] if self.reader == "AutoProcessor" and "image" in (self.task or "") else []
         if self.needs_hf_rb:
             return [hf_rb_requirement(), *images]  # its dependencies are transformers, torch, PEFT and more
-        beside = [*(["peft"] if adapter else []), *_LOADERS.get(self.method, ())]
+        beside = [*(["peft"] if adapter else []), *_LOADERS.get(self.method or "", ())]
         return [_at_least("transformers"), "torch", *images, *map(_at_least, beside)]
 
 
@@ -125,7 +125,7 @@ def read_loading(folder: str | Path) -> Loading:
     if not config and base and (found := local_folder(base)):
         config = read_json(found / "config.json")
     named = (adapter.get("auto_mapping") or {}).get("base_model_class")
-    default = _TASK_TYPES.get(adapter.get("task_type"), Loading.architecture)
+    default = _TASK_TYPES.get(adapter.get("task_type") or "", Loading.architecture)
     architecture, remote_code = _class_name(config, (config.get("architectures") or [named or default])[0])
     chat = any(folder.glob("chat_template*")) or read_json(folder / "tokenizer_config.json").get("chat_template")
     has = {"AutoProcessor": "*processor_config.json", "AutoTokenizer": "tokenizer*"}

@@ -264,10 +264,10 @@ def push_folder(
     check_repo_id(repo_id)
     upload, api = plan_upload(folder, repo_id, results), HfApi(token=token)
     files = {name: str(path) for name, path in upload.paths.items()} | {"README.md": upload.card.encode()}
-    kind = {"repo_type": upload.repo_type}
+    kind: dict[str, Any] = {"repo_type": upload.repo_type}
     try:
         if create:
-            space = {"space_sdk": "static"} if upload.repo_type == "space" else {}
+            space: dict[str, Any] = {"space_sdk": "static"} if upload.repo_type == "space" else {}
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True, **kind, **space).repo_id
         return api.create_commit(
             repo_id,

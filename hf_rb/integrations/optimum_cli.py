@@ -7,7 +7,8 @@ a dependency of ours.
 """
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+from typing import cast
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -19,11 +20,11 @@ __all__ = ["REGISTER_COMMANDS"]
 
 
 class _Quantize(BaseOptimumCLICommand):
-    def parse_args(self, parser: ArgumentParser) -> None:
+    def parse_args(self, parser: ArgumentParser) -> None:  # pyrefly: ignore[bad-override]  (optimum calls it on self)
         cli.configure(parser, quantize, method=self.COMMAND.name)
 
     def run(self) -> None:
-        sys.exit(cli.run(quantize, self.args))
+        sys.exit(cli.run(quantize, cast(Namespace, self.args)))
 
 
 class PTQTPCommand(_Quantize):

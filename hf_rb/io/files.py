@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def sha256_file(path: str | os.PathLike) -> str:
 
 
 @contextmanager
-def atomic_folder(destination: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(destination: str | os.PathLike, overwrite: bool = False) -> Generator[Path]:
     """
     Context manager for writing a folder that appears at `destination` only when it is complete.
 

@@ -8,7 +8,7 @@ what a folder without a state holds means nothing.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def file_stamps(files: Iterable[Path]) -> dict[str, list[int]]:
 
 
 @contextmanager
-def unfinished(work: Path, state: dict[str, dict[str, Any]], resume: bool, logger: Any) -> Iterator[None]:
+def unfinished(work: Path, state: dict[str, dict[str, Any]], resume: bool, logger: Any) -> Generator[None]:
     """
     Context manager that keeps other processes and other runs out of the folder of the unfinished work.
 

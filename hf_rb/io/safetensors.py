@@ -6,7 +6,7 @@ process.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ class Entry:
 
 def _read_into(stream: Any, start: int, data: Tensor) -> None:
     stream.seek(start)
-    view = memoryview(data.numpy())
+    view = data.numpy().data
     while view:  # one call reads at most 2 GB
         count = stream.readinto(view)
         if not count:
@@ -212,7 +212,7 @@ class TensorFile:
         self.offsets = [len(self.header) + stop for stop in stops]
 
     @contextmanager
-    def writing(self, done: int = 0) -> Iterator["TensorFile"]:
+    def writing(self, done: int = 0) -> Generator["TensorFile"]:
         """Opens the file, behind its first `done` tensors if there are any from an earlier time.
 
         Raises:
@@ -229,7 +229,7 @@ class TensorFile:
 
     def write(self, chunk: Tensor) -> None:
         """Writes the next flat piece of a tensor."""
-        _write_all(self._stream, memoryview(chunk.view(torch.uint8).numpy()))
+        _write_all(self._stream, chunk.view(torch.uint8).numpy().data)
 
     def check(self, done: int) -> None:
         """Raises `RuntimeError` unless exactly the first `done` tensors have been written."""

@@ -37,9 +37,10 @@ def loading_problem(config: dict[str, Any], entries: Mapping[str, Entry], extra:
     try:
         built = _built(config)
         kind = model_class(built)
-        _, info = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             None, config=built, state_dict=state, device_map="meta", output_loading_info=True
         )
+        _, info = loaded
     except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         return f"transformers does not load it ({repr(error).splitlines()[0]})"
     finally:

@@ -64,9 +64,9 @@ def find_weights(folder: str | Path, variant: str | None = None, subfolder: str 
     folder = Path(folder, subfolder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json.")
-    single, index = _chosen(folder, variant)
-    if single:
-        return WeightFiles([single])
+    chosen = index = _chosen(folder, variant)
+    if chosen.suffix != ".json":
+        return WeightFiles([chosen])
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -115,8 +115,8 @@ def published_names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in paths}
 
 
-def _chosen(folder: Path, variant: str | None) -> tuple[Path | None, Path | None]:
-    """Returns the only weight file, or else the index of several."""
+def _chosen(folder: Path, variant: str | None) -> Path:
+    """Returns the only weight file, or else the index of several, which ends in `.json`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if named := config.get("transformers_weights"):
         path = folder / named
@@ -127,15 +127,15 @@ def _chosen(folder: Path, variant: str | None) -> tuple[Path | None, Path | None
             )
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {named}, which its config.json names as `transformers_weights`.")
-        return (None, path) if named.endswith(INDEX_SUFFIX) else (path, None)
+        return path
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
         alone, of_shards = folder / _of_variant(single, variant), folder / _of_variant(index, variant)
         if alone.is_file() and of_shards.is_file():
             _say_what_is_left(alone, of_shards.name)
         if alone.is_file():
-            return alone, None
+            return alone
         if of_shards.is_file():
-            return None, of_shards
+            return of_shards
     raise FileNotFoundError(_nothing(folder, variant))
 
 

@@ -15,9 +15,9 @@ raises λ, whatever the rows are, so only what the effective router has above th
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -37,7 +37,9 @@ __all__ = [
     "examine",
     "layer_alignments",
     "max_vio",
+    "mean_entropy",
     "row_cosine",
+    "total_picks",
 ]
 
 
@@ -108,6 +110,17 @@ class Load:
     tokens: Tensor
 
 
+def total_picks(loads: Sequence[Load]) -> Tensor:
+    """Returns how often each expert was chosen in all of several loads of a layer, float64."""
+    return reduce(torch.add, (load.picks.double() for load in loads))
+
+
+def mean_entropy(loads: Sequence[Load]) -> float:
+    """Returns the mean entropy of a token's choice over several loads of a layer, in [0, 1]."""
+    entropy = reduce(torch.add, (load.entropy for load in loads))
+    return (entropy / reduce(torch.add, (load.tokens for load in loads))).item()
+
+
 class RouterMeter:
     """
     Counts which experts the tokens of forward passes choose. Padding, by the `attention_mask` of the pass, does not
@@ -123,7 +136,7 @@ class RouterMeter:
         TypeError: The model has no mixture of experts.
     """
 
-    def __init__(self, model: nn.Module, training: bool = False):
+    def __init__(self, model: Any, training: bool = False):
         self.layers, self.training = list(routers(model)), training
         if not self.layers:
             raise TypeError(f"{type(model).__name__} has no mixture of experts: this model has no routers.")
@@ -256,10 +269,11 @@ def examine(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], seed: int
     """
     training = model.training
     model.eval()
+    base: Any = model.base_model
     with RouterMeter(model) as meter:
         loads = []
         for batch in batches:
-            model.base_model(**batch, use_cache=False)
+            base(**batch, use_cache=False)
             loads.append(meter.take())
     layers = [_layer_report(layer, [load[i] for load in loads], seed + i) for i, layer in enumerate(meter.layers)]
     model.train(training)
@@ -272,7 +286,7 @@ def examine(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], seed: int
 
 
 def _layer_report(layer: RoutedLayer, loads: list[Load], seed: int) -> LayerReport:
-    picks = sum(load.picks.double() for load in loads)
+    picks = total_picks(loads)
     report = LayerReport(
         name=layer.name,
         load=(picks / picks.sum()).tolist(),
@@ -280,7 +294,7 @@ def _layer_report(layer: RoutedLayer, loads: list[Load], seed: int) -> LayerRepo
         batch_max_vio=sum(max_vio(load.picks) for load in loads) / len(loads),
         dead=int((picks == 0).sum()),
         load_entropy=evenness(picks),
-        entropy=(sum(load.entropy for load in loads) / sum(load.tokens for load in loads)).item(),
+        entropy=mean_entropy(loads),
         row_cosine=row_cosine(layer.weight()),
     )
     try:
@@ -302,7 +316,7 @@ def _notes(report: RouterReport) -> list[str]:
             "The experts' matrices are packed or adapted: λ cannot be measured here; look at the model they were "
             "made from."
         )
-    elif report.mpi and effective <= random:
+    elif report.mpi and random is not None and effective <= random:
         notes.append(
             f"The effective routers (λ {effective:.3f}) are aligned no better than one power step makes random rows "
             f"({random:.3f}): what there is comes from the step, not from training."

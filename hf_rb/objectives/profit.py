@@ -71,7 +71,7 @@ def profit_mask(
     above, below = (torch.ge, torch.le) if inclusive else (torch.gt, torch.lt)
     if mode == "higher":
         return above(log_probs, _log(threshold))
-    if mode == "lower":
+    if threshold_high is None:  # "lower"
         return below(log_probs, _log(threshold))
     return above(log_probs, _log(threshold)) & below(log_probs, _log(threshold_high))
 

@@ -99,11 +99,11 @@ def _newest_state(folder: Path) -> Path | None:
     if (folder / STATE).is_file():
         return folder / STATE
     numbered = {
-        path: re.fullmatch(r"checkpoint-(\d+)", path.parent.name) for path in folder.glob(f"checkpoint-*/{STATE}")
+        int(match[1]): path
+        for path in folder.glob(f"checkpoint-*/{STATE}")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.parent.name))
     }
-    return max(
-        (path for path, match in numbered.items() if match), key=lambda path: int(numbered[path][1]), default=None
-    )
+    return numbered[max(numbered)] if numbered else None
 
 
 def _log(path: Path, state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
-from typing import Any
+from typing import Any, cast
 
 from hf_rb.advantages.srar import JudgeRequest, parse_rubric, parse_verdicts
 from hf_rb.rl.answers import same_answer
@@ -105,7 +105,7 @@ class Judge:
 
         async with contextlib.AsyncExitStack() as stack:
             if hasattr(self.ask, "__aenter__"):
-                await stack.enter_async_context(self.ask)
+                await stack.enter_async_context(cast(contextlib.AbstractAsyncContextManager[Any], self.ask))
             await asyncio.gather(*map(settle, range(len(requests))))
         for reason, count in failures.most_common(3):
             logger.warning("The judge failed on %d of %d solutions: %s", count, len(requests), reason)
@@ -123,7 +123,8 @@ class Judge:
 
     async def _attempt(self, request: JudgeRequest) -> list[dict]:
         async with asyncio.timeout(self.timeout):
-            reply = await (self.ask(request) if self._is_async else _in_thread(self.ask, request))
+            reply: Any = self.ask(request) if self._is_async else _in_thread(self.ask, request)
+            reply = await reply
             if inspect.isawaitable(reply):  # of a plain function that returns a coroutine
                 reply = await reply
         try:

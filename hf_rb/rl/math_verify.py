@@ -16,6 +16,7 @@ import sys
 import threading
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 
 __all__ = ["equal", "problem", "read"]
@@ -34,7 +35,7 @@ class _Worker:
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.process: subprocess.Popen | None = None
+        self.process: Any = None  # a `subprocess.Popen[str]` with both pipes, while there is one
         self.failed_starts = 0
 
     def ask(self, what: str, *answers: str) -> bool | None:

@@ -6,17 +6,17 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import datasets
 import torch
 import trl
 import yaml
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import is_torch_xla_available
 
@@ -126,7 +126,7 @@ def run(prepare: Callable, build: Callable, argv: Sequence[str] | None = None, n
 
 
 @contextmanager
-def readable_errors(module: str) -> Iterator[None]:
+def readable_errors(module: str) -> Generator[None]:
     """Turns an error about the user's input into one line on stderr and exit code 2. For the part before training."""
     try:
         yield
@@ -222,6 +222,8 @@ def _refuse_unknown(keys: Iterable[str], known: list[str], where: str) -> None:
             raise ValueError(f"`{key}` in {where} is not an option. {remedy}")
 
 
+T = TypeVar("T")
+
 # What a finished run leaves in its folder.
 _RUN_FILES = (
     "config.json",
@@ -246,10 +248,11 @@ def check_output_dir(args: TrainingArguments, overwrite: bool) -> None:
             "`--overwrite` deletes the checkpoints that `--resume_from_checkpoint` would continue from. Pass one of "
             "the two."
         )
+    folder = Path(cast(str, args.output_dir))
     found = [
         path.name
         for pattern in ("config.json", "adapter_config.json", "checkpoint-*")
-        for path in Path(args.output_dir).glob(pattern)
+        for path in folder.glob(pattern)
     ]
     if found and not overwrite and not resume:
         raise FileExistsError(
@@ -265,7 +268,7 @@ def _resume_from(args: TrainingArguments) -> str | bool | None:
     return named.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
 
 
-def _remove_earlier_run(args: TrainingArguments) -> None:
+def _remove_earlier_run(args: Any) -> None:
     if args.should_save:
         for pattern in (*_RUN_FILES, "completions/*.parquet"):
             for path in Path(args.output_dir).glob(pattern):
@@ -327,12 +330,12 @@ def columns_of(dataset: datasets.Dataset | datasets.IterableDataset) -> list[str
 
 
 def make_trainer(
-    trainer_class: type[Trainer], args: TrainingArguments, model_args: trl.ModelConfig, splits: Sequence, **kwargs: Any
-) -> Trainer:
+    trainer_class: Callable[..., T], args: Any, model_args: trl.ModelConfig, splits: Sequence, **kwargs: Any
+) -> T:
     """Loads the models and returns the trainer; `kwargs` are further arguments of its constructor."""
     args.model_init_kwargs = _model_init_kwargs(model_args, args)
     return trainer_class(
-        tiny.resolve(model_args.model_name_or_path),
+        tiny.resolve(cast(str, model_args.model_name_or_path)),
         args=args,
         train_dataset=splits[0],
         eval_dataset=splits[1],
@@ -342,7 +345,7 @@ def make_trainer(
     )
 
 
-def _model_init_kwargs(model_args: trl.ModelConfig, args: TrainingArguments) -> dict[str, Any]:
+def _model_init_kwargs(model_args: trl.ModelConfig, args: Any) -> dict[str, Any]:
     """Returns what `from_pretrained` gets: the model arguments, and over them `model_init_kwargs` of the recipe."""
     chosen = {
         "revision": model_args.model_revision,
@@ -353,7 +356,7 @@ def _model_init_kwargs(model_args: trl.ModelConfig, args: TrainingArguments) -> 
 
 
 def train_and_save(
-    trainer: Trainer, script_args: ScriptArguments, model_args: trl.ModelConfig, mixture: trl.DatasetMixtureConfig
+    trainer: Any, script_args: ScriptArguments, model_args: trl.ModelConfig, mixture: trl.DatasetMixtureConfig
 ) -> None:
     """Trains, evaluates if there is data for it, saves the model with its metrics and card, and pushes if asked to."""
     args = trainer.args

@@ -8,12 +8,12 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from hf_rb import tiny
 from hf_rb.io.files import atomic_folder
@@ -63,7 +63,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, title: str) -> Iterator[None]:
+    def stage(self, title: str) -> Generator[None]:
         print(f"\n[{len(self.seconds) + 1}/{STAGES}] {title}", flush=True)
         start = perf_counter()
         yield
@@ -169,7 +169,7 @@ def _train(folder: Path, arguments: Sequence[str], log: Path) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as file, subprocess.Popen(command, env=environment, **pipes) as process:
-        for line in process.stdout:
+        for line in cast(IO[str], process.stdout):
             file.write(line)
             if summary := _summarize(line):
                 print(f"      {summary}", flush=True)
@@ -199,7 +199,7 @@ def _quantize(source: Path, destination: Path) -> tuple["PreTrainedModel", "PreT
 
     from hf_rb import PTQTPConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
     # bfloat16 for what is not quantized: the trainer saves float32.
     model = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=PTQTPConfig(), dtype=torch.bfloat16
@@ -227,7 +227,7 @@ def _recipe(train_arguments: Sequence[str]) -> dict:
     return {key: recipe[key] for key in keys.split() if key in recipe}
 
 
-def _write_card(folder: Path, methods: list[str], base_model: str, before: Row, after: Row, **fields) -> None:
+def _write_card(folder: Path, methods: list[str], base_model: str, before: Row, after: Row, **fields: Any) -> None:
     from hf_rb.hub import ModelCardData, Result, write_model_card
 
     results = [

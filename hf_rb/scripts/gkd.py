@@ -18,6 +18,7 @@ accelerate launch -m hf_rb.scripts.gkd \
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import trl
 
@@ -53,7 +54,13 @@ def prepare(argv: Sequence[str] | None = None) -> tuple:
     return script_args, args, model_args, mixture, splits
 
 
-def build(script_args, args, model_args, mixture, splits) -> GKDTrainer:
+def build(
+    script_args: _common.ScriptArguments,
+    args: GKDConfig,
+    model_args: trl.ModelConfig,
+    mixture: trl.DatasetMixtureConfig,
+    splits: Sequence[Any],
+) -> GKDTrainer:
     """Loads the models and returns the trainer."""
     return _common.make_trainer(GKDTrainer, args, model_args, splits)
 

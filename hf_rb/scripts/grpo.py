@@ -26,6 +26,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import trl
 
@@ -129,7 +130,13 @@ def _missing(function: Callable, columns: Iterable[str]) -> list[str]:
     ]
 
 
-def build(script_args, args, model_args, mixture, splits) -> GRPOTrainer:
+def build(
+    script_args: GRPOScriptArguments,
+    args: GRPOConfig,
+    model_args: trl.ModelConfig,
+    mixture: trl.DatasetMixtureConfig,
+    splits: Sequence[Any],
+) -> GRPOTrainer:
     """Loads the models and returns the trainer."""
     reward_model = script_args.reward_model_name_or_path
     rewards = [*([reward_model] if reward_model else []), *_reward_functions(script_args, args)]

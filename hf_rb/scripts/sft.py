@@ -18,6 +18,7 @@ accelerate launch -m hf_rb.scripts.sft \
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import trl
 from transformers import AutoTokenizer
@@ -104,7 +105,7 @@ def _check_pair(base: str, onto: str) -> None:
         )
 
 
-def _with_known_format(dataset, args: SFTConfig):
+def _with_known_format(dataset: Any, args: SFTConfig) -> Any:
     columns = set(_common.columns_of(dataset))
     if "prompt" in columns and "completion" not in columns:  # the prompt beside full transcripts, or a wrong dataset
         dataset, columns = dataset.remove_columns("prompt"), columns - {"prompt"}
@@ -116,7 +117,13 @@ def _with_known_format(dataset, args: SFTConfig):
     return dataset
 
 
-def build(script_args, args, model_args, mixture, splits) -> SFTTrainer:
+def build(
+    script_args: SFTScriptArguments,
+    args: SFTConfig,
+    model_args: trl.ModelConfig,
+    mixture: trl.DatasetMixtureConfig,
+    splits: Sequence[Any],
+) -> SFTTrainer:
     """Loads the models and returns the trainer."""
     if script_args.graft_onto is None:
         return _common.make_trainer(SFTTrainer, args, model_args, splits)

@@ -30,7 +30,7 @@ CHECK = """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 import hf_rb
 
-hf_rb.integrations.registration.require("transformers")
+hf_rb.utils.import_hooks.require("transformers")
 sizes = dict(
     vocab_size=16, hidden_size=16, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=2, head_dim=8, num_experts=2, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0, eos_token_id=1,

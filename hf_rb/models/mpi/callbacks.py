@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_rb.models.mpi.conversion import RoutedLayer, advance
-from hf_rb.models.router_report import Load, RouterMeter, evenness, layer_alignments, max_vio
+from hf_rb.models.router_report import (
+    Load,
+    RouterMeter,
+    evenness,
+    layer_alignments,
+    max_vio,
+    mean_entropy,
+    total_picks,
+)
 
 
 __all__ = ["LossFreeBalanceCallback", "MPICallback", "RouterDoctorCallback"]
@@ -29,9 +37,9 @@ class MPICallback(TrainerCallback):
     """
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        advance(model)
+        advance(kwargs["model"])
 
 
 class _Metered(TrainerCallback):
@@ -40,9 +48,9 @@ class _Metered(TrainerCallback):
     meter: RouterMeter
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.meter = RouterMeter(model, training=True)
+        self.meter = RouterMeter(kwargs["model"], training=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -74,12 +82,16 @@ class LossFreeBalanceCallback(_Metered):
         self.rate = rate
         self._biases: list[Tensor] = []
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        super().on_train_begin(args, state, control, model, **kwargs)
-        self._biases = [_expert_bias(model, layer) for layer in self.meter.layers]
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._biases = [_expert_bias(kwargs["model"], layer) for layer in self.meter.layers]
 
     @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for bias, load in zip(self._biases, self.meter.take(), strict=True):
             bias.view(-1).add_(self.rate * torch.sign(load.picks.mean() - load.picks).to(bias))
 
@@ -119,10 +131,13 @@ class RouterDoctorCallback(_Metered):
         self.per_layer, self.alignments, self.seed = per_layer, alignments, seed
         self._steps: list[list[Load]] = []
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._steps.append(self.meter.take())
 
-    def on_log(self, args, state, control, logs: dict[str, float], **kwargs):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
         if not self._steps or "loss" not in logs:  # evaluation, or the summary at the end
             return
         layers = {layer.name: self._measure(index, layer) for index, layer in enumerate(self.meter.layers)}
@@ -136,13 +151,13 @@ class RouterDoctorCallback(_Metered):
 
     def _measure(self, index: int, layer: RoutedLayer) -> dict[str, float]:
         loads = [step[index] for step in self._steps]
-        picks = sum(load.picks.double() for load in loads)
+        picks = total_picks(loads)
         values = {
             "max_vio": sum(max_vio(load.picks) for load in loads) / len(loads),
             "global_max_vio": max_vio(picks),
             "dead": float((picks == 0).sum()),
             "load_entropy": evenness(picks),
-            "entropy": (sum(load.entropy for load in loads) / sum(load.tokens for load in loads)).item(),
+            "entropy": mean_entropy(loads),
         }
         if self.alignments:
             values |= {f"lambda_{key}": value for key, value in layer_alignments(layer, self.seed + index).items()}

@@ -3,13 +3,19 @@
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_rb.models.mpi.router import check_options
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as NativeConfig
+else:
+    NativeConfig = object  # a family inherits the native one behind this
+
+
 @dataclass(kw_only=True)
-class MPIConfig:
+class MPIConfig(NativeConfig):
     """
     Fields of MPI beside those of the native configuration, to be inherited before it.
 
@@ -40,6 +46,8 @@ class MPIConfig:
         ValueError: A value is out of range, or a checkpoint is of another family. One of the native type loads, with a
             warning.
     """
+
+    native_class: ClassVar[Any]
 
     mpi_matrix: str = "gate"
     mpi_iters: int = 1

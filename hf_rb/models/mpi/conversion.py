@@ -8,7 +8,7 @@ of that weight.
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class RoutedLayer(NamedTuple):
     @property
     def learned(self) -> nn.Parameter:
         """The matrix `(N, D)` that is learned; an ordinary router routes with it."""
-        return _learned(self.router)
+        return cast(nn.Parameter, _learned(self.router))
 
     def expert_matrix(self) -> Tensor:
         """Returns the experts' matrix `(N, d, D)` that the router is iterated with; of an ordinary layer, the
@@ -71,24 +71,28 @@ def _fits(weight: Tensor | None, experts: nn.Module) -> bool:
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         return False
     # Under expert parallelism a process counts its own experts alone.
-    return len(weight) == getattr(experts, "num_experts", None) or getattr(experts, "_is_expert_parallel", False)
+    return len(weight) == getattr(experts, "num_experts", None) or bool(getattr(experts, "_is_expert_parallel", False))
 
 
-def _is_parametrized(router: nn.Module) -> bool:
-    return parametrize.is_parametrized(router, "weight") and isinstance(
-        router.parametrizations.weight[0], EffectiveRouter
-    )
+def _parametrization(router: Any) -> Any:
+    """Returns what computes the weight of a router with a parametrization of ours: `[0]` is our module."""
+    if not parametrize.is_parametrized(router, "weight"):
+        return None
+    found = router.parametrizations.weight
+    return found if isinstance(found[0], EffectiveRouter) else None
 
 
-def _mpi_of(router: nn.Module) -> EffectiveRouter | None:
-    return router.parametrizations.weight[0] if _is_parametrized(router) else getattr(router, "mpi", None)
+def _mpi_of(router: Any) -> EffectiveRouter | None:
+    found = _parametrization(router)
+    return getattr(router, "mpi", None) if found is None else found[0]
 
 
-def _learned(router: nn.Module) -> nn.Parameter | None:
-    return router.parametrizations.weight.original if _is_parametrized(router) else getattr(router, "weight", None)
+def _learned(router: Any) -> nn.Parameter | None:
+    found = _parametrization(router)
+    return getattr(router, "weight", None) if found is None else found.original
 
 
-def _weight(router: nn.Module) -> Callable[[], Tensor]:
+def _weight(router: Any) -> Callable[[], Tensor]:
     mpi = _mpi_of(router)
     return (lambda: router.weight) if mpi is None else (lambda: mpi(_learned(router)))
 
@@ -210,27 +214,28 @@ def fold_mpi(model: nn.Module) -> nn.Module:
         ValueError: Its routers are ordinary ones, have rows of zeros, or its experts have an adapter that is not
             merged.
     """
-    layers = [layer for layer in routers(model) if layer.mpi is not None]
+    layers = [(layer, mpi) for layer in routers(model) if (mpi := layer.mpi) is not None]
     if not layers:
         raise ValueError(
             f"The routers of this {type(model).__name__} are ordinary ones: it is folded already, or `apply_mpi` was "
             "never called."
         )
     # All before any is replaced: an error leaves the model as it was.
-    folded = [layer.mpi.folded(layer.learned) for layer in layers]
-    for layer, weight in zip(layers, folded, strict=True):
-        layer.mpi.remove_hooks()
-        if _is_parametrized(layer.router):
+    folded = [mpi.folded(layer.learned) for layer, mpi in layers]
+    for (layer, mpi), weight in zip(layers, folded, strict=True):
+        mpi.remove_hooks()
+        if _parametrization(layer.router) is not None:
             parametrize.remove_parametrizations(layer.router, "weight", leave_parametrized=False)
-            layer.router.weight.copy_(weight)
+            layer.learned.copy_(weight)
         else:
             del layer.router.mpi
             # The native class has its routers in the dtype of the rest.
-            layer.router.weight.data = weight.to(expert_matrix(layer.experts).dtype)
+            layer.learned.data = weight.to(expert_matrix(layer.experts).dtype)
     for module in model.modules():
         _make_native(module)
-    if getattr(getattr(model, "config", None), "output_router_logits", False):
-        model.config.output_router_logits = False
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
     return model
 
 
@@ -246,7 +251,7 @@ def _make_native(module: nn.Module) -> None:
     module._keep_in_fp32_modules_strict = set(native._keep_in_fp32_modules_strict or ())
     # What a model may return is looked up by its class, and put there by the constructor.
     compat.CAN_RECORD_REGISTRY[module] = native._can_record_outputs
-    config = module.config
+    config: Any = module.config
     if hasattr(type(config), "native_class"):
         ours = {field.name for field in fields(config)} - {field.name for field in fields(config.native_class)}
         config.__class__ = config.native_class

@@ -15,6 +15,7 @@ gate projection. The products are in the experts' dtype, lengths and directions 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,15 @@ class _Retracted(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, router_ND, weight, view, length, eps, straight_through):
+    def forward(
+        ctx: Any,
+        router_ND: Tensor,
+        weight: Tensor,
+        view: Callable[[Tensor], Tensor] | None,
+        length: float,
+        eps: float,
+        straight_through: bool,
+    ) -> tuple[Tensor, Tensor]:
         hidden_Nd, rows_ND = power_step(router_ND, weight if view is None else view(weight))
         rows_ND = widened(rows_ND)
         norms_N1 = rows_ND.norm(dim=-1, keepdim=True)
@@ -167,7 +176,9 @@ class _Retracted(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_ND, grad_weight):
+    def backward(  # pyrefly: ignore[bad-override]  (the decorator hides the names of parameters)
+        ctx: Any, grad_ND: Tensor | None, grad_weight: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if grad_ND is None:
             return None, grad_weight, None, None, None, None
         router_ND, weight, hidden_Nd, directions_ND, norms_N1 = ctx.saved_tensors

@@ -12,7 +12,7 @@ that collapse on different experts look balanced there, and 0.01 here is about 0
 Shapes: `router_logits` is a tuple of one `(B*L, N)` tensor a layer, as a model returns them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -53,8 +53,9 @@ def auxiliary_loss(
     if kind == "hf":
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-        experts = router_logits[0].shape[-1]
-        loss = load_balancing_loss_func(tuple(router_logits), experts, top_k, attention_mask)
+        # Its annotations know models of one layer only, and the 0 that it returns for one of none.
+        balance: Callable[..., Any] = load_balancing_loss_func
+        loss = balance(tuple(router_logits), router_logits[0].shape[-1], top_k, attention_mask)
     else:
         ids, count = sequence_ids(shape, router_logits[0].device, attention_mask, position_ids)
         loss = balance_loss(router_logits, top_k, *((ids, count) if kind == "sequence" else (ids.clamp(max=0), 1)))

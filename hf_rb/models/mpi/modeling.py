@@ -6,8 +6,9 @@ router, and whose parameters have the native names: checkpoints of either kind l
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,18 @@ from hf_rb.models.mpi.losses import auxiliary_loss
 from hf_rb.models.mpi.router import EffectiveRouter
 
 
-class MPIRouter:
+if TYPE_CHECKING:
+    NativeRouter, NativeModel = nn.Module, PreTrainedModel
+else:
+    NativeRouter = NativeModel = object  # a family inherits the native class behind ours
+
+
+class MPIRouter(NativeRouter):
     """Inherited before a native router: it routes with the effective router, and is the native one in all else."""
 
-    native_class: type[nn.Module]
+    native_class: ClassVar[Any]
     mpi: EffectiveRouter
+    weight: nn.Parameter
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         effective_ND = self.mpi(self.weight).to(hidden_states.dtype)
@@ -42,14 +50,14 @@ class _WithWeight:
         return getattr(self.router, name)
 
 
-class MPIPreTrainedModel:
+class MPIPreTrainedModel(NativeModel):
     """Inherited before a native model."""
 
-    native_class: type[PreTrainedModel]
+    native_class: ClassVar[type[PreTrainedModel]]
     # As in the paper's code: steps of a bfloat16 row would be lost to rounding.
     _keep_in_fp32_modules_strict = ["gate.weight"]
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         self.check_config(config)
         super().__init__(config)
 
@@ -61,9 +69,11 @@ class MPIPreTrainedModel:
             ValueError: It splits experts over processes.
         """
         # Not `isinstance`: code from the Hub has its configuration once for each of its files.
-        if config.model_type != cls.config_class.model_type:
-            ours = cls.config_class.__name__
-            raise TypeError(f"{cls.__name__} needs a configuration of the class {ours}; got {type(config).__name__}.")
+        ours: Any = cls.config_class
+        if config.model_type != ours.model_type:
+            raise TypeError(
+                f"{cls.__name__} needs a configuration of the class {ours.__name__}; got {type(config).__name__}."
+            )
         parallel = getattr(config, "distributed_config", None)
         if parallel is not None and max(parallel.tp_size or 1, parallel.ep_size or 1) > 1:
             raise ValueError(
@@ -77,7 +87,9 @@ class MPIPreTrainedModel:
         # none.
         return True
 
-    def save_pretrained(self, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """As transformers' own; code that was registered with `register_for_auto_class` takes along what it imports
         from here.
         """
@@ -97,11 +109,12 @@ class MPIPreTrainedModel:
 class MPIModel(MPIPreTrainedModel):
     """Inherited before a native backbone."""
 
-    router_class: type[MPIRouter]
+    router_class: ClassVar[type[MPIRouter]]
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__(config)
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             if isinstance(getattr(layer.mlp, "gate", None), self.router_class.native_class):
                 layer.mlp.gate.__class__ = self.router_class
                 layer.mlp.gate.mpi = EffectiveRouter(layer.mlp, **config.mpi_options())
@@ -111,9 +124,9 @@ class MPIModel(MPIPreTrainedModel):
 class MPIForCausalLM(MPIPreTrainedModel):
     """Inherited before a native language model, whose losses it replaces by those of the configuration."""
 
-    model_class: type[MPIModel]
+    model_class: ClassVar[type[MPIModel]]
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         self.check_config(config)
         # Not the native constructor, which would build a native backbone first.
         PreTrainedModel.__init__(self, config)
@@ -166,7 +179,13 @@ class MPIForCausalLM(MPIPreTrainedModel):
             hidden_states=outputs.hidden_states, attentions=outputs.attentions, router_logits=outputs.router_logits,
         )  # fmt: skip
 
-    def _auxiliary_loss(self, router_logits, hidden_BTD, attention_mask, position_ids) -> Tensor:
+    def _auxiliary_loss(
+        self,
+        router_logits: Sequence[Tensor],
+        hidden_BTD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Tensor:
         if (
             self.is_activation_checkpointing
             and hidden_BTD.requires_grad
@@ -178,7 +197,9 @@ class MPIForCausalLM(MPIPreTrainedModel):
             )
         if attention_mask is not None:
             attention_mask = attention_mask[:, -hidden_BTD.shape[1] :]  # without what a cache holds
-        return auxiliary_loss(self.config, router_logits, hidden_BTD.shape[:2], attention_mask, position_ids)
+        return auxiliary_loss(
+            self.config, router_logits, (hidden_BTD.shape[0], hidden_BTD.shape[1]), attention_mask, position_ids
+        )
 
 
 def register(native_type: str, config_class: type, models: dict[type, type[MPIPreTrainedModel]]) -> None:
@@ -197,7 +218,8 @@ def register(native_type: str, config_class: type, models: dict[type, type[MPIPr
         auto_class.register(config_class, model, exist_ok=True)
     # By the names of the classes too, for a configuration that says to be of the native type.
     for key in (config_class.model_type, *(model.__name__ for model in models.values())):
-        register_checkpoint_conversion_mapping(key, get_checkpoint_conversion_mapping(native_type), overwrite=True)
+        mapping: Any = get_checkpoint_conversion_mapping(native_type)  # a copy for each
+        register_checkpoint_conversion_mapping(key, mapping, overwrite=True)
 
 
 def _bundle(folder: Path) -> None:

@@ -7,7 +7,7 @@ weight.
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class EffectiveRouter(nn.Module):
         self._looked_at = False
         self._loan: _Loan | None = None
         self._hooks: list[RemovableHandle] = []
-        if ramp_steps:
+        if ramp_steps and start is not None:
             self.register_buffer("start", start.detach().clone())
             # An integer, which a change of the model's dtype leaves as it is.
             self.register_buffer("steps", torch.zeros((), dtype=torch.long, device=start.device))
@@ -232,7 +232,7 @@ class _Sibling:
     """
 
     def __init__(self, block: nn.Module):
-        self.block = block
+        self.block: Any = block
 
     def __deepcopy__(self, memo: dict) -> "_Sibling":
         return _Sibling(memo.get(id(self.block), self.block))
@@ -253,7 +253,7 @@ class _Loan:
     def lend(self, experts: nn.Module) -> None:
         self.lent = experts._parameters.get(self.name) is self.own
         if self.lent:
-            experts._parameters[self.name] = self.used
+            experts._parameters[self.name] = cast(nn.Parameter, self.used)  # a tensor of the graph, for one pass
 
     def take_back(self, experts: nn.Module) -> None:
         if self.lent:
@@ -284,7 +284,7 @@ def _changes_are_counted(sources: list[Tensor], training: bool) -> bool:
     return not (training and distributed) and not any(source.is_inference() for source in sources)
 
 
-def _unwrapped(experts: nn.Module) -> tuple[nn.Module, list[Any]]:
+def _unwrapped(experts: Any) -> tuple[nn.Module, list[Any]]:
     """Returns the experts without PEFT's wrappers, and those."""
     wrappers = []
     while hasattr(experts, "base_layer"):
@@ -321,7 +321,17 @@ def check_rows(router_ND: Tensor) -> None:
         )
 
 
-def check_options(*, matrix, iters, scale, norm, eps, mode, grad, ramp_steps=0) -> None:
+def check_options(
+    *,
+    matrix: str,
+    iters: int,
+    scale: float,
+    norm: float | None,
+    eps: float,
+    mode: str,
+    grad: str,
+    ramp_steps: int = 0,
+) -> None:
     """Raises `ValueError` for the first option of [`EffectiveRouter`] that is out of range."""
     for name, value, choices in (("matrix", matrix, MATRICES), ("mode", mode, MODES), ("grad", grad, GRADIENTS)):
         if value not in choices:

@@ -1,6 +1,7 @@
 """Distillation: where student and teacher differ, token by token, and what the objective makes of it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from hf_rb.report.blocks import Block, Table, number
 from hf_rb.report.figures import curves, heat_map, histograms
@@ -65,7 +66,7 @@ def _mean(numbers: Sequence[float]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def _by_position(found, name: str) -> list[Block]:
+def _by_position(found: Sequence[dict[str, Any]], name: str) -> list[Block]:
     """The mean over sequences by where in its completion a token stands: late tokens are often others than early
     ones.
     """
@@ -86,7 +87,7 @@ def _by_position(found, name: str) -> list[Block]:
     return [heat_map(rows, [when(one) for one in found], caption, x_label, span=(0, 100))]
 
 
-def _branches(found) -> Table:
+def _branches(found: Sequence[dict[str, Any]]) -> Table:
     """Of HPD: the label's probability is too low or too high, and so is that of the drawn token."""
     rows = []
     for snapshot in found:
@@ -99,7 +100,7 @@ def _branches(found) -> Table:
     return Table(headers, rows)
 
 
-def _worst(snapshot, name: str) -> Table:
+def _worst(snapshot: dict[str, Any], name: str) -> Table:
     """The tokens at which the two differ most, with what stands before them."""
     found = []
     for row in snapshot["rows"]:
