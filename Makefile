@@ -17,7 +17,7 @@ TESTS_WITHOUT_TORCH := tests/test_layout.py tests/test_fields.py tests/test_file
 # Files of the repository that have a public schema.
 SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema
 
-.PHONY: demo test test-first test-slow check format types hooks schemas bench
+.PHONY: demo test test-first test-slow coverage check format types hooks schemas bench
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-rb demo --output runs/demo --overwrite
@@ -27,6 +27,10 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Lines of the package that the fast tests run, without those that only processes of their own do.
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --cov=hf_rb --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 test-first: $(VENV)/.installed
 	$(BIN)/python -m pytest -q $(TESTS_WITHOUT_TORCH) $(PYTEST_ARGS)
