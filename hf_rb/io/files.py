@@ -27,11 +27,15 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+WINDOWS = os.name == "nt"
 
 
 def fsync_file(path: str | os.PathLike) -> None:
     """Waits until the contents of a file (or the entries of a folder) are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows opens no folder, and syncs a file only through a descriptor that may write.
+    if WINDOWS and os.path.isdir(path):
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
