@@ -10,7 +10,14 @@ export HF_UPDATE_DOWNLOAD_COUNTS ?= 0
 
 TORCH_FITS := from importlib.metadata import version; assert tuple(map(int, version('torch').split('.')[:2])) >= (2, 9)
 
-.PHONY: demo test test-slow check schemas bench
+# Tests whose modules import neither torch nor transformers: seconds, so they run before every commit.
+TESTS_WITHOUT_TORCH := tests/test_layout.py tests/test_fields.py tests/test_files.py tests/cli/test_main.py tests/cli/test_plan.py \
+	tests/cli/test_malformed_recipes.py
+
+# Files of the repository that have a public schema.
+SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema
+
+.PHONY: demo test test-first test-slow coverage check format types hooks schemas bench
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-rb demo --output runs/demo --overwrite
@@ -21,10 +28,31 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-check: $(VENV)/.installed-dev
+# Lines of the package that the fast tests run, without those that only processes of their own do.
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --cov=hf_rb --cov-report=term:skip-covered $(PYTEST_ARGS)
+
+test-first: $(VENV)/.installed
+	$(BIN)/python -m pytest -q $(TESTS_WITHOUT_TORCH) $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/method.yml
+	$(SCHEMA) vendor.citation-file-format --force-filetype yaml CITATION.cff
 	$(BIN)/hf-rb check $(filter-out recipes/accelerate_configs/%,$(wildcard recipes/*/*.yaml))
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hooks: $(VENV)/.installed-dev
+	$(BIN)/pre-commit install
 
 schemas: $(VENV)/.installed
 	$(BIN)/python -m hf_rb.cli.schemas

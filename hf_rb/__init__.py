@@ -1,7 +1,7 @@
 """Recent papers on distillation, RL, quantization and MoE routers as drop-in parts of the Hugging Face stack.
 
-Importing this package registers it with transformers and PEFT, and imports neither of them, nor torch: the public names
-below load on first use.
+Importing this package registers it with transformers and PEFT, and imports neither of them, nor torch: the public
+names below load on first use.
 """
 
 from typing import TYPE_CHECKING

@@ -12,7 +12,7 @@ os.environ.update(
     CUDA_VISIBLE_DEVICES="",
 )
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+from hf_rb.io import files
 from hf_rb.io.files import MANIFEST, atomic_folder, start_manifest, verify_manifest, write_manifest
 
 
@@ -70,3 +71,21 @@ def test_manifest_names_every_kind_of_damage(tmp_path):
     assert verify_manifest(tmp_path) == [f"{MANIFEST} is damaged"]
     (tmp_path / MANIFEST).write_text('{"format_version": 2, "files": {}}')
     assert "format version 2" in verify_manifest(tmp_path)[0]
+
+
+def test_fsync_folder_on_windows_opens_no_folder(tmp_path, monkeypatch):
+    """Windows refuses to open a folder, and to sync a descriptor that only reads."""
+    opened = []
+
+    def refusing_open(path, flags):
+        assert not os.path.isdir(path) and flags & os.O_RDWR
+        opened.append(os.path.basename(path))
+        return real_open(path, flags)
+
+    real_open = os.open
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("text")
+    monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(os, "open", refusing_open)
+    files.fsync_folder(tmp_path)
+    assert opened == ["file"]

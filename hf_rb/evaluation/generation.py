@@ -1,16 +1,16 @@
 """Accuracy of generated answers: greedy exact match, and pass@k of sampled completions."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_rb.evaluation.tasks import is_correct
+from hf_rb.evaluation.tasks import is_correct, rendered
 from hf_rb.ops.generation import generation_config, own_distribution
 from hf_rb.utils.progress import tqdm
 
@@ -31,7 +31,8 @@ class ExactMatch:
 
     Attributes:
         accuracy (`float`): Share of problems whose answer after `####` is the right one.
-        lenient_accuracy (`float`): The same, with the last number of a completion as its answer where `####` is missing.
+        lenient_accuracy (`float`): The same, with the last number of a completion as its answer where `####` is
+            missing.
         by_kind (`dict[str, float]`): Accuracy on each kind of problem.
         finished (`float`): Share of completions that ended before the token limit.
         count (`int`): Number of problems.
@@ -50,7 +51,9 @@ class ExactMatch:
 
 @dataclass(frozen=True)
 class PassAtK:
-    """Result of [`pass_at_k`]: the chance that at least one of `k` sampled completions is right, estimated without bias."""
+    """Result of [`pass_at_k`]: the chance that at least one of `k` sampled completions is right, estimated without
+    bias.
+    """
 
     k: int
     pass_at_k: float
@@ -106,11 +109,7 @@ def generate(
         raise ValueError(
             "The prompts are conversations and the tokenizer has no chat template: give the prompts as text."
         )
-    texts = (
-        [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts]
-        if chat
-        else prompts
-    )
+    texts = [rendered(tokenizer, prompt, add_generation_prompt=True) for prompt in prompts] if chat else prompts
 
     config = generation_config(model, tokenizer, max_new_tokens, temperature, samples)
     pad, ends = config.pad_token_id, set(config.eos_token_id or [])
@@ -119,10 +118,11 @@ def generate(
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))  # rows of a batch are of similar length
     completions: list[list[Completion]] = [[] for _ in ids]
     step = max(batch_size // samples, 1)
-    training = model.training
+    training, sample = model.training, cast(Callable[..., torch.Tensor], model.generate)
     model.eval()
-    # TRL leaves `output_router_logits` on in mixtures of experts that it has trained. transformers then computes the balance loss of every
-    # token that it generates, and fails on padded prompts: the mask covers all tokens so far, the routers have seen one.
+    # TRL leaves `output_router_logits` on in mixtures of experts that it has trained. transformers then computes the
+    # balance loss of every token that it generates, and fails on padded prompts: the mask covers all tokens so far,
+    # the routers have seen one.
     routers = {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
     with torch.random.fork_rng(), own_distribution(model):
         torch.manual_seed(seed)
@@ -133,10 +133,10 @@ def generate(
             mask = torch.tensor(
                 [[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in rows], device=model.device
             )
-            new = model.generate(input_ids=padded, attention_mask=mask, generation_config=config, **routers)
+            new = sample(input_ids=padded, attention_mask=mask, generation_config=config, **routers)
             new = new[:, width:].tolist()
             for index, tokens in enumerate(new):
-                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                text = cast(str, tokenizer.decode(tokens, skip_special_tokens=True))
                 completions[rows[index // samples]].append(Completion(text, not ends.isdisjoint(tokens)))
     model.train(training)
     return completions

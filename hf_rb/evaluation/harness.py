@@ -1,4 +1,6 @@
-"""Public benchmarks through the Python API of lm-evaluation-harness (`pip install hf_rb[eval]`), task files of one's own included."""
+"""Public benchmarks through the Python API of lm-evaluation-harness (`pip install hf_rb[eval]`), task files of one's
+own included.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +48,8 @@ def run_harness(
     batch_size: int = 8,
     allow_local_code: bool = False,
 ) -> list[HarnessScore]:
-    """Runs tasks of lm-evaluation-harness, which generates as it always does, so that scores compare with those that others publish.
+    """Runs tasks of lm-evaluation-harness, which generates as it always does, so that scores compare with those that
+    others publish.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -54,7 +57,8 @@ def run_harness(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
         tasks (`Sequence[str]`):
-            Names of the harness's tasks (their data comes from the Hub or its cache), or paths of task files in its YAML format.
+            Names of the harness's tasks (their data comes from the Hub or its cache), or paths of task files in its
+            YAML format.
         limit (`int`, *optional*):
             Asks only the first so many questions of a task. Not for figures that are published.
         fewshot (`int`, *optional*):
@@ -113,12 +117,16 @@ def _task_name(file: Path, allow_local_code: bool) -> str:
     for neighbour in sorted([*file.parent.glob("*.yaml"), *file.parent.glob("*.yml")]):
         if "!function" in neighbour.read_text(encoding="utf-8") and not allow_local_code:
             raise ValueError(
-                f"{neighbour} names Python code (`!function`), which would be imported: add `--allow-local-code` if you trust it."
+                f"{neighbour} names Python code (`!function`), which would be imported: add `--allow-local-code` if "
+                "you trust it."
             )
-    loader = type("Loader", (yaml.SafeLoader,), {})  # takes the tag as text; nothing is imported here
-    loader.add_constructor("!function", lambda _, node: node.value)
+
+    class Loader(yaml.SafeLoader):
+        """Takes the tag `!function` as text; nothing is imported here."""
+
+    Loader.add_constructor("!function", lambda _, node: node.value)
     try:
-        task = yaml.load(file.read_text(encoding="utf-8"), loader)
+        task = yaml.load(file.read_text(encoding="utf-8"), Loader)  # noqa: S506 (it is a SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(task, dict) or not isinstance(task.get("task"), str):

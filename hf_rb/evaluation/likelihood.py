@@ -1,15 +1,16 @@
 """Perplexity over sliding windows.
 
-Every text is tokenized once and cut into windows of `window` tokens that begin `stride` tokens apart. A token is scored once, in
-the first window that holds it and at least one token before it:
+Every text is tokenized once and cut into windows of `window` tokens that begin `stride` tokens apart. A token is
+scored once, in the first window that holds it and at least one token before it:
 
-- `stride == window`: the windows do not overlap, and the first token of each is not scored. This is how the quantization
-  literature measures WikiText-2 (there, a last incomplete window is dropped; here it counts).
-- `stride < window`: every token but the first of its text is scored, behind at least `window - stride` tokens of context or all
-  there is.
+- `stride == window`: the windows do not overlap, and the first token of each is not scored. This is how the
+  quantization literature measures WikiText-2 (there, a last incomplete window is dropped; here it counts).
+- `stride < window`: every token but the first of its text is scored, behind at least `window - stride` tokens of
+  context or all there is.
 
-Where the tokenizer puts a token before a text (BOS), every window begins with it: it stands in front of the window's own tokens and is
-neither counted nor scored. The same tokens are scored with it and without it. What a tokenizer puts behind a text (EOS) is left out.
+Where the tokenizer puts a token before a text (BOS), every window begins with it: it stands in front of the window's
+own tokens and is neither counted nor scored. The same tokens are scored with it and without it. What a tokenizer puts
+behind a text (EOS) is left out.
 """
 
 import math
@@ -42,7 +43,8 @@ class Perplexity:
         tokens (`int`): Number of scored tokens.
         window (`int`): Window length in tokens of the text.
         stride (`int`): Distance between the starts of two windows in tokens.
-        begins_with (`str`, *optional*): What the tokenizer puts before a text, and every window therefore begins with, such as `"<bos>"`.
+        begins_with (`str`, *optional*): What the tokenizer puts before a text, and every window therefore begins with,
+            such as `"<bos>"`.
     """
 
     perplexity: float
@@ -85,8 +87,8 @@ def perplexity(
         stride (`int`, *optional*):
             Distance between the starts of two windows, in `[1, window]`. Defaults to the window.
         contexts (`Sequence[str]`, *optional*):
-            One text in front of each of `texts` that is read but not scored, as a chat prompt before its completion. What the
-            tokenizer puts before a text is then put before windows only where the context begins with it.
+            One text in front of each of `texts` that is read but not scored, as a chat prompt before its completion.
+            What the tokenizer puts before a text is then put before windows only where the context begins with it.
         batch_size (`int`, *optional*, defaults to `8`):
             Windows in one forward pass.
 
@@ -100,7 +102,7 @@ def perplexity(
     head, _, name = special_tokens(tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None)
     room = positions - len(head) if positions else math.inf
-    window = min(WINDOW, room) if window is None else window
+    window = int(min(WINDOW, room)) if window is None else window
     stride = window if stride is None else stride
     if not 1 <= stride <= window or window < 2:
         raise ValueError(
@@ -109,7 +111,8 @@ def perplexity(
     if window > room:
         front = f" with {name} in front of it" if head else ""
         raise ValueError(
-            f"window={window}{front} is longer than the {positions} positions of the model: write window={room} (`--window {room}`)."
+            f"window={window}{front} is longer than the {positions} positions of the model: write window={room} "
+            f"(`--window {room}`)."
         )
 
     windows, size, tokens = [], 0, 0

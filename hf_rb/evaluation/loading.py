@@ -1,6 +1,7 @@
 """Loads what a user names: an embedded model, a folder or a Hub id."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,4 +29,5 @@ def load_model(folder: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel
     kind = check_causal(AutoConfig.from_pretrained(folder))
     device_map = "auto" if torch.cuda.is_available() else None
     model = kind.from_pretrained(folder, dtype=dtype, device_map=device_map)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    return model.eval(), tokenizer

@@ -6,6 +6,7 @@ Only the headers of the safetensors files and the model's config are read; no we
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -79,7 +80,7 @@ def model_size(folder: str | Path, variant: str | None = None, subfolder: str = 
 
 
 def _logical_weights(folder: Path) -> int:
-    config = AutoConfig.from_pretrained(folder)
+    config: Any = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the shapes of the model as it was before packing
     return sum(parameter.numel() for parameter in skeleton(config).parameters())

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,8 +19,8 @@ def load_task(name: str, limit: int | None = None, split: str = "test") -> list[
 
     Args:
         name (`str`):
-            `"tiny:math"`, or the path of a JSON-lines file with a `question` and an `answer` that ends in `#### <answer>`, as
-            GSM8K has them.
+            `"tiny:math"`, or the path of a JSON-lines file with a `question` and an `answer` that ends in
+            `#### <answer>`, as GSM8K has them.
         limit (`int`, *optional*):
             Takes the first so many.
         split (`str`, *optional*, defaults to `"test"`):
@@ -42,7 +42,7 @@ def load_task(name: str, limit: int | None = None, split: str = "test") -> list[
 
 
 def _embedded(name: str, limit: int | None, split: str) -> list[dict[str, Any]]:
-    dataset = tiny.load_dataset(name.removeprefix("tiny:"), config="prompt_completion", split=split, size=limit)
+    dataset: Any = tiny.load_dataset(name.removeprefix("tiny:"), config="prompt_completion", split=split, size=limit)
     return [
         {
             "prompt": row["prompt"],
@@ -80,25 +80,30 @@ def _file(path: Path, limit: int | None) -> list[dict[str, Any]]:
     return rows
 
 
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> str:
+    """Returns a conversation as the chat template writes it."""
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
 def solutions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     """Renders worked solutions as assistant turns.
 
     Returns:
-        `tuple[list[str], list[str]]`: The solutions, and in front of each the prompt up to where the assistant begins: `texts`
-        and `contexts` of [`perplexity`].
+        `tuple[list[str], list[str]]`: The solutions, and in front of each the prompt up to where the assistant begins:
+        `texts` and `contexts` of [`perplexity`].
 
     Raises:
         ValueError: The chat template does not begin a conversation as it begins its prompt.
     """
     texts, contexts = [], []
     for row in rows:
-        context = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        context = rendered(tokenizer, row["prompt"], add_generation_prompt=True)
         turn = [{"role": "assistant", "content": row["solution"]}]
-        whole = tokenizer.apply_chat_template(row["prompt"] + turn, tokenize=False)
+        whole = rendered(tokenizer, row["prompt"] + turn)
         if not whole.startswith(context):
             raise ValueError(
-                "The chat template writes a prompt in another way when an answer follows, so prompt and solution cannot be "
-                "told apart. Give the tokenizer a template that keeps prefixes."
+                "The chat template writes a prompt in another way when an answer follows, so prompt and solution "
+                "cannot be told apart. Give the tokenizer a template that keeps prefixes."
             )
         texts.append(whole.removeprefix(context))
         contexts.append(context)
@@ -106,7 +111,8 @@ def solutions(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) ->
 
 
 def is_correct(text: str, answer: str | float | None, lenient: bool = False) -> bool:
-    """Says whether what follows the last `####` of `text` is `answer`, as [`~hf_rb.rl.answers.same_answer`] compares them.
+    """Says whether what follows the last `####` of `text` is `answer`, as [`~hf_rb.rl.answers.same_answer`] compares
+    them.
 
     Args:
         text (`str`):

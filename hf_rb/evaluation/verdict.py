@@ -19,8 +19,8 @@ class Verdict:
     How much worse a model is than the one that it was made from.
 
     Attributes:
-        times (`float`): Its perplexity over the original's, on the same tokens. Infinite if its own is NaN, NaN if the original's
-            is not finite.
+        times (`float`): Its perplexity over the original's, on the same tokens. Infinite if its own is NaN, NaN if the
+            original's is not finite.
         word (`str`): `"close"`, `"damaged"` or `"broken"`; `"unknown"` if the original's perplexity is not finite.
         original (`str`): What the original is, such as `"16 bits"`.
         rounded_times (`float`, *optional*): The same ratio for the original with its layers rounded to 4 bits.
@@ -33,14 +33,22 @@ class Verdict:
 
     def __str__(self) -> str:
         if math.isnan(self.times):
-            return f"Nothing can be said of this model: the perplexity of {self.original} is itself infinite or not a number."
-        said = f"Perplexity is {_times(self.times)} times that of {self.original}: this model is {self.word} ({THRESHOLDS})."
+            return (
+                f"Nothing can be said of this model: the perplexity of {self.original} is itself infinite or not a "
+                "number."
+            )
+        said = (
+            f"Perplexity is {_times(self.times)} times that of {self.original}: this model is {self.word} "
+            f"({THRESHOLDS})."
+        )
         return (
             said if self.rounded_times is None else f"{said} Plain 4-bit rounding: {_times(self.rounded_times)} times."
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the verdict for JSON, with its sentence and the thresholds. JSON has no infinity and no NaN: they are `None`."""
+        """Returns the verdict for JSON, with its sentence and the thresholds. JSON has no infinity and no NaN: they
+        are `None`.
+        """
         return finite(vars(self)) | {"sentence": str(self), "close_below": CLOSE_BELOW, "damaged_below": DAMAGED_BELOW}
 
 
@@ -58,10 +66,11 @@ def judge(perplexity: float, original_perplexity: float, original: str, rounded:
     """
     if not math.isfinite(original_perplexity):
         return Verdict(math.nan, "unknown", original)
-    times, rounded_times = (
-        None if value is None else math.inf if math.isnan(value) else value / original_perplexity
-        for value in (perplexity, rounded)
-    )
+
+    def ratio(value: float) -> float:
+        return math.inf if math.isnan(value) else value / original_perplexity
+
+    times, rounded_times = ratio(perplexity), None if rounded is None else ratio(rounded)
     word = "close" if times < CLOSE_BELOW else "damaged" if times < DAMAGED_BELOW else "broken"
     return Verdict(times, word, original, rounded_times)
 

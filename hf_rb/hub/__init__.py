@@ -1,4 +1,6 @@
-"""Model cards and uploads: what a model is, how it was made, what was measured, how to load it, and its way to the Hub."""
+"""Model cards and uploads: what a model is, how it was made, what was measured, how to load it, and its way to the
+Hub.
+"""
 
 from hf_rb.hub.card import (
     ModelCardData,

@@ -1,7 +1,7 @@
 """Fills `model_cards/template.md.jinja`.
 
-TRL's card loses the base model when it is a local folder, prints `None` for a model without a Hub id, misspells the `license`
-key and cannot use another package's template; this one is rendered from our own data instead.
+TRL's card loses the base model when it is a local folder, prints `None` for a model without a Hub id, misspells the
+`license` key and cannot use another package's template; this one is rendered from our own data instead.
 """
 
 import os
@@ -72,8 +72,8 @@ class ModelCardData:
         methods (`Sequence[str]`, *optional*, defaults to `()`):
             Keys of [`METHODS`], in the order in which they were applied.
         base_model (`str` or `Sequence[str]`, *optional*):
-            Hub id, folder or embedded model (`"tiny:student"`), several of a merge. Only a Hub id is linked and enters the metadata;
-            a folder shows by its name alone.
+            Hub id, folder or embedded model (`"tiny:student"`), several of a merge. Only a Hub id is linked and enters
+            the metadata; a folder shows by its name alone.
         dataset_name (`str`, *optional*):
             Training data, treated like `base_model`.
         trainer (`str`, *optional*):
@@ -211,7 +211,9 @@ def _environment() -> Environment:
 
 
 def write_model_card(folder: str | Path, data: ModelCardData) -> Path:
-    """Writes `README.md` into a model's folder and returns its path. Without `data.loading` the folder's files say how to load it."""
+    """Writes `README.md` into a model's folder and returns its path. Without `data.loading` the folder's files say how
+    to load it.
+    """
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     data = data if data.loading else replace(data, loading=read_loading(folder))
@@ -232,10 +234,10 @@ def read_origin(folder: str | Path) -> str | None:
 
 # Fields that say where and how a run was watched, saved or sped up, not what was computed.
 _SILENT_FIELDS = {
-    "output_dir", "run_name", "project", "report_to", "disable_tqdm", "debug", "do_train", "do_eval", "do_predict", "local_rank",
-    "push_to_hub", "resume_from_checkpoint", "use_cpu", "accelerator_config", "activation_checkpointing",
-    "gradient_checkpointing", "include_num_input_tokens_seen", "pad_to_multiple_of", "trust_remote_code", "dataset_num_proc",
-    "model_init_kwargs", "teacher_model_init_kwargs",
+    "output_dir", "run_name", "project", "report_to", "disable_tqdm", "debug", "do_train", "do_eval", "do_predict",
+    "local_rank", "push_to_hub", "resume_from_checkpoint", "use_cpu", "accelerator_config", "activation_checkpointing",
+    "gradient_checkpointing", "include_num_input_tokens_seen", "pad_to_multiple_of", "trust_remote_code",
+    "dataset_num_proc", "model_init_kwargs", "teacher_model_init_kwargs",
 }  # fmt: skip
 _SILENT_PREFIXES = (
     "hub_",

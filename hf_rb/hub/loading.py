@@ -1,4 +1,6 @@
-"""What a visitor of a model's page needs to load it: class, task and packages, read from the model or from its folder."""
+"""What a visitor of a model's page needs to load it: class, task and packages, read from the model or from its
+folder.
+"""
 
 import json
 from collections.abc import Mapping
@@ -83,7 +85,7 @@ class Loading:
         images = ["pillow", "torchvision"] if self.reader == "AutoProcessor" and "image" in (self.task or "") else []
         if self.needs_hf_rb:
             return [hf_rb_requirement(), *images]  # its dependencies are transformers, torch, PEFT and more
-        beside = [*(["peft"] if adapter else []), *_LOADERS.get(self.method, ())]
+        beside = [*(["peft"] if adapter else []), *_LOADERS.get(self.method or "", ())]
         return [_at_least("transformers"), "torch", *images, *map(_at_least, beside)]
 
 
@@ -93,7 +95,9 @@ def hf_rb_requirement() -> str:
 
 
 def _at_least(library: str) -> str:
-    """Returns a requirement. A bare name of an installed library gets that library's version, without the last part, as the lowest."""
+    """Returns a requirement. A bare name of an installed library gets that library's version, without the last part,
+    as the lowest.
+    """
     try:
         return f"{library}>={'.'.join(version(library).split('.')[:2])}"
     except (PackageNotFoundError, ValueError):
@@ -110,7 +114,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_loading(folder: str | Path) -> Loading:
-    """Returns how the model or the adapter in a folder is loaded. An adapter's base that cannot be read counts as a causal model."""
+    """Returns how the model or the adapter in a folder is loaded. An adapter's base that cannot be read counts as a
+    causal model.
+    """
     folder = Path(folder)
     config, adapter = read_json(folder / "config.json"), read_json(folder / ADAPTER_CONFIG)
     if not config and not adapter:
@@ -119,7 +125,7 @@ def read_loading(folder: str | Path) -> Loading:
     if not config and base and (found := local_folder(base)):
         config = read_json(found / "config.json")
     named = (adapter.get("auto_mapping") or {}).get("base_model_class")
-    default = _TASK_TYPES.get(adapter.get("task_type"), Loading.architecture)
+    default = _TASK_TYPES.get(adapter.get("task_type") or "", Loading.architecture)
     architecture, remote_code = _class_name(config, (config.get("architectures") or [named or default])[0])
     chat = any(folder.glob("chat_template*")) or read_json(folder / "tokenizer_config.json").get("chat_template")
     has = {"AutoProcessor": "*processor_config.json", "AutoTokenizer": "tokenizer*"}
@@ -152,7 +158,9 @@ def model_loading(model: Any, reader: Any) -> Loading:
 
 
 def _class_name(config: Mapping[str, Any], architecture: str) -> tuple[str, bool]:
-    """Returns the class that loads a model, and whether its code comes with the checkpoint: then it is the auto class that finds it."""
+    """Returns the class that loads a model, and whether its code comes with the checkpoint: then it is the auto class
+    that finds it.
+    """
     autos = [name for name in config.get("auto_map") or {} if name.startswith("AutoModel")]
     if not autos:
         return architecture, False
@@ -163,13 +171,15 @@ def _class_name(config: Mapping[str, Any], architecture: str) -> tuple[str, bool
 
 # Keys of an adapter's configuration that do not describe its training: where it lies, how it is used and loaded.
 _SILENT = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "revision", "task_type",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "revision", "task_type",
 }  # fmt: skip
 
 
 def adapter_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of an adapter for its card, such as `lora.r`, from the contents of its adapter_config.json."""
+    """Returns the settings of an adapter for its card, such as `lora.r`, from the contents of its
+    adapter_config.json.
+    """
     kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type", "adapter"))).lower()
     settings = {}
     for key, value in sorted(config.items()):

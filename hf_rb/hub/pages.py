@@ -1,4 +1,6 @@
-"""Cards for what is pushed without one: a folder that `save_pretrained` wrote, GGUF files, a teacher cache, a report."""
+"""Cards for what is pushed without one: a folder that `save_pretrained` wrote, GGUF files, a teacher cache, a
+report.
+"""
 
 import json
 import re
@@ -63,9 +65,10 @@ def cache_card(folder: Path) -> str:
     predictions, sequences = (sum(shard[key] for shard in shards) for key in ("tokens", "sequences"))
     head = huggingface_hub.DatasetCardData(pretty_name=name, tags=["hf_rb", "knowledge-distillation", "teacher-cache"])
     text = (
-        f"What the teacher `{teacher}` predicts, made {BY} (`hf-rb cache-teacher`): the {identity['k']} most probable tokens and the label, with "
-        f"their log-probabilities ({identity['dtype']}) and that of all other tokens together, for each of {predictions:,} predictions in "
-        f"{sequences:,} sequences. A student trains on it without the teacher, on the data and with the tokenizer that were captured."
+        f"What the teacher `{teacher}` predicts, made {BY} (`hf-rb cache-teacher`): the {identity['k']} most "
+        f"probable tokens and the label, with their log-probabilities ({identity['dtype']}) and that of all other "
+        f"tokens together, for each of {predictions:,} predictions in {sequences:,} sequences. A student trains on "
+        "it without the teacher, on the data and with the tokenizer that were captured."
     )
     commands = [
         f'pip install "{hf_rb_requirement()}"',
@@ -77,7 +80,10 @@ def cache_card(folder: Path) -> str:
 
 def report_card(name: str) -> str:
     """Returns the README of a static Space, which shows a report as a page."""
-    head = f"title: {json.dumps(name)}\nemoji: 📈\ncolorFrom: blue\ncolorTo: gray\nsdk: static\npinned: false\ntags:\n- hf_rb"
+    head = (
+        f"title: {json.dumps(name)}\nemoji: 📈\ncolorFrom: blue\ncolorTo: gray\nsdk: static\npinned: false\n"
+        "tags:\n- hf_rb"
+    )
     return f"---\n{head}\n---\n\n# {name}\n\nA report of `hf-rb report`, made {BY}. It is one file, `index.html`.\n"
 
 

@@ -1,6 +1,6 @@
 """
-Uploads what has a page: a model folder, with what a model repository holds and nothing else that lies there; a teacher cache, as a
-dataset; a report, as a static Space.
+Uploads what has a page: a model folder, with what a model repository holds and nothing else that lies there; a teacher
+cache, as a dataset; a report, as a static Space.
 """
 
 import os
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Upload", "check_repo_id", "plan_upload", "push_folder"]
 
-# What is uploaded beside the weights: configuration, tokenizer, card, code and measurements. Optimizer state, random states,
-# pickles, caches, checkpoints, old shards and hidden files match none of these patterns.
+# What is uploaded beside the weights: configuration, tokenizer, card, code and measurements. Optimizer state, random
+# states, pickles, caches, checkpoints, old shards and hidden files match none of these patterns.
 UPLOADED = (
     "README.md",
     "config.json",
@@ -87,19 +87,22 @@ class Upload:
 def plan_upload(folder: str | Path, repo_id: str | None = None, results: Sequence[Result] = ()) -> Upload:
     """Says what is uploaded.
 
-    A card is made where there is none, and in place of the empty one that PEFT writes; nothing is changed in the folder.
+    A card is made where there is none, and in place of the empty one that PEFT writes; nothing is changed in the
+    folder.
 
     Args:
         folder (`str` or `Path`):
             Folder of a model, an adapter, GGUF files or a teacher cache, or the HTML file of `hf-rb report`.
         repo_id (`str`, *optional*):
-            Name that the card's own examples get in place of `path/to/NAME`, where NAME is what the card calls the model.
+            Name that the card's own examples get in place of `path/to/NAME`, where NAME is what the card calls the
+            model.
         results (`Sequence[Result]`, *optional*, defaults to `()`):
             Measurements that the card gets beside its own.
 
     Raises:
         FileNotFoundError: There is no such folder, or a weight file is missing.
-        ValueError: No model, an incomplete one, a file that is a link to somewhere else, or results of what is no model.
+        ValueError: No model, an incomplete one, a file that is a link to somewhere else, or results of what is no
+            model.
     """
     folder = Path(folder)
     if folder.suffix == ".html" and folder.is_file():
@@ -107,7 +110,8 @@ def plan_upload(folder: str | Path, repo_id: str | None = None, results: Sequenc
     elif not folder.is_dir():
         if folder.is_file():
             raise ValueError(
-                f"{folder} is a file: give the folder that holds it. Of files only the .html of a report is uploaded alone."
+                f"{folder} is a file: give the folder that holds it. Of files only the .html of a report is uploaded "
+                "alone."
             )
         raise FileNotFoundError(f"There is no folder {folder}.")
     elif read_json(folder / MANIFEST).get("format") == CACHE_FORMAT:
@@ -158,13 +162,15 @@ def _missing(upload: Upload) -> Iterator[str]:
     wanted = {"model": ("license", "base_model"), "dataset": ("license",), "space": ()}[upload.repo_type]
     if names := [name for name in wanted if not head.get(name)]:
         lines = " and ".join(f"`{name}: …`" for name in names)
-        yield f"README.md names no {' and no '.join(name.replace('_', ' ') for name in names)}: add {lines} to its head."
+        yield (
+            f"README.md names no {' and no '.join(name.replace('_', ' ') for name in names)}: add {lines} to its head."
+        )
     config = read_json(upload.paths[ADAPTER_CONFIG]) if ADAPTER_CONFIG in upload.paths else {}
     base = config.get("base_model_name_or_path")
     if base and os.path.exists(base):
         yield (
-            f"{ADAPTER_CONFIG} names a folder of this machine as `base_model_name_or_path`, from which nobody else can load the base: write "
-            "the Hub id of the base model."
+            f"{ADAPTER_CONFIG} names a folder of this machine as `base_model_name_or_path`, from which nobody else "
+            "can load the base: write the Hub id of the base model."
         )
     for name, path in upload.paths.items():
         if any(fnmatch(name, pattern) for pattern in TEXTS) and name != ADAPTER_CONFIG:
@@ -260,10 +266,10 @@ def push_folder(
     check_repo_id(repo_id)
     upload, api = plan_upload(folder, repo_id, results), HfApi(token=token)
     files = {name: str(path) for name, path in upload.paths.items()} | {"README.md": upload.card.encode()}
-    kind = {"repo_type": upload.repo_type}
+    kind: dict[str, Any] = {"repo_type": upload.repo_type}
     try:
         if create:
-            space = {"space_sdk": "static"} if upload.repo_type == "space" else {}
+            space: dict[str, Any] = {"space_sdk": "static"} if upload.repo_type == "space" else {}
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True, **kind, **space).repo_id
         return api.create_commit(
             repo_id,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -25,7 +26,8 @@ def read_results(path: str | Path, models: Sequence[str | Path] = ()) -> list[Re
         path (`str` or `Path`):
             The file.
         models (`Sequence[str | Path]`, *optional*, defaults to `()`):
-            Folders or Hub ids, by the last part of which the measured model must be called; by default, it is not asked.
+            Folders or Hub ids, by the last part of which the measured model must be called; by default, it is not
+            asked.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -36,13 +38,13 @@ def read_results(path: str | Path, models: Sequence[str | Path] = ()) -> list[Re
     names = {field.name for field in fields(Result)}
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-        entries = [] if "sweep" in document else document["results"]
+        entries: list[dict[str, Any]] = [] if "sweep" in document else document["results"]
         # `null` stands for what is infinite or no number, such as the perplexity of a broken model.
         entries = [{**entry, "value": math.nan if entry["value"] is None else entry["value"]} for entry in entries]
         results = [Result(**{key: value for key, value in entry.items() if key in names}) for entry in entries]
         if not all(isinstance(result.value, (int, float)) for result in results):
             raise TypeError("a value is no number")
-        measured = document["model"] if models else None
+        measured = str(document["model"]) if models else ""
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold what `hf-rb eval --out` writes: {error!r}.") from error
     if "sweep" in document:
@@ -54,13 +56,15 @@ def read_results(path: str | Path, models: Sequence[str | Path] = ()) -> list[Re
     called = {Path(model).resolve().name for model in models}
     if models and Path(measured).resolve().name not in called:
         raise ValueError(
-            f"{path} measures {measured}, not {models[0]}. If they are the same, write the latter as `model` in {path}."
+            f"{path} measures {measured}, not {models[0]}. If they are the same, write the latter as `model` in "
+            f"{path}."
         )
     return results
 
 
 def add_results(readme: str | Path, results: Sequence[Result]) -> Path:
-    """Writes results into a model card, in place of what this function wrote there before; makes the card where there is none.
+    """Writes results into a model card, in place of what this function wrote there before; makes the card where there
+    is none.
 
     Args:
         readme (`str` or `Path`):
@@ -80,13 +84,14 @@ def card_with_results(readme: str | Path, results: Sequence[Result]) -> str:
     readme = Path(readme)
     text = existing_card(readme.parent) or model_card(readme.resolve().parent)
     card = ModelCard(text, ignore_metadata_errors=True)
-    old = {(one.dataset_name, one.metric_name): one for one in card.data.eval_results or ()}
+    data: Any = card.data
+    old = {(one.dataset_name, one.metric_name): one for one in data.eval_results or ()}
     new = ModelCardData(readme.resolve().parent.name, results=results).metadata().eval_results or ()
-    card.data.eval_results = list((old | {(one.dataset_name, one.metric_name): one for one in new}).values()) or None
-    card.data.model_name = card.data.model_name or readme.resolve().parent.name  # the Hub's model-index needs one
+    data.eval_results = list((old | {(one.dataset_name, one.metric_name): one for one in new}).values()) or None
+    data.model_name = data.model_name or readme.resolve().parent.name  # the Hub's model-index needs one
 
     text = with_section(card.text, HEADING, render_results(results))
-    return f"---\n{card.data.to_yaml()}\n---\n{text.rstrip()}\n"
+    return f"---\n{data.to_yaml()}\n---\n{text.rstrip()}\n"
 
 
 def add_section(readme: str | Path, heading: str, markdown: str) -> None:

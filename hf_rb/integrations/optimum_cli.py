@@ -1,12 +1,14 @@
 """`optimum-cli ptqtp` and `optimum-cli d2quant`: `hf-rb quantize` where optimum's users look for it.
 
-The wheel puts this file into optimum's namespace, as `optimum/commands/register/register_hf_rb.py`, whose files optimum imports for
-its `REGISTER_COMMANDS`; an editable installation has `hf-rb quantize` alone. Imported by every `optimum-cli`, so nothing heavy here.
-There the file also makes a package `optimum` out of nothing, so the real one is a dependency of ours.
+The wheel puts this file into optimum's namespace, as `optimum/commands/register/register_hf_rb.py`, whose files
+optimum imports for its `REGISTER_COMMANDS`; an editable installation has `hf-rb quantize` alone. Imported by every
+`optimum-cli`, so nothing heavy here. There the file also makes a package `optimum` out of nothing, so the real one is
+a dependency of ours.
 """
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
+from typing import cast
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -24,11 +26,11 @@ __all__ = ["REGISTER_COMMANDS"]
 
 
 class _Quantize(BaseOptimumCLICommand):
-    def parse_args(self, parser: ArgumentParser) -> None:
+    def parse_args(self, parser: ArgumentParser) -> None:  # pyrefly: ignore[bad-override]  (optimum calls it on self)
         cli.configure(parser, quantize, method=self.COMMAND.name)
 
     def run(self) -> None:
-        sys.exit(cli.run(quantize, self.args))
+        sys.exit(cli.run(quantize, cast(Namespace, self.args)))
 
 
 class PTQTPCommand(_Quantize):

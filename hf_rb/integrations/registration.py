@@ -1,6 +1,7 @@
 """Registers our classes with the Hugging Face libraries, whatever is imported first.
 
-A hook stores names, never classes, and imports none of our own modules: at that moment the library is still half imported.
+A hook stores names, never classes, and imports none of our own modules: at that moment the library is still half
+imported.
 """
 
 from collections.abc import Callable
@@ -29,10 +30,10 @@ class LazyMapping(dict):
     def get(self, key: Any, default: Any = None) -> Any:
         return self[key] if key in self else default
 
-    def values(self) -> list:
+    def values(self) -> Any:
         return [self[key] for key in self]
 
-    def items(self) -> list[tuple]:
+    def items(self) -> Any:
         return [(key, self[key]) for key in self]
 
 
@@ -67,7 +68,7 @@ def _register_models(auto: ModuleType) -> None:
     mapping._extra_content = LazyMapping(mapping._extra_content, **_MODEL_TYPES)
 
 
-def _register_quantizers(auto: ModuleType) -> None:
+def _register_quantizers(auto: Any) -> None:
     # `resolve`, not attributes: those are kept, and other plug-ins may have registered since.
     configs, quantizers = map(compat.resolve, ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"))
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING = LazyMapping(configs, **_CONFIGS)
@@ -83,7 +84,7 @@ def _register_lora(lora: ModuleType) -> None:
     if create.__module__ == __name__:
         return
 
-    def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs) -> Any:
+    def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
         ours = None
         if _is_packed(target.get_base_layer() if hasattr(target, "get_base_layer") else target):
             ours = import_module("hf_rb.quantizers.loading.adapters").dispatch(
@@ -123,7 +124,7 @@ def _guard_adapters(tuners: ModuleType) -> None:
         check_adapter(self, peft_config, model, target_name)
 
     @wraps(init)
-    def initialize(self: Any, model: Any, peft_config: Any, adapter_name: str, *args, **kwargs) -> None:
+    def initialize(self: Any, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # Once for all layers: PEFT asks for each, and a look at the whole model each time would be quadratic.
         self.__dict__["_has_packed"] = any(_is_packed(module) for module in model.modules())
         try:
@@ -145,7 +146,7 @@ def _guard_trained_modules(other: ModuleType) -> None:
         return
 
     @wraps(update, assigned=("__doc__", "__name__", "__qualname__"))
-    def update_module(self: Any, *args, **kwargs) -> None:
+    def update_module(self: Any, *args: Any, **kwargs: Any) -> None:
         if any(_is_packed(module) for module in self.original_module.modules()):
             import_module("hf_rb.quantizers.loading.trial").check_trained_module(self.original_module)
         update(self, *args, **kwargs)

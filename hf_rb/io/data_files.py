@@ -1,4 +1,6 @@
-"""What can be known of a recipe's data without loading it: rows and columns of embedded datasets and of local text files."""
+"""What can be known of a recipe's data without loading it: rows and columns of embedded datasets and of local text
+files.
+"""
 
 import csv
 import json
@@ -57,11 +59,16 @@ def file_problem(name: str) -> str | None:
         return None
     if not Path(name).is_file():
         return f"`dataset_name` names {name!r}, which does not exist."
-    return f"`dataset_name: {name}` is a file. Write `datasets: [{{path: {BUILDERS[Path(name).suffix]}, data_files: {name}}}]`."
+    return (
+        f"`dataset_name: {name}` is a file. Write `datasets: [{{path: {BUILDERS[Path(name).suffix]}, data_files: "
+        f"{name}}}]`."
+    )
 
 
 def text_problem(key: str, name: str) -> str | None:
-    """Returns what is wrong with a text, which is a file, an embedded dataset or one of the Hub: its name, or no column `text`."""
+    """Returns what is wrong with a text, which is a file, an embedded dataset or one of the Hub: its name, or no
+    column `text`.
+    """
     if name.startswith("tiny:"):
         return value_problem(key, name, choices=["tiny:math"])
     path = Path(name)
@@ -83,7 +90,9 @@ def column_rules(args: Any, verb: str) -> Iterator[str]:
         enough = [{"messages"}, {"conversations"}, {"input_ids"}, {"prompt", "completion"}, {args.dataset_text_field}]
         alone = verb == "gkd" and args.lmbda == 1 and "prompt" in columns
         if not alone and not any(one <= columns for one in enough):
-            yield f"{found} {verb.upper()} needs `messages`, `prompt` with `completion`, or `{args.dataset_text_field}`."
+            yield (
+                f"{found} {verb.upper()} needs `messages`, `prompt` with `completion`, or `{args.dataset_text_field}`."
+            )
     elif not (getattr(args, "environment", None) and "question" in columns):
         needed.append("prompt")
     if verb == "distillation" and args.gopd_teacher_column:
@@ -122,7 +131,9 @@ def _first_row(file: Path) -> set[str]:
 
 
 def _files(args: Any) -> list[Path]:
-    """The data files of a mixture if all of them are local and named one by one; the columns are as they are in the files."""
+    """The data files of a mixture if all of them are local and named one by one; the columns are as they are in the
+    files.
+    """
     files = []
     for entry in args.datasets or []:
         named = entry["data_files"] if isinstance(entry["data_files"], list) else [entry["data_files"]]

@@ -1,11 +1,13 @@
-"""Files that are either whole or absent: folders that appear in one step, and a manifest that says what a whole one holds."""
+"""Files that are either whole or absent: folders that appear in one step, and a manifest that says what a whole one
+holds.
+"""
 
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,11 +27,15 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+WINDOWS = os.name == "nt"
 
 
 def fsync_file(path: str | os.PathLike) -> None:
     """Waits until the contents of a file (or the entries of a folder) are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows opens no folder, and syncs a file only through a descriptor that may write.
+    if WINDOWS and os.path.isdir(path):
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -51,12 +57,13 @@ def sha256_file(path: str | os.PathLike) -> str:
 
 
 @contextmanager
-def atomic_folder(destination: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(destination: str | os.PathLike, overwrite: bool = False) -> Generator[Path]:
     """
     Context manager for writing a folder that appears at `destination` only when it is complete.
 
-    Yields an empty temporary folder beside `destination`. When the block ends, everything in it is synced to disk and the
-    folder takes its final name; when the block raises, the temporary folder is removed and `destination` stays as it was.
+    Yields an empty temporary folder beside `destination`. When the block ends, everything in it is synced to disk and
+    the folder takes its final name; when the block raises, the temporary folder is removed and `destination` stays as
+    it was.
 
     Args:
         destination (`str` or `os.PathLike`):
@@ -118,7 +125,8 @@ def check_replaceable(destination: Path, overwrite: bool) -> None:
 
 
 def check_new_file(path: str | os.PathLike, option: str, overwrite: bool) -> None:
-    """Refuses a file that cannot be written, or that is there and is not to be replaced; `option` is the argument that names it.
+    """Refuses a file that cannot be written, or that is there and is not to be replaced; `option` is the argument that
+    names it.
 
     Raises:
         FileNotFoundError: There is no such folder.

@@ -14,8 +14,9 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """
     Returns the class that a checkpoint was saved from.
 
-    A class of transformers is found by its name. The causal language model that a plug-in has registered for the type of the config
-    is found too, as are classes without a name: `architectures` may be missing, or be an old name such as `LLaMAForCausalLM`.
+    A class of transformers is found by its name. The causal language model that a plug-in has registered for the type
+    of the config is found too, as are classes without a name: `architectures` may be missing, or be an old name such
+    as `LLaMAForCausalLM`.
 
     Raises:
         ValueError: There is no such class. Models whose code comes with the checkpoint have none.
@@ -31,9 +32,13 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     says = "has no `architectures`" if name is None else f"says `architectures: [{name}]`"
     remedy = "Write the name of the class that saved the model into it"
     if getattr(config, "auto_map", None):
-        remedy = "The class is code of the checkpoint, which no verb runs: quantize it from Python with `trust_remote_code=True`"
+        remedy = (
+            "The class is code of the checkpoint, which no verb runs: quantize it from Python with "
+            "`trust_remote_code=True`"
+        )
     raise ValueError(
-        f"The config.json of this {config.model_type} model {says}, and transformers {transformers.__version__} has no such class. {remedy}."
+        f"The config.json of this {config.model_type} model {says}, and transformers {transformers.__version__} has "
+        f"no such class. {remedy}."
     )
 
 

@@ -35,8 +35,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 PACKED = ("ptqtp", "d2quant")  # methods whose files our verbs rewrite
 
 _NOWHERE = (
-    "There is no folder {}, and the Hub has no such model or cannot be reached: write tiny:student, the path of a model folder "
-    "or a Hub id."
+    "There is no folder {}, and the Hub has no such model or cannot be reached: write tiny:student, the path of a "
+    "model folder or a Hub id."
 )
 
 # What a model folder holds besides its configuration and weights.
@@ -115,7 +115,8 @@ def check_model(name: str, revision: str | None = None) -> None:
             Branch, tag or commit of the Hub's repository.
 
     Raises:
-        FileNotFoundError: There is no such folder, and no such repository, or the Hub cannot be reached and the cache does not have it.
+        FileNotFoundError: There is no such folder, and no such repository, or the Hub cannot be reached and the cache
+            does not have it.
     """
     if Path(tiny.resolve(name)).is_dir():
         return
@@ -150,8 +151,9 @@ def check_plain(folder: Path) -> None:
     """Refuses a model folder with an adapter in it, which `from_pretrained` would add to the weights."""
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
-            f"{folder} holds an adapter beside the model ({ADAPTER_CONFIG}), and `from_pretrained` loads both. Merge the adapter into the "
-            "model with PEFT's `merge_and_unload` and save that, or move the adapter's files out of the folder to leave it out."
+            f"{folder} holds an adapter beside the model ({ADAPTER_CONFIG}), and `from_pretrained` loads both. Merge "
+            "the adapter into the model with PEFT's `merge_and_unload` and save that, or move the adapter's files "
+            "out of the folder to leave it out."
         )
 
 
@@ -208,7 +210,9 @@ def adapter_beside(folder: Path) -> Path | None:
 
 
 def companions(folder: Path) -> list[Path]:
-    """Returns tokenizer, chat template, generation config and licence of a model folder, in the order of their names."""
+    """Returns tokenizer, chat template, generation config and licence of a model folder, in the order of their
+    names.
+    """
     return sorted({file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()})
 
 

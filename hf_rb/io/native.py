@@ -1,13 +1,14 @@
 """C files of the package, compiled when they are first needed.
 
-A C file is built by the system's compiler in about a second, kept in a cache, and loaded with ctypes; it sees pointers and sizes,
-never torch. There is one build for each instruction set: the same source is compiled with the flags of the best set that the
-processor has. What is in the cache is keyed by the source, the compiler and the flags.
+A C file is built by the system's compiler in about a second, kept in a cache, and loaded with ctypes; it sees pointers
+and sizes, never torch. There is one build for each instruction set: the same source is compiled with the flags of the
+best set that the processor has. What is in the cache is keyed by the source, the compiler and the flags.
 
 Without a compiler, or without a place to write, there is one warning, and every caller has a path in torch.
 
-Environment variables: `HF_RB_CACHE` is the folder of the cache (default: `hf_rb` in the user's cache folder); `HF_RB_NATIVE` forces
-an instruction set of [`VARIANTS`], or `off`; `CC` is the compiler, with arguments if there are any (`ccache gcc`).
+Environment variables: `HF_RB_CACHE` is the folder of the cache (default: `hf_rb` in the user's cache folder);
+`HF_RB_NATIVE` forces an instruction set of [`VARIANTS`], or `off`; `CC` is the compiler, with arguments if there are
+any (`ccache gcc`).
 """
 
 import ctypes

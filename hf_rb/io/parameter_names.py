@@ -22,8 +22,8 @@ class ParameterNames:
 
     def __call__(self, name: str) -> tuple[list[str], Any, str, int]:
         """
-        Returns the parameters, none if the model has no place for it; the conversion, if any; its name when saved; and which of
-        the tensors that a conversion joins it is.
+        Returns the parameters, none if the model has no place for it; the conversion, if any; its name when saved; and
+        which of the tensors that a conversion joins it is.
         """
         rules = self.renamings, self.converters
         parameter, pattern = compat.rename_source_key(name, *rules, self.prefix, self.known)
@@ -32,7 +32,8 @@ class ParameterNames:
             parameter, pattern = compat.rename_source_key(name, *rules, self.prefix, self.known)
         if parameter not in self.known:
             return [], None, name, 0
-        # Saving brings back the names of the files, but for the prefix that tells a model with a head from one without.
+        # Saving brings back the names of the files, but for the prefix that tells a model with a head from one
+        # without.
         bare, _ = compat.rename_source_key(name, *rules)
         if parameter == f"{self.prefix}.{bare}":
             name = f"{self.prefix}.{name}"

@@ -1,14 +1,14 @@
 """Long work that writes a folder and goes on where it was interrupted or killed.
 
-The work lies in a hidden folder beside its destination, `.NAME.partial`, with `state.json` saying what is being done: which files are
-read, with which options. A call that differs is refused, another process is kept out by a lock, and what a folder without a
-state holds means nothing.
+The work lies in a hidden folder beside its destination, `.NAME.partial`, with `state.json` saying what is being done:
+which files are read, with which options. A call that differs is refused, another process is kept out by a lock, and
+what a folder without a state holds means nothing.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def file_stamps(files: Iterable[Path]) -> dict[str, list[int]]:
 
 
 @contextmanager
-def unfinished(work: Path, state: dict[str, dict[str, Any]], resume: bool, logger: Any) -> Iterator[None]:
+def unfinished(work: Path, state: dict[str, dict[str, Any]], resume: bool, logger: Any) -> Generator[None]:
     """
     Context manager that keeps other processes and other runs out of the folder of the unfinished work.
 
@@ -42,7 +42,8 @@ def unfinished(work: Path, state: dict[str, dict[str, Any]], resume: bool, logge
         work (`Path`):
             The folder. It is created, and emptied unless its state is this one.
         state (`dict`):
-            `{"files": {name: stamp}, "options": {name: value}}`, as JSON has it: what must not change between two parts of a run.
+            `{"files": {name: stamp}, "options": {name: value}}`, as JSON has it: what must not change between two
+            parts of a run.
         resume (`bool`):
             Whether to go on with what is there; `False` throws it away.
         logger:
@@ -100,8 +101,8 @@ def _compare(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], wor
             changes.append(f"{name} was {before!r} and is {now!r}")
     if changes:
         raise ValueError(
-            f"The unfinished work in {work} does not belong to this call: {'; '.join(changes)}. Repeat the call that began it, "
-            "or throw it away: `resume=False` (`--no-resume`), or delete the folder."
+            f"The unfinished work in {work} does not belong to this call: {'; '.join(changes)}. Repeat the call that "
+            "began it, or throw it away: `resume=False` (`--no-resume`), or delete the folder."
         )
 
 

@@ -1,11 +1,12 @@
 """Safetensors checkpoints read and written in pieces: whatever their size, no more than one tensor is in memory.
 
-Files are read with plain reads. A memory map would be simpler, but what it has touched counts as memory of the process.
+Files are read with plain reads. A memory map would be simpler, but what it has touched counts as memory of the
+process.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ class Entry:
 
 def _read_into(stream: Any, start: int, data: Tensor) -> None:
     stream.seek(start)
-    view = memoryview(data.numpy())
+    view = data.numpy().data
     while view:  # one call reads at most 2 GB
         count = stream.readinto(view)
         if not count:
@@ -134,7 +135,8 @@ class Checkpoint:
 
     Attributes:
         files (`list[Path]`): The weight files.
-        shards (`list[dict[str, Entry]]`): Their tensors by name, a file each; one that two files hold is in the last one.
+        shards (`list[dict[str, Entry]]`): Their tensors by name, a file each; one that two files hold is in the last
+            one.
         entries (`dict[str, Entry]`): The tensors of all files.
         lost (`list[str]`): What the index lists and no file holds.
 
@@ -210,7 +212,7 @@ class TensorFile:
         self.offsets = [len(self.header) + stop for stop in stops]
 
     @contextmanager
-    def writing(self, done: int = 0) -> Iterator["TensorFile"]:
+    def writing(self, done: int = 0) -> Generator["TensorFile"]:
         """Opens the file, behind its first `done` tensors if there are any from an earlier time.
 
         Raises:
@@ -227,7 +229,7 @@ class TensorFile:
 
     def write(self, chunk: Tensor) -> None:
         """Writes the next flat piece of a tensor."""
-        _write_all(self._stream, memoryview(chunk.view(torch.uint8).numpy()))
+        _write_all(self._stream, chunk.view(torch.uint8).numpy().data)
 
     def check(self, done: int) -> None:
         """Raises `RuntimeError` unless exactly the first `done` tensors have been written."""

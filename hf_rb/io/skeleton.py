@@ -1,4 +1,6 @@
-"""What transformers makes of the tensors of a checkpoint: its own loader, run on tensors without values, before they are published."""
+"""What transformers makes of the tensors of a checkpoint: its own loader, run on tensors without values, before they
+are published.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +15,8 @@ __all__ = ["loading_problem", "skeleton_of"]
 
 def loading_problem(config: dict[str, Any], entries: Mapping[str, Entry], extra: bool = False) -> str | None:
     """
-    Returns why transformers would not load these tensors as the model of this configuration with every parameter from a tensor.
+    Returns why transformers would not load these tensors as the model of this configuration with every parameter from
+    a tensor.
 
     Args:
         config (`dict`):
@@ -34,9 +37,10 @@ def loading_problem(config: dict[str, Any], entries: Mapping[str, Entry], extra:
     try:
         built = _built(config)
         kind = model_class(built)
-        _, info = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             None, config=built, state_dict=state, device_map="meta", output_loading_info=True
         )
+        _, info = loaded
     except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         return f"transformers does not load it ({repr(error).splitlines()[0]})"
     finally:

@@ -56,8 +56,8 @@ def read_texts(data: str, split: str) -> list[str]:
 
     Args:
         data (`str`):
-            A text file, a JSON-lines file with the column `text`, or a dataset of the Hub as `NAME` or `NAME:CONFIG` with
-            that column.
+            A text file, a JSON-lines file with the column `text`, or a dataset of the Hub as `NAME` or `NAME:CONFIG`
+            with that column.
         split (`str`):
             Split of a dataset of the Hub.
 
@@ -97,8 +97,9 @@ def _hub_rows(data: str, split: str):
     except (OSError, DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise FileNotFoundError(
-            f"{data} is no file here, and loading it as a dataset of the Hub failed ({reason}). Write the path of a text file or of a "
-            "JSON-lines file with the column `text`, or a dataset by its full name, such as `Salesforce/wikitext:wikitext-2-raw-v1`."
+            f"{data} is no file here, and loading it as a dataset of the Hub failed ({reason}). Write the path of a "
+            "text file or of a JSON-lines file with the column `text`, or a dataset by its full name, such as "
+            "`Salesforce/wikitext:wikitext-2-raw-v1`."
         ) from error
 
 

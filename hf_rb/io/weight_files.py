@@ -1,7 +1,8 @@
 """Which files of a folder are the model: those that `from_pretrained` loads, and no others that lie there.
 
-A folder that was saved in shards and again in one file keeps the old index; one that was saved the other way round keeps the old file; and
-files of other programs or precisions may lie beside them. `from_pretrained` takes the first of these that is there:
+A folder that was saved in shards and again in one file keeps the old index; one that was saved the other way round
+keeps the old file; and files of other programs or precisions may lie beside them. `from_pretrained` takes the first of
+these that is there:
 
     the file or index that `config.json` names as `transformers_weights`
     model.safetensors
@@ -35,7 +36,8 @@ class WeightFiles:
     """The weight files of a model.
 
     Attributes:
-        files (`list[Path]`): The files in the order in which they are loaded: of a tensor that two of them hold, the last one counts.
+        files (`list[Path]`): The files in the order in which they are loaded: of a tensor that two of them hold, the
+            last one counts.
         index (`Path`, *optional*): The index that names them.
     """
 
@@ -62,17 +64,17 @@ def find_weights(folder: str | Path, variant: str | None = None, subfolder: str 
     folder = Path(folder, subfolder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json.")
-    single, index = _chosen(folder, variant)
-    if single:
-        return WeightFiles([single])
+    chosen = index = _chosen(folder, variant)
+    if chosen.suffix != ".json":
+        return WeightFiles([chosen])
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged ({error!r}). Copy or download it again.") from error
     if missing := [name for name in shards if not (folder / name).is_file()]:
         raise FileNotFoundError(
-            f"{folder} has no {', '.join(missing)}, which {index.name} names. Copy or download what is missing, or save the model "
-            "once more in a new folder."
+            f"{folder} has no {', '.join(missing)}, which {index.name} names. Copy or download what is missing, or "
+            "save the model once more in a new folder."
         )
     return WeightFiles([folder / name for name in shards], index)
 
@@ -86,8 +88,8 @@ def weight_files(folder: str | Path, variant: str | None = None, subfolder: str 
     found = find_weights(folder, variant, subfolder)
     if pickle := next((file for file in found.files if file.suffix != ".safetensors"), None):
         raise ValueError(
-            f"{pickle.parent} has its weights in {pickle.name}, a pickle, of which hf_rb reads no tensor. Load the model with "
-            "transformers' `from_pretrained` and write it with `save_pretrained` to another folder."
+            f"{pickle.parent} has its weights in {pickle.name}, a pickle, of which hf_rb reads no tensor. Load the "
+            "model with transformers' `from_pretrained` and write it with `save_pretrained` to another folder."
         )
     return found
 
@@ -98,7 +100,8 @@ def weight_bytes(folder: str | Path, variant: str | None = None, subfolder: str 
 
 
 def published_names(folder: Path) -> set[str]:
-    """Returns the names of all weight files and indices that somebody can load from the folder: those of each variant it has.
+    """Returns the names of all weight files and indices that somebody can load from the folder: those of each variant
+    it has.
 
     Raises:
         FileNotFoundError, ValueError: As [`weight_files`], where a variant is not whole; there is at least one.
@@ -112,26 +115,27 @@ def published_names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in paths}
 
 
-def _chosen(folder: Path, variant: str | None) -> tuple[Path | None, Path | None]:
-    """Returns the only weight file, or else the index of several."""
+def _chosen(folder: Path, variant: str | None) -> Path:
+    """Returns the only weight file, or else the index of several, which ends in `.json`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if named := config.get("transformers_weights"):
         path = folder / named
         if not path.resolve().is_relative_to(folder.resolve()) or not named.endswith((".safetensors", INDEX_SUFFIX)):
             raise ValueError(
-                f"{folder / 'config.json'} names {named!r} as `transformers_weights`: write a safetensors file in the folder, or remove it."
+                f"{folder / 'config.json'} names {named!r} as `transformers_weights`: write a safetensors file in "
+                "the folder, or remove it."
             )
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {named}, which its config.json names as `transformers_weights`.")
-        return (None, path) if named.endswith(INDEX_SUFFIX) else (path, None)
+        return path
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
         alone, of_shards = folder / _of_variant(single, variant), folder / _of_variant(index, variant)
         if alone.is_file() and of_shards.is_file():
             _say_what_is_left(alone, of_shards.name)
         if alone.is_file():
-            return alone, None
+            return alone
         if of_shards.is_file():
-            return None, of_shards
+            return of_shards
     raise FileNotFoundError(_nothing(folder, variant))
 
 
@@ -139,8 +143,8 @@ def _chosen(folder: Path, variant: str | None) -> tuple[Path | None, Path | None
 def _say_what_is_left(alone: Path, index: str) -> None:
     """Warns, once a folder, of weights that nobody loads: the model in shards may be the newer one."""
     logger.warning(
-        f"{alone.parent} holds a model in one file ({alone.name}) and one in shards ({index}). The one file is taken, as "
-        "`from_pretrained` does. Remove what is old, or save the model to a new folder."
+        f"{alone.parent} holds a model in one file ({alone.name}) and one in shards ({index}). The one file is "
+        "taken, as `from_pretrained` does. Remove what is old, or save the model to a new folder."
     )
 
 
@@ -159,8 +163,8 @@ def _nothing(folder: Path, variant: str | None) -> str:
     if others:
         meant = f"variant={others[0]!r}" if others[0] else "no variant"
         return (
-            f"{lacks}; it holds the weights of {meant}. Load the model with that (`from_pretrained(..., variant=...)`) and save it to "
-            "another folder."
+            f"{lacks}; it holds the weights of {meant}. Load the model with that (`from_pretrained(..., "
+            "variant=...)`) and save it to another folder."
         )
     if shards := [name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
         return (

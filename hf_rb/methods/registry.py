@@ -36,8 +36,8 @@ def registered_shapers() -> dict[str, EntryPoint]:
         if entry.name in found and found[entry.name].value != entry.value:
             owner = "a built-in of hf_rb" if entry.name in BUILT_IN else f"also {found[entry.name].value!r}"
             raise ValueError(
-                f"The advantage shaper {entry.name!r} of {entry.value!r} (entry-point group {GROUP!r}) is {owner}. Rename it in "
-                "the package that registers it, or uninstall that package."
+                f"The advantage shaper {entry.name!r} of {entry.value!r} (entry-point group {GROUP!r}) is {owner}. "
+                "Rename it in the package that registers it, or uninstall that package."
             )
         found[entry.name] = entry
     return found

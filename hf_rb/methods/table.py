@@ -73,8 +73,8 @@ METHODS = {
             paper_id="2404.02657",
             title="Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
             authors=("Taiqiang Wu", "Chaofan Tao", "Jiahao Wang", "Runming Yang", "Zhe Zhao", "Ngai Wong"),
-            summary="Distillation that weighs forward and reverse KL at every token by where student and teacher differ: among "
-            "the teacher's most probable tokens or in its tail.",
+            summary="Distillation that weighs forward and reverse KL at every token by where student and teacher "
+            "differ: among the teacher's most probable tokens or in its tail.",
         ),
         Method(
             key="calibadv",
@@ -93,8 +93,8 @@ METHODS = {
                 "Ming Gao",
                 "Xiang Li",
             ),
-            summary="GRPO for search agents that spares the searches of a wrong rollout which found what the best rollouts found, and "
-            "balances the right and the wrong answers of a group.",
+            summary="GRPO for search agents that spares the searches of a wrong rollout which found what the best "
+            "rollouts found, and balances the right and the wrong answers of a group.",
         ),
         Method(
             key="edas",
@@ -115,8 +115,8 @@ METHODS = {
                 "Nan Duan",
                 "Jiaqi Wang",
             ),
-            summary="GRPO that, among the wrong completions of a prompt, punishes the error which most of them share harder and rare "
-            "errors less.",
+            summary="GRPO that, among the wrong completions of a prompt, punishes the error which most of them share "
+            "harder and rare errors less.",
         ),
         Method(
             key="gopd",
@@ -125,8 +125,8 @@ METHODS = {
             paper_id="2602.12125",
             title="Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation",
             authors=("Wenkai Yang", "Weijie Liu", "Ruobing Xie", "Kai Yang", "Saiyong Yang", "Yankai Lin"),
-            summary="On-policy distillation with a reference model and a scale of the reward log(teacher / reference); above 1 "
-            "(ExOPD) the student extrapolates past the teacher.",
+            summary="On-policy distillation with a reference model and a scale of the reward log(teacher / "
+            "reference); above 1 (ExOPD) the student extrapolates past the teacher.",
         ),
         Method(
             key="hidden_align",
@@ -149,8 +149,8 @@ METHODS = {
                 "Nan Duan",
                 "Jiaqi Wang",
             ),
-            summary="An auxiliary loss beside GRPO that pulls together the hidden states from which the correct completions of a prompt "
-            "go on to their answer; reconstructed from the abstract.",
+            summary="An auxiliary loss beside GRPO that pulls together the hidden states from which the correct "
+            "completions of a prompt go on to their answer; reconstructed from the abstract.",
         ),
         Method(
             key="hpd",
@@ -159,8 +159,8 @@ METHODS = {
             paper_id="2604.20244",
             title="Hybrid Policy Distillation for LLMs",
             authors=("Wenhong Zhu", "Ruobing Xie", "Rui Wang", "Pengfei Liu"),
-            summary="Distillation on fixed text that also draws one token from the student at every position and lowers it "
-            "where the student overrates it.",
+            summary="Distillation on fixed text that also draws one token from the student at every position and "
+            "lowers it where the student overrates it.",
         ),
         Method(
             key="interpolation",
@@ -169,8 +169,8 @@ METHODS = {
             paper_id="2510.10977",
             title="Revisiting Model Interpolation for Efficient Reasoning",
             authors=("Taiqiang Wu", "Runming Yang", "Tao Liu", "Jiahao Wang", "Ngai Wong"),
-            summary="Every weight on the straight line between two models, such as an Instruct and a Thinking model, whose place on it sets "
-            "how long the result thinks.",
+            summary="Every weight on the straight line between two models, such as an Instruct and a Thinking model, "
+            "whose place on it sets how long the result thinks.",
         ),
         Method(
             key="llm_neo",
@@ -187,8 +187,8 @@ METHODS = {
                 "Ngai Wong",
                 "Yujiu Yang",
             ),
-            summary="Distillation into LoRA: the mean of cross-entropy and forward KL from a larger teacher, with only the adapters "
-            "trained.",
+            summary="Distillation into LoRA: the mean of cross-entropy and forward KL from a larger teacher, with "
+            "only the adapters trained.",
         ),
         Method(
             key="loca",
@@ -197,8 +197,8 @@ METHODS = {
             paper_id="2409.04778",
             title="LoCa: Logit Calibration for Knowledge Distillation",
             authors=("Runming Yang", "Taiqiang Wu", "Yujiu Yang"),
-            summary="Distillation from a teacher that is calibrated wherever it prefers another token to the label, so that the "
-            "label wins by a small margin.",
+            summary="Distillation from a teacher that is calibrated wherever it prefers another token to the label, "
+            "so that the label wins by a small margin.",
         ),
         Method(
             key="mpi",
@@ -207,8 +207,8 @@ METHODS = {
             paper_id="2606.12397",
             title="Redesign Mixture-of-Experts Routers with Manifold Power Iteration",
             authors=("Songhao Wu", "Ang Lv", "Ruobing Xie", "Yankai Lin"),
-            summary="Routers of a mixture of experts whose rows take one step of power iteration with the gate matrix of their expert, and "
-            "a fixed length, in every forward pass.",
+            summary="Routers of a mixture of experts whose rows take one step of power iteration with the gate "
+            "matrix of their expert, and a fixed length, in every forward pass.",
         ),
         Method(
             key="profit",
@@ -217,8 +217,8 @@ METHODS = {
             paper_id="2601.09195",
             title="ProFit: Leveraging High-Value Signals in SFT via Probability-Guided Token Selection",
             authors=("Tao Liu", "Taiqiang Wu", "Runming Yang", "Shaoning Sun", "Junjie Wang", "Yujiu Yang"),
-            summary="Supervised fine-tuning that takes no gradient from target tokens to which the model being trained "
-            "gives a probability of at most a threshold.",
+            summary="Supervised fine-tuning that takes no gradient from target tokens to which the model being "
+            "trained gives a probability of at most a threshold.",
         ),
         Method(
             key="ptqtp",
@@ -237,8 +237,8 @@ METHODS = {
                 "Hongxia Yang",
                 "Ngai Wong",
             ),
-            summary="Post-training quantization, without calibration data, of every group of 128 weights to a sum of two "
-            "ternary planes, each with its own scale.",
+            summary="Post-training quantization, without calibration data, of every group of 128 weights to a sum of "
+            "two ternary planes, each with its own scale.",
         ),
         Method(
             key="d2quant",
@@ -256,15 +256,16 @@ METHODS = {
                 "Xingwu Sun",
                 "Yulun Zhang",
             ),
-            summary="Quantization to 2 or 3 bits, with a second, absorbed scale for the columns of down projections and, where it is "
-            "calibrated on text, a correction of the mean shift behind attention.",
+            summary="Quantization to 2 or 3 bits, with a second, absorbed scale for the columns of down projections "
+            "and, where it is calibrated on text, a correction of the mean shift behind attention.",
         ),
         Method(
             key="recover",
             name="Quantization Meets Reasoning",
             kind="trainer",
             paper_id="2501.03035",
-            title="Quantization Meets Reasoning: Exploring LLM Low-Bit Quantization Degradation for Mathematical Reasoning",
+            title="Quantization Meets Reasoning: Exploring LLM Low-Bit Quantization Degradation for Mathematical "
+            "Reasoning",
             authors=(
                 "Zhen Li",
                 "Yupeng Su",
@@ -275,8 +276,8 @@ METHODS = {
                 "Ngai Wong",
                 "Hongxia Yang",
             ),
-            summary="A small repair set from the problems that quantization has broken; here the full-precision model's own solutions, towards "
-            "which an adapter on the packed weights is trained.",
+            summary="A small repair set from the problems that quantization has broken; here the full-precision "
+            "model's own solutions, towards which an adapter on the packed weights is trained.",
         ),
         Method(
             key="shadow_ft",
@@ -321,8 +322,8 @@ METHODS = {
                 "Nan Duan",
                 "Jiaqi Wang",
             ),
-            summary="GRPO with a judge that finds the items of a rubric in the steps of a solution; steps better than the same step of "
-            "the other completions gain, worse ones lose.",
+            summary="GRPO with a judge that finds the items of a rubric in the steps of a solution; steps better than "
+            "the same step of the other completions gain, worse ones lose.",
         ),
         Method(
             key="timber",
@@ -331,8 +332,8 @@ METHODS = {
             paper_id="2509.23595",
             title="Timber: Training-free Instruct Model Refining with Base via Effective Rank",
             authors=("Taiqiang Wu", "Runming Yang", "Tao Liu", "Jiahao Wang", "Zenan Xu", "Ngai Wong"),
-            summary="Weakens, in every weight matrix of an Instruct model, the part of its difference from Base that lies behind the "
-            "difference's effective rank; without training.",
+            summary="Weakens, in every weight matrix of an Instruct model, the part of its difference from Base that "
+            "lies behind the difference's effective rank; without training.",
         ),
     )
 }

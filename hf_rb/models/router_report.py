@@ -1,21 +1,23 @@
 """
-The router doctor: is the load of the experts balanced, do tokens decide clearly, do routers point where their experts respond?
+The router doctor: is the load of the experts balanced, do tokens decide clearly, do routers point where their experts
+respond?
 
 Of a layer with N experts over some tokens, with c_i the times that expert i was chosen:
 
     MaxVio     = max_i c_i / mean c - 1                      0 at balance, N / K - 1 where all tokens choose the same K
     dead       = #{i : c_i = 0}
-    load entropy, entropy                                    of c / Σ c, and the mean of a token's softmax, both in [0, 1] (1 = uniform)
+    load entropy, entropy                                    of c / Σ c, and the mean of a token's softmax,
+                                                             both in [0, 1] (1 = uniform)
     λ          = ‖G r‖ / (‖r‖ ‖G‖₂)                          see `hf_rb.models.mpi.alignment`
 
-λ is given for the learned router, for the effective one and for one power step on random rows: a power step alone raises λ, whatever
-the rows are, so only what the effective router has above the third was learned.
+λ is given for the learned router, for the effective one and for one power step on random rows: a power step alone
+raises λ, whatever the rows are, so only what the effective router has above the third was learned.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -35,12 +37,16 @@ __all__ = [
     "examine",
     "layer_alignments",
     "max_vio",
+    "mean_entropy",
     "row_cosine",
+    "total_picks",
 ]
 
 
 def max_vio(picks: Tensor) -> float:
-    """Returns how far the most chosen expert is above the mean load, in units of the mean, of counts `(N,)`; NaN without tokens."""
+    """Returns how far the most chosen expert is above the mean load, in units of the mean, of counts `(N,)`; NaN
+    without tokens.
+    """
     picks = picks.double()
     return (picks.max() / picks.mean() - 1).item()
 
@@ -71,7 +77,8 @@ def layer_alignments(layer: RoutedLayer, seed: int = 0) -> dict[str, float]:
             Seed of the random rows.
 
     Returns:
-        `dict[str, float]`: `learned`, `effective` (the same for an ordinary router) and `random`: random rows after one power step.
+        `dict[str, float]`: `learned`, `effective` (the same for an ordinary router) and `random`: random rows after
+        one power step.
 
     Raises:
         TypeError: The experts' matrices are not known, as those of quantized experts.
@@ -94,16 +101,30 @@ def _response(rows_ND: Tensor, expert_NdD: Tensor) -> Tensor:
 
 @dataclass
 class Load:
-    """What a layer did with some tokens: how often each expert was chosen, and the sum of the tokens' entropies, in [0, 1] each."""
+    """What a layer did with some tokens: how often each expert was chosen, and the sum of the tokens' entropies, in
+    [0, 1] each.
+    """
 
     picks: Tensor
     entropy: Tensor
     tokens: Tensor
 
 
+def total_picks(loads: Sequence[Load]) -> Tensor:
+    """Returns how often each expert was chosen in all of several loads of a layer, float64."""
+    return reduce(torch.add, (load.picks.double() for load in loads))
+
+
+def mean_entropy(loads: Sequence[Load]) -> float:
+    """Returns the mean entropy of a token's choice over several loads of a layer, in [0, 1]."""
+    entropy = reduce(torch.add, (load.entropy for load in loads))
+    return (entropy / reduce(torch.add, (load.tokens for load in loads))).item()
+
+
 class RouterMeter:
     """
-    Counts which experts the tokens of forward passes choose. Padding, by the `attention_mask` of the pass, does not count.
+    Counts which experts the tokens of forward passes choose. Padding, by the `attention_mask` of the pass, does not
+    count.
 
     Args:
         model (`torch.nn.Module`):
@@ -115,7 +136,7 @@ class RouterMeter:
         TypeError: The model has no mixture of experts.
     """
 
-    def __init__(self, model: nn.Module, training: bool = False):
+    def __init__(self, model: Any, training: bool = False):
         self.layers, self.training = list(routers(model)), training
         if not self.layers:
             raise TypeError(f"{type(model).__name__} has no mixture of experts: this model has no routers.")
@@ -182,8 +203,8 @@ class LayerReport:
         dead (`int`): Experts that were never chosen.
         load_entropy, entropy (`float`): In [0, 1].
         row_cosine (`float`): Mean |cos| between two rows of the router that is used.
-        lambda_learned, lambda_effective, lambda_random (`float`, *optional*): Mean over experts; `None` where the experts' matrices
-            are not known.
+        lambda_learned, lambda_effective, lambda_random (`float`, *optional*): Mean over experts; `None` where the
+            experts' matrices are not known.
     """
 
     name: str
@@ -248,10 +269,11 @@ def examine(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], seed: int
     """
     training = model.training
     model.eval()
+    base: Any = model.base_model
     with RouterMeter(model) as meter:
         loads = []
         for batch in batches:
-            model.base_model(**batch, use_cache=False)
+            base(**batch, use_cache=False)
             loads.append(meter.take())
     layers = [_layer_report(layer, [load[i] for load in loads], seed + i) for i, layer in enumerate(meter.layers)]
     model.train(training)
@@ -264,7 +286,7 @@ def examine(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], seed: int
 
 
 def _layer_report(layer: RoutedLayer, loads: list[Load], seed: int) -> LayerReport:
-    picks = sum(load.picks.double() for load in loads)
+    picks = total_picks(loads)
     report = LayerReport(
         name=layer.name,
         load=(picks / picks.sum()).tolist(),
@@ -272,7 +294,7 @@ def _layer_report(layer: RoutedLayer, loads: list[Load], seed: int) -> LayerRepo
         batch_max_vio=sum(max_vio(load.picks) for load in loads) / len(loads),
         dead=int((picks == 0).sum()),
         load_entropy=evenness(picks),
-        entropy=(sum(load.entropy for load in loads) / sum(load.tokens for load in loads)).item(),
+        entropy=mean_entropy(loads),
         row_cosine=row_cosine(layer.weight()),
     )
     try:
@@ -291,11 +313,12 @@ def _notes(report: RouterReport) -> list[str]:
     effective, random = report.mean("lambda_effective"), report.mean("lambda_random")
     if effective is None:
         notes.append(
-            "The experts' matrices are packed or adapted: λ cannot be measured here; look at the model they were made from."
+            "The experts' matrices are packed or adapted: λ cannot be measured here; look at the model they were "
+            "made from."
         )
-    elif report.mpi and effective <= random:
+    elif report.mpi and random is not None and effective <= random:
         notes.append(
-            f"The effective routers (λ {effective:.3f}) are aligned no better than one power step makes random rows ({random:.3f}): "
-            "what there is comes from the step, not from training."
+            f"The effective routers (λ {effective:.3f}) are aligned no better than one power step makes random rows "
+            f"({random:.3f}): what there is comes from the step, not from training."
         )
     return notes

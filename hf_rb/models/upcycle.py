@@ -1,21 +1,23 @@
 """
 Upcycling: a dense checkpoint becomes a mixture of experts, tensor by tensor, without building either model.
 
-The d neurons of a dense MLP are cut into s splits, and every split becomes E / s experts. Because a split is 1 / s of the sum over
-neurons and the weights of the chosen experts add up to 1, its down projection is multiplied by s:
+The d neurons of a dense MLP are cut into s splits, and every split becomes E / s experts. Because a split is 1 / s of
+the sum over neurons and the weights of the chosen experts add up to 1, its down projection is multiplied by s:
 
     s = 1          E copies of the MLP. Any router gives the dense model, since the copies agree.
     s = E          neuron split: E thin experts, which together have the dense model's size.
     1 < s < E      replicated splits.
 
-For s > 1 and a multiple of s experts per token, the learned router starts in groups: experts that together hold every split once share
-a row (the virtual groups of https://huggingface.co/papers/2410.07524), so that whole groups are chosen with equal weights, and the result
-is the dense model again. In bfloat16 two groups may tie, and a token then gets parts of both: 0.3 % of them with 4 groups of 2, measured
-on the embedded teacher. An MPI router multiplies the shared row by each expert's own weights: it starts near the dense model only for
-s = 1, where on the other hand its rows turn to one and the same direction, the principal one of the copies.
+For s > 1 and a multiple of s experts per token, the learned router starts in groups: experts that together hold every
+split once share a row (the virtual groups of https://huggingface.co/papers/2410.07524), so that whole groups are
+chosen with equal weights, and the result is the dense model again. In bfloat16 two groups may tie, and a token then
+gets parts of both: 0.3 % of them with 4 groups of 2, measured on the embedded teacher. An MPI router multiplies the
+shared row by each expert's own weights: it starts near the dense model only for s = 1, where on the other hand its
+rows turn to one and the same direction, the principal one of the copies.
 
-Qwen2-MoE has a shared expert beside these, which every token uses with the weight sigmoid(0) = 1/2 of a gate that starts at zero. It gets
-some of the neurons, about as many as a split, with its down projection times 2; the splits share the rest.
+Qwen2-MoE has a shared expert beside these, which every token uses with the weight sigmoid(0) = 1/2 of a gate that
+starts at zero. It gets some of the neurons, about as many as a split, with its down projection times 2; the splits
+share the rest.
 """
 
 import re
@@ -46,7 +48,8 @@ __all__ = ["UpcycleReport", "upcycle"]
 logger = logging.get_logger(__name__)
 
 MLP = re.compile(r"(?P<layer>.*\.layers\.(?P<index>\d+)\.)mlp\.(?P<matrix>gate|up|down)_proj\.weight")
-# Mean |cos| of MPI rows on a 128 x 256 gate with singular values j^-0.6, from copies to splits: 0.44 to 0.32; of unrelated rows 0.05.
+# Mean |cos| of MPI rows on a 128 x 256 gate with singular values j^-0.6, from copies to splits: 0.44 to 0.32; of
+# unrelated rows 0.05.
 SIMILAR = 0.375
 
 
@@ -70,8 +73,8 @@ FAMILIES = {
     "mistral": _MIXTRAL,
 }
 GEMMA = (
-    "transformers has no mixture with Gemma's scaled embeddings and norms but Gemma 4's, which has further norms around its "
-    "experts"
+    "transformers has no mixture with Gemma's scaled embeddings and norms but Gemma 4's, which has further norms "
+    "around its experts"
 )
 
 
@@ -83,7 +86,8 @@ class UpcycleReport:
         num_experts, top_k, splits (`int`): E, K and s.
         mpi (`bool`): Whether the routers are MPI's.
         exact (`bool`): Whether the mixture computes what the dense model does, up to rounding.
-        dense_parameters, parameters, active_parameters (`int`): Of the dense model, of the mixture, and of those what one token uses.
+        dense_parameters, parameters, active_parameters (`int`): Of the dense model, of the mixture, and of those what
+            one token uses.
         row_cosine (`float`): Mean |cos| between two rows of a learned router, over pairs and layers.
         effective_row_cosine (`float`): The same of the rows that MPI makes of them.
         warnings (`list[str]`): What to think about before training.
@@ -121,10 +125,11 @@ def upcycle(
     subfolder: str = "",
 ) -> UpcycleReport:
     """
-    Writes a mixture of experts made from a dense Qwen2, Qwen3, Llama or Mistral checkpoint, with the memory of a few tensors.
+    Writes a mixture of experts made from a dense Qwen2, Qwen3, Llama or Mistral checkpoint, with the memory of a few
+    tensors.
 
-    Qwen3 becomes Qwen3-MoE, Qwen2 (and 2.5) Qwen2-MoE, Llama and Mistral become Mixtral. The folder appears at `destination` in one
-    step when it is complete.
+    Qwen3 becomes Qwen3-MoE, Qwen2 (and 2.5) Qwen2-MoE, Llama and Mistral become Mixtral. The folder appears at
+    `destination` in one step when it is complete.
 
     Args:
         source (`str` or `Path`):
@@ -136,8 +141,8 @@ def upcycle(
         top_k (`int`, *optional*, defaults to `2`):
             Experts K that a token uses.
         splits (`int`, *optional*, defaults to `1`):
-            Parts s into which the neurons of an MLP are cut, a divisor of its width. 1 copies, `num_experts` splits, a number
-            between does both. With `top_k=splits` a token costs what it cost before.
+            Parts s into which the neurons of an MLP are cut, a divisor of its width. 1 copies, `num_experts` splits, a
+            number between does both. With `top_k=splits` a token costs what it cost before.
         mpi (`bool`, *optional*, defaults to `False`):
             Whether to write the MPI class of the family, whose effective routers follow their experts
             (https://huggingface.co/papers/2606.12397).
@@ -194,13 +199,13 @@ def _check(dense: PreTrainedConfig, num_experts: int, top_k: int, splits: int, m
     if dense.model_type not in FAMILIES:
         why = GEMMA if dense.model_type.startswith("gemma") else "hf_rb knows no mixture of its layout"
         raise ValueError(
-            f"A model of type {dense.model_type!r} cannot be upcycled: {why}. Use one of {', '.join(FAMILIES)}, which have "
-            "a mixture of experts with the same attention and norms."
+            f"A model of type {dense.model_type!r} cannot be upcycled: {why}. Use one of {', '.join(FAMILIES)}, "
+            "which have a mixture of experts with the same attention and norms."
         )
     if mpi and f"mpi_{FAMILIES[dense.model_type].target}" not in CONFIG_MAPPING:
         raise ValueError(
-            f"There is no MPI class of {FAMILIES[dense.model_type].target}. Leave out `mpi` (`--mpi`), or give the upcycled model MPI "
-            "routers in memory, with `apply_mpi`."
+            f"There is no MPI class of {FAMILIES[dense.model_type].target}. Leave out `mpi` (`--mpi`), or give the "
+            "upcycled model MPI routers in memory, with `apply_mpi`."
         )
     if getattr(dense, "quantization_config", None):
         raise ValueError("The model is quantized. Upcycle the model it was made from, and quantize the result.")
@@ -219,15 +224,15 @@ def _check(dense: PreTrainedConfig, num_experts: int, top_k: int, splits: int, m
     uneven = splits >= dense.intermediate_size if shared else splits > 0 and dense.intermediate_size % splits
     if splits < 1 or num_experts % splits or uneven:
         raise ValueError(
-            f"splits={splits} must divide num_experts={num_experts} and the {dense.intermediate_size} neurons of the MLPs: 1 copies them, "
-            f"{num_experts} gives every expert its own."
+            f"splits={splits} must divide num_experts={num_experts} and the {dense.intermediate_size} neurons of the "
+            f"MLPs: 1 copies them, {num_experts} gives every expert its own."
         )
 
 
 def _shared_width(dense: PreTrainedConfig, splits: int) -> int:
     """
-    Returns how many neurons the shared expert of a family that has one gets: about as many as a split, which is cut in powers of two
-    up to 128, since kernels take no odd widths.
+    Returns how many neurons the shared expert of a family that has one gets: about as many as a split, which is cut in
+    powers of two up to 128, since kernels take no odd widths.
     """
     if not FAMILIES[dense.model_type].shared:
         return 0
@@ -304,7 +309,9 @@ class _Work:
         return Output(entry.dtype, tuple(shape), chunks)
 
     def _part(self, weight: Tensor, matrix: str, split: int | None) -> Tensor:
-        """Returns a split's neurons of a matrix, or the shared expert's; a sum with these weights is the dense model's."""
+        """Returns a split's neurons of a matrix, or the shared expert's; a sum with these weights is the dense
+        model's.
+        """
         down = matrix == "down"
         shared, rest = weight.tensor_split([self.shared], dim=int(down))
         part = shared if split is None else rest.chunk(self.splits, dim=int(down))[split]
@@ -341,9 +348,10 @@ def _complete(
         else "It does not start as the dense model"
     )
     card.sections = {
-        "Not trained": f"The experts are copies or parts of the dense model's MLPs, and the routers are drawn at random. {start}, and "
-        f"its experts have not specialized: train it before use. It has {report.parameters:,} parameters, of which a token uses "
-        f"{report.active_parameters:,}; the dense model has {report.dense_parameters:,}."
+        "Not trained": "The experts are copies or parts of the dense model's MLPs, and the routers are drawn at "
+        f"random. {start}, and its experts have not specialized: train it before use. It has {report.parameters:,} "
+        f"parameters, of which a token uses {report.active_parameters:,}; the dense model has "
+        f"{report.dense_parameters:,}."
     }
     write_model_card(folder, card)
 
@@ -364,9 +372,9 @@ def _warn(report: UpcycleReport) -> None:
             else "Expect experts to specialize slowly, or train without MPI."
         )
         report.warnings.append(
-            f"The rows of the effective routers have a mean |cos| of {report.effective_row_cosine:.2f} ({report.row_cosine:.2f} in the "
-            "learned ones): experts made from the same neurons share the direction that MPI turns rows to, so tokens hardly tell them "
-            f"apart. {remedy}"
+            f"The rows of the effective routers have a mean |cos| of {report.effective_row_cosine:.2f} "
+            f"({report.row_cosine:.2f} in the learned ones): experts made from the same neurons share the direction "
+            f"that MPI turns rows to, so tokens hardly tell them apart. {remedy}"
         )
     if not report.exact:
         why = (

@@ -1,20 +1,21 @@
-"""Adaptive KL: forward and reverse KL weighted by where teacher and student differ (https://huggingface.co/papers/2404.02657).
+"""Adaptive KL: forward and reverse KL weighted by where teacher and student differ
+(https://huggingface.co/papers/2404.02657).
 
-At every position the vocabulary is split, in order of falling teacher probability p, into the head H that holds a mass of μ and
-the tail. With q the student's distribution,
+At every position the vocabulary is split, in order of falling teacher probability p, into the head H that holds a mass
+of μ and the tail. With q the student's distribution,
 
     g_head = Σ_{i ∈ H} |p_i - q_i|,    g_tail = Σ_{i ∉ H} |p_i - q_i|,    w = g_head / (g_head + g_tail),
     AKL    = w KL(p ‖ q) + (1 - w) KL(q ‖ p).
 
 No gradient flows through w. Both divergences run over the whole vocabulary; head and tail only set the weight.
 
-Two rules for the head: the paper's is the smallest set that reaches μ; the released code's leaves out the token that crosses μ,
-unless it is the most probable one.
+Two rules for the head: the paper's is the smallest set that reaches μ; the released code's leaves out the token that
+crosses μ, unless it is the most probable one.
 
-A cached teacher is known on k tokens, and all others are one event, the rest. It is not a token: it comes last in the order,
-however probable it is, and is in the head only where all known tokens together hold less than μ. The head is then the true one
-wherever the rest holds at most 1 - μ. Inside the rest, gaps of both signs cancel: g_tail is short by at most 2 min(r, s), with r
-and s what teacher and student give to the rest, and w too large accordingly.
+A cached teacher is known on k tokens, and all others are one event, the rest. It is not a token: it comes last in the
+order, however probable it is, and is in the head only where all known tokens together hold less than μ. The head is
+then the true one wherever the rest holds at most 1 - μ. Inside the rest, gaps of both signs cancel: g_tail is short by
+at most 2 min(r, s), with r and s what teacher and student give to the rest, and w too large accordingly.
 
 Shapes: logits `(..., V)`, student first; results `(...)`, float32.
 """
@@ -34,7 +35,8 @@ __all__ = ["HEAD_RULES", "adaptive_kl", "adaptive_kl_rule", "adaptive_kl_weight"
 HEAD_RULES = ("paper", "code")
 # Cumulative sums in float32 land on either side of μ when they should equal it; this much is taken for equal.
 _TOLERANCE = 1e-6
-# The head of nearly every position is among this many most probable tokens. Where it is not, as many times more are looked at.
+# The head of nearly every position is among this many most probable tokens. Where it is not, as many times more are
+# looked at.
 _CANDIDATES = 64
 
 

@@ -6,14 +6,15 @@ With p the teacher's and q the student's distribution over the vocabulary, both 
     reverse_kl = KL(q ‖ p) = Σ q (log q - log p)
     jsd_β      = β KL(p ‖ m) + (1 - β) KL(q ‖ m),    m = β p + (1 - β) q
 
-Generalized JSD is GKD's (https://huggingface.co/papers/2306.13649) in TRL's convention: β = 0 is `forward_kl`, β = 1 is
-`reverse_kl`. There is no T² factor.
+Generalized JSD is GKD's (https://huggingface.co/papers/2306.13649) in TRL's convention: β = 0 is `forward_kl`, β = 1
+is `reverse_kl`. There is no T² factor.
 
-Shapes: logits `(..., V)`, student first; results `(...)`, one divergence a position, float32. Nothing shifts: row t is compared
-with row t. No gradient reaches the teacher.
+Shapes: logits `(..., V)`, student first; results `(...)`, one divergence a position, float32. Nothing shifts: row t is
+compared with row t. No gradient reaches the teacher.
 
-Each divergence also has a *rule*, used where the logits of all tokens do not fit into memory (`hf_rb.ops.lm_head`): it takes
-log-probabilities and returns the loss with its derivative c = ∂loss/∂(log q), so that ∂loss/∂z = c - q Σc for the logits z.
+Each divergence also has a *rule*, used where the logits of all tokens do not fit into memory (`hf_rb.ops.lm_head`): it
+takes log-probabilities and returns the loss with its derivative c = ∂loss/∂(log q), so that ∂loss/∂z = c - q Σc for
+the logits z.
 """
 
 import math

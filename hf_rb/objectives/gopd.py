@@ -1,12 +1,14 @@
-"""G-OPD: on-policy distillation with a reward scale; above 1 it extrapolates (ExOPD, https://huggingface.co/papers/2602.12125).
+"""G-OPD: on-policy distillation with a reward scale; above 1 it extrapolates (ExOPD,
+https://huggingface.co/papers/2602.12125).
 
-With q the student, T the teacher and R the reference, all read at a token y that the student has drawn, the advantage of y is
+With q the student, T the teacher and R the reference, all read at a token y that the student has drawn, the advantage
+of y is
 
     A = sg[λ (log T - log R) - (log q - log R)]
 
-and the loss -A ρ with ρ = q / sg[q], which is 1 in value. The paper's equation 14 prints -A, a cost, under a maximum; the
-released code negates it, as here. λ = 1 is ordinary on-policy distillation, where R cancels and is not needed. At every state
-the expected gradient is that of KL(q ‖ M), M ∝ T^λ R^(1-λ).
+and the loss -A ρ with ρ = q / sg[q], which is 1 in value. The paper's equation 14 prints -A, a cost, under a maximum;
+the released code negates it, as here. λ = 1 is ordinary on-policy distillation, where R cancels and is not needed. At
+every state the expected gradient is that of KL(q ‖ M), M ∝ T^λ R^(1-λ).
 
 Shapes: `(...)`, one entry a token; float32. Nothing is whitened or clipped: that would erase the signal.
 """
@@ -48,6 +50,7 @@ def gopd_advantage(
         return advantage
     if reference_logp is None:
         raise ValueError(
-            f"reward_scale={reward_scale} needs the reference's log-probabilities: only at 1 does the reference cancel."
+            f"reward_scale={reward_scale} needs the reference's log-probabilities: only at 1 does the reference "
+            "cancel."
         )
     return advantage + (reward_scale - 1) * (teacher_logp - reference_logp.detach().float())

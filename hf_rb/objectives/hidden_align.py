@@ -1,12 +1,15 @@
-"""Hidden-Align: correct rollouts of a prompt share their hidden state before the answer (https://huggingface.co/papers/2606.03234).
+"""Hidden-Align: correct rollouts of a prompt share their hidden state before the answer
+(https://huggingface.co/papers/2606.03234).
 
-A reconstruction: no code is public, and of the paper only its abstract and summaries were at hand. With C_g the correct rollouts
-of group g that have an anchor, m_g of them, u_i = h_i / |h_i| their last hidden states there, and n the number of groups with m_g ≥ 2,
+A reconstruction: no code is public, and of the paper only its abstract and summaries were at hand. With C_g the
+correct rollouts of group g that have an anchor, m_g of them, u_i = h_i / |h_i| their last hidden states there, and n
+the number of groups with m_g ≥ 2,
 
     L = 1/n Σ_{g: m_g ≥ 2}  1/(m_g (m_g - 1)) Σ_{i ≠ j ∈ C_g} (1 - u_i · u_j)
 
-A trainer sees a group in pieces. So the other half of every pair is a constant, T_i = (Σ_j u_j - u_i) / (m_g - 1), computed once
-for a generation: 1/m_g Σ_i (1 - u_i · T_i) has the value of the group's term and half its gradient, and `target_loss` doubles that.
+A trainer sees a group in pieces. So the other half of every pair is a constant, T_i = (Σ_j u_j - u_i) / (m_g - 1),
+computed once for a generation: 1/m_g Σ_i (1 - u_i · T_i) has the value of the group's term and half its gradient, and
+`target_loss` doubles that.
 
 Shapes: N rollouts in contiguous groups of `group_size`; H hidden size; float32.
 """
@@ -51,8 +54,8 @@ def alignment_targets(
             As in [`hidden_align`].
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: targets T `(N, H)` and weights `(N,)` of the rollouts, detached; the weights of a
-        batch with a group of two sum to 1, and are 0 for every rollout that has no other to align with.
+        `tuple[torch.Tensor, torch.Tensor]`: targets T `(N, H)` and weights `(N,)` of the rollouts, detached; the
+        weights of a batch with a group of two sum to 1, and are 0 for every rollout that has no other to align with.
     """
     unit, count, total = _groups(states.detach(), aligned, group_size)
     others = (count - 1).repeat_interleave(group_size)
@@ -64,8 +67,8 @@ def alignment_targets(
 
 def target_loss(states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
-    The part of the loss that some rollouts bring. Over all of them, with targets from the same states, value and gradient
-    are those of [`hidden_align`].
+    The part of the loss that some rollouts bring. Over all of them, with targets from the same states, value and
+    gradient are those of [`hidden_align`].
 
     Args:
         states (`torch.Tensor` of shape `(B, H)`):
@@ -79,8 +82,8 @@ def target_loss(states: torch.Tensor, targets: torch.Tensor, weights: torch.Tens
 
 def cross_group_cosine(states: torch.Tensor, aligned: torch.Tensor, group_size: int) -> torch.Tensor:
     """
-    Mean cosine between anchors of different prompts, NaN if there are none: where it grows with that within the prompts, the loss
-    aligns what every answer has in common.
+    Mean cosine between anchors of different prompts, NaN if there are none: where it grows with that within the
+    prompts, the loss aligns what every answer has in common.
     """
     _, count, total = _groups(states, aligned, group_size)
     within, count_within = total.square().sum(), count.square().sum()

@@ -1,4 +1,5 @@
-"""HPD: hybrid policy distillation on a fixed sequence and one student draw a position (https://huggingface.co/papers/2604.20244).
+"""HPD: hybrid policy distillation on a fixed sequence and one student draw a position
+(https://huggingface.co/papers/2604.20244).
 
 At a position with label y, teacher p, student q and a token a drawn from q,
 
@@ -12,8 +13,8 @@ At a position with label y, teacher p, student q and a token a drawn from q,
 The weights are constants for the gradient. At k(y) = 0 the paper's equations 12 and 14 disagree and the two released
 implementations follow neither throughout; we take equation 14 and algorithm 1: w_y = p(y).
 
-Signs are taken from log p - log q, because k underflows to 0 for improbable tokens. A teacher log-probability below -87 (the
-smallest normal float32) counts as -87, which keeps w finite where the teacher excludes a token.
+Signs are taken from log p - log q, because k underflows to 0 for improbable tokens. A teacher log-probability below
+-87 (the smallest normal float32) counts as -87, which keeps w finite where the teacher excludes a token.
 
 Shapes: logits `(..., V)`, labels and samples `(...)`; float32.
 """
@@ -120,7 +121,9 @@ def hpd_rule(
     sample: bool = True,
     reinforce: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Returns (loss, c, weights) of [`hpd_loss`] for labels that are all token ids; c is sparse, given as `(2, N)` values."""
+    """Returns (loss, c, weights) of [`hpd_loss`] for labels that are all token ids; c is sparse, given as `(2, N)`
+    values.
+    """
     pair = torch.stack([labels, samples], dim=-1)
     picked_q, picked_p = log_q.gather(-1, pair), log_p.gather(-1, pair)
     w_label, w_sample = hpd_weights(

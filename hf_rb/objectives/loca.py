@@ -1,14 +1,16 @@
-"""LoCa: calibrates the teacher where it is wrong about the label (https://huggingface.co/papers/2409.04778, equations 1-6).
+"""LoCa: calibrates the teacher where it is wrong about the label (https://huggingface.co/papers/2409.04778, equations
+1-6).
 
 Where another class k has more teacher probability than the label y,
 
     p'_i = s p_i  (i ≠ y),    p'_y = 1 - s (1 - p_y),    s = α / (1 - p_y + p_k),
 
-and p' = p elsewhere. The calibrated teacher prefers the label by a margin of exactly 1 - α and keeps the ratios among all other
-classes. Since p' = s p + (1 - s) onehot(y), distilling from p' mixes the label in where the teacher errs, and only there.
+and p' = p elsewhere. The calibrated teacher prefers the label by a margin of exactly 1 - α and keeps the ratios among
+all other classes. Since p' = s p + (1 - s) onehot(y), distilling from p' mixes the label in where the teacher errs,
+and only there.
 
-Of a cached teacher, all tokens that are not stored are one event, the rest. It is no class of its own and no rival of the label; a
-cache stores the most probable token and the label, so that s is exact.
+Of a cached teacher, all tokens that are not stored are one event, the rest. It is no class of its own and no rival of
+the label; a cache stores the most probable token and the label, so that s is exact.
 
 Shapes: probabilities `(..., V)`, labels `(...)`; float32.
 """
@@ -56,7 +58,8 @@ def loca_calibrate(
             Whether the last column stands for all tokens that the others are not, as in a cached teacher.
 
     Returns:
-        `torch.Tensor` of shape `(..., V)`: Calibrated probabilities, detached; they sum to one where `teacher_probs` do.
+        `torch.Tensor` of shape `(..., V)`: Calibrated probabilities, detached; they sum to one where `teacher_probs`
+        do.
     """
     probs = teacher_probs.detach().float()
     known = (labels >= 0) & (labels < probs.shape[-1])

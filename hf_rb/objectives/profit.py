@@ -1,11 +1,12 @@
-"""ProFit: supervised fine-tuning on the tokens the model already finds probable (https://huggingface.co/papers/2601.09195).
+"""ProFit: supervised fine-tuning on the tokens the model already finds probable
+(https://huggingface.co/papers/2601.09195).
 
 With p_t = π(y_t | x, y_<t) the probability that the model in training gives to label t of T,
 
     loss = -1/T Σ_t M_t log p_t,    M_t = 1[sg(p_t) > τ]
 
-`sg` stops the gradient: the gate is decided on the value of p_t and passes no gradient of its own. T counts every label,
-gated or not, so a strict gate also means a smaller step.
+`sg` stops the gradient: the gate is decided on the value of p_t and passes no gradient of its own. T counts every
+label, gated or not, so a strict gate also means a smaller step.
 
 Shapes: `...` is any shape, usually (batch, sequence); entry t belongs to label t (nothing shifts).
 """
@@ -37,8 +38,9 @@ def profit_mask(
         threshold (`float`):
             Threshold τ in `[0, 1]`.
         mode (`str`, *optional*, defaults to `"higher"`):
-            `"higher"` keeps p > τ (the method); the paper's ablations are `"lower"`, which keeps p < τ, `"middle"`, which
-            keeps τ < p < `threshold_high`, and `"random"`, which drops every token with probability τ whatever its p.
+            `"higher"` keeps p > τ (the method); the paper's ablations are `"lower"`, which keeps p < τ, `"middle"`,
+            which keeps τ < p < `threshold_high`, and `"random"`, which drops every token with probability τ whatever
+            its p.
         inclusive (`bool`, *optional*, defaults to `False`):
             Whether a probability equal to a threshold is kept, as in the authors' code, rather than dropped, as in the
             paper. Has no effect with `mode="random"`.
@@ -69,7 +71,7 @@ def profit_mask(
     above, below = (torch.ge, torch.le) if inclusive else (torch.gt, torch.lt)
     if mode == "higher":
         return above(log_probs, _log(threshold))
-    if mode == "lower":
+    if threshold_high is None:  # "lower"
         return below(log_probs, _log(threshold))
     return above(log_probs, _log(threshold)) & below(log_probs, _log(threshold_high))
 

@@ -1,4 +1,6 @@
-"""What panels are made of. Each block has one form in HTML and one in Markdown; `template.html.jinja` and `page.py` know them."""
+"""What panels are made of. Each block has one form in HTML and one in Markdown; `template.html.jinja` and `page.py`
+know them.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; its cells are text. The first `left` columns are set to the left, those after them, of numbers, to the right."""
+    """A table; its cells are text. The first `left` columns are set to the left, those after them, of numbers, to the
+    right.
+    """
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -71,7 +75,8 @@ class Tokens:
     Args:
         parts (`Mapping[str, Sequence[Sequence[Word]]]`): Sequences, by when they were recorded.
         caption (`str`): What the colours mean.
-        marked (`str`, *optional*): What ⟦ ⟧ around dropped tokens mean, the caption in Markdown, which without it leaves the sequences out.
+        marked (`str`, *optional*): What ⟦ ⟧ around dropped tokens mean, the caption in Markdown, which without it
+            leaves the sequences out.
         hue (`int`, *optional*, defaults to `210`): Of the colour, in degrees.
     """
 

@@ -96,7 +96,9 @@ def heat_map(
     center: float | None = None,
     span: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draws a matrix, its rows by name from the top; a value at `center` is white. Columns are numbered from 0, or divide `span`."""
+    """Draws a matrix, its rows by name from the top; a value at `center` is white. Columns are numbered from 0, or
+    divide `span`.
+    """
     import numpy as np
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.ticker import MaxNLocator

@@ -67,9 +67,9 @@ def make_report(sources: Sequence[Source]) -> Report:
     empty = [source for source in sources if not any(panel.shows(source) for panel in panels)]
     if empty:
         message = (
-            f"There is nothing to report on in {', '.join(source.name for source in empty)}: no training log (trainer_state.json), no "
-            "token samples, no completions and no JSON of `hf-rb quantize`, `eval` or `router-report`. Give the `output_dir` of a run, or "
-            "what such a verb wrote with `--out`."
+            f"There is nothing to report on in {', '.join(source.name for source in empty)}: no training log "
+            "(trainer_state.json), no token samples, no completions and no JSON of `hf-rb quantize`, `eval` or "
+            "`router-report`. Give the `output_dir` of a run, or what such a verb wrote with `--out`."
         )
         if len(empty) == len(sources):
             raise ValueError(message)
@@ -97,8 +97,8 @@ def _built(panel: ModuleType, sources: Sequence[Source], named: bool) -> list[Bl
     ) as error:  # a file of ours by its keys, and not by what is in it
         names = ", ".join(source.name for source in sources)
         raise ValueError(
-            f"The panel {panel.TITLE!r} cannot read what it found in {names} ({error!r}): was it written by another version, or changed "
-            "by hand? Remove the file, or report on the others alone."
+            f"The panel {panel.TITLE!r} cannot read what it found in {names} ({error!r}): was it written by another "
+            "version, or changed by hand? Remove the file, or report on the others alone."
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""What a folder of a run or a model has that a report can show. Only JSON, Parquet and Markdown are read, and no model is loaded."""
+"""What a folder of a run or a model has that a report can show. Only JSON, Parquet and Markdown are read, and no model
+is loaded.
+"""
 
 import json
 import re
@@ -70,8 +72,8 @@ def read_source(path: str | Path) -> Source:
         return Source(path.name, documents={path.name: document})
     if not path.is_dir():
         raise FileNotFoundError(
-            f"There is no folder or file {path}. Write the `output_dir` of a run, the folder of a model, or a JSON file that "
-            "`hf-rb eval --out` or `hf-rb router-report --out` has written."
+            f"There is no folder or file {path}. Write the `output_dir` of a run, the folder of a model, or a JSON "
+            "file that `hf-rb eval --out` or `hf-rb router-report --out` has written."
         )
     source = Source(path.resolve().name)
     for file in sorted(path.glob("*.json")):
@@ -97,11 +99,11 @@ def _newest_state(folder: Path) -> Path | None:
     if (folder / STATE).is_file():
         return folder / STATE
     numbered = {
-        path: re.fullmatch(r"checkpoint-(\d+)", path.parent.name) for path in folder.glob(f"checkpoint-*/{STATE}")
+        int(match[1]): path
+        for path in folder.glob(f"checkpoint-*/{STATE}")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.parent.name))
     }
-    return max(
-        (path for path, match in numbered.items() if match), key=lambda path: int(numbered[path][1]), default=None
-    )
+    return numbered[max(numbered)] if numbered else None
 
 
 def _log(path: Path, state: dict[str, Any]) -> list[dict[str, Any]]:

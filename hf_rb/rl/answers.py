@@ -3,13 +3,15 @@ r"""When two answers are the same: one notion for rewards, evaluation, EDAS's cl
 [`same_answer`] decides, in this order:
 
 1. Nothing equals no answer.
-2. Equal texts are the same answer. Blanks around them, case, dollar signs around formulas, `\text{}` and a final point do not count.
-3. Numbers are compared as numbers: `1,080` is `1080`, `$18` and `18.` are `18.00`. A comma separates thousands, so that `1,2` is not
-   `12`. A currency may be left out but not changed, and so may a unit: `5 km` is `5` and not `5 m`.
-4. Words are compared as text only, and so are dates, times such as `9:05`, versions and the like, which arithmetic would make numbers of.
-   `12:30` may be a ratio and is one.
-5. What is left is compared by `math-verify` where it is installed (`pip install 'hf_rb[math]'`): `\frac{1}{2}` is `0.5`, `\{1, 2\}` is
-   `\{2, 1\}`, `50\%` is both `50` and `1/2`, decimals are equal to six places, of which five digits count. Where it is not installed, what is left is different.
+2. Equal texts are the same answer. Blanks around them, case, dollar signs around formulas, `\text{}` and a final point
+   do not count.
+3. Numbers are compared as numbers: `1,080` is `1080`, `$18` and `18.` are `18.00`. A comma separates thousands, so
+   that `1,2` is not `12`. A currency may be left out but not changed, and so may a unit: `5 km` is `5` and not `5 m`.
+4. Words are compared as text only, and so are dates, times such as `9:05`, versions and the like, which
+   arithmetic would make numbers of. `12:30` may be a ratio and is one.
+5. What is left is compared by `math-verify` where it is installed (`pip install 'hf_rb[math]'`): `\frac{1}{2}` is
+   `0.5`, `\{1, 2\}` is `\{2, 1\}`, `50\%` is both `50` and `1/2`, decimals are equal to six places, of which five
+   digits count. Where it is not installed, what is left is different.
 
 Standard library only; `math-verify` runs in a process of its own.
 """
@@ -40,7 +42,8 @@ _QUANTITY = re.compile(r"[-+]?[0-9][0-9.,/]*\s*((?:[^\W\d_]+/)?[^\W\d_]+(?:\^[0-
 _COMMAND, _WORD = re.compile(r"\\[A-Za-z]+"), re.compile(r"[^\W\d_]{2,}")
 # Names of mathematics that are written without a backslash: words, and formulas all the same.
 _FORMULAS = frozenset(
-    "and or sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt pi inf infinity oo mod max min gcd lcm".split()
+    "and or sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt pi inf infinity oo mod max "
+    "min gcd lcm".split()
 )
 
 
@@ -97,13 +100,15 @@ def gold_answer(value: Any) -> str | None:
     if isinstance(value, Number):  # which Booleans are too
         return str(value) if value == value else None
     raise TypeError(
-        f"An answer is text or a number, and {str(value)[:80]!r} is of type {type(value).__name__}. Write one answer in each row."
+        f"An answer is text or a number, and {str(value)[:80]!r} is of type {type(value).__name__}. Write one answer "
+        "in each row."
     )
 
 
 def check_gold(column: str, dataset: Any) -> None:
     """
-    Refuses a column of right answers that no reward can compare with, before training. Of a streamed dataset the first row is looked at.
+    Refuses a column of right answers that no reward can compare with, before training. Of a streamed dataset the first
+    row is looked at.
 
     Args:
         column (`str`):
@@ -127,8 +132,8 @@ def check_gold(column: str, dataset: Any) -> None:
 
 def math_equivalent(first: str, second: str) -> bool:
     """
-    Returns whether `math-verify` finds two answers equal with either of them as the gold one. What it cannot read, or not in
-    time, is different.
+    Returns whether `math-verify` finds two answers equal with either of them as the gold one. What it cannot read, or
+    not in time, is different.
     """
     return math_verify.equal(first, second)
 
@@ -154,7 +159,7 @@ def require_math_verify(what: str) -> None:
 
 
 def _plain(answer: str) -> str:
-    """The answer without what only sets it: dollar signs around a formula, `\\text{}`, other spellings of signs."""
+    r"""The answer without what only sets it: dollar signs around a formula, `\text{}`, other spellings of signs."""
     text = _WRAPPED.sub(r"\1", answer.strip())
     if len(text) > 2 and text[0] == text[-1] == "$":
         text = text[1:-1]
@@ -178,7 +183,9 @@ def _fits(unit: str, other: str) -> bool:
 
 
 def _are_apart(one: _Amount, other: _Amount) -> bool:
-    """Whether two numbers differ in unit or in their first five digits, which rounding to six places does not see in small ones."""
+    """Whether two numbers differ in unit or in their first five digits, which rounding to six places does not see in
+    small ones.
+    """
     if "%" in (one.unit, other.unit):  # a percentage is two numbers
         return bool({one.unit, other.unit} - {"", "%"})
     difference, size = abs(one.value - other.value), max(abs(one.value), abs(other.value))

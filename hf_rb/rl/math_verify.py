@@ -1,8 +1,9 @@
-"""Asks `math-verify`, in a process of its own: a power such as 9^9^9^9 holds the interpreter, and no thread or signal can stop it.
+"""Asks `math-verify`, in a process of its own: a power such as 9^9^9^9 holds the interpreter, and no thread or signal
+can stop it.
 
-The process starts with the first question, serves all threads one after the other, and is ended and started anew when an answer
-takes too long. It is a plain script on pipes, so it starts the same on every platform and imports nothing of the caller. A forked
-process has its own.
+The process starts with the first question, serves all threads one after the other, and is ended and started anew when
+an answer takes too long. It is a plain script on pipes, so it starts the same on every platform and imports nothing of
+the caller. A forked process has its own.
 """
 
 import atexit
@@ -15,6 +16,7 @@ import sys
 import threading
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 
 __all__ = ["equal", "problem", "read"]
@@ -33,7 +35,7 @@ class _Worker:
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.process: subprocess.Popen | None = None
+        self.process: Any = None  # a `subprocess.Popen[str]` with both pipes, while there is one
         self.failed_starts = 0
 
     def ask(self, what: str, *answers: str) -> bool | None:
@@ -68,7 +70,9 @@ class _Worker:
         self.failed_starts = 0
 
     def _say(self, request: str, seconds: float) -> tuple[str, bool]:
-        """Returns the next line, or nothing, and whether there was time left. Without a line or time the process is ended."""
+        """Returns the next line, or nothing, and whether there was time left. Without a line or time the process is
+        ended.
+        """
         process, line, late = self.process, "", threading.Event()
         timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
         timer.start()
@@ -123,7 +127,9 @@ def read(answer: str) -> bool:
 
 
 def equal(first: str, second: str) -> bool:
-    """Returns whether `math-verify` finds two answers equal, with either of them as the gold one; one that it cannot read is not."""
+    """Returns whether `math-verify` finds two answers equal, with either of them as the gold one; one that it cannot
+    read is not.
+    """
     try:
         return _equal(*sorted((first, second)))
     except OSError as error:

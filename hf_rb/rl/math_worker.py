@@ -1,15 +1,18 @@
-"""The process in which `math-verify` runs; `hf_rb.rl.math_verify` starts it as a script, so that nothing of hf_rb or torch is imported.
+"""The process in which `math-verify` runs; `hf_rb.rl.math_verify` starts it as a script, so that nothing of hf_rb or
+torch is imported.
 
-A question is a line of JSON: {"what": "read", "answers": [answer], "seconds": 5} asks whether an answer can be read, {"what": "equal",
-"answers": [first, second], "seconds": 5} whether two are equal. The reply is a line with true or false. When the seconds are over, the
-other side ends this process.
+A question is a line of JSON: {"what": "read", "answers": [answer], "seconds": 5} asks whether an answer can be read,
+{"what": "equal", "answers": [first, second], "seconds": 5} whether two are equal. The reply is a line with true or
+false. When the seconds are over, the other side ends this process.
 """
 
 import json
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, cast
 
 
 def main() -> None:
@@ -20,14 +23,16 @@ def main() -> None:
     sys.stdout = sys.stderr  # what a library prints is no reply
     from math_verify import parse, verify
 
-    number = parse("$0.5$", parsing_timeout=None)
+    # None, no limit, is what math-verify documents and does not declare: the time is kept here.
+    read_text, compare = cast(Callable[..., Any], parse), cast(Callable[..., Any], verify)
+    number = tuple(read_text("$0.5$", parsing_timeout=None))
 
     @lru_cache(maxsize=4096)
     def parsed(answer: str) -> tuple:
-        return tuple(parse(f"${answer}$", parsing_timeout=None))
+        return tuple(read_text(f"${answer}$", parsing_timeout=None))
 
     def matches(gold: tuple, answer: tuple) -> bool:
-        return bool(verify([*gold], [*answer], timeout_seconds=None))
+        return bool(compare([*gold], [*answer], timeout_seconds=None))
 
     def read(answer: str) -> bool:
         found = parsed(answer)

@@ -7,8 +7,8 @@ recipe's `answer_extractor`, and compare it as `hf_rb.rl.answers` says, which `h
     hashes   the rest of the line after the last ####
     tag      the content of the last <answer></answer>
 
-A completion is a string or a list of messages. Of messages only the last counts, and only if the model wrote it: an agent that
-was cut off after a tool's response has no answer.
+A completion is a string or a list of messages. Of messages only the last counts, and only if the model wrote it: an
+agent that was cut off after a tool's response has no answer.
 """
 
 import re
@@ -45,7 +45,9 @@ Extractor = Callable[[str], str | None]
 
 
 def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
-    """Returns what the model wrote last: the completion itself, or the text of its last message if that is the assistant's."""
+    """Returns what the model wrote last: the completion itself, or the text of its last message if that is the
+    assistant's.
+    """
     if isinstance(completion, str):
         return completion
     if not completion or completion[-1]["role"] != "assistant":
@@ -64,8 +66,9 @@ _BOX = re.compile(
 
 def boxed_answer(text: str) -> str | None:
     r"""
-    Returns the content of the last `\boxed{...}` or `\fbox{...}`, or `None` where there is none or it is not closed. `\{` and `\}` are
-    signs and no braces. Of `\boxed 5`, without braces, the content ends at the next blank or dollar sign.
+    Returns the content of the last `\boxed{...}` or `\fbox{...}`, or `None` where there is none or it is not closed.
+    `\{` and `\}` are signs and no braces. Of `\boxed 5`, without braces, the content ends at the next blank or dollar
+    sign.
     """
     boxes = list(_BOX.finditer(text))
     if not boxes:
@@ -98,9 +101,9 @@ def exact_answer_reward(
     completions: list, answer: list, answer_extractor: Extractor = boxed_answer, **kwargs: Any
 ) -> list[float | None]:
     """
-    Returns 1.0 for every completion whose answer is that of the dataset, else 0.0; `None` where the dataset has none. Texts are the
-    same up to case and blanks around them, numbers as numbers, and all else as `math-verify` finds where it is installed: see
-    `hf_rb.rl.answers`.
+    Returns 1.0 for every completion whose answer is that of the dataset, else 0.0; `None` where the dataset has none.
+    Texts are the same up to case and blanks around them, numbers as numbers, and all else as `math-verify` finds where
+    it is installed: see `hf_rb.rl.answers`.
 
     Args:
         completions (`list` of `str` or of message lists):
@@ -126,8 +129,8 @@ def math_accuracy_reward(
     completions: list, solution: list, answer_extractor: Extractor = boxed_answer, **kwargs: Any
 ) -> list[float | None]:
     """
-    As [`exact_answer_reward`], and never without `math-verify`. Other than TRL's `accuracy_reward` it takes strings and agents'
-    conversations too.
+    As [`exact_answer_reward`], and never without `math-verify`. Other than TRL's `accuracy_reward` it takes strings
+    and agents' conversations too.
 
     Args:
         completions (`list` of `str` or of message lists):
@@ -140,7 +143,8 @@ def math_accuracy_reward(
             What else a trainer passes.
 
     Returns:
-        `list[float | None]`: 1.0 or 0.0; `None` where there is no solution, or one that differs and that `math-verify` cannot read.
+        `list[float | None]`: 1.0 or 0.0; `None` where there is no solution, or one that differs and that `math-verify`
+        cannot read.
 
     Raises:
         ImportError: `math-verify` is not installed.
@@ -168,8 +172,8 @@ def answer_format_reward(completions: list, answer_extractor: Extractor = boxed_
 
 def step_format_reward(completions: list, answer_extractor: Extractor = boxed_answer, **kwargs: Any) -> list[float]:
     """
-    Returns 1.0 for every completion with at least one `### Step N:` header and an answer, right or wrong, else 0.0: the format
-    that SRaR asks for (https://huggingface.co/papers/2605.17291).
+    Returns 1.0 for every completion with at least one `### Step N:` header and an answer, right or wrong, else 0.0:
+    the format that SRaR asks for (https://huggingface.co/papers/2605.17291).
     """
     from hf_rb.advantages.srar import STEP_HEADER
 
@@ -202,12 +206,15 @@ def reward_problem(name: str) -> str | None:
         return None
     if ":" in name:
         return (
-            f"`reward_funcs` names code, {name!r}. Code in a recipe is imported only if the command line says so too: add "
-            f"`--allow_local_code {name}` if you trust it."
+            f"`reward_funcs` names code, {name!r}. Code in a recipe is imported only if the command line says so "
+            f"too: add `--allow_local_code {name}` if you trust it."
         )
     if "." in name:
         name = ":".join(name.rsplit(".", 1))
-        return f"Code in a recipe is written `{name}`, and imported only if the command line has `--allow_local_code {name}`."
+        return (
+            f"Code in a recipe is written `{name}`, and imported only if the command line has `--allow_local_code "
+            f"{name}`."
+        )
     close = get_close_matches(name, REWARDS, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(map(repr, REWARDS))}."
     return f"`reward_funcs` cannot hold {name!r}; {hint}"

@@ -1,20 +1,22 @@
-"""What the training scripts share: strict parsing, data that is checked before a model is loaded, and the end of a run."""
+"""What the training scripts share: strict parsing, data that is checked before a model is loaded, and the end of a
+run.
+"""
 
 import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import datasets
 import torch
 import trl
 import yaml
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import is_torch_xla_available
 
@@ -53,11 +55,11 @@ class ScriptArguments(trl.ScriptArguments):
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether a model and checkpoints that `output_dir` already holds are deleted when training starts.
         token_samples (`bool`, *optional*, defaults to `True`):
-            Whether to write what a method does to the tokens of the first 16 sequences of the training data into `output_dir`, as
-            text and numbers, for `hf-rb report`.
+            Whether to write what a method does to the tokens of the first 16 sequences of the training data into
+            `output_dir`, as text and numbers, for `hf-rb report`.
         router_doctor (`str`, *optional*):
-            What is logged of a mixture's routers, for `hf-rb report` and the trackers: `"mean"`, the mean over the layers of load,
-            dead experts, entropies and λ, or `"layers"`, every layer's too.
+            What is logged of a mixture's routers, for `hf-rb report` and the trackers: `"mean"`, the mean over the
+            layers of load, dead experts, entropies and λ, or `"layers"`, every layer's too.
     """
 
     overwrite: bool = field(
@@ -69,15 +71,15 @@ class ScriptArguments(trl.ScriptArguments):
     token_samples: bool = field(
         default=True,
         metadata=described(
-            "Whether to write what a method does to the tokens of the first 16 sequences of the training data into `output_dir`, as text "
-            "and numbers, for `hf-rb report`."
+            "Whether to write what a method does to the tokens of the first 16 sequences of the training data into "
+            "`output_dir`, as text and numbers, for `hf-rb report`."
         ),
     )
     router_doctor: str | None = field(
         default=None,
         metadata=described(
-            "What is logged of a mixture's routers, for `hf-rb report` and the trackers: `mean`, the mean over the layers of load, dead "
-            "experts, entropies and λ, or `layers`, every layer's too.",
+            "What is logged of a mixture's routers, for `hf-rb report` and the trackers: `mean`, the mean over the "
+            "layers of load, dead experts, entropies and λ, or `layers`, every layer's too.",
             choices=["mean", "layers"],
         ),
     )
@@ -89,14 +91,15 @@ def run(prepare: Callable, build: Callable, argv: Sequence[str] | None = None, n
 
     Args:
         prepare (`Callable`):
-            From the arguments to what `build` takes. Everything that can be wrong before a model is loaded is found here.
+            From the arguments to what `build` takes. Everything that can be wrong before a model is loaded is found
+            here.
         build (`Callable`):
             From script arguments, config, model arguments, mixture and splits to the trainer.
         argv (`Sequence[str]`, *optional*):
             Arguments. Defaults to those of the process.
         name (`str`, *optional*):
-            The script as a program of its own, which ends with one line on stderr where `prepare` raises, where there is no such
-            model or teacher, or where the first packed batch shows that a model cannot pack.
+            The script as a program of its own, which ends with one line on stderr where `prepare` raises, where there
+            is no such model or teacher, or where the first packed batch shows that a model cannot pack.
     """
     with readable_errors(name) if name else nullcontext():
         script_args, args, model_args, mixture, splits = prepare(argv)
@@ -123,7 +126,7 @@ def run(prepare: Callable, build: Callable, argv: Sequence[str] | None = None, n
 
 
 @contextmanager
-def readable_errors(module: str) -> Iterator[None]:
+def readable_errors(module: str) -> Generator[None]:
     """Turns an error about the user's input into one line on stderr and exit code 2. For the part before training."""
     try:
         yield
@@ -134,7 +137,9 @@ def readable_errors(module: str) -> Iterator[None]:
 
 
 class RecipeParser(trl.TrlParser):
-    """TRL's parser, for which a scalar in a recipe is a list of one where the key takes a list, as on the command line."""
+    """TRL's parser, for which a scalar in a recipe is a list of one where the key takes a list, as on the command
+    line.
+    """
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
         for action in self._actions:
@@ -217,6 +222,8 @@ def _refuse_unknown(keys: Iterable[str], known: list[str], where: str) -> None:
             raise ValueError(f"`{key}` in {where} is not an option. {remedy}")
 
 
+T = TypeVar("T")
+
 # What a finished run leaves in its folder.
 _RUN_FILES = (
     "config.json",
@@ -238,17 +245,20 @@ def check_output_dir(args: TrainingArguments, overwrite: bool) -> None:
     resume = _resume_from(args)
     if overwrite and resume:
         raise ValueError(
-            "`--overwrite` deletes the checkpoints that `--resume_from_checkpoint` would continue from. Pass one of the two."
+            "`--overwrite` deletes the checkpoints that `--resume_from_checkpoint` would continue from. Pass one of "
+            "the two."
         )
+    folder = Path(cast(str, args.output_dir))
     found = [
         path.name
         for pattern in ("config.json", "adapter_config.json", "checkpoint-*")
-        for path in Path(args.output_dir).glob(pattern)
+        for path in folder.glob(pattern)
     ]
     if found and not overwrite and not resume:
         raise FileExistsError(
-            f"`output_dir: {args.output_dir}` already holds a model or checkpoints of one ({found[0]}). Choose another "
-            "folder, pass `--resume_from_checkpoint true` to continue that run, or `--overwrite` to replace it."
+            f"`output_dir: {args.output_dir}` already holds a model or checkpoints of one ({found[0]}). Choose "
+            "another folder, pass `--resume_from_checkpoint true` to continue that run, or `--overwrite` to replace "
+            "it."
         )
 
 
@@ -258,7 +268,7 @@ def _resume_from(args: TrainingArguments) -> str | bool | None:
     return named.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
 
 
-def _remove_earlier_run(args: TrainingArguments) -> None:
+def _remove_earlier_run(args: Any) -> None:
     if args.should_save:
         for pattern in (*_RUN_FILES, "completions/*.parquet"):
             for path in Path(args.output_dir).glob(pattern):
@@ -272,7 +282,8 @@ def load_splits(
     script_args: ScriptArguments, args: TrainingArguments, mixture: trl.DatasetMixtureConfig
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset | datasets.IterableDataset | None]:
     """
-    Loads the training split and, if there is evaluation, the test split of what a recipe names as `dataset_name` or `datasets`.
+    Loads the training split and, if there is evaluation, the test split of what a recipe names as `dataset_name` or
+    `datasets`.
 
     Raises:
         ValueError: No dataset, or a split that it does not have.
@@ -297,8 +308,8 @@ def load_splits(
     for name in names:
         if name not in splits:
             raise ValueError(
-                f"The dataset has no split {name!r}, only {', '.join(map(repr, splits))}. Set `dataset_train_split` and "
-                "`dataset_test_split`, `test_split_size` for a mixture, or `eval_strategy: no`."
+                f"The dataset has no split {name!r}, only {', '.join(map(repr, splits))}. Set `dataset_train_split` "
+                "and `dataset_test_split`, `test_split_size` for a mixture, or `eval_strategy: no`."
             )
     return splits[names[0]], splits[names[1]] if evaluation else None
 
@@ -319,12 +330,12 @@ def columns_of(dataset: datasets.Dataset | datasets.IterableDataset) -> list[str
 
 
 def make_trainer(
-    trainer_class: type[Trainer], args: TrainingArguments, model_args: trl.ModelConfig, splits: Sequence, **kwargs: Any
-) -> Trainer:
+    trainer_class: Callable[..., T], args: Any, model_args: trl.ModelConfig, splits: Sequence, **kwargs: Any
+) -> T:
     """Loads the models and returns the trainer; `kwargs` are further arguments of its constructor."""
     args.model_init_kwargs = _model_init_kwargs(model_args, args)
     return trainer_class(
-        tiny.resolve(model_args.model_name_or_path),
+        tiny.resolve(cast(str, model_args.model_name_or_path)),
         args=args,
         train_dataset=splits[0],
         eval_dataset=splits[1],
@@ -334,7 +345,7 @@ def make_trainer(
     )
 
 
-def _model_init_kwargs(model_args: trl.ModelConfig, args: TrainingArguments) -> dict[str, Any]:
+def _model_init_kwargs(model_args: trl.ModelConfig, args: Any) -> dict[str, Any]:
     """Returns what `from_pretrained` gets: the model arguments, and over them `model_init_kwargs` of the recipe."""
     chosen = {
         "revision": model_args.model_revision,
@@ -345,7 +356,7 @@ def _model_init_kwargs(model_args: trl.ModelConfig, args: TrainingArguments) -> 
 
 
 def train_and_save(
-    trainer: Trainer, script_args: ScriptArguments, model_args: trl.ModelConfig, mixture: trl.DatasetMixtureConfig
+    trainer: Any, script_args: ScriptArguments, model_args: trl.ModelConfig, mixture: trl.DatasetMixtureConfig
 ) -> None:
     """Trains, evaluates if there is data for it, saves the model with its metrics and card, and pushes if asked to."""
     args = trainer.args

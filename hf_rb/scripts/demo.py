@@ -1,5 +1,6 @@
-"""What `hf-rb demo` does: fine-tune the tiny student with ProFit, quantize it with PTQTP, and measure every step. The tiny teacher,
-which has learnt its task, is quantized beside it."""
+"""What `hf-rb demo` does: fine-tune the tiny student with ProFit, quantize it with PTQTP, and measure every step. The
+tiny teacher, which has learnt its task, is quantized beside it.
+"""
 
 import ast
 import json
@@ -7,12 +8,12 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from hf_rb import tiny
 from hf_rb.io.files import atomic_folder
@@ -62,7 +63,7 @@ class _Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, title: str) -> Iterator[None]:
+    def stage(self, title: str) -> Generator[None]:
         print(f"\n[{len(self.seconds) + 1}/{STAGES}] {title}", flush=True)
         start = perf_counter()
         yield
@@ -86,7 +87,8 @@ def demo(
             Whether to replace a folder that is not empty.
 
     Returns:
-        `list[Row]`: What was measured: the student before, fine-tuned, and quantized; the teacher before, and quantized.
+        `list[Row]`: What was measured: the student before, fine-tuned, and quantized; the teacher before, and
+        quantized.
 
     Raises:
         FileExistsError: `output` is not empty and `overwrite` is `False`.
@@ -167,7 +169,7 @@ def _train(folder: Path, arguments: Sequence[str], log: Path) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as file, subprocess.Popen(command, env=environment, **pipes) as process:
-        for line in process.stdout:
+        for line in cast(IO[str], process.stdout):
             file.write(line)
             if summary := _summarize(line):
                 print(f"      {summary}", flush=True)
@@ -177,10 +179,15 @@ def _train(folder: Path, arguments: Sequence[str], log: Path) -> None:
 
 
 def _summarize(line: str) -> str | None:
-    """Shortens a line of the trainer's log to its loss and ProFit's share of kept tokens; anything else gives `None`."""
+    """Shortens a line of the trainer's log to its loss and ProFit's share of kept tokens; anything else gives
+    `None`.
+    """
     try:
         logs = ast.literal_eval(line.strip())
-        return f"epoch {float(logs['epoch']):.2f}  loss {float(logs['loss']):.4f}  tokens kept {float(logs['profit/kept_fraction']):.1%}"
+        return (
+            f"epoch {float(logs['epoch']):.2f}  loss {float(logs['loss']):.4f}  tokens kept "
+            f"{float(logs['profit/kept_fraction']):.1%}"
+        )
     except (ValueError, SyntaxError, TypeError, KeyError):
         return None
 
@@ -192,7 +199,7 @@ def _quantize(source: Path, destination: Path) -> tuple["PreTrainedModel", "PreT
 
     from hf_rb import PTQTPConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
     # bfloat16 for what is not quantized: the trainer saves float32.
     model = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=PTQTPConfig(), dtype=torch.bfloat16
@@ -220,7 +227,7 @@ def _recipe(train_arguments: Sequence[str]) -> dict:
     return {key: recipe[key] for key in keys.split() if key in recipe}
 
 
-def _write_card(folder: Path, methods: list[str], base_model: str, before: Row, after: Row, **fields) -> None:
+def _write_card(folder: Path, methods: list[str], base_model: str, before: Row, after: Row, **fields: Any) -> None:
     from hf_rb.hub import ModelCardData, Result, write_model_card
 
     results = [
@@ -240,16 +247,22 @@ def _print_summary(output: Path, table: list[Row], seconds: dict[str, float]) ->
     print("\n" + format_table(HEADER, [row.cells() for row in table]))
     print(
         f"""
-exact match   greedy answers to {problems} held-out word problems; one standard error is at most {50 / problems**0.5:.1f} points
+exact match   greedy answers to {problems} held-out word problems; one standard error is at most \
+{50 / problems**0.5:.1f} points
 perplexity    of the worked solutions, given the problems; ProFit leaves improbable tokens alone, so it need not fall
-bits/weight   8 x bytes of the weight files / weights; {student.size.quantized_bits_per_weight:.2f} in the quantized layers of the student: 16-bit embeddings
-              weigh more in a model of {student.size.weights / 1e6:.1f} million weights than in a large one; the trainer saves float32
-tokens/s      one sequence, with a cache; without kernels, PTQTP unpacks a layer once and multiplies as before: it gains bytes, not time
+bits/weight   8 x bytes of the weight files / weights; {student.size.quantized_bits_per_weight:.2f} in \
+the quantized layers of the student: 16-bit embeddings
+              weigh more in a model of {student.size.weights / 1e6:.1f} million weights than in a large one; \
+the trainer saves float32
+tokens/s      one sequence, with a cache; without kernels, PTQTP unpacks a layer once and multiplies as before: it \
+gains bytes, not time
 A model this small shows that everything works, not how much the methods gain: see model_cards/ for that."""
     )
     print(
-        f"\nIn {output}: student-profit, student-profit-ptqtp and teacher-ptqtp with their cards; demo.json; train.log\n"
-        f"`hf-rb report {output}/student-profit --out report.html` draws what ProFit masked (pip install 'hf_rb[report]')"
+        f"\nIn {output}: student-profit, student-profit-ptqtp and teacher-ptqtp with their cards; demo.json; "
+        "train.log\n"
+        f"`hf-rb report {output}/student-profit --out report.html` draws what ProFit masked (pip "
+        "install 'hf_rb[report]')"
     )
     print("\nSeconds by stage")
     for index, (title, value) in enumerate(seconds.items(), start=1):

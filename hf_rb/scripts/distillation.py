@@ -18,6 +18,7 @@ accelerate launch -m hf_rb.scripts.distillation \
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import trl
 
@@ -56,7 +57,13 @@ def prepare(argv: Sequence[str] | None = None) -> tuple:
     return script_args, args, model_args, mixture, splits
 
 
-def build(script_args, args, model_args, mixture, splits) -> DistillationTrainer:
+def build(
+    script_args: _common.ScriptArguments,
+    args: DistillationConfig,
+    model_args: trl.ModelConfig,
+    mixture: trl.DatasetMixtureConfig,
+    splits: Sequence[Any],
+) -> DistillationTrainer:
     """Loads the models and returns the trainer."""
     return _common.make_trainer(DistillationTrainer, args, model_args, splits)
 

@@ -18,6 +18,7 @@ accelerate launch -m hf_rb.scripts.gkd \
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import trl
 
@@ -38,21 +39,28 @@ def prepare(argv: Sequence[str] | None = None) -> tuple:
     script_args, args, model_args, mixture = _common.read(make_parser(), argv)
     if args.teacher_model_name_or_path is None and args.teacher_cache is None:
         raise ValueError(
-            "There is no teacher. Set `teacher_model_name_or_path` to a Hub id, a folder or `tiny:teacher`, or `teacher_cache` to a "
-            "folder of `hf-rb cache-teacher`."
+            "There is no teacher. Set `teacher_model_name_or_path` to a Hub id, a folder or `tiny:teacher`, or "
+            "`teacher_cache` to a folder of `hf-rb cache-teacher`."
         )
     splits = _common.load_splits(script_args, args, mixture)
     for split in filter(None, splits):
         columns = set(_common.columns_of(split))
         if not columns & {"messages", "conversations", "prompt", "input_ids", args.dataset_text_field}:
             raise ValueError(
-                f"The dataset has the columns {', '.join(sorted(columns))}. GKD needs `messages`, `prompt` with `completion` (or "
-                f"alone with `lmbda: 1.0`), or `{args.dataset_text_field}`; set `dataset_text_field` if the text has another name."
+                f"The dataset has the columns {', '.join(sorted(columns))}. GKD needs `messages`, `prompt` with "
+                f"`completion` (or alone with `lmbda: 1.0`), or `{args.dataset_text_field}`; set "
+                "`dataset_text_field` if the text has another name."
             )
     return script_args, args, model_args, mixture, splits
 
 
-def build(script_args, args, model_args, mixture, splits) -> GKDTrainer:
+def build(
+    script_args: _common.ScriptArguments,
+    args: GKDConfig,
+    model_args: trl.ModelConfig,
+    mixture: trl.DatasetMixtureConfig,
+    splits: Sequence[Any],
+) -> GKDTrainer:
     """Loads the models and returns the trainer."""
     return _common.make_trainer(GKDTrainer, args, model_args, splits)
 

@@ -16,8 +16,8 @@ accelerate launch -m hf_rb.scripts.grpo \
     --output_dir Qwen3-8B-EDAS
 ```
 
-A recipe may name code, `module:attribute`, as a reward function or as a shaper. It is imported only if the command line names it
-too: `--allow_local_code module:attribute`, as often as needed.
+A recipe may name code, `module:attribute`, as a reward function or as a shaper. It is imported only if the command
+line names it too: `--allow_local_code module:attribute`, as often as needed.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import trl
 
@@ -46,7 +47,8 @@ class GRPOScriptArguments(_common.ScriptArguments):
 
     Args:
         reward_funcs (`list[str]`, *optional*):
-            Reward functions: keys of `hf_rb.rl.rewards.REWARDS`, or `module:attribute` of code that `--allow_local_code` allows.
+            Reward functions: keys of `hf_rb.rl.rewards.REWARDS`, or `module:attribute` of code that
+            `--allow_local_code` allows.
         reward_model_name_or_path (`str`, *optional*):
             Reward model, a Hub id or a folder. It comes before the functions.
     """
@@ -54,8 +56,9 @@ class GRPOScriptArguments(_common.ScriptArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata=described(
-            "Reward functions: `exact_answer_reward`, `math_accuracy_reward`, `answer_format_reward`, `step_format_reward`, "
-            "`search_f1`, those of TRL's script, or `module:attribute` of code that `--allow_local_code` allows."
+            "Reward functions: `exact_answer_reward`, `math_accuracy_reward`, `answer_format_reward`, "
+            "`step_format_reward`, `search_f1`, those of TRL's script, or `module:attribute` of code that "
+            "`--allow_local_code` allows."
         ),
     )
     reward_model_name_or_path: str | None = field(
@@ -91,7 +94,9 @@ def prepare(argv: Sequence[str] | None = None) -> tuple:
 
 
 def _allow_local_code(argv: Sequence[str] | None) -> list[str]:
-    """Notes what the command line allows to be imported; returns the other arguments. No key of a recipe can say this."""
+    """Notes what the command line allows to be imported; returns the other arguments. No key of a recipe can say
+    this.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--allow_local_code", action="append", default=[])
     known, rest = parser.parse_known_args(argv)
@@ -125,7 +130,13 @@ def _missing(function: Callable, columns: Iterable[str]) -> list[str]:
     ]
 
 
-def build(script_args, args, model_args, mixture, splits) -> GRPOTrainer:
+def build(
+    script_args: GRPOScriptArguments,
+    args: GRPOConfig,
+    model_args: trl.ModelConfig,
+    mixture: trl.DatasetMixtureConfig,
+    splits: Sequence[Any],
+) -> GRPOTrainer:
     """Loads the models and returns the trainer."""
     reward_model = script_args.reward_model_name_or_path
     rewards = [*([reward_model] if reward_model else []), *_reward_functions(script_args, args)]

@@ -18,6 +18,7 @@ accelerate launch -m hf_rb.scripts.sft \
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import trl
 from transformers import AutoTokenizer
@@ -38,15 +39,16 @@ class SFTScriptArguments(_common.ScriptArguments):
 
     Args:
         graft_onto (`str`, *optional*):
-            Instruct model that gets what the model in training, its Base, has learned. Base is trained with its tokenizer and chat
-            template.
+            Instruct model that gets what the model in training, its Base, has learned. Base is trained with its
+            tokenizer and chat template.
         graft_output_dir (`str`, *optional*):
             Folder for the grafted model. Defaults to `grafted` in `output_dir`.
         graft_include (`str`, *optional*):
-            Tensors that get their delta: `linear`, `all` or a regular expression. Defaults to `linear`, with adapters to all that they
-            adapt.
+            Tensors that get their delta: `linear`, `all` or a regular expression. Defaults to `linear`, with adapters
+            to all that they adapt.
         graft_dtype (`str`, *optional*):
-            Type of the grafted model. Defaults to that of the Instruct model; in 16 bits small deltas are rounded away.
+            Type of the grafted model. Defaults to that of the Instruct model; in 16 bits small deltas are rounded
+            away.
     """
 
     graft_onto: str | None = field(
@@ -98,24 +100,30 @@ def _check_pair(base: str, onto: str) -> None:
     width, tokens = sources[0].config.get("vocab_size"), sources[1].vocabulary()
     if width and tokens and max(tokens) >= width:
         raise ValueError(
-            f"The tokenizer of {onto} has the id {max(tokens)} ({tokens[max(tokens)]!r}), and {base} has {width} embeddings. Give two "
-            "models of one family."
+            f"The tokenizer of {onto} has the id {max(tokens)} ({tokens[max(tokens)]!r}), and {base} has {width} "
+            "embeddings. Give two models of one family."
         )
 
 
-def _with_known_format(dataset, args: SFTConfig):
+def _with_known_format(dataset: Any, args: SFTConfig) -> Any:
     columns = set(_common.columns_of(dataset))
     if "prompt" in columns and "completion" not in columns:  # the prompt beside full transcripts, or a wrong dataset
         dataset, columns = dataset.remove_columns("prompt"), columns - {"prompt"}
     if not columns & {"messages", "conversations", "prompt", "input_ids", args.dataset_text_field}:
         raise ValueError(
-            f"The dataset has the columns {', '.join(sorted(columns))}. SFT needs `messages`, `prompt` with `completion`, or "
-            f"`{args.dataset_text_field}`; set `dataset_text_field` if the text has another name."
+            f"The dataset has the columns {', '.join(sorted(columns))}. SFT needs `messages`, `prompt` with "
+            f"`completion`, or `{args.dataset_text_field}`; set `dataset_text_field` if the text has another name."
         )
     return dataset
 
 
-def build(script_args, args, model_args, mixture, splits) -> SFTTrainer:
+def build(
+    script_args: SFTScriptArguments,
+    args: SFTConfig,
+    model_args: trl.ModelConfig,
+    mixture: trl.DatasetMixtureConfig,
+    splits: Sequence[Any],
+) -> SFTTrainer:
     """Loads the models and returns the trainer."""
     if script_args.graft_onto is None:
         return _common.make_trainer(SFTTrainer, args, model_args, splits)

@@ -1,7 +1,7 @@
 """The embedded default: a tiny model family, a task with checkable answers and a fact base. Nothing is downloaded.
 
-Recipes write `tiny:teacher`, `tiny:student`, `tiny:moe` where a model name goes and `tiny:math` where a dataset name goes.
-`python -m hf_rb.tiny.build` makes all of it again from a seed.
+Recipes write `tiny:teacher`, `tiny:student`, `tiny:moe` where a model name goes and `tiny:math` where a dataset name
+goes. `python -m hf_rb.tiny.build` makes all of it again from a seed.
 """
 
 from functools import cache
@@ -68,9 +68,9 @@ def load_dataset(
         name (`str`, *optional*, defaults to `"math"`):
             Only `"math"` exists.
         config (`str`, *optional*, defaults to `"messages"`):
-            `"messages"` and `"prompt_completion"` hold word problems with solutions, `"prompt_only"` without, `"rubric"`
-            without and with a `rubric` for a judge of steps; `"tools"` holds two-hop questions over the fact base with
-            tool-call transcripts in `messages` and the tool's schema in `tools`.
+            `"messages"` and `"prompt_completion"` hold word problems with solutions, `"prompt_only"` without,
+            `"rubric"` without and with a `rubric` for a judge of steps; `"tools"` holds two-hop questions over the
+            fact base with tool-call transcripts in `messages` and the tool's schema in `tools`.
         split (`str`, *optional*, defaults to `"train"`):
             `"train"` or `"test"`; no operands (no question, for `"tools"`) occur in both.
         size (`int`, *optional*):

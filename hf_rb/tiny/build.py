@@ -1,4 +1,5 @@
-"""Rebuilds everything under `hf_rb/tiny/assets` from a seed: `python -m hf_rb.tiny.build` (about an hour on one CPU core).
+"""Rebuilds everything under `hf_rb/tiny/assets` from a seed: `python -m hf_rb.tiny.build` (about an hour on one CPU
+core).
 
 The same seed gives the same bytes on one machine with the same number of threads.
 """
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +35,14 @@ DRILL_SHARE = 0.5  # of the problems give their equations to drills: arithmetic 
 PROMPT_WEIGHT = 0.1  # enough to model questions and tool results, too little to crowd out the solutions
 
 # Hidden size 192 is a multiple of 64 and not of 128, so that quantization meets a short last group.
-_COMMON = dict(
+_COMMON: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     head_dim=32,
     max_position_embeddings=1024,
     tie_word_embeddings=True,
     rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
 )
-MODELS = {
+MODELS: dict[str, tuple[Any, Any]] = {
     "teacher": (
         Qwen3ForCausalLM,
         Qwen3Config(
@@ -79,7 +81,8 @@ MODELS = {
         ),
     ),
 }
-# Tokens seen and peak learning rate. The student stops early on purpose: it is the one that fine-tuning, distillation and RL improve.
+# Tokens seen and peak learning rate. The student stops early on purpose: it is the one that fine-tuning, distillation
+# and RL improve.
 BUDGETS = {"teacher": (10_000_000, 2e-3), "student": (3_200_000, 2e-3), "moe": (4_000_000, 2e-3)}
 
 
@@ -139,7 +142,10 @@ Row = tuple[list[int], list[float]]  # token ids, and the weight of each in the 
 
 
 def _conversation(tokenizer: PreTrainedTokenizerFast, messages: list[dict], tools: list[dict] | None = None) -> Row:
-    row = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+    functions: Any = tools
+    row: Any = tokenizer.apply_chat_template(
+        messages, tools=functions, return_dict=True, return_assistant_tokens_mask=True
+    )
     return row["input_ids"], [max(mask, PROMPT_WEIGHT) for mask in row["assistant_masks"]]
 
 

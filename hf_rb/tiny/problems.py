@@ -1,7 +1,8 @@
 """Arithmetic word problems with worked solutions, made by a seeded generator.
 
-Seven kinds, two to five steps, operands up to 99. A problem belongs to the test split exactly when the hash of its kind and
-operands says so, so the two splits share no (kind, operands) pair however many problems are drawn from either.
+Seven kinds, two to five steps, operands up to 99. A problem belongs to the test split exactly when the hash of its
+kind and operands says so, so the two splits share no (kind, operands) pair however many problems are drawn from
+either.
 """
 
 import random
@@ -98,7 +99,8 @@ class _Steps:
         return self._add(a, "/", b, a // b)
 
 
-# A kind is a function (rng, steps) -> (operands, question templates, answer), or None when the drawn operands do not fit.
+# A kind is a function (rng, steps) -> (operands, question templates, answer), or None when the drawn operands do not
+# fit.
 _Draw = tuple[tuple[int, ...], tuple[str, ...], int] | None
 
 
@@ -135,7 +137,8 @@ def _ledger(rng: random.Random, steps: _Steps) -> _Draw:
     return (
         (a, b, c, d),
         (
-            "{name} has {0} {items}, gets {1} more, gives away {2} and then finds {3}. How many {items} does {name} have now?",
+            "{name} has {0} {items}, gets {1} more, gives away {2} and then finds {3}. How many {items} does {name} "
+            "have now?",
             "A shop has {0} {items}. {1} arrive, {2} are sold and {3} come back. How many {items} are in the shop?",
         ),
         steps.plus(steps.minus(steps.plus(a, b), c), d),
@@ -162,8 +165,10 @@ def _share(rng: random.Random, steps: _Steps) -> _Draw:
     return (
         (a, b, lost, friends),
         (
-            "{name} has {0} red and {1} white {items}, loses {2} and shares the rest among {3} friends. How many does each get?",
-            "{0} {items} and {1} more are put together, {2} are broken, and the rest goes into {3} equal piles. How many are in a pile?",
+            "{name} has {0} red and {1} white {items}, loses {2} and shares the rest among {3} friends. How many "
+            "does each get?",
+            "{0} {items} and {1} more are put together, {2} are broken, and the rest goes into {3} equal piles. How "
+            "many are in a pile?",
         ),
         steps.over(steps.minus(steps.plus(a, b), lost), friends),
     )
@@ -178,8 +183,10 @@ def _compare(rng: random.Random, steps: _Steps) -> _Draw:
     return (
         (a, more, fewer),
         (
-            "{name} has {0} {items}. {other} has {1} more than {name}. {third} has {2} fewer than {other}. How many do they have together?",
-            "{name} picks {0} {items}, {other} picks {1} more than {name}, {third} picks {2} fewer than {other}. How many in all?",
+            "{name} has {0} {items}. {other} has {1} more than {name}. {third} has {2} fewer than {other}. How many "
+            "do they have together?",
+            "{name} picks {0} {items}, {other} picks {1} more than {name}, {third} picks {2} fewer than {other}. How "
+            "many in all?",
         ),
         steps.plus(steps.plus(a, second), third),
     )
@@ -195,8 +202,10 @@ def _savings(rng: random.Random, steps: _Steps) -> _Draw:
     return (
         (weekly, weeks, gift, count, price, found),
         (
-            "{name} saves {0} coins a week for {1} weeks and gets {2} as a gift, buys {3} {items} at {4} each and finds {5} coins. How many coins does {name} have?",
-            "For {1} weeks {name} earns {0} coins a week, and {2} on top. {name} pays for {3} {items} at {4} each and wins {5} coins. How many coins are left?",
+            "{name} saves {0} coins a week for {1} weeks and gets {2} as a gift, buys {3} {items} at {4} each and "
+            "finds {5} coins. How many coins does {name} have?",
+            "For {1} weeks {name} earns {0} coins a week, and {2} on top. {name} pays for {3} {items} at {4} each "
+            "and wins {5} coins. How many coins are left?",
         ),
         steps.plus(rest, found),
     )

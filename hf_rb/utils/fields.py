@@ -1,4 +1,5 @@
-"""What a value of a configuration may be, said once: configs enforce it, `hf-rb check` reads it without importing torch.
+"""What a value of a configuration may be, said once: configs enforce it, `hf-rb check` reads it without importing
+torch.
 
 A field declares its choices and its range where it is defined:
 

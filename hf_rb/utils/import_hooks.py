@@ -1,7 +1,7 @@
 """Hooks that run when a library's module has been imported, or at once if it has been already.
 
-An error inside a hook would break the library's import, so it is kept, and [`require`] raises it when a feature that needs the hook is
-used.
+An error inside a hook would break the library's import, so it is kept, and [`require`] raises it when a feature that
+needs the hook is used.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,9 @@ _errors: dict[str, Exception] = {}
 
 
 def on_import(name: str, hook: Callable[[ModuleType], None]) -> None:
-    """Runs a hook on a module when it has been imported; a hook must not import anything that is still half imported."""
+    """Runs a hook on a module when it has been imported; a hook must not import anything that is still half
+    imported.
+    """
 
     def run(module: ModuleType) -> None:
         try:

@@ -13,10 +13,11 @@ __all__ = ["lazy_names"]
 
 def lazy_names(package: str, packages: Sequence[str] = ()) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """
-    Returns the `__getattr__` and `__dir__` of a package whose `__init__.py` imports its names under `if TYPE_CHECKING:`.
+    Returns the `__getattr__` and `__dir__` of a package whose `__init__.py` imports its names under
+    `if TYPE_CHECKING:`.
 
-    Those imports are the table of where each name is: they are read from the source, as editors and type checkers read them, and done
-    when a name is first used.
+    Those imports are the table of where each name is: they are read from the source, as editors and type checkers read
+    them, and done when a name is first used.
 
     Args:
         package (`str`):

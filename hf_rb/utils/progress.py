@@ -23,7 +23,7 @@ class tqdm(standard.tqdm):
             options |= {"leave": False, "bar_format": LINE}
         super().__init__(*args, disable=disable, **options)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
         if not self._lines:
             return super().display(msg, pos)
         if msg is None:  # an empty message is what wipes out a bar

@@ -1,7 +1,7 @@
 """Global random states that stay as they are."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,8 +12,10 @@ __all__ = ["random_states_kept"]
 
 
 @contextmanager
-def random_states_kept(devices: Iterable[int] = ()) -> Iterator[None]:
-    """Gives Python's, NumPy's and torch's random states back as they were. `devices` are the GPUs whose states count too."""
+def random_states_kept(devices: Iterable[int] = ()) -> Generator[None]:
+    """Gives Python's, NumPy's and torch's random states back as they were. `devices` are the GPUs whose states count
+    too.
+    """
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices):

@@ -1,7 +1,7 @@
 """Keys that recipes of other versions and tools have: what each is called now, or why it is gone.
 
-From the migration guides of transformers 5 and TRL 1, the fields that TRL's configs have lost since version 0.11, and the recipes
-of open-r1. Standard library only, so that `hf-rb check` stays fast.
+From the migration guides of transformers 5 and TRL 1, the fields that TRL's configs have lost since version 0.11, and
+the recipes of open-r1. Standard library only, so that `hf-rb check` stays fast.
 """
 
 from collections.abc import Collection
@@ -58,9 +58,11 @@ REMOVED = {
     "fp16_backend": _TORCH_AMP,
     "fsdp_min_num_params": _FSDP,
     "fsdp_transformer_layer_cls_to_wrap": _FSDP,
-    "group_by_length": "In place of `true` write `train_sampling_strategy: group_by_length`; in place of `false` nothing.",
+    "group_by_length": "In place of `true` write `train_sampling_strategy: group_by_length`; in place of `false` "
+    "nothing.",
     "half_precision_backend": _TORCH_AMP,
-    "include_inputs_for_metrics": "In place of `true` write `include_for_metrics: [inputs]`; in place of `false` nothing.",
+    "include_inputs_for_metrics": "In place of `true` write `include_for_metrics: [inputs]`; in place of `false` "
+    "nothing.",
     "jit_mode_eval": "In place of `true` write `torch_compile: true`; in place of `false` nothing.",
     "log_completions_steps": "`log_completions: true` logs them whenever metrics are logged. Remove it.",
     "logging_dir": "TensorBoard's folder comes from the environment variable `TENSORBOARD_LOGGING_DIR`. Remove it.",
@@ -69,7 +71,8 @@ REMOVED = {
     "max_prompt_length": "Prompts are not cut any more. Filter the long ones out of the dataset, and remove it.",
     "mp_parameters": "Remove it.",
     "num_of_sequences": "Packing counts tokens. Remove it.",
-    "overwrite_output_dir": "transformers 5 has dropped it. Choose another `output_dir`; `overwrite: true` deletes what an earlier run has left there.",
+    "overwrite_output_dir": "transformers 5 has dropped it. Choose another `output_dir`; `overwrite: true` deletes "
+    "what an earlier run has left there.",
     "past_index": "Remove it.",
     "push_to_hub_organization": "Write the organization into `hub_model_id: organization/name`.",
     "ray_scope": "Set the environment variable `RAY_SCOPE`, and remove it.",
@@ -82,7 +85,8 @@ REMOVED = {
     "use_legacy_prediction_loop": "Remove it.",
     "use_mps_device": "An Apple GPU is used where there is one. Remove it.",
     "use_teacher_server": _TEACHER,
-    "vllm_device": "vLLM shares the devices of training (`vllm_mode: colocate`) or runs as a server (`vllm_mode: server`). Remove it.",
+    "vllm_device": "vLLM shares the devices of training (`vllm_mode: colocate`) or runs as a server "
+    "(`vllm_mode: server`). Remove it.",
     "vllm_dtype": _SERVER_OPTION,
     "vllm_enable_prefix_caching": _SERVER_OPTION,
     "vllm_sync_frequency": "The weights reach vLLM at every step. Remove it.",
@@ -109,7 +113,8 @@ _ALSO_CALLED = {
 
 def former_key(key: Any, known: Collection[str], prefix: str = "") -> str | None:
     """
-    Returns the sentence about a key that older versions had: its new name, or what to write instead. `None` for any other key.
+    Returns the sentence about a key that older versions had: its new name, or what to write instead. `None` for any
+    other key.
 
     Args:
         key (`Any`):

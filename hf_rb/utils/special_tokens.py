@@ -1,7 +1,7 @@
 """What a tokenizer puts around a text, and windows of a text that begin as the model has learnt that texts begin.
 
-Models that were trained with a token at the beginning (BOS) attend to it all the time: without it they are far worse. A window cut out
-of the middle of a text has none, so it gets one.
+Models that were trained with a token at the beginning (BOS) attend to it all the time: without it they are far worse.
+A window cut out of the middle of a text has none, so it gets one.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,8 @@ class SpecialTokens(NamedTuple):
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     """
-    Asks a tokenizer what it puts around a text; its attributes (`bos_token`, `add_bos_token`) do not say that reliably.
+    Asks a tokenizer what it puts around a text; its attributes (`bos_token`, `add_bos_token`) do not say that
+    reliably.
 
     Raises:
         ValueError: The ids of a text are other ones with special tokens than without.
@@ -45,8 +46,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     places = [start for start in range(len(whole) - len(own) + 1) if whole[start : start + len(own)] == own]
     if not places or (whole and not own):
         raise ValueError(
-            f"{type(tokenizer).__name__} makes {own} of 'a' without special tokens and {whole} with them, so what it puts around a "
-            "text cannot be told. Give the model a tokenizer that only adds tokens before and behind a text."
+            f"{type(tokenizer).__name__} makes {own} of 'a' without special tokens and {whole} with them, so what it "
+            "puts around a text cannot be told. Give the model a tokenizer that only adds tokens before and behind a "
+            "text."
         )
     head, tail = whole[: places[0]], whole[places[0] + len(own) :]
     return SpecialTokens(head, tail, " ".join(tokenizer.convert_ids_to_tokens(head)) if head else None)
@@ -58,8 +60,8 @@ def begins_with(ids: list[int], head: list[int]) -> bool:
 
 def cut(ids: list[int], head: list[int], length: int) -> Iterator[list[int]]:
     """
-    Yields the whole windows of `length` ids of a text, without a gap. Each begins with `head`, once: it is put there unless the text has
-    it at that place.
+    Yields the whole windows of `length` ids of a text, without a gap. Each begins with `head`, once: it is put there
+    unless the text has it at that place.
 
     Raises:
         ValueError: There is no room behind `head`.

@@ -1,5 +1,6 @@
 """
-Callbacks for trainers of mixtures of experts: what an MPI router does after an optimizer step, balance by a bias, and the doctor's log.
+Callbacks for trainers of mixtures of experts: what an MPI router does after an optimizer step, balance by a bias, and
+the doctor's log.
 
 They work with every `transformers.Trainer`. Our own trainers add [`MPICallback`] by themselves where a model needs it.
 """
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_rb.models.mpi.conversion import RoutedLayer, advance
-from hf_rb.models.router_report import Load, RouterMeter, evenness, layer_alignments, max_vio
+from hf_rb.models.router_report import (
+    Load,
+    RouterMeter,
+    evenness,
+    layer_alignments,
+    max_vio,
+    mean_entropy,
+    total_picks,
+)
 
 
 __all__ = ["LossFreeBalanceCallback", "MPICallback", "RouterDoctorCallback"]
@@ -19,17 +28,18 @@ __all__ = ["LossFreeBalanceCallback", "MPICallback", "RouterDoctorCallback"]
 
 class MPICallback(TrainerCallback):
     """
-    Iterates routers in place after each optimizer step (`mpi_mode="inplace"`), and moves ramps on (`ramp_steps`). Without it the first
-    would be ordinary routers, and the second would stay at their start. Others are left alone.
+    Iterates routers in place after each optimizer step (`mpi_mode="inplace"`), and moves ramps on (`ramp_steps`).
+    Without it the first would be ordinary routers, and the second would stay at their start. Others are left alone.
 
-    In place, a router jumps with every step while the moments of the optimizer stay, so they are of the gradients along a path that
-    the router did not take. This mode is an experiment: the paper's code maps the router in each forward pass, the default.
+    In place, a router jumps with every step while the moments of the optimizer stay, so they are of the gradients
+    along a path that the router did not take. This mode is an experiment: the paper's code maps the router in each
+    forward pass, the default.
     """
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        advance(model)
+        advance(kwargs["model"])
 
 
 class _Metered(TrainerCallback):
@@ -38,9 +48,9 @@ class _Metered(TrainerCallback):
     meter: RouterMeter
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.meter = RouterMeter(model, training=True)
+        self.meter = RouterMeter(kwargs["model"], training=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,9 +64,9 @@ class LossFreeBalanceCallback(_Metered):
 
         bias_i += rate · sign(mean load - load_i)
 
-    with the load of all micro-batches and processes of the step. The bias is added to an expert's score when experts are chosen, and to
-    nothing else. It is for models that have one, `e_score_correction_bias` in DeepSeek-V3, GLM-4-MoE and their like, whose training in
-    transformers leaves it at zero; with MPI or without.
+    with the load of all micro-batches and processes of the step. The bias is added to an expert's score when experts
+    are chosen, and to nothing else. It is for models that have one, `e_score_correction_bias` in DeepSeek-V3,
+    GLM-4-MoE and their like, whose training in transformers leaves it at zero; with MPI or without.
 
     Args:
         rate (`float`, *optional*, defaults to `1e-3`):
@@ -72,12 +82,16 @@ class LossFreeBalanceCallback(_Metered):
         self.rate = rate
         self._biases: list[Tensor] = []
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        super().on_train_begin(args, state, control, model, **kwargs)
-        self._biases = [_expert_bias(model, layer) for layer in self.meter.layers]
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._biases = [_expert_bias(kwargs["model"], layer) for layer in self.meter.layers]
 
     @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         for bias, load in zip(self._biases, self.meter.take(), strict=True):
             bias.view(-1).add_(self.rate * torch.sign(load.picks.mean() - load.picks).to(bias))
 
@@ -87,20 +101,22 @@ def _expert_bias(model: nn.Module, layer: RoutedLayer) -> Tensor:
         if isinstance(bias := getattr(module, "e_score_correction_bias", None), Tensor):
             return bias
     raise ValueError(
-        f"The router {layer.name} ({type(layer.router).__name__}) has no `e_score_correction_bias` that would balance its experts: use "
-        "a balance loss (`router_aux_loss_coef`, and `lb_type` of the MPI classes) instead of LossFreeBalanceCallback."
+        f"The router {layer.name} ({type(layer.router).__name__}) has no `e_score_correction_bias` that would "
+        "balance its experts: use a balance loss (`router_aux_loss_coef`, and `lb_type` of the MPI classes) instead "
+        "of LossFreeBalanceCallback."
     )
 
 
 class RouterDoctorCallback(_Metered):
     """
-    Adds to what a trainer logs, with a mean over the layers, what the doctor sees in the training passes since the last log:
-    `router/max_vio` (of an optimizer step's tokens), `router/global_max_vio` (of all tokens), `router/dead`, `router/load_entropy`,
-    `router/entropy`, `router/lambda_learned`, `router/lambda_effective` and `router/lambda_random` (one power step on random rows).
+    Adds to what a trainer logs, with a mean over the layers, what the doctor sees in the training passes since the
+    last log: `router/max_vio` (of an optimizer step's tokens), `router/global_max_vio` (of all tokens), `router/dead`,
+    `router/load_entropy`, `router/entropy`, `router/lambda_learned`, `router/lambda_effective` and
+    `router/lambda_random` (one power step on random rows).
 
-    Reporters that a trainer has made from `report_to` are called before the callbacks it is given. For their sake write
-    `trainer.callback_handler.callbacks.insert(0, RouterDoctorCallback())`; given as `callbacks=[...]` it reaches the console and
-    `trainer_state.json`.
+    Reporters that a trainer has made from `report_to` are called before the callbacks it is given. For their sake
+    write `trainer.callback_handler.callbacks.insert(0, RouterDoctorCallback())`; given as `callbacks=[...]` it reaches
+    the console and `trainer_state.json`.
 
     Args:
         per_layer (`bool`, *optional*, defaults to `False`):
@@ -115,10 +131,13 @@ class RouterDoctorCallback(_Metered):
         self.per_layer, self.alignments, self.seed = per_layer, alignments, seed
         self._steps: list[list[Load]] = []
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._steps.append(self.meter.take())
 
-    def on_log(self, args, state, control, logs: dict[str, float], **kwargs):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
         if not self._steps or "loss" not in logs:  # evaluation, or the summary at the end
             return
         layers = {layer.name: self._measure(index, layer) for index, layer in enumerate(self.meter.layers)}
@@ -132,13 +151,13 @@ class RouterDoctorCallback(_Metered):
 
     def _measure(self, index: int, layer: RoutedLayer) -> dict[str, float]:
         loads = [step[index] for step in self._steps]
-        picks = sum(load.picks.double() for load in loads)
+        picks = total_picks(loads)
         values = {
             "max_vio": sum(max_vio(load.picks) for load in loads) / len(loads),
             "global_max_vio": max_vio(picks),
             "dead": float((picks == 0).sum()),
             "load_entropy": evenness(picks),
-            "entropy": (sum(load.entropy for load in loads) / sum(load.tokens for load in loads)).item(),
+            "entropy": mean_entropy(loads),
         }
         if self.alignments:
             values |= {f"lambda_{key}": value for key, value in layer_alignments(layer, self.seed + index).items()}

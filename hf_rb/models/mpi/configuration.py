@@ -3,18 +3,24 @@
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_rb.models.mpi.router import check_options
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as NativeConfig
+else:
+    NativeConfig = object  # a family inherits the native one behind this
+
+
 @dataclass(kw_only=True)
-class MPIConfig:
+class MPIConfig(NativeConfig):
     """
     Fields of MPI beside those of the native configuration, to be inherited before it.
 
-    The weights of the chosen experts sum to one (`norm_topk_prob=True`), as in the paper, and the default weight of the balance loss,
-    which acts with `output_router_logits=True`, is the paper's.
+    The weights of the chosen experts sum to one (`norm_topk_prob=True`), as in the paper, and the default weight of
+    the balance loss, which acts with `output_router_logits=True`, is the paper's.
 
     Args:
         mpi_matrix (`str`, *optional*, defaults to `"gate"`):
@@ -37,8 +43,11 @@ class MPIConfig:
             Weight of the z-loss. The paper tries 0.001.
 
     Raises:
-        ValueError: A value is out of range, or a checkpoint is of another family. One of the native type loads, with a warning.
+        ValueError: A value is out of range, or a checkpoint is of another family. One of the native type loads, with a
+            warning.
     """
+
+    native_class: ClassVar[Any]
 
     mpi_matrix: str = "gate"
     mpi_iters: int = 1
@@ -55,13 +64,13 @@ class MPIConfig:
         read = kwargs.pop("model_type", self.model_type)  # from a file, which may be a native checkpoint's
         if read not in (self.model_type, self.native_class.model_type):
             raise ValueError(
-                f"{type(self).__name__} is for checkpoints of the type {self.native_class.model_type!r} or {self.model_type!r}; "
-                f"got one of the type {read!r}."
+                f"{type(self).__name__} is for checkpoints of the type {self.native_class.model_type!r} or "
+                f"{self.model_type!r}; got one of the type {read!r}."
             )
         if read != self.model_type:
             warnings.warn(
-                f"This checkpoint is of the type {read!r}, with ordinary routers: as {self.model_type!r} it computes something else until "
-                "it is trained further. `apply_mpi(model, ramp_steps=...)` makes that gradual.",
+                f"This checkpoint is of the type {read!r}, with ordinary routers: as {self.model_type!r} it computes "
+                "something else until it is trained further. `apply_mpi(model, ramp_steps=...)` makes that gradual.",
                 stacklevel=2,
             )
         super().__post_init__(**kwargs)
@@ -87,7 +96,9 @@ class MPIConfig:
 
 
 def register_models(config_class: type) -> None:
-    """Registers the models of a configuration with the Auto classes, which build a configuration before they look for a model."""
+    """Registers the models of a configuration with the Auto classes, which build a configuration before they look for
+    a model.
+    """
     if not config_class.__module__.startswith("hf_rb."):
         return  # a subclass of somebody's, or code from the Hub, which says by itself where its models are
     import_module(config_class.__module__.replace("configuration_", "modeling_"))

@@ -1,13 +1,14 @@
 """Puts MPI on any mixture of experts of transformers, and makes ordinary models of those that have it.
 
-A layer is a module with fused experts under the name `experts` and a router under the name `gate` or `router`, whose `weight` has a
-row an expert. Nothing else is asked of its code: on any model the effective router is a parametrization of that weight.
+A layer is a module with fused experts under the name `experts` and a router under the name `gate` or `router`, whose
+`weight` has a row an expert. Nothing else is asked of its code: on any model the effective router is a parametrization
+of that weight.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ class RoutedLayer(NamedTuple):
         name (`str`): Name of its block in the model.
         router (`torch.nn.Module`): Router module, which returns logits, weights and indices.
         experts (`torch.nn.Module`): Experts module, or the adapter around it.
-        weight (`Callable[[], torch.Tensor]`): Returns the matrix `(N, D)` that the layer routes with now, with its gradient.
+        weight (`Callable[[], torch.Tensor]`): Returns the matrix `(N, D)` that the layer routes with now, with its
+            gradient.
     """
 
     name: str
@@ -46,10 +48,12 @@ class RoutedLayer(NamedTuple):
     @property
     def learned(self) -> nn.Parameter:
         """The matrix `(N, D)` that is learned; an ordinary router routes with it."""
-        return _learned(self.router)
+        return cast(nn.Parameter, _learned(self.router))
 
     def expert_matrix(self) -> Tensor:
-        """Returns the experts' matrix `(N, d, D)` that the router is iterated with; of an ordinary layer, the gate's."""
+        """Returns the experts' matrix `(N, d, D)` that the router is iterated with; of an ordinary layer, the
+        gate's.
+        """
         return expert_matrix(self.experts) if self.mpi is None else self.mpi.expert_matrix()
 
 
@@ -67,24 +71,28 @@ def _fits(weight: Tensor | None, experts: nn.Module) -> bool:
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         return False
     # Under expert parallelism a process counts its own experts alone.
-    return len(weight) == getattr(experts, "num_experts", None) or getattr(experts, "_is_expert_parallel", False)
+    return len(weight) == getattr(experts, "num_experts", None) or bool(getattr(experts, "_is_expert_parallel", False))
 
 
-def _is_parametrized(router: nn.Module) -> bool:
-    return parametrize.is_parametrized(router, "weight") and isinstance(
-        router.parametrizations.weight[0], EffectiveRouter
-    )
+def _parametrization(router: Any) -> Any:
+    """Returns what computes the weight of a router with a parametrization of ours: `[0]` is our module."""
+    if not parametrize.is_parametrized(router, "weight"):
+        return None
+    found = router.parametrizations.weight
+    return found if isinstance(found[0], EffectiveRouter) else None
 
 
-def _mpi_of(router: nn.Module) -> EffectiveRouter | None:
-    return router.parametrizations.weight[0] if _is_parametrized(router) else getattr(router, "mpi", None)
+def _mpi_of(router: Any) -> EffectiveRouter | None:
+    found = _parametrization(router)
+    return getattr(router, "mpi", None) if found is None else found[0]
 
 
-def _learned(router: nn.Module) -> nn.Parameter | None:
-    return router.parametrizations.weight.original if _is_parametrized(router) else getattr(router, "weight", None)
+def _learned(router: Any) -> nn.Parameter | None:
+    found = _parametrization(router)
+    return getattr(router, "weight", None) if found is None else found.original
 
 
-def _weight(router: nn.Module) -> Callable[[], Tensor]:
+def _weight(router: Any) -> Callable[[], Tensor]:
     mpi = _mpi_of(router)
     return (lambda: router.weight) if mpi is None else (lambda: mpi(_learned(router)))
 
@@ -101,10 +109,11 @@ def apply_mpi(
     ramp_steps: int = 0,
 ) -> nn.Module:
     """
-    Gives every router of a mixture of experts a manifold power iteration (https://huggingface.co/papers/2606.12397), in place.
+    Gives every router of a mixture of experts a manifold power iteration (https://huggingface.co/papers/2606.12397),
+    in place.
 
-    Made for a model that is still to be pretrained. It changes what a trained model computes, and cannot do otherwise: an effective
-    row lies where its expert responds. `ramp_steps` begins with the trained router.
+    Made for a model that is still to be pretrained. It changes what a trained model computes, and cannot do otherwise:
+    an effective row lies where its expert responds. `ramp_steps` begins with the trained router.
 
     Until it is folded, save the model as a checkpoint of a training only: its routers are stored under
     `<router>.parametrizations.weight.original`, which no other class reads. To resume, apply first, then load.
@@ -119,27 +128,30 @@ def apply_mpi(
         scale (`float`, *optional*, defaults to `2.0`):
             C': rows have length C' / √N. The paper's sweep at N = 256 has 2 to 8 alike and 1 behind a learned router.
         norm (`float`, *optional*):
-            C, the length of the rows, instead of `scale`. The paper has 1.0 for routers with sigmoid scores, as DeepSeek-V3's.
+            C, the length of the rows, instead of `scale`. The paper has 1.0 for routers with sigmoid scores, as
+            DeepSeek-V3's.
         mode (`str`, *optional*, defaults to `"reparam"`):
-            `"inplace"`, an experiment, uses the router as it is and iterates it after every optimizer step: call [`advance`], or let
-            the callback do it.
+            `"inplace"`, an experiment, uses the router as it is and iterates it after every optimizer step: call
+            [`advance`], or let the callback do it.
         grad (`str`, *optional*, defaults to `"full"`):
             Where gradients go: `"full"`, `"detach_experts"` or `"detach_power"`, see [`effective_router`].
         ramp_steps (`int`, *optional*, defaults to `0`):
-            Optimizer steps over which the router goes from the one there is to the effective one. Counted by [`advance`].
+            Optimizer steps over which the router goes from the one there is to the effective one. Counted by
+            [`advance`].
 
     Returns:
         `torch.nn.Module`: The same model.
 
     Raises:
         TypeError: The model has no mixture of experts that is known here, or its experts are quantized.
-        ValueError: An option is out of range, a router has rows of zeros, the routers have MPI already, or the model is split
-            over processes or uses fused kernels that pass its routers by.
+        ValueError: An option is out of range, a router has rows of zeros, the routers have MPI already, or the model
+            is split over processes or uses fused kernels that pass its routers by.
     """
     layers = list(routers(model))
     if not layers:
         raise TypeError(
-            f"{type(model).__name__} has no layer with fused `experts` beside a `gate` or `router` with a row an expert."
+            f"{type(model).__name__} has no layer with fused `experts` beside a `gate` or `router` with a row an "
+            "expert."
         )
     if any(layer.mpi is not None for layer in layers):
         raise ValueError(
@@ -154,14 +166,14 @@ def apply_mpi(
         mpi.expert_matrix()
     if getattr(model, "name_or_path", "") and not ramp_steps:
         warnings.warn(
-            f"{model.name_or_path!r} was trained with ordinary routers; with MPI it computes something else until it is trained "
-            "further. `ramp_steps` makes that gradual.",
+            f"{model.name_or_path!r} was trained with ordinary routers; with MPI it computes something else until it "
+            "is trained further. `ramp_steps` makes that gradual.",
             stacklevel=2,
         )
     if any(getattr(layer.router, "norm_topk_prob", True) is False for layer in layers):
         warnings.warn(
-            "The weights of the chosen experts are not normalized to a sum of one, as the paper's are: build the model with "
-            "`norm_topk_prob=True`.",
+            "The weights of the chosen experts are not normalized to a sum of one, as the paper's are: build the "
+            "model with `norm_topk_prob=True`.",
             stacklevel=2,
         )
     for layer, mpi in zip(layers, maps, strict=True):
@@ -171,7 +183,9 @@ def apply_mpi(
 
 
 def advance(model: nn.Module) -> None:
-    """Does what follows an optimizer step: iterates routers in place, or goes one step up their ramps. Others stay as they are."""
+    """Does what follows an optimizer step: iterates routers in place, or goes one step up their ramps. Others stay as
+    they are.
+    """
     for layer in routers(model):
         if layer.mpi is not None:
             layer.mpi.advance(layer.learned)
@@ -182,12 +196,12 @@ def fold_mpi(model: nn.Module) -> nn.Module:
     """
     Makes an ordinary model of one with MPI, in place: effective routers take the place of the learned ones.
 
-    They are computed in float32 and stored in the dtype of the model. In float32 the logits stay the same, bit for bit; in bfloat16
-    the rounding of the routers may change the choice between experts that are nearly as good. Fold before the experts' weights
-    change by other means than training: quantization, merging, averaging.
+    They are computed in float32 and stored in the dtype of the model. In float32 the logits stay the same, bit for
+    bit; in bfloat16 the rounding of the routers may change the choice between experts that are nearly as good. Fold
+    before the experts' weights change by other means than training: quantization, merging, averaging.
 
-    A folded model is for inference: `output_router_logits` of its configuration, which trainers switch on and save, is switched off,
-    because with it transformers' own classes fail to generate from padded prompts.
+    A folded model is for inference: `output_router_logits` of its configuration, which trainers switch on and save, is
+    switched off, because with it transformers' own classes fail to generate from padded prompts.
 
     Args:
         model (`torch.nn.Module`):
@@ -197,28 +211,31 @@ def fold_mpi(model: nn.Module) -> nn.Module:
         `torch.nn.Module`: The same model, of the class that transformers has for it.
 
     Raises:
-        ValueError: Its routers are ordinary ones, have rows of zeros, or its experts have an adapter that is not merged.
+        ValueError: Its routers are ordinary ones, have rows of zeros, or its experts have an adapter that is not
+            merged.
     """
-    layers = [layer for layer in routers(model) if layer.mpi is not None]
+    layers = [(layer, mpi) for layer in routers(model) if (mpi := layer.mpi) is not None]
     if not layers:
         raise ValueError(
-            f"The routers of this {type(model).__name__} are ordinary ones: it is folded already, or `apply_mpi` was never called."
+            f"The routers of this {type(model).__name__} are ordinary ones: it is folded already, or `apply_mpi` was "
+            "never called."
         )
     # All before any is replaced: an error leaves the model as it was.
-    folded = [layer.mpi.folded(layer.learned) for layer in layers]
-    for layer, weight in zip(layers, folded, strict=True):
-        layer.mpi.remove_hooks()
-        if _is_parametrized(layer.router):
+    folded = [mpi.folded(layer.learned) for layer, mpi in layers]
+    for (layer, mpi), weight in zip(layers, folded, strict=True):
+        mpi.remove_hooks()
+        if _parametrization(layer.router) is not None:
             parametrize.remove_parametrizations(layer.router, "weight", leave_parametrized=False)
-            layer.router.weight.copy_(weight)
+            layer.learned.copy_(weight)
         else:
             del layer.router.mpi
             # The native class has its routers in the dtype of the rest.
-            layer.router.weight.data = weight.to(expert_matrix(layer.experts).dtype)
+            layer.learned.data = weight.to(expert_matrix(layer.experts).dtype)
     for module in model.modules():
         _make_native(module)
-    if getattr(getattr(model, "config", None), "output_router_logits", False):
-        model.config.output_router_logits = False
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
     return model
 
 
@@ -234,7 +251,7 @@ def _make_native(module: nn.Module) -> None:
     module._keep_in_fp32_modules_strict = set(native._keep_in_fp32_modules_strict or ())
     # What a model may return is looked up by its class, and put there by the constructor.
     compat.CAN_RECORD_REGISTRY[module] = native._can_record_outputs
-    config = module.config
+    config: Any = module.config
     if hasattr(type(config), "native_class"):
         ours = {field.name for field in fields(config)} - {field.name for field in fields(config.native_class)}
         config.__class__ = config.native_class

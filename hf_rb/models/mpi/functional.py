@@ -1,20 +1,21 @@
 """The router of MPI, manifold power iteration: what a layer routes with instead of the matrix that it learns.
 
-Row i of a learned router takes one step of power iteration with the Gram matrix of its own expert and is then brought to a fixed
-length (the paper's method section, without the iteration over training steps that its prose suggests):
+Row i of a learned router takes one step of power iteration with the Gram matrix of its own expert and is then brought
+to a fixed length (the paper's method section, without the iteration over training steps that its prose suggests):
 
     w_i = C q_i,    q_i = G_iᵀ G_i r_i / max(‖G_iᵀ G_i r_i‖, ε),    C = C' / √N
 
-The router's logits are `x Wᵀ` as ever. Nothing is written back to R: gradients go through the map, to the rows and to the experts.
-With g_i the gradient of w_i and v_i = C / ‖G_iᵀ G_i r_i‖ (g_i - (g_i · q_i) q_i),
+The router's logits are `x Wᵀ` as ever. Nothing is written back to R: gradients go through the map, to the rows and to
+the experts. With g_i the gradient of w_i and v_i = C / ‖G_iᵀ G_i r_i‖ (g_i - (g_i · q_i) q_i),
 
     ∂L/∂r_i = G_iᵀ G_i v_i,    ∂L/∂G_i = (G_i r_i) v_iᵀ + (G_i v_i) r_iᵀ.
 
-Shapes: N experts, hidden size D, width d of an expert; R and W are `(N, D)`, G is `(N, d, D)` as transformers stores a gate projection.
-The products are in the experts' dtype, lengths and directions in float32.
+Shapes: N experts, hidden size D, width d of an expert; R and W are `(N, D)`, G is `(N, d, D)` as transformers stores a
+gate projection. The products are in the experts' dtype, lengths and directions in float32.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +55,15 @@ def effective_router(
         eps (`float`, *optional*, defaults to `1e-12`):
             Smallest length that is divided by. A shorter row comes out shorter, and gets no gradient.
         grad (`str`, *optional*, defaults to `"full"`):
-            `"full"`, the paper's: to rows and experts. `"detach_experts"`: to the rows only. `"detach_power"`: to the rows only,
-            as if a step were the identity before the rows are brought to their length.
+            `"full"`, the paper's: to rows and experts. `"detach_experts"`: to the rows only. `"detach_power"`: to the
+            rows only, as if a step were the identity before the rows are brought to their length.
 
     Returns:
         `torch.Tensor` of shape `(N, D)`: Rows of length C, in the dtype of `router_ND`.
 
     Raises:
-        ValueError: A length that is not positive, a negative number of steps, another `grad`, or shapes that do not fit.
+        ValueError: A length that is not positive, a negative number of steps, another `grad`, or shapes that do not
+            fit.
     """
     return effective_router_and_weight(router_ND, expert_NdD, None, scale, iters, norm=norm, eps=eps, grad=grad)[0]
 
@@ -80,9 +82,10 @@ def effective_router_and_weight(
     """
     As [`effective_router`], for experts that can be made to use another tensor as their weight.
 
-    The router's gradient has rank two for each expert. Added by itself it would cost three passes over memory of the experts' size,
-    which is more than all the rest; added in place to the gradient that comes from the experts it costs one. That gradient comes
-    through here where the experts use the weight that is returned. Where they do not, the result is the same, and slower.
+    The router's gradient has rank two for each expert. Added by itself it would cost three passes over memory of the
+    experts' size, which is more than all the rest; added in place to the gradient that comes from the experts it costs
+    one. That gradient comes through here where the experts use the weight that is returned. Where they do not, the
+    result is the same, and slower.
 
     Args:
         weight (`torch.Tensor`):
@@ -101,8 +104,8 @@ def effective_router_and_weight(
     shape = (weight if view is None else view(weight)).shape
     if len(shape) != 3 or (shape[0], shape[2]) != tuple(router_ND.shape):
         raise ValueError(
-            f"A router of shape {tuple(router_ND.shape)} needs matrices of shape ({len(router_ND)}, d, {router_ND.shape[-1]}); "
-            f"got {tuple(shape)}."
+            f"A router of shape {tuple(router_ND.shape)} needs matrices of shape ({len(router_ND)}, d, "
+            f"{router_ND.shape[-1]}); got {tuple(shape)}."
         )
     used, rows = weight if grad == "full" else weight.detach(), router_ND
     # Autocast would copy all experts to its dtype.
@@ -136,8 +139,8 @@ def power_step(router_ND: Tensor, expert_NdD: Tensor) -> tuple[Tensor, Tensor]:
     """
     Multiplies every row with the Gram matrix of its expert.
 
-    The product is a sum over the experts' width d: shards of d add up to it, before any length is taken. A shard of the experts
-    gives its rows.
+    The product is a sum over the experts' width d: shards of d add up to it, before any length is taken. A shard of
+    the experts gives its rows.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: G r `(N, d)` and GᵀG r `(N, D)`, in the experts' dtype.
@@ -148,10 +151,20 @@ def power_step(router_ND: Tensor, expert_NdD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Retracted(torch.autograd.Function):
-    """One power step and the return to a length, with the gradient in closed form: it keeps vectors only, no matrix."""
+    """One power step and the return to a length, with the gradient in closed form: it keeps vectors only, no
+    matrix.
+    """
 
     @staticmethod
-    def forward(ctx, router_ND, weight, view, length, eps, straight_through):
+    def forward(
+        ctx: Any,
+        router_ND: Tensor,
+        weight: Tensor,
+        view: Callable[[Tensor], Tensor] | None,
+        length: float,
+        eps: float,
+        straight_through: bool,
+    ) -> tuple[Tensor, Tensor]:
         hidden_Nd, rows_ND = power_step(router_ND, weight if view is None else view(weight))
         rows_ND = widened(rows_ND)
         norms_N1 = rows_ND.norm(dim=-1, keepdim=True)
@@ -163,7 +176,9 @@ class _Retracted(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_ND, grad_weight):
+    def backward(  # pyrefly: ignore[bad-override]  (the decorator hides the names of parameters)
+        ctx: Any, grad_ND: Tensor | None, grad_weight: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if grad_ND is None:
             return None, grad_weight, None, None, None, None
         router_ND, weight, hidden_Nd, directions_ND, norms_N1 = ctx.saved_tensors
@@ -198,8 +213,8 @@ def alignment(router_ND: Tensor, expert_NdD: Tensor) -> Tensor:
     """
     Measures how far the rows of a router point where their experts respond most: λ = ‖G r‖ / (‖r‖ ‖G‖₂) in `[0, 1]`.
 
-    A power step never lowers it, whatever the row was. So compare three: the learned router, the effective one, and one power
-    step on random rows.
+    A power step never lowers it, whatever the row was. So compare three: the learned router, the effective one, and
+    one power step on random rows.
 
     Args:
         router_ND (`torch.Tensor` of shape `(N, D)`):
@@ -208,7 +223,8 @@ def alignment(router_ND: Tensor, expert_NdD: Tensor) -> Tensor:
             Matrix of every expert.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: λ of every expert, float32 (float64 where that is given). NaN for a row or a matrix of zeros.
+        `torch.Tensor` of shape `(N,)`: λ of every expert, float32 (float64 where that is given). NaN for a row or a
+        matrix of zeros.
     """
 
     def ratio(row_D: Tensor, matrix_dD: Tensor) -> Tensor:
@@ -225,9 +241,11 @@ def expert_matrix(experts: nn.Module, matrix: str = "gate") -> Tensor:
 
     Args:
         experts (`nn.Module`):
-            Fused experts of transformers, which say by `has_gate`, `is_transposed` and `is_concatenated` how they store weights.
+            Fused experts of transformers, which say by `has_gate`, `is_transposed` and `is_concatenated` how they
+            store weights.
         matrix (`str`, *optional*, defaults to `"gate"`):
-            `"gate"` is the paper's, `"up"` and `"down"` its ablations. Experts without a gate have `"up"` in its place.
+            `"gate"` is the paper's, `"up"` and `"down"` its ablations. Experts without a gate have `"up"` in its
+            place.
 
     Returns:
         `torch.Tensor` of shape `(N, d, D)`: View, through which gradients reach the weights.
@@ -249,7 +267,8 @@ def weight_name(experts: nn.Module, matrix: str) -> str:
     flags = ("has_gate", "is_transposed", "is_concatenated")
     if not all(isinstance(getattr(experts, flag, None), bool) for flag in flags):
         raise TypeError(
-            f"{kind} is no fused experts module of transformers (it has no {', '.join(flags)}), so its matrices are not known here."
+            f"{kind} is no fused experts module of transformers (it has no {', '.join(flags)}), so its matrices are "
+            "not known here."
         )
     name = "down_proj" if matrix == "down" else "gate_up_proj" if experts.has_gate else "up_proj"
     weight = getattr(experts, name)
@@ -259,13 +278,15 @@ def weight_name(experts: nn.Module, matrix: str) -> str:
         )
     if hasattr(weight, "device_mesh") or getattr(experts, "_is_expert_parallel", False):
         raise ValueError(
-            f"{kind}.{name} is split over processes, and a power step needs it whole: tensor and expert parallelism are not "
-            "supported before `fold_mpi`. Train with data parallelism (FSDP2 gathers a layer before its router runs)."
+            f"{kind}.{name} is split over processes, and a power step needs it whole: tensor and expert parallelism "
+            "are not supported before `fold_mpi`. Train with data parallelism (FSDP2 gathers a layer before its "
+            "router runs)."
         )
     if weight.ndim != 3:
         raise ValueError(
-            f"{kind}.{name} has shape {tuple(weight.shape)}, expected three dimensions: with DeepSpeed ZeRO-3, name the MoE block's "
-            "class in `transformer_moe_cls_names`, so that its experts are gathered when the router needs them."
+            f"{kind}.{name} has shape {tuple(weight.shape)}, expected three dimensions: with DeepSpeed ZeRO-3, name "
+            "the MoE block's class in `transformer_moe_cls_names`, so that its experts are gathered when the router "
+            "needs them."
         )
     return name
 

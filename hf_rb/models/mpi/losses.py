@@ -3,16 +3,16 @@ Auxiliary losses of a router: balance per sequence or per layer, beside transfor
 
 With N experts of which a token picks K, the balance loss of one layer over the S tokens of one sequence is
 
-    f_i = N / (K S) #{tokens that pick i},    p_i = mean over tokens of softmax(z)_i,    loss = Σ_i f_i p_i      (1 at balance)
+    f_i = N / (K S) #{tokens that pick i},  p_i = mean over tokens of softmax(z)_i,  loss = Σ_i f_i p_i  (1 at balance)
 
-averaged over sequences and layers (https://huggingface.co/papers/2606.12397, its released code). transformers adds up the picks and the
-probabilities of all layers and sequences before it multiplies them, and does not divide by K: layers that collapse on different experts
-look balanced there, and 0.01 here is about 0.01 / K there. Only p has a gradient.
+averaged over sequences and layers (https://huggingface.co/papers/2606.12397, its released code). transformers adds up
+the picks and the probabilities of all layers and sequences before it multiplies them, and does not divide by K: layers
+that collapse on different experts look balanced there, and 0.01 here is about 0.01 / K there. Only p has a gradient.
 
 Shapes: `router_logits` is a tuple of one `(B*L, N)` tensor a layer, as a model returns them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,8 +36,8 @@ def auxiliary_loss(
 
     Args:
         config ([`~transformers.PreTrainedConfig`]):
-            Has `num_experts_per_tok` and may have `lb_type` (`"sequence"`, `"layer"` or `"hf"`, the default) and `z_loss_coef`, the
-            weight of the z-loss in the final loss.
+            Has `num_experts_per_tok` and may have `lb_type` (`"sequence"`, `"layer"` or `"hf"`, the default) and
+            `z_loss_coef`, the weight of the z-loss in the final loss.
         router_logits (`Sequence[torch.Tensor]`):
             Of each layer, `(B*L, N)`.
         shape (`tuple[int, int]`):
@@ -53,8 +53,9 @@ def auxiliary_loss(
     if kind == "hf":
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-        experts = router_logits[0].shape[-1]
-        loss = load_balancing_loss_func(tuple(router_logits), experts, top_k, attention_mask)
+        # Its annotations know models of one layer only, and the 0 that it returns for one of none.
+        balance: Callable[..., Any] = load_balancing_loss_func
+        loss = balance(tuple(router_logits), router_logits[0].shape[-1], top_k, attention_mask)
     else:
         ids, count = sequence_ids(shape, router_logits[0].device, attention_mask, position_ids)
         loss = balance_loss(router_logits, top_k, *((ids, count) if kind == "sequence" else (ids.clamp(max=0), 1)))
@@ -72,8 +73,9 @@ def check_z_loss(config: Any) -> None:
     """
     if (weight := getattr(config, "z_loss_coef", 0.0)) and not config.router_aux_loss_coef:
         raise ValueError(
-            f"z_loss_coef={weight} cannot act with router_aux_loss_coef=0, by which trainers multiply all auxiliary losses. Set "
-            "`router_aux_loss_coef` to the weight of the balance loss, 0.01 in the paper, or `z_loss_coef=0`."
+            f"z_loss_coef={weight} cannot act with router_aux_loss_coef=0, by which trainers multiply all auxiliary "
+            "losses. Set `router_aux_loss_coef` to the weight of the balance loss, 0.01 in the paper, or "
+            "`z_loss_coef=0`."
         )
 
 
@@ -127,14 +129,16 @@ def balance_loss(
         top_k (`int`):
             Experts K that a token picks.
         ids (`torch.Tensor` of shape `(T,)`, *optional*):
-            Sequence of each token, -1 for one that does not count; see [`sequence_ids`]. Without it all tokens are one sequence.
+            Sequence of each token, -1 for one that does not count; see [`sequence_ids`]. Without it all tokens are one
+            sequence.
         count (`int`, *optional*, defaults to `1`):
             Number of sequences. One without tokens does not count.
         score_func (`str`, *optional*, defaults to `"softmax"`):
             What makes scores of logits; those of `"sigmoid"` are divided by their sum.
 
     Returns:
-        `torch.Tensor`: Scalar, float32. 1 at perfect balance, N/K where all tokens pick the same K experts with certainty.
+        `torch.Tensor`: Scalar, float32. 1 at perfect balance, N/K where all tokens pick the same K experts with
+        certainty.
     """
     losses = []
     for logits in router_logits:
@@ -154,7 +158,8 @@ def balance_loss(
 
 def z_loss(router_logits: Sequence[Tensor], tokens: Tensor | None = None) -> Tensor:
     """
-    Returns the mean of logsumexp(z)² over tokens and layers, which keeps logits small (https://huggingface.co/papers/2202.08906).
+    Returns the mean of logsumexp(z)² over tokens and layers, which keeps logits small
+    (https://huggingface.co/papers/2202.08906).
 
     Args:
         router_logits (`Sequence[torch.Tensor]`):

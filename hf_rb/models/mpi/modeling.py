@@ -1,13 +1,14 @@
 """What the MPI model classes have in common; a family adds the names of its native classes.
 
-A model is built as its native class is. Then its routers, in place, become of a class that routes with the effective router, and
-whose parameters have the native names: checkpoints of either kind load in the other.
+A model is built as its native class is. Then its routers, in place, become of a class that routes with the effective
+router, and whose parameters have the native names: checkpoints of either kind load in the other.
 """
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,18 @@ from hf_rb.models.mpi.router import EffectiveRouter
 # What the native classes call a cache. Not in `compat`: this file goes to the Hub with a model, without the package.
 CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+if TYPE_CHECKING:
+    NativeRouter, NativeModel = nn.Module, PreTrainedModel
+else:
+    NativeRouter = NativeModel = object  # a family inherits the native class behind ours
 
-class MPIRouter:
+
+class MPIRouter(NativeRouter):
     """Inherited before a native router: it routes with the effective router, and is the native one in all else."""
 
-    native_class: type[nn.Module]
+    native_class: ClassVar[Any]
     mpi: EffectiveRouter
+    weight: nn.Parameter
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         effective_ND = self.mpi(self.weight).to(hidden_states.dtype)
@@ -46,14 +53,14 @@ class _WithWeight:
         return getattr(self.router, name)
 
 
-class MPIPreTrainedModel:
+class MPIPreTrainedModel(NativeModel):
     """Inherited before a native model."""
 
-    native_class: type[PreTrainedModel]
+    native_class: ClassVar[type[PreTrainedModel]]
     # As in the paper's code: steps of a bfloat16 row would be lost to rounding.
     _keep_in_fp32_modules_strict = ["gate.weight"]
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         self.check_config(config)
         super().__init__(config)
 
@@ -65,23 +72,30 @@ class MPIPreTrainedModel:
             ValueError: It splits experts over processes.
         """
         # Not `isinstance`: code from the Hub has its configuration once for each of its files.
-        if config.model_type != cls.config_class.model_type:
-            ours = cls.config_class.__name__
-            raise TypeError(f"{cls.__name__} needs a configuration of the class {ours}; got {type(config).__name__}.")
+        ours: Any = cls.config_class
+        if config.model_type != ours.model_type:
+            raise TypeError(
+                f"{cls.__name__} needs a configuration of the class {ours.__name__}; got {type(config).__name__}."
+            )
         parallel = getattr(config, "distributed_config", None)
         if parallel is not None and max(parallel.tp_size or 1, parallel.ep_size or 1) > 1:
             raise ValueError(
-                "A power step needs an expert's matrix whole: tensor and expert parallelism are not supported before `fold_mpi`. "
-                "Load the model without them, or fold it and load that."
+                "A power step needs an expert's matrix whole: tensor and expert parallelism are not supported before "
+                "`fold_mpi`. Load the model without them, or fold it and load that."
             )
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for a decorator in the file of the class, and runs a loop over the experts where it finds none.
+        # transformers looks for a decorator in the file of the class, and runs a loop over the experts where it finds
+        # none.
         return True
 
-    def save_pretrained(self, save_directory: str | Path, *args, push_to_hub: bool = False, **kwargs) -> None:
-        """As transformers' own; code that was registered with `register_for_auto_class` takes along what it imports from here."""
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As transformers' own; code that was registered with `register_for_auto_class` takes along what it imports
+        from here.
+        """
         if self._auto_class is not None and push_to_hub:
             raise ValueError(
                 "With code to go along, write `model.push_to_hub(repo_id)` instead of `push_to_hub=True`."
@@ -98,11 +112,12 @@ class MPIPreTrainedModel:
 class MPIModel(MPIPreTrainedModel):
     """Inherited before a native backbone."""
 
-    router_class: type[MPIRouter]
+    router_class: ClassVar[type[MPIRouter]]
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__(config)
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             if isinstance(getattr(layer.mlp, "gate", None), self.router_class.native_class):
                 layer.mlp.gate.__class__ = self.router_class
                 layer.mlp.gate.mpi = EffectiveRouter(layer.mlp, **config.mpi_options())
@@ -112,9 +127,9 @@ class MPIModel(MPIPreTrainedModel):
 class MPIForCausalLM(MPIPreTrainedModel):
     """Inherited before a native language model, whose losses it replaces by those of the configuration."""
 
-    model_class: type[MPIModel]
+    model_class: ClassVar[type[MPIModel]]
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         self.check_config(config)
         # Not the native constructor, which would build a native backbone first.
         PreTrainedModel.__init__(self, config)
@@ -170,7 +185,13 @@ class MPIForCausalLM(MPIPreTrainedModel):
             attentions=outputs.attentions, router_logits=outputs.router_logits, **{CACHE: getattr(outputs, CACHE)},
         )  # fmt: skip
 
-    def _auxiliary_loss(self, router_logits, hidden_BTD, attention_mask, position_ids) -> Tensor:
+    def _auxiliary_loss(
+        self,
+        router_logits: Sequence[Tensor],
+        hidden_BTD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Tensor:
         if (
             self.is_activation_checkpointing
             and hidden_BTD.requires_grad
@@ -182,7 +203,9 @@ class MPIForCausalLM(MPIPreTrainedModel):
             )
         if attention_mask is not None:
             attention_mask = attention_mask[:, -hidden_BTD.shape[1] :]  # without what a cache holds
-        return auxiliary_loss(self.config, router_logits, hidden_BTD.shape[:2], attention_mask, position_ids)
+        return auxiliary_loss(
+            self.config, router_logits, (hidden_BTD.shape[0], hidden_BTD.shape[1]), attention_mask, position_ids
+        )
 
 
 def register(native_type: str, config_class: type, models: dict[type, type[MPIPreTrainedModel]]) -> None:
@@ -201,7 +224,8 @@ def register(native_type: str, config_class: type, models: dict[type, type[MPIPr
         auto_class.register(config_class, model, exist_ok=True)
     # By the names of the classes too, for a configuration that says to be of the native type.
     for key in (config_class.model_type, *(model.__name__ for model in models.values())):
-        register_checkpoint_conversion_mapping(key, get_checkpoint_conversion_mapping(native_type), overwrite=True)
+        mapping: Any = get_checkpoint_conversion_mapping(native_type)  # a copy for each
+        register_checkpoint_conversion_mapping(key, mapping, overwrite=True)
 
 
 def _bundle(folder: Path) -> None:

@@ -14,12 +14,12 @@ def weight_decay_groups(
     model: nn.Module, weight_decay: float = 0.1, router_weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """
-    Returns the trained parameters in groups for an optimizer: matrices decay; norms, biases and other vectors do not; routers have a
-    decay of their own.
+    Returns the trained parameters in groups for an optimizer: matrices decay; norms, biases and other vectors do not;
+    routers have a decay of their own.
 
-    An MPI router is brought to a fixed length whatever length its learned matrix has, and its gradient is orthogonal to that matrix.
-    Weight decay hence cannot regularize it: shorter rows only turn faster at the same learning rate. An ordinary router can
-    want a decay; give it the same as the matrices then.
+    An MPI router is brought to a fixed length whatever length its learned matrix has, and its gradient is orthogonal
+    to that matrix. Weight decay hence cannot regularize it: shorter rows only turn faster at the same learning rate.
+    An ordinary router can want a decay; give it the same as the matrices then.
 
     Args:
         model (`torch.nn.Module`):

@@ -1,12 +1,13 @@
 """The module that turns the learned router of a layer into the one it routes with, for both ways to have it.
 
-The model classes call it in their routers' forward pass; on any other model it is a parametrization of the router's weight.
+The model classes call it in their routers' forward pass; on any other model it is a parametrization of the router's
+weight.
 """
 
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,14 @@ class EffectiveRouter(nn.Module):
     """
     Computes the effective router of one MoE layer from its learned router and from the experts beside it.
 
-    Without gradients, as in generation, the result is kept until the router, the experts or an adapter on them change. A pass with
-    gradients, `train()` and `eval()` drop it. PyTorch does not count changes made through `.data`: call `model.eval()` after one.
+    Without gradients, as in generation, the result is kept until the router, the experts or an adapter on them change.
+    A pass with gradients, `train()` and `eval()` drop it. PyTorch does not count changes made through `.data`: call
+    `model.eval()` after one.
 
     Args:
         block (`nn.Module`):
-            The MoE block, which has its experts under the name `experts`. It is looked at in every pass and is not a submodule:
-            the experts may get an adapter, or move, at any time.
+            The MoE block, which has its experts under the name `experts`. It is looked at in every pass and is not a
+            submodule: the experts may get an adapter, or move, at any time.
         matrix (`str`, *optional*, defaults to `"gate"`):
             Matrix of the experts: `"gate"`, `"up"` or `"down"`.
         iters (`int`, *optional*, defaults to `1`):
@@ -50,8 +52,8 @@ class EffectiveRouter(nn.Module):
         eps (`float`, *optional*, defaults to `1e-12`):
             Smallest length that is divided by.
         mode (`str`, *optional*, defaults to `"reparam"`):
-            `"reparam"`: the router is mapped in every pass. `"inplace"`: it is used as it is, and [`~EffectiveRouter.advance`]
-            replaces it after an optimizer step.
+            `"reparam"`: the router is mapped in every pass. `"inplace"`: it is used as it is, and
+            [`~EffectiveRouter.advance`] replaces it after an optimizer step.
         grad (`str`, *optional*, defaults to `"full"`):
             Where gradients go; see [`effective_router`].
         ramp_steps (`int`, *optional*, defaults to `0`):
@@ -88,7 +90,7 @@ class EffectiveRouter(nn.Module):
         self._looked_at = False
         self._loan: _Loan | None = None
         self._hooks: list[RemovableHandle] = []
-        if ramp_steps:
+        if ramp_steps and start is not None:
             self.register_buffer("start", start.detach().clone())
             # An integer, which a change of the model's dtype leaves as it is.
             self.register_buffer("steps", torch.zeros((), dtype=torch.long, device=start.device))
@@ -141,7 +143,9 @@ class EffectiveRouter(nn.Module):
         return effective_ND, used
 
     def _weight(self) -> tuple[nn.Module, str, Tensor]:
-        """Returns the experts without wrappers, the name of the weight that has the matrix, and the weight with its adapters."""
+        """Returns the experts without wrappers, the name of the weight that has the matrix, and the weight with its
+        adapters.
+        """
         experts, wrappers = _unwrapped(self._sibling.block.experts)
         name = weight_name(experts, self.matrix)
         weight = getattr(experts, name)
@@ -151,12 +155,16 @@ class EffectiveRouter(nn.Module):
         return experts, name, weight
 
     def expert_matrix(self) -> Tensor:
-        """Returns the matrix of every expert `(N, d, D)` as the experts use it, with the LoRA adapters that are active."""
+        """Returns the matrix of every expert `(N, d, D)` as the experts use it, with the LoRA adapters that are
+        active.
+        """
         experts, _, weight = self._weight()
         return matrix_view(experts, self.matrix, weight)
 
     def add_hooks(self) -> None:
-        """Lets the experts take the router's gradient along with theirs. Without it everything is the same, and slower."""
+        """Lets the experts take the router's gradient along with theirs. Without it everything is the same, and
+        slower.
+        """
         experts = _unwrapped(self._sibling.block.experts)[0]
         self._hooks = [
             experts.register_forward_pre_hook(self._lend),
@@ -219,12 +227,12 @@ class EffectiveRouter(nn.Module):
 
 class _Sibling:
     """
-    Refers to the block of a router without making it a submodule. The copy of a model refers to the copied block, the copy of a
-    router alone, as PEFT makes one of a module that is trained whole, to the same block.
+    Refers to the block of a router without making it a submodule. The copy of a model refers to the copied block, the
+    copy of a router alone, as PEFT makes one of a module that is trained whole, to the same block.
     """
 
     def __init__(self, block: nn.Module):
-        self.block = block
+        self.block: Any = block
 
     def __deepcopy__(self, memo: dict) -> "_Sibling":
         return _Sibling(memo.get(id(self.block), self.block))
@@ -232,8 +240,8 @@ class _Sibling:
 
 class _Loan:
     """
-    A weight that the experts use, for one pass, instead of the equal one that is theirs, so that its gradient comes through the
-    router's backward pass. See [`~hf_rb.models.mpi.functional.effective_router_and_weight`].
+    A weight that the experts use, for one pass, instead of the equal one that is theirs, so that its gradient comes
+    through the router's backward pass. See [`~hf_rb.models.mpi.functional.effective_router_and_weight`].
     """
 
     def __init__(self, name: str, own: nn.Parameter, used: Tensor):
@@ -245,7 +253,7 @@ class _Loan:
     def lend(self, experts: nn.Module) -> None:
         self.lent = experts._parameters.get(self.name) is self.own
         if self.lent:
-            experts._parameters[self.name] = self.used
+            experts._parameters[self.name] = cast(nn.Parameter, self.used)  # a tensor of the graph, for one pass
 
     def take_back(self, experts: nn.Module) -> None:
         if self.lent:
@@ -276,7 +284,7 @@ def _changes_are_counted(sources: list[Tensor], training: bool) -> bool:
     return not (training and distributed) and not any(source.is_inference() for source in sources)
 
 
-def _unwrapped(experts: nn.Module) -> tuple[nn.Module, list[Any]]:
+def _unwrapped(experts: Any) -> tuple[nn.Module, list[Any]]:
     """Returns the experts without PEFT's wrappers, and those."""
     wrappers = []
     while hasattr(experts, "base_layer"):
@@ -290,8 +298,8 @@ def _acting(wrappers: list[Any], name: str) -> Iterator[tuple[Any, str]]:
     for wrapper in wrappers:
         if not hasattr(wrapper, "get_delta_factors"):
             raise TypeError(
-                f"A router cannot see the adapter {type(wrapper).__name__} on its experts: use LoRA with `target_parameters`, or "
-                "fold the routers first (`fold_mpi`)."
+                f"A router cannot see the adapter {type(wrapper).__name__} on its experts: use LoRA with "
+                "`target_parameters`, or fold the routers first (`fold_mpi`)."
             )
         if wrapper.parameter_name == name and not (wrapper.disable_adapters or wrapper.merged):
             for adapter in wrapper.active_adapters:
@@ -308,12 +316,22 @@ def check_rows(router_ND: Tensor) -> None:
     if zero:
         shown = ", ".join(map(str, zero[:8])) + (", …" if len(zero) > 8 else "")
         raise ValueError(
-            f"{len(zero)} of {len(router_ND)} rows of a router are zero ({shown}): power iteration needs a direction to start from. "
-            "Initialize them, e.g. `torch.nn.init.normal_(router.weight, std=0.02)`."
+            f"{len(zero)} of {len(router_ND)} rows of a router are zero ({shown}): power iteration needs a direction "
+            "to start from. Initialize them, e.g. `torch.nn.init.normal_(router.weight, std=0.02)`."
         )
 
 
-def check_options(*, matrix, iters, scale, norm, eps, mode, grad, ramp_steps=0) -> None:
+def check_options(
+    *,
+    matrix: str,
+    iters: int,
+    scale: float,
+    norm: float | None,
+    eps: float,
+    mode: str,
+    grad: str,
+    ramp_steps: int = 0,
+) -> None:
     """Raises `ValueError` for the first option of [`EffectiveRouter`] that is out of range."""
     for name, value, choices in (("matrix", matrix, MATRICES), ("mode", mode, MODES), ("grad", grad, GRADIENTS)):
         if value not in choices:

@@ -15,8 +15,9 @@ __all__ = ["MPIMixtralConfig"]
 class MPIMixtralConfig(MPIConfig, MixtralConfig):
     """
     Configuration of [`MPIMixtralForCausalLM`]: that of Mixtral and the fields of MPI
-    (https://huggingface.co/papers/2606.12397), `mpi_matrix`, `mpi_iters`, `mpi_scale`, `mpi_norm`, `mpi_mode`, `mpi_grad`, `mpi_eps`,
-    `lb_type` and `z_loss_coef`, which are those of [`~hf_rb.models.mpi.configuration.MPIConfig`].
+    (https://huggingface.co/papers/2606.12397), `mpi_matrix`, `mpi_iters`, `mpi_scale`, `mpi_norm`, `mpi_mode`,
+    `mpi_grad`, `mpi_eps`, `lb_type` and `z_loss_coef`, which are those of
+    [`~hf_rb.models.mpi.configuration.MPIConfig`].
 
     Example:
 

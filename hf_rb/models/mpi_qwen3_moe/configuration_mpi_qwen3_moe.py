@@ -15,8 +15,9 @@ __all__ = ["MPIQwen3MoeConfig"]
 class MPIQwen3MoeConfig(MPIConfig, Qwen3MoeConfig):
     """
     Configuration of [`MPIQwen3MoeForCausalLM`]: that of Qwen3-MoE and the fields of MPI
-    (https://huggingface.co/papers/2606.12397), `mpi_matrix`, `mpi_iters`, `mpi_scale`, `mpi_norm`, `mpi_mode`, `mpi_grad`, `mpi_eps`,
-    `lb_type` and `z_loss_coef`, which are those of [`~hf_rb.models.mpi.configuration.MPIConfig`].
+    (https://huggingface.co/papers/2606.12397), `mpi_matrix`, `mpi_iters`, `mpi_scale`, `mpi_norm`, `mpi_mode`,
+    `mpi_grad`, `mpi_eps`, `lb_type` and `z_loss_coef`, which are those of
+    [`~hf_rb.models.mpi.configuration.MPIConfig`].
 
     Example:
 

@@ -4,9 +4,10 @@ The panels of a report, in the order of the page. A new method adds a module her
 A panel has
 
 - `TITLE`: its heading;
-- `shows(source) -> bool`: whether it has something to show of a [`~hf_rb.report.Source`]; reads what is there, draws nothing;
-- `build(sources, named) -> list[Block]`: its blocks, of those sources that it shows, one or more; with `named`, which of them a block is
-  of is said, since the page is about several.
+- `shows(source) -> bool`: whether it has something to show of a [`~hf_rb.report.Source`]; reads what is there, draws
+  nothing;
+- `build(sources, named) -> list[Block]`: its blocks, of those sources that it shows, one or more; with `named`, which
+  of them a block is of is said, since the page is about several.
 """
 
 from collections.abc import Callable, Sequence

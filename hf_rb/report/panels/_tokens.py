@@ -49,7 +49,8 @@ def samples(
     hue: int = 210,
 ) -> list[Block]:
     """
-    Shows sequences of every snapshot, each token coloured by a number of it: those that are of most interest in the last one.
+    Shows sequences of every snapshot, each token coloured by a number of it: those that are of most interest in the
+    last one.
 
     Args:
         found: Snapshots.
@@ -99,7 +100,10 @@ def calibration(found: Sequence[Mapping[str, Any]]) -> list[Block]:
         gap = sum(abs(sum(p - right for p, right in tenth)) for tenth in tenths) / len(pairs)
         rows.append([when(snapshot), number(len(pairs)), f"{certain:.3f}", f"{right:.3f}", f"{gap:.3f}"])
     lines["as certain as right"] = ([0.0, 1.0], [0.0, 1.0])
-    caption = "Calibration: of the tokens whose most probable continuation has about this probability, how many are continued so."
+    caption = (
+        "Calibration: of the tokens whose most probable continuation has about this probability, how many are "
+        "continued so."
+    )
     return [
         curves({"calibration": lines}, caption, "probability of the most probable token"),
         Table(["calibration", "tokens", "mean certainty", "right", "mean gap (ECE)"], rows),

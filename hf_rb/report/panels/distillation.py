@@ -1,6 +1,7 @@
 """Distillation: where student and teacher differ, token by token, and what the objective makes of it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from hf_rb.report.blocks import Block, Table, number
 from hf_rb.report.figures import curves, heat_map, histograms
@@ -53,7 +54,10 @@ def _build(source: Source) -> list[Block]:
     blocks.append(_worst(found[-1], shade_by))
     top = max(sorted(values(found[0], shade_by))[int(0.98 * (len(values(found[0], shade_by)) - 1))], 1e-6)
     shown = MEANS.get(shade_by, "loss")
-    caption = f"{shown} of every token, of the sequences with the largest. The darker, the larger, up to {top:.3g}; without colour: not trained on."
+    caption = (
+        f"{shown} of every token, of the sequences with the largest. The darker, the larger, up to {top:.3g}; "
+        "without colour: not trained on."
+    )
     interest = lambda row: _mean([value for value in row[shade_by] if value is not None]) or 0.0  # noqa: E731
     return blocks + samples(found, shade_by, caption, interest, lambda kl: kl / top, hue=20)
 
@@ -62,8 +66,10 @@ def _mean(numbers: Sequence[float]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def _by_position(found, name: str) -> list[Block]:
-    """The mean over sequences by where in its completion a token stands: late tokens are often others than early ones."""
+def _by_position(found: Sequence[dict[str, Any]], name: str) -> list[Block]:
+    """The mean over sequences by where in its completion a token stands: late tokens are often others than early
+    ones.
+    """
     rows = []
     for snapshot in found:
         cells: list[list[float]] = [[] for _ in range(PLACES)]
@@ -81,7 +87,7 @@ def _by_position(found, name: str) -> list[Block]:
     return [heat_map(rows, [when(one) for one in found], caption, x_label, span=(0, 100))]
 
 
-def _branches(found) -> Table:
+def _branches(found: Sequence[dict[str, Any]]) -> Table:
     """Of HPD: the label's probability is too low or too high, and so is that of the drawn token."""
     rows = []
     for snapshot in found:
@@ -94,7 +100,7 @@ def _branches(found) -> Table:
     return Table(headers, rows)
 
 
-def _worst(snapshot, name: str) -> Table:
+def _worst(snapshot: dict[str, Any], name: str) -> Table:
     """The tokens at which the two differ most, with what stands before them."""
     found = []
     for row in snapshot["rows"]:

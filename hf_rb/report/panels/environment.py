@@ -1,4 +1,6 @@
-"""What the run was given and what it ran on, as its model card says, and where the report was made. Always the last panel."""
+"""What the run was given and what it ran on, as its model card says, and where the report was made. Always the last
+panel.
+"""
 
 import platform
 import re

@@ -1,6 +1,7 @@
 """What was measured: by `hf-rb eval --out`, and by the trainer at the end of a run."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from hf_rb.report.blocks import Block, Table, number
 from hf_rb.report.figures import curves
@@ -49,7 +50,7 @@ def _wrong(document: dict) -> list[Block]:
 
 
 def _sweep(sweep: list[dict]) -> list[Block]:
-    def value(one: dict, part: str, name: str) -> float | None:
+    def value(one: dict, part: str, name: str) -> Any:
         return (one.get(part) or {}).get(name)
 
     measures = {"exact match": ("exact_match", "accuracy"), "perplexity": ("perplexity", "perplexity")}

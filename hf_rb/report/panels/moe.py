@@ -1,4 +1,6 @@
-"""Mixtures of experts: the load of every expert and where routers point, from `hf-rb router-report` and from the log."""
+"""Mixtures of experts: the load of every expert and where routers point, from `hf-rb router-report` and from the
+log.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -75,6 +77,9 @@ def _doctor(report: Mapping[str, Any]) -> list[Block]:
         if all(layer.get(key) is not None for layer in layers)
     }
     if lines:
-        caption = "How far a router's rows point where their experts respond. One power step raises λ of any row: compare with it."
+        caption = (
+            "How far a router's rows point where their experts respond. One power step raises λ of any row: compare "
+            "with it."
+        )
         blocks.append(curves({"λ": lines}, caption, "layer"))
     return blocks + [Text(note) for note in report.get("notes", [])]

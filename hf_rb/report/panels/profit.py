@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from hf_rb.report.blocks import Block, Table, number
 from hf_rb.report.figures import histograms
@@ -47,12 +48,12 @@ def _build(source: Source) -> list[Block]:
     return blocks + samples(found, "prob", caption, interest, lambda p: 1 - p, dropped, marked)
 
 
-def _probs(snapshot, kept: bool) -> list[float]:
+def _probs(snapshot: dict[str, Any], kept: bool) -> list[float]:
     pairs = zip(values(snapshot, "prob"), values(snapshot, "kept"), strict=True)
     return [prob for prob, passes in pairs if passes == kept]
 
 
-def _masked(found) -> Table:
+def _masked(found: Sequence[dict[str, Any]]) -> Table:
     rows = []
     for snapshot in found:
         kept, dropped = _probs(snapshot, True), _probs(snapshot, False)
@@ -82,7 +83,7 @@ def _masked(found) -> Table:
     )
 
 
-def _dropped_by_third(snapshot) -> list[float]:
+def _dropped_by_third(snapshot: dict[str, Any]) -> list[float]:
     counts, dropped = [0, 0, 0], [0, 0, 0]
     for row in snapshot["rows"]:
         kept = [value for value in row["kept"] if value is not None]
@@ -93,7 +94,7 @@ def _dropped_by_third(snapshot) -> list[float]:
     return [part / max(count, 1) for part, count in zip(dropped, counts, strict=True)]
 
 
-def _most_dropped(snapshot) -> Table:
+def _most_dropped(snapshot: dict[str, Any]) -> Table:
     counts: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for row in snapshot["rows"]:

@@ -37,5 +37,5 @@ def _table(report: Mapping[str, Any]) -> list[Block]:
     caption = f"{report['problems']:,} held-out problems" + (f" of {report['task']}." if report.get("task") else ".")
     sentence = (report.get("quality") or {}).get("sentence")
     texts = [Text(said) for said in [sentence, *report.get("notes", [])] if said]
-    blocks = [Table(headers, rows, caption, left=2), *texts]
+    blocks: list[Block] = [Table(headers, rows, caption, left=2), *texts]
     return [*blocks, Table(["problems of the pool that broke", "number"], broken)] if broken else blocks

@@ -15,8 +15,8 @@ TITLE = "Rewards and shaped advantages"
 CLASSES = 12
 PROMPT = 90  # characters of a prompt in a table
 NO_COMPLETIONS = (
-    "This run has no table of completions. With `log_completions: true` in its recipe, the advantages before and after shaping and the "
-    "largest classes of wrong answers stand here."
+    "This run has no table of completions. With `log_completions: true` in its recipe, the advantages before and "
+    "after shaping and the largest classes of wrong answers stand here."
 )
 
 
@@ -45,7 +45,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == value
 
 
-def _advantages(rows: list[Mapping[str, Any]]) -> list[Block]:
+def _advantages(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
     parts: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         # EDAS's column: the class of a wrong answer.
@@ -75,7 +75,7 @@ def _advantages(rows: list[Mapping[str, Any]]) -> list[Block]:
     ]
 
 
-def _error_classes(rows: list[Mapping[str, Any]]) -> list[Block]:
+def _error_classes(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
     """Wrong answers of one prompt at one step, the largest classes first: what EDAS lowers most."""
     groups: dict[tuple[Any, str], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:

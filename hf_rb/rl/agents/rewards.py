@@ -55,8 +55,9 @@ def is_well_formed(
     completion: str | list[dict], answer_extractor: Callable[[str], str | None] = extract_answer
 ) -> bool:
     """
-    Returns whether a rollout searched at least once, without an error, and then answered: every assistant message but the last
-    calls a tool, the last calls none and has an answer, and no message holds markup of calls that failed to parse.
+    Returns whether a rollout searched at least once, without an error, and then answered: every assistant message but
+    the last calls a tool, the last calls none and has an answer, and no message holds markup of calls that failed to
+    parse.
     """
     if isinstance(completion, str) or not completion:
         return False
@@ -86,8 +87,8 @@ def text_of(message: dict) -> str:
 
 def answer_f1(answer: str | None, gold: str | float | None | Sequence[str]) -> float:
     """
-    Returns the harmonic mean of precision and recall over words, without case, punctuation and articles, as SQuAD's evaluation
-    defines it; the best one if there are several right answers.
+    Returns the harmonic mean of precision and recall over words, without case, punctuation and articles, as SQuAD's
+    evaluation defines it; the best one if there are several right answers.
     """
     golds = gold if isinstance(gold, Sequence) and not isinstance(gold, str) else [gold]
     return max((_f1(_words(answer or ""), _words(gold_answer(one) or "")) for one in golds), default=0.0)

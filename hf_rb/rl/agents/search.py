@@ -1,4 +1,5 @@
-"""A search tool over a set of passages, as a TRL tool environment: BM25 by `bm25s`, ids of what was found kept for the scorer.
+"""A search tool over a set of passages, as a TRL tool environment: BM25 by `bm25s`, ids of what was found kept for the
+scorer.
 
 ```python
 trainer = GRPOTrainer(..., environment_factory=search_environment("passages.jsonl", top_k=3))
@@ -87,7 +88,8 @@ class PassageSearch:
         index ([`Index`]):
             What is searched.
         answer_extractor (`str`, *optional*, defaults to `"hashes"`):
-            The form of answer to ask for where a row has a question and no prompt: a key of `hf_rb.rl.rewards.EXTRACTORS`.
+            The form of answer to ask for where a row has a question and no prompt: a key of
+            `hf_rb.rl.rewards.EXTRACTORS`.
 
     Attributes:
         retrieved (`dict[str, list[str]]`): By the text of a tool message, the ids of the passages in it.
@@ -160,7 +162,8 @@ def read_passages(path: str | Path) -> list[Passage]:
             shown = " ".join(text.split())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f'{path}, line {number}: write one JSON object a line, with "text" and, if you have them, "id" and "title".'
+                f'{path}, line {number}: write one JSON object a line, with "text" and, if you have them, "id" and '
+                '"title".'
             ) from error
         if identifier in ids:
             raise ValueError(f"{path}, line {number}: the id {identifier!r} occurs twice.")

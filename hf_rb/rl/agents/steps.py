@@ -1,7 +1,7 @@
 """How useful each search of a rollout was: what CalibAdv asks of the domain.
 
-A step scorer takes the context of the advantage pipeline and returns, for each of this process's rollouts, one number in [0, 1]
-for each model turn that calls a tool. Every process calls it.
+A step scorer takes the context of the advantage pipeline and returns, for each of this process's rollouts, one number
+in [0, 1] for each model turn that calls a tool. Every process calls it.
 """
 
 import math
@@ -17,11 +17,11 @@ __all__ = ["FieldScores", "SilverDocuments", "search_steps"]
 
 class SilverDocuments:
     """
-    Quality by silver documents: the share of what a search found that is new to the rollout and was also found by the best
-    rollouts of its group (https://huggingface.co/papers/2604.18235). No judge, no labels.
+    Quality by silver documents: the share of what a search found that is new to the rollout and was also found by the
+    best rollouts of its group (https://huggingface.co/papers/2604.18235). No judge, no labels.
 
-    Documents are told apart by the ids in the environment's `retrieved` (`dict[str, list[str]]`, by the text of the tool
-    message) or, without one, by the lines of the tool messages.
+    Documents are told apart by the ids in the environment's `retrieved` (`dict[str, list[str]]`, by the text of the
+    tool message) or, without one, by the lines of the tool messages.
 
     Args:
         qualify (`float`, *optional*, defaults to `0.7`):
@@ -66,8 +66,8 @@ class SilverDocuments:
     def _rewards(self, ctx: ShapingContext) -> list[float]:
         if self.reward is None and len(ctx.reward_names) > 1:
             raise ValueError(
-                "Silver documents come from the rollouts with the best reward, and there are several reward functions. Set "
-                f"`correct_reward` to one of {', '.join(ctx.reward_names)}."
+                "Silver documents come from the rollouts with the best reward, and there are several reward "
+                f"functions. Set `correct_reward` to one of {', '.join(ctx.reward_names)}."
             )
         return ctx.reward(self.reward or ctx.reward_names[0]).tolist()
 
@@ -122,8 +122,8 @@ def search_steps(completion: str | list[dict], environment: object = None) -> li
             With `retrieved`, document ids by the text of a tool message. Without, each line is a document.
 
     Returns:
-        `list[tuple[str, list[str]]]`: what the model thought or said before the call, and the documents that all calls of the
-        turn found; none for a failed call.
+        `list[tuple[str, list[str]]]`: what the model thought or said before the call, and the documents that all calls
+        of the turn found; none for a failed call.
     """
     retrieved = getattr(environment, "retrieved", None)
     steps: list[tuple[str, list[str]]] = []

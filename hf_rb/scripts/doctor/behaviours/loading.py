@@ -29,7 +29,7 @@ def _quantized(config: PTQTPConfig | None = None, member: str = "student") -> Pr
 
 @relies_on("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING")
 def find_methods() -> None:
-    """transformers makes our config and our quantizer from a checkpoint's `quant_method`."""
+    """Transformers makes our config and our quantizer from a checkpoint's `quant_method`."""
     from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 
     config = AutoQuantizationConfig.from_dict({"quant_method": "ptqtp"})
@@ -49,7 +49,7 @@ def merge_loading_attributes() -> None:
 
 @relies_on("CONFIG_MAPPING", "_extra_content")
 def find_model_types() -> None:
-    """transformers makes our configuration from a checkpoint's `model_type`."""
+    """Transformers makes our configuration from a checkpoint's `model_type`."""
     from hf_rb import MPIMixtralConfig
 
     config = AutoConfig.for_model("mpi_mixtral")

@@ -43,7 +43,7 @@ def recorded_outputs() -> None:
 
 @relies_on("_can_set_experts_implementation", "_auto_class")
 def own_classes() -> None:
-    """transformers asks a class whether its experts can be run as one product, and saves the code of registered classes."""
+    """Transformers asks a class whether its experts can be run as one product, and saves the code of registered classes."""
     from hf_rb import MPIQwen3MoeForCausalLM
 
     config = AutoConfig.from_pretrained(tiny.path("moe"))

@@ -143,7 +143,7 @@ def sample_completions() -> None:
 
 @relies_on("default_config_file", "launch_command", "launch_command_parser")
 def launch() -> None:
-    """accelerate's launcher reads `--module` and the script's own arguments, and knows where its default configuration lies."""
+    """Accelerate's launcher reads `--module` and the script's own arguments, and knows where its default configuration lies."""
     arguments = compat.launch_command_parser().parse_args(
         ["--num_processes", "1", "--module", "a.b", "--key", "value"]
     )

@@ -1,0 +1,66 @@
+"""What the files for contributors say is true of the repository. Standard library and yaml only."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from test_layout import ORDERS
+
+import hf_rb
+
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SOURCES = [path for path in (ROOT / "hf_rb").rglob("*.py")]
+
+
+def test_contributing_lists_folders_in_their_order():
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert tuple(rows) == ORDERS[""]
+
+
+def test_contributing_lists_make_targets_that_exist():
+    named = re.findall(r"`make ([\w-]+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(named) <= set(targets)
+
+
+def test_citation_has_the_version_of_the_package():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == hf_rb.__version__
+
+
+def test_hooks_are_tools_of_the_extra_dev():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    assert all(repo["repo"] == "local" for repo in config["repos"]), "nothing is downloaded by a hook"
+    tools = {hook["entry"].split()[0] for hook in hooks} - {"make"}
+    extra = {re.match(r"[\w-]+", one)[0] for one in PROJECT["project"]["optional-dependencies"]["dev"]}
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert tools <= extra and tools | {"pyrefly", "pre-commit"} <= pinned
+
+
+def test_workflow_covers_what_the_project_says_it_supports():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    tested = jobs["test"]["strategy"]["matrix"]["python"]
+    assert PROJECT["project"]["requires-python"] == f">={tested[0]}"
+    named = [line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if "Python :: 3." in line]
+    assert set(named) <= set(tested)
+    allowed = {one["name"]: one["may_fail"] for one in jobs["versions"]["strategy"]["matrix"]["include"]}
+    assert allowed == {"lowest": False, "newest": False, "transformers": True, "trl": True}
+
+
+@pytest.mark.parametrize("pattern", [r"#\s*pyrefly: ignore(?!\[)", r"#\s*pyrefly: ignore-errors", r"#\s*ruff: noqa"])
+def test_no_ignore_holds_for_a_file_or_for_everything(pattern):
+    found = [path for path in SOURCES if re.search(pattern, path.read_text(encoding="utf-8"))]
+    assert found == []
+
+
+def test_no_file_names_the_host_of_a_package_registry():
+    files = [*ROOT.glob("*"), *(ROOT / ".github").rglob("*"), *SOURCES]
+    hosts = re.compile(r"\b(?:pypi|test\.pypi|pythonhosted|download\.pytorch|npmjs)\.(?:org|com)\b")
+    found = [
+        path for path in files if path.is_file() and hosts.search(path.read_text(encoding="utf-8", errors="ignore"))
+    ]
+    assert found == []
