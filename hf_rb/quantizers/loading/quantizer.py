@@ -289,13 +289,6 @@ class PackingQuantizer(HfQuantizer):
         model._weight_conversions = self.plain_conversions if dequantized else self.conversions.packed(used)
         return model
 
-    def remove_quantization_config(self, model: nn.Module) -> None:
-        conversions = getattr(model, "_weight_conversions", None)
-        super().remove_quantization_config(model)
-        if conversions is not None:
-            # Transformers 5.24 forgets them here. Without them a model of experts is saved under the names of memory.
-            model._weight_conversions = conversions
-
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
@@ -334,6 +327,13 @@ class PackingQuantizer(HfQuantizer):
                         part.fan_in_fan_out = True
         model._weight_conversions = self.plain_conversions
         return model
+
+    def remove_quantization_config(self, model: nn.Module) -> None:
+        conversions = getattr(model, "_weight_conversions", None)
+        super().remove_quantization_config(model)
+        if conversions is not None:
+            # Transformers 5.24 forgets them here. Without them a model of experts is saved under the names of memory.
+            model._weight_conversions = conversions
 
     def is_serializable(self) -> bool:
         return True
