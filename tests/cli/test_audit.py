@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from random_models import save_qwen3
+from helpers.random_models import save_qwen3
 
 from hf_rb import tiny
 from hf_rb.cli import main

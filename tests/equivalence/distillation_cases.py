@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 from datasets import Dataset
-from random_models import save_qwen3
-from seeded_runs import ARGUMENTS, logs_and_weights, save_results
+from helpers.random_models import save_qwen3
+from helpers.seeded_runs import ARGUMENTS, logs_and_weights, save_results
 
 from hf_rb import DistillationConfig, DistillationTrainer, tiny
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from random_models import save_qwen3
-from seeded_runs import ARGUMENTS, logs_and_weights, save_results
+from helpers.random_models import save_qwen3
+from helpers.seeded_runs import ARGUMENTS, logs_and_weights, save_results
 
 from hf_rb import GRPOConfig, GRPOTrainer, tiny
 from hf_rb.advantages import CalibAdvShaper, EdasShaper, Shaped, SrarShaper, TokenShaper

@@ -9,8 +9,8 @@ from pathlib import Path
 import gkd_cases
 import torch
 import transformers
-from seeded_runs import save_results
-from tiny_zoo import build_tiny
+from helpers.seeded_runs import save_results
+from helpers.tiny_zoo import build_tiny
 from torch.distributed.fsdp import fully_shard
 
 from hf_rb.ops.lm_head import lm_head_logits

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from random_models import save_qwen3
-from seeded_runs import ARGUMENTS, logs_and_weights, save_results
+from helpers.random_models import save_qwen3
+from helpers.seeded_runs import ARGUMENTS, logs_and_weights, save_results
 from transformers import AutoTokenizer, Trainer
 
 from hf_rb import SFTConfig, SFTTrainer, tiny

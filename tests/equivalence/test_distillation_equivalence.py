@@ -4,8 +4,8 @@ import distillation_cases as cases
 import pytest
 import torch
 import trl
+from helpers.seeded_runs import in_two_processes
 from peft import LoraConfig
-from seeded_runs import in_two_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rb import DistillationConfig, DistillationTrainer

@@ -5,8 +5,8 @@ import json
 import gkd_cases
 import pytest
 import torch
+from helpers.seeded_runs import in_two_processes
 from peft import LoraConfig
-from seeded_runs import in_two_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.utils import DataCollatorForChatML
 

@@ -4,7 +4,7 @@ import gkd_cases
 import head_cases
 import pytest
 import torch
-from seeded_runs import in_two_processes
+from helpers.seeded_runs import in_two_processes
 
 
 @pytest.fixture(scope="module")

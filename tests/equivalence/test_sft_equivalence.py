@@ -4,7 +4,7 @@ import pytest
 import sft_cases
 import torch
 import trl
-from seeded_runs import in_two_processes
+from helpers.seeded_runs import in_two_processes
 
 from hf_rb import SFTConfig
 

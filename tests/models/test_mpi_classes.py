@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
+from helpers.mixtures import MOE, MOE_SIZES
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from mixtures import MOE, MOE_SIZES
 from safetensors import safe_open
 from transformers import (
     AutoConfig,

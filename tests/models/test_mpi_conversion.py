@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from mixtures import MOE
+from helpers.mixtures import MOE
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload
+from helpers.tiny_zoo import build_tiny
 from peft import LoraConfig, get_peft_model
-from tiny_zoo import build_tiny
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_rb import PTQTPConfig

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.round_trips import load, logits, same_files, train
 from peft import LoraConfig, get_peft_model
-from round_trips import load, logits, same_files, train
 from safetensors.torch import load_file, save_file
 
 from hf_rb import D2QuantConfig

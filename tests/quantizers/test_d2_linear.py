@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from mixtures import MOE, MOE_SIZES
+from helpers.mixtures import MOE, MOE_SIZES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from round_trips import load, logits, same_files
+from helpers.round_trips import load, logits, same_files
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,

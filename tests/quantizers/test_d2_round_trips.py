@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from checkpoints import (
+from helpers.checkpoints import (
     SIZES,
     assert_same,
     experts,
@@ -21,8 +21,8 @@ from checkpoints import (
     untied_with_biases,
     without_head,
 )
+from helpers.round_trips import INPUT, load, logits, same_files, train
 from peft import LoraConfig, get_peft_model
-from round_trips import INPUT, load, logits, same_files, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from mixtures import MOE, MOE_SIZES
-from round_trips import INPUT, load, logits, same_files
+from helpers.mixtures import MOE, MOE_SIZES
+from helpers.round_trips import INPUT, load, logits, same_files
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_zoo import build_family, families, inputs_of, output_of
+from helpers.tiny_zoo import build_family, families, inputs_of, output_of
 
 from hf_rb import D2QuantConfig, PTQTPConfig
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from checkpoints import tensors
-from round_trips import INPUT, logits, same_files
+from helpers.checkpoints import tensors
+from helpers.round_trips import INPUT, logits, same_files
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (

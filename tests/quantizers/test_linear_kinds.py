@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import assert_same, tensors
+from helpers.checkpoints import assert_same, tensors
+from helpers.round_trips import INPUT, load, logits, train
 from peft import LoraConfig, PeftModel, get_peft_model
-from round_trips import INPUT, load, logits, train
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from round_trips import INPUT, load, logits, same_files
+from helpers.round_trips import INPUT, load, logits, same_files
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (

@@ -4,11 +4,11 @@ import json
 import random
 
 import numpy as np
-import odd_models
 import pytest
 import torch
-from odd_models import READERS, Odd, OddConfig
-from round_trips import INPUT, load, logits
+from helpers import odd_models
+from helpers.odd_models import READERS, Odd, OddConfig
+from helpers.round_trips import INPUT, load, logits
 from transformers import AutoModel, AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 

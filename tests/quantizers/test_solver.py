@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.literal_ptqtp import nearest_trits as literal_trits
+from helpers.literal_ptqtp import ptqtp, ridge_scales
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from literal_ptqtp import nearest_trits as literal_trits
-from literal_ptqtp import ptqtp, ridge_scales
 
 from hf_rb.io import native as _native
 from hf_rb.quantizers.ptqtp import solve

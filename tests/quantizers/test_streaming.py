@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
+from filelock import FileLock
+from helpers.checkpoints import (
     SIZES,
     assert_same,
     experts,
@@ -20,7 +21,6 @@ from checkpoints import (
     untied_with_biases,
     without_head,
 )
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 

@@ -5,8 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from random_models import save_qwen3
-from raw_models import noise, read, write
+from helpers.random_models import save_qwen3
+from helpers.raw_models import noise, read, write
 
 from hf_rb.cli import main
 from hf_rb.hub import read_results

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from random_models import save_qwen3
-from raw_models import noise, read, write
+from helpers.random_models import save_qwen3
+from helpers.raw_models import noise, read, write
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

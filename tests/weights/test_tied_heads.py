@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from random_models import save_qwen3
-from raw_models import noise, read, write
+from helpers.random_models import save_qwen3
+from helpers.raw_models import noise, read, write
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 

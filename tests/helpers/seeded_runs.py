@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 
-__all__ = ["ARGUMENTS", "in_two_processes", "logs_and_weights", "save_results"]
+__all__ = ["ARGUMENTS", "in_two_processes", "logs_and_weights", "python_path", "save_results"]
 
 ARGUMENTS = {
     "use_cpu": True,
@@ -36,12 +36,16 @@ def logs_and_weights(trainer):
     return logs, {name: weight.detach().clone() for name, weight in model.state_dict().items()}
 
 
+def python_path():
+    """`PYTHONPATH` of a process that imports `helpers`."""
+    tests = str(Path(__file__).parents[1])
+    return os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def in_two_processes(script, models, output):
     """Runs a file of cases with torchrun; returns what it saved."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    tests = str(Path(__file__).parents[1])
-    path = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     subprocess.run([*launch, script, models, output], check=True, timeout=300, env=environment)
     return torch.load(output)
 
