@@ -4,7 +4,6 @@ import distillation_cases as cases
 import pytest
 import torch
 import trl
-from helpers.seeded_runs import in_two_processes
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -153,8 +152,8 @@ def test_accumulation(models, whole, name, size, steps):
     assert_same_training(split, whole[name])
 
 
-def test_two_processes(models, whole, tmp_path):
-    results = in_two_processes(cases.__file__, models, tmp_path / "two.pt")
+def test_two_processes(models, whole, in_two_processes):
+    results = in_two_processes("distillation_cases")
     for name in cases.CASES:
         assert_same_training(results[name], whole[name])
     assert_same_training(results["accumulated"], whole["exopd"])

@@ -5,7 +5,6 @@ import json
 import gkd_cases
 import pytest
 import torch
-from helpers.seeded_runs import in_two_processes
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.utils import DataCollatorForChatML
@@ -205,8 +204,8 @@ def test_resuming_is_exact(models, tmp_path, name):
     torch.testing.assert_close(resumed, weights, rtol=0, atol=0)
 
 
-def test_two_processes(models, whole, tmp_path):
-    results = in_two_processes(gkd_cases.__file__, models, tmp_path / "two.pt")
+def test_two_processes(models, whole, in_two_processes):
+    results = in_two_processes("gkd_cases")
     for name in CASES:
         assert_same_training(results[name], whole[name])
     assert_same_training(results["accumulated"], whole["hpd"])

@@ -4,7 +4,6 @@ import grpo_cases as cases
 import pytest
 import torch
 import trl
-from helpers.seeded_runs import in_two_processes
 from peft import LoraConfig
 
 from hf_rb import GRPOConfig, GRPOTrainer
@@ -113,9 +112,9 @@ def test_accumulation(models, whole, name, size):
     assert_same_training(split, whole[name])
 
 
-def test_two_processes(models, whole, tmp_path):
+def test_two_processes(models, whole, in_two_processes):
     """The second of three groups is half in one process and half in the other."""
-    results = in_two_processes(cases.__file__, models, tmp_path / "two.pt")
+    results = in_two_processes("grpo_cases")
     for name in cases.CASES:
         assert_same_training(results[name], whole[name])
     assert_same_training(results["accumulated"], whole["both"])

@@ -1,14 +1,10 @@
-"""What the runs that equivalence tests compare have in common, and how a file of such runs is a script for two processes."""
+"""What the runs that equivalence tests compare have in common."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import torch
 
-
-__all__ = ["ARGUMENTS", "in_two_processes", "logs_and_weights", "python_path", "save_results"]
+__all__ = ["ARGUMENTS", "logs_and_weights", "python_path"]
 
 ARGUMENTS = {
     "use_cpu": True,
@@ -40,18 +36,3 @@ def python_path():
     """`PYTHONPATH` of a process that imports `helpers`."""
     tests = str(Path(__file__).parents[1])
     return os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def in_two_processes(script, models, output):
-    """Runs a file of cases with torchrun; returns what it saved."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
-    subprocess.run([*launch, script, models, output], check=True, timeout=300, env=environment)
-    return torch.load(output)
-
-
-def save_results(results, output):
-    """Ends the script that `in_two_processes` has started."""
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, output)
-    torch.distributed.destroy_process_group()
