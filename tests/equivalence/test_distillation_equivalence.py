@@ -4,6 +4,7 @@ import distillation_cases as cases
 import pytest
 import torch
 import trl
+from helpers.seeded_runs import Runs
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +22,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(models):
     """Every case in one process, four prompts a step in one padded batch."""
-    return {name: cases.train(models, per_device_train_batch_size=4, **case) for name, case in cases.CASES.items()}
+    return Runs(lambda name: cases.train(models, per_device_train_batch_size=4, **cases.CASES[name]))
 
 
 VARIANTS = {

@@ -5,6 +5,7 @@ import json
 import gkd_cases
 import pytest
 import torch
+from helpers.seeded_runs import Runs
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.utils import DataCollatorForChatML
@@ -28,7 +29,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(models):
     """Every case in one process, four documents a step in one padded batch."""
-    return {name: gkd_cases.train(models, per_device_train_batch_size=4, **case) for name, case in CASES.items()}
+    return Runs(lambda name: gkd_cases.train(models, per_device_train_batch_size=4, **CASES[name]))
 
 
 def assert_same_training(actual, expected):

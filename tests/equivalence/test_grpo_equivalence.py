@@ -4,6 +4,7 @@ import grpo_cases as cases
 import pytest
 import torch
 import trl
+from helpers.seeded_runs import Runs
 from peft import LoraConfig
 
 from hf_rb import GRPOConfig, GRPOTrainer
@@ -19,10 +20,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(models):
     """Every case in one process and one batch."""
-    return {
-        name: cases.train(models, per_device_train_batch_size=cases.ROLLOUTS, **case)
-        for name, case in cases.CASES.items()
-    }
+    return Runs(lambda name: cases.train(models, per_device_train_batch_size=cases.ROLLOUTS, **cases.CASES[name]))
 
 
 def letters(completions, **kwargs):

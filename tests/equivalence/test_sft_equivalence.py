@@ -4,6 +4,7 @@ import pytest
 import sft_cases
 import torch
 import trl
+from helpers.seeded_runs import Runs
 
 from hf_rb import SFTConfig
 
@@ -21,9 +22,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(model):
     """Every case in one process, four documents a step in one padded batch."""
-    return {
-        name: sft_cases.train(model, per_device_train_batch_size=4, **case) for name, case in sft_cases.CASES.items()
-    }
+    return Runs(lambda name: sft_cases.train(model, per_device_train_batch_size=4, **sft_cases.CASES[name]))
 
 
 def assert_same_training(actual, expected, loss_only=False):

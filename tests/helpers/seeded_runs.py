@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-__all__ = ["ARGUMENTS", "logs_and_weights", "python_path"]
+__all__ = ["ARGUMENTS", "Runs", "logs_and_weights", "python_path"]
 
 ARGUMENTS = {
     "use_cpu": True,
@@ -19,6 +19,17 @@ ARGUMENTS = {
     "report_to": "none",
     "disable_tqdm": True,
 }
+
+
+class Runs(dict):
+    """Trained runs by the names of their cases, each trained when a test first asks for it."""
+
+    def __init__(self, train):
+        self.train = train
+
+    def __missing__(self, name):
+        self[name] = self.train(name)
+        return self[name]
 
 
 def logs_and_weights(trainer):
