@@ -10,16 +10,23 @@ export HF_UPDATE_DOWNLOAD_COUNTS ?= 0
 
 TORCH_FITS := from importlib.metadata import version; assert tuple(map(int, version('torch').split('.')[:2])) >= (2, 9)
 
-.PHONY: demo test test-slow check schemas bench
+.PHONY: demo test test-slow coverage check schemas bench
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-rb demo --output runs/demo --overwrite
 
+# Two processes with one thread each. A file stays in one of them, for what its tests share; files keep their order (tests/conftest.py).
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Lines of the package that the fast tests run, without those that only processes of their own do.
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) --cov=hf_rb --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
