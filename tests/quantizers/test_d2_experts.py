@@ -81,7 +81,7 @@ def test_an_expert_is_rounded_on_its_own(make_moe):
         ("qwen3_moe", dict(modules_to_not_convert=["experts"]), None),
     ],
 )
-def test_options(make_moe, tmp_path, architecture, options, stored):
+def test_options_decide_which_experts_are_packed(make_moe, tmp_path, architecture, options, stored):
     model = load(make_moe(architecture, num_hidden_layers=1), rtn(**options), dtype=torch.float32)
     found = [
         {name: (code_bits(layout), is_dual(layout)) for name, layout in experts.layouts.items()}

@@ -87,7 +87,7 @@ def test_what_computes_a_linear_map(module, expected):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_sizes():
+def test_features_of_linear_and_conv1d_agree():
     assert features(nn.Linear(3, 5)) == features(Conv1D(5, 3)) == (3, 5)
     assert is_transposed(Conv1D(5, 3)) and not is_transposed(nn.Linear(3, 5))
 

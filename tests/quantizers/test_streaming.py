@@ -208,7 +208,7 @@ def test_refuses_changed_files(small, interrupted):
         os.utime(file, ns=times)
 
 
-def test_refuses_company(small, interrupted):
+def test_a_second_process_on_the_same_folder_is_refused(small, interrupted):
     with (
         FileLock(interrupted.parent / ".out.partial" / "lock"),
         pytest.raises(ValueError, match="Another process is at work"),
@@ -278,7 +278,7 @@ def test_refuses_a_truncated_file(tmp_path):
         quantize_checkpoint(tmp_path / "source", tmp_path / "out", PTQTPConfig())
 
 
-def test_verb(small, tmp_path, capsys):
+def test_verb_stream_reports_its_layers_as_json(small, tmp_path, capsys):
     assert main(["quantize", str(small), str(tmp_path / "out"), "--stream", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["layers"]) == 7 and report["file_bytes"] > 0

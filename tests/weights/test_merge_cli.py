@@ -32,7 +32,7 @@ def called(monkeypatch):
     return seen
 
 
-def test_linear(three, tmp_path, capsys):
+def test_verb_linear_merges_by_rules_and_writes_a_card(three, tmp_path, capsys):
     base, _, instruct = three
     arguments = ["--start", instruct, "--end", base, "--rule", "embed=0", "--rule", "layers:0=1"]
     assert main(["merge", "--method", "linear", *arguments, str(tmp_path / "out"), "--json"]) == 0
