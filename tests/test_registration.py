@@ -149,8 +149,9 @@ def test_without_this_package_our_checkpoints_are_refused(tmp_path):
     done = subprocess.run([sys.executable, "-c", WITHOUT, *folders], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     ptqtp, d2quant, mpi, end = done.stdout.split("\0")
-    assert "Unknown quantization type, got ptqtp" in ptqtp and "RuntimeError" in ptqtp
-    assert "Unknown quantization type, got d2quant" in d2quant
+    assert "RuntimeError" in ptqtp and "RuntimeError" in d2quant
+    for name in ("ptqtp", "d2quant"):  # transformers warns of them
+        assert f"Unknown quantization type, got {name}" in done.stderr
     assert "`mpi_qwen3_moe`" in mpi and not end
 
 
