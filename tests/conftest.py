@@ -3,6 +3,7 @@ Shared fixtures, the profiles of hypothesis, and the order of the tests. The env
 is imported: no test may go online, and one thread a process is what models this small need.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -75,6 +76,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if is_torch_free(item.path) and item.name.partition("[")[0] not in NEEDS_TORCH:
             item.add_marker("torch_free")
     items.sort(key=lambda item: not is_torch_free(item.path))
+
+
+def pytest_collection_finish() -> None:
+    """Takes the libraries and the tests out of later garbage collections. Trainers ask for those, and each would walk millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
