@@ -10,10 +10,6 @@ export HF_UPDATE_DOWNLOAD_COUNTS ?= 0
 
 TORCH_FITS := from importlib.metadata import version; assert tuple(map(int, version('torch').split('.')[:2])) >= (2, 9)
 
-# Tests whose modules import neither torch nor transformers: seconds, so they run before every commit.
-TESTS_WITHOUT_TORCH := tests/test_layout.py tests/test_fields.py tests/test_files.py tests/cli/test_main.py tests/cli/test_plan.py \
-	tests/cli/test_malformed_recipes.py
-
 # Files of the repository that have a public schema.
 SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema
 
@@ -22,18 +18,22 @@ SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema
 demo: $(VENV)/.installed
 	$(BIN)/hf-rb demo --output runs/demo --overwrite
 
+# Two processes with one thread each. A file stays in one of them, for what its tests share; files keep their order (tests/conftest.py).
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # Lines of the package that the fast tests run, without those that only processes of their own do.
 coverage: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --cov=hf_rb --cov-report=term:skip-covered $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) --cov=hf_rb --cov-report=term:skip-covered $(PYTEST_ARGS)
 
+# Tests that import no torch: seconds, so they run before every commit.
 test-first: $(VENV)/.installed
-	$(BIN)/python -m pytest -q $(TESTS_WITHOUT_TORCH) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m torch_free $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev types
 	$(BIN)/ruff check .

@@ -1,6 +1,12 @@
-"""Shared fixtures. The environment is set before anything of the Hugging Face stack is imported: no test may go online."""
+"""
+Shared fixtures, the profiles of hypothesis, and the order of the tests. The environment is set before anything of the Hugging Face stack
+is imported: no test may go online, and one thread a process is what models this small need.
+"""
 
+import gc
 import os
+import sys
+from pathlib import Path
 
 
 os.environ.update(
@@ -11,8 +17,87 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     CUDA_VISIBLE_DEVICES="",
 )
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
+
+
+# `HYPOTHESIS_PROFILE=nightly make test`, or `pytest --hypothesis-profile nightly`. Test machines are not idle: no deadline.
+settings.register_profile("fast", max_examples=30, deadline=None)
+settings.register_profile("nightly", max_examples=500, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+TESTS = Path(__file__).parent
+# Files that import no torch: they run first, so that a broken rule shows within seconds. `pytest -m torch_free` runs them alone, and fails
+# when one of them has imported torch.
+TORCH_FREE = (
+    "cli/test_check",
+    "cli/test_main",
+    "cli/test_malformed_recipes",
+    "cli/test_plan",
+    "cli/test_refusals",
+    "hub/test_report",
+    "recover/test_recover_stages",
+    "test_fields",
+    "test_files",
+    "test_helpers",
+    "test_layout",
+    "test_progress",
+    "test_readme",
+    "test_resources",
+)
+# Tests of these files that import torch all the same.
+NEEDS_TORCH = (
+    "test_schemas_are_in_step_with_the_configs",
+    "test_a_dense_model_has_no_routers",
+    "test_the_shaper_of_the_readme",
+)
+
+
+def is_torch_free(path: Path) -> bool:
+    return path.relative_to(TESTS).as_posix().removesuffix(".py") in TORCH_FREE
+
+
+def only_torch_free(config: pytest.Config) -> bool:
+    return config.option.markexpr == "torch_free"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Does not even import the files with torch where none of their tests is selected."""
+    if not only_torch_free(config) or not collection_path.is_relative_to(TESTS):
+        return None
+    name = collection_path.relative_to(TESTS).as_posix().removesuffix(".py")
+    return True if not any(f"{one}/".startswith(f"{name}/") for one in ("./", *TORCH_FREE)) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_torch_free(item.path) and item.name.partition("[")[0] not in NEEDS_TORCH:
+            item.add_marker("torch_free")
+    items.sort(key=lambda item: not is_torch_free(item.path))
+
+
+def pytest_collection_finish() -> None:
+    """Takes the libraries and the tests out of later garbage collections. Trainers ask for those, and each would walk millions of objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if only_torch_free(session.config) and "torch" in sys.modules:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print("\nA test that is marked torch_free has imported torch: see TORCH_FREE in tests/conftest.py.")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The embedded tokenizer, one for each file, since trainers set fields of it."""
+    from transformers import AutoTokenizer
+
+    from hf_rb import tiny
+
+    return AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from random_models import save_qwen3
+from helpers.random_models import save_qwen3
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 

@@ -3,7 +3,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -116,7 +116,6 @@ def rollouts(draw):
     return torch.tensor(advantages, dtype=torch.float64), runs, quality, group_size
 
 
-@settings(max_examples=200, deadline=None)
 @given(rollouts(), st.floats(0.1, 4), st.one_of(st.none(), st.floats(1, 20)))
 def test_invariants(given, ratio, max_gain):
     advantages, runs, quality, group_size = given
@@ -144,7 +143,6 @@ def test_invariants(given, ratio, max_gain):
                 assert positive == pytest.approx(ratio * negative)
 
 
-@settings(max_examples=100, deadline=None)
 @given(rollouts())
 def test_switched_off_is_the_identity(given):
     advantages, runs, quality, group_size = given
@@ -152,7 +150,6 @@ def test_switched_off_is_the_identity(given):
     assert calibrated == [[a] * len(row) for a, row in zip(advantages.tolist(), runs, strict=True)]
 
 
-@settings(max_examples=100, deadline=None)
 @given(rollouts(), st.floats(0, 1))
 def test_monotone_in_quality(given, share):
     advantages, runs, quality, group_size = given
@@ -161,7 +158,6 @@ def test_monotone_in_quality(given, share):
     assert (flat(more) >= flat(less) - 1e-12).all()
 
 
-@settings(max_examples=100, deadline=None)
 @given(rollouts(), st.randoms(use_true_random=False))
 def test_order_and_scale(given, random):
     advantages, runs, quality, group_size = given
@@ -206,7 +202,6 @@ def test_silver_documents_come_from_the_best_rollouts():
     assert silver_documents(rewards, documents, 4, qualify=0.69) == [set("abcd"), {"k"}]
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from([0.0, 0.7, 0.9, 1.0]), st.lists(st.text("abcdef", max_size=3), max_size=3)),
@@ -237,7 +232,6 @@ def edit_distance(first, second):
 words = st.lists(st.sampled_from(["we", "need", "the", "film"]), max_size=80)
 
 
-@settings(max_examples=200, deadline=None)
 @given(words, words)
 def test_word_similarity_is_the_edit_distance(first, second):
     longest = max(len(first), len(second))
@@ -370,7 +364,7 @@ def test_soft_penalty_needs_a_scorer():
     assert_close(advantages, base[:, None] * ctx.mask)
 
 
-def test_cost(one_thread):
+def test_calibadv_costs_little_processor_time(one_thread):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 200, (4096, 4), generator=generator).tolist()
     base, quality = grpo(torch.rand(4096, generator=generator).tolist(), 16), [[0.0, 0.5, 1.0]] * 4096

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from torch.testing import assert_close
@@ -146,7 +146,6 @@ scores_of_groups = st.integers(1, 8).flatmap(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(scores_of_groups, st.sampled_from([0, 1]), st.sampled_from([1e-6, 1e-4, 0.1]))
 def test_offsets_are_centred_bounded_and_local_to_the_group(scores_group, ddof, eps):
     scores, group_size = scores_group
@@ -163,7 +162,6 @@ def test_offsets_are_centred_bounded_and_local_to_the_group(scores_group, ddof, 
             assert n > 1 or z == [0]
 
 
-@settings(max_examples=100, deadline=None)
 @given(scores_of_groups, st.floats(-2, 2), st.floats(0.5, 4), st.randoms(use_true_random=False))
 def test_offsets_ignore_shift_scale_and_order(scores_group, shift, scale, random):
     scores, group_size = scores_group
@@ -179,7 +177,6 @@ def test_offsets_ignore_shift_scale_and_order(scores_group, shift, scale, random
     assert permuted == [{k: pytest.approx(z, abs=1e-9) for k, z in offsets[i].items()} for i in order]
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.sampled_from(["SUGGEST", "PITFALL", "BONUS", "ANSWER"]), min_size=1, max_size=8).flatmap(
         lambda rubric: st.tuples(
@@ -303,7 +300,6 @@ def cut(data, places):
     return [data[a:b] for a, b in zip(places, places[1:], strict=False)]
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.text("aé€🦊\ufffd \n", max_size=12), min_size=1, max_size=5),
     st.text("a🦊", max_size=4),

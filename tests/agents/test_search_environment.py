@@ -33,7 +33,7 @@ def test_the_tiny_family_reads_the_description_that_it_was_trained_on(facts):
     assert get_json_schema(facts().search) == get_json_schema(search)
 
 
-def test_an_environment_keeps_ids_by_message_and_forgets_them_at_reset(facts):
+def test_an_environment_keeps_ids_by_message_until_reset(facts):
     first, second = facts(), facts()
     fact = fact_base()[0]
     message = first.search(f"mayor of {fact.subject}")
@@ -79,7 +79,7 @@ def test_passages_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     "form, asked", [("hashes", "begins with ####."), ("boxed", r"in \boxed{}."), ("tag", "</answer>.")]
 )
-def test_a_question_without_a_prompt_is_asked_for_an_answer_that_can_be_read(form, asked):
+def test_a_question_without_a_prompt_asks_for_a_readable_answer(form, asked):
     text = search_environment(answer_extractor=form)().reset(question="Which fruit?", answer="plum")
     assert text.startswith("Which fruit?\n") and text.endswith(asked)
 

@@ -72,7 +72,7 @@ def test_well_formed():
         ("the U.S.", "US", 1.0),
     ],
 )
-def test_f1(answer, gold, f1):
+def test_answer_f1_counts_shared_words(answer, gold, f1):
     assert answer_f1(answer, gold) == pytest.approx(f1)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from random_models import save_qwen3
+from helpers.random_models import save_qwen3
 
 from hf_rb import tiny
 from hf_rb.cli import main
@@ -102,7 +102,7 @@ def cached_recipe(capsys):
 
 
 @pytest.mark.parametrize("name", ["akl", "loca"])
-def test_a_cache(capsys, cached_recipe, name):
+def test_audit_of_a_cached_teacher_passes(capsys, cached_recipe, name):
     """Against the formulas on its events; and its teacher, by the name in the cache, against a cache of all tokens."""
     code, rows = audit(capsys, "--config", cached_recipe(f"{name}/tiny-cpu"))
     assert code == 0

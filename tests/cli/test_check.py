@@ -248,7 +248,7 @@ def test_what_the_configs_accept_passes(changes):
 @pytest.mark.parametrize(
     ("method", "close"), [("ptqtpp", "ptqtp"), (["ptqtp"], None), ("quanto", None), ("gptq", None)]
 )
-def test_a_quantization_method_of_a_trained_model_may_be_another_librarys(method, close):
+def test_a_trained_model_may_have_another_librarys_method(method, close):
     config = {"model_init_kwargs": {"quantization_config": {"quant_method": method}}}
     report = check(Path("recipe.yaml"), GOOD | config)
     key = "model_init_kwargs.quantization_config.quant_method"

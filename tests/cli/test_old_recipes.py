@@ -92,7 +92,7 @@ def test_fix_keeps_what_it_does_not_know(tmp_path, capsys):
     assert "is written in braces" in capsys.readouterr().err
 
 
-def test_fix_keeps_the_indentation_and_advises_nothing_that_changes_the_run(tmp_path, capsys):
+def test_fix_keeps_the_indentation_and_the_run(tmp_path, capsys):
     file = tmp_path / "indented.yaml"
     file.write_text(
         "  torch_dtype: float16\n  max_length: 12\n  packing_strategy: bfd-requeue\n  group_by_length: false\n"

@@ -1,16 +1,12 @@
-"""Short distillation runs with given completions that the equivalence tests compare; as a script, the same in two processes.
-
-torchrun --standalone --nproc_per_node 2 distillation_cases.py MODELS OUTPUT.pt
-"""
+"""Short distillation runs with given completions that the equivalence tests compare, in one process and in two."""
 
 import random
-import sys
 import tempfile
 from pathlib import Path
 
 from datasets import Dataset
-from random_models import save_qwen3
-from seeded_runs import ARGUMENTS, logs_and_weights, save_results
+from helpers.random_models import save_qwen3
+from helpers.seeded_runs import ARGUMENTS, logs_and_weights
 
 from hf_rb import DistillationConfig, DistillationTrainer, tiny
 
@@ -86,10 +82,10 @@ def train(
     return *logs_and_weights(trainer), trainer
 
 
-if __name__ == "__main__":
-    models, output = sys.argv[1:]
+def two_processes(models, folder):
+    """Every case on both processes, in half the batch."""
     results = {name: train(models, per_device_train_batch_size=2, **case)[:2] for name, case in CASES.items()}
     results["accumulated"] = train(
         models, per_device_train_batch_size=1, gradient_accumulation_steps=2, **CASES["exopd"]
     )[:2]
-    save_results(results, output)
+    return results

@@ -1,16 +1,12 @@
-"""Short seeded GKD runs that the equivalence tests compare; as a script, the same runs in two processes.
+"""Short seeded GKD runs that the equivalence tests compare, in one process and in two."""
 
-torchrun --standalone --nproc_per_node 2 gkd_cases.py MODELS OUTPUT.pt
-"""
-
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from random_models import save_qwen3
-from seeded_runs import ARGUMENTS, logs_and_weights, save_results
+from helpers.random_models import save_qwen3
+from helpers.seeded_runs import ARGUMENTS, logs_and_weights
 from transformers import AutoTokenizer
 
 from hf_rb import GKDConfig, GKDTrainer, tiny
@@ -121,8 +117,8 @@ def train(models, trainer_class=Injected, config_class=GKDConfig, rows=None, **c
     return logs_and_weights(trainer)
 
 
-if __name__ == "__main__":
-    models, output = sys.argv[1:]
+def two_processes(models, folder):
+    """Every case on both processes, in half the batch."""
     results = {name: train(models, per_device_train_batch_size=2, **case) for name, case in CASES.items()}
     results["accumulated"] = train(
         models, per_device_train_batch_size=1, gradient_accumulation_steps=2, **CASES["hpd"]
@@ -131,4 +127,4 @@ if __name__ == "__main__":
         results[f"{name}, one with nothing"] = train(
             models, rows=halves(), per_device_train_batch_size=1, **CASES[name]
         )
-    save_results(results, output)
+    return results

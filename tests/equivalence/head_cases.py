@@ -1,16 +1,11 @@
-"""Models with other LM heads, in two processes: the same training, one outcome for all processes, and sharded weights.
+"""Models with other LM heads, in two processes: the same training, one outcome for all processes, and sharded weights."""
 
-torchrun --standalone --nproc_per_node 2 head_cases.py MODELS OUTPUT.pt
-"""
-
-import sys
 from pathlib import Path
 
 import gkd_cases
 import torch
 import transformers
-from seeded_runs import save_results
-from tiny_zoo import build_tiny
+from helpers.tiny_zoo import build_tiny
 from torch.distributed.fsdp import fully_shard
 
 from hf_rb.ops.lm_head_queries import lm_head_logits
@@ -57,9 +52,9 @@ def outcome():
     return outcomes
 
 
-if __name__ == "__main__":
-    models, output = sys.argv[1:]
+def two_processes(models, folder):
+    """The cases on both processes, in half the batch, then what both see of single models."""
     results = {name: gkd_cases.train(models, per_device_train_batch_size=2, **case) for name, case in CASES.items()}
     results["outcome"] = outcome()
     results |= {name: sharded(name) for name in SHARDED}
-    save_results(results, output)
+    return results

@@ -1,16 +1,12 @@
-"""Short seeded SFT runs that the equivalence tests compare; as a script, the same runs in two processes.
+"""Short seeded SFT runs that the equivalence tests compare, in one process and in two."""
 
-torchrun --standalone --nproc_per_node 2 sft_cases.py MODEL OUTPUT.pt
-"""
-
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from random_models import save_qwen3
-from seeded_runs import ARGUMENTS, logs_and_weights, save_results
+from helpers.random_models import save_qwen3
+from helpers.seeded_runs import ARGUMENTS, logs_and_weights
 from transformers import AutoTokenizer, Trainer
 
 from hf_rb import SFTConfig, SFTTrainer, tiny
@@ -28,7 +24,7 @@ CASES = {
 }
 
 
-def save_model(folder):
+def save_models(folder):
     """A random Qwen3 whose label probabilities scatter around 1/vocabulary, on both sides of the thresholds above."""
     save_qwen3(folder, vocab_size=128)
 
@@ -88,12 +84,12 @@ def resume(model, folder):
         Trainer.train = original
 
 
-if __name__ == "__main__":
-    model, output = sys.argv[1:]
+def two_processes(model, folder):
+    """Every case on both processes, in half the batch."""
     results = {name: train(model, per_device_train_batch_size=2, **case) for name, case in CASES.items()}
     results["accumulated"] = train(
         model, per_device_train_batch_size=1, gradient_accumulation_steps=2, **CASES["random sequence"]
     )
     results["resume"] = [None, None]
-    torch.distributed.all_gather_object(results["resume"], resume(model, Path(output).parent / "run"))
-    save_results(results, output)
+    torch.distributed.all_gather_object(results["resume"], resume(model, folder / "run"))
+    return results

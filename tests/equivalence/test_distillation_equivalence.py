@@ -4,8 +4,8 @@ import distillation_cases as cases
 import pytest
 import torch
 import trl
+from helpers.seeded_runs import Runs
 from peft import LoraConfig
-from seeded_runs import in_two_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rb import DistillationConfig, DistillationTrainer
@@ -22,7 +22,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(models):
     """Every case in one process, four prompts a step in one padded batch."""
-    return {name: cases.train(models, per_device_train_batch_size=4, **case) for name, case in cases.CASES.items()}
+    return Runs(lambda name: cases.train(models, per_device_train_batch_size=4, **cases.CASES[name]))
 
 
 VARIANTS = {
@@ -153,8 +153,8 @@ def test_accumulation(models, whole, name, size, steps):
     assert_same_training(split, whole[name])
 
 
-def test_two_processes(models, whole, tmp_path):
-    results = in_two_processes(cases.__file__, models, tmp_path / "two.pt")
+def test_two_processes(models, whole, in_two_processes):
+    results = in_two_processes("distillation_cases")
     for name in cases.CASES:
         assert_same_training(results[name], whole[name])
     assert_same_training(results["accumulated"], whole["exopd"])

@@ -5,8 +5,8 @@ import json
 import gkd_cases
 import pytest
 import torch
+from helpers.seeded_runs import Runs
 from peft import LoraConfig
-from seeded_runs import in_two_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.utils import DataCollatorForChatML
 
@@ -29,7 +29,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(models):
     """Every case in one process, four documents a step in one padded batch."""
-    return {name: gkd_cases.train(models, per_device_train_batch_size=4, **case) for name, case in CASES.items()}
+    return Runs(lambda name: gkd_cases.train(models, per_device_train_batch_size=4, **CASES[name]))
 
 
 def assert_same_training(actual, expected):
@@ -205,8 +205,8 @@ def test_resuming_is_exact(models, tmp_path, name):
     torch.testing.assert_close(resumed, weights, rtol=0, atol=0)
 
 
-def test_two_processes(models, whole, tmp_path):
-    results = in_two_processes(gkd_cases.__file__, models, tmp_path / "two.pt")
+def test_two_processes(models, whole, in_two_processes):
+    results = in_two_processes("gkd_cases")
     for name in CASES:
         assert_same_training(results[name], whole[name])
     assert_same_training(results["accumulated"], whole["hpd"])

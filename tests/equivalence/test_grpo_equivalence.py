@@ -4,8 +4,8 @@ import grpo_cases as cases
 import pytest
 import torch
 import trl
+from helpers.seeded_runs import Runs
 from peft import LoraConfig
-from seeded_runs import in_two_processes
 
 from hf_rb import GRPOConfig, GRPOTrainer
 
@@ -20,10 +20,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(models):
     """Every case in one process and one batch."""
-    return {
-        name: cases.train(models, per_device_train_batch_size=cases.ROLLOUTS, **case)
-        for name, case in cases.CASES.items()
-    }
+    return Runs(lambda name: cases.train(models, per_device_train_batch_size=cases.ROLLOUTS, **cases.CASES[name]))
 
 
 def letters(completions, **kwargs):
@@ -113,9 +110,9 @@ def test_accumulation(models, whole, name, size):
     assert_same_training(split, whole[name])
 
 
-def test_two_processes(models, whole, tmp_path):
+def test_two_processes(models, whole, in_two_processes):
     """The second of three groups is half in one process and half in the other."""
-    results = in_two_processes(cases.__file__, models, tmp_path / "two.pt")
+    results = in_two_processes("grpo_cases")
     for name in cases.CASES:
         assert_same_training(results[name], whole[name])
     assert_same_training(results["accumulated"], whole["both"])

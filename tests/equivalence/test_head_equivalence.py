@@ -4,7 +4,6 @@ import gkd_cases
 import head_cases
 import pytest
 import torch
-from seeded_runs import in_two_processes
 
 
 @pytest.fixture(scope="module")
@@ -14,8 +13,8 @@ def models(tmp_path_factory):
     return folder
 
 
-def test_processes_agree(models, tmp_path):
-    results = in_two_processes(head_cases.__file__, models, tmp_path / "results.pt")
+def test_processes_agree(models, in_two_processes):
+    results = in_two_processes("head_cases")
     for name, case in head_cases.CASES.items():
         logs, weights = gkd_cases.train(models, per_device_train_batch_size=4, **case)
         actual_logs, actual_weights = results[name]

@@ -4,7 +4,7 @@ import pytest
 import sft_cases
 import torch
 import trl
-from seeded_runs import in_two_processes
+from helpers.seeded_runs import Runs
 
 from hf_rb import SFTConfig
 
@@ -15,16 +15,14 @@ GATED = [name for name in sft_cases.CASES if name != "off"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    sft_cases.save_model(folder)
+    sft_cases.save_models(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def whole(model):
     """Every case in one process, four documents a step in one padded batch."""
-    return {
-        name: sft_cases.train(model, per_device_train_batch_size=4, **case) for name, case in sft_cases.CASES.items()
-    }
+    return Runs(lambda name: sft_cases.train(model, per_device_train_batch_size=4, **sft_cases.CASES[name]))
 
 
 def assert_same_training(actual, expected, loss_only=False):
@@ -107,8 +105,8 @@ def test_packing(model, name):
     assert_same_training(packed, padded)
 
 
-def test_two_processes(model, whole, tmp_path):
-    results = in_two_processes(sft_cases.__file__, model, tmp_path / "two.pt")
+def test_two_processes(model, whole, in_two_processes):
+    results = in_two_processes("sft_cases")
     for name in sft_cases.CASES:
         assert_same_training(results[name], whole[name])
     assert_same_training(results["accumulated"], whole["random sequence"])

@@ -67,7 +67,7 @@ def test_a_tokenizer_that_writes_the_text_in_another_way_is_refused(tokenizer):
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 3), max_size=2), st.integers(3, 9))
-def test_windows_hold_the_text_once_and_each_begins_with_the_head_once(ids, head, length):
+def test_windows_hold_the_text_once_and_begin_with_one_head(ids, head, length):
     windows = list(cut(ids, head, length))
     assert all(len(window) == length and window[: len(head)] == head for window in windows)
     rest, position = [], 0

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.random_models import save_qwen3
 from huggingface_hub import DatasetCard, HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
-from random_models import save_qwen3
 from transformers import AutoModelForCausalLM
 
 from hf_rb import PTQTPConfig, SFTConfig, SFTTrainer, tiny

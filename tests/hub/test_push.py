@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.random_models import save_qwen3
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
-from random_models import save_qwen3
 
 from hf_rb.cli import main
 from hf_rb.hub import ModelCardData, Result, add_results, plan_upload, read_results, write_model_card

@@ -418,7 +418,7 @@ def test_what_cannot_be_reported_on_is_refused(files, message, tmp_path, capsys)
     assert not (tmp_path / "r.html").exists()
 
 
-def test_a_source_with_nothing_to_report_on_is_left_out_of_a_comparison(profit_run, tmp_path, caplog, no_drawings):
+def test_comparison_leaves_out_a_source_with_nothing_to_report(profit_run, tmp_path, caplog, no_drawings):
     models = [write(tmp_path / name, config={"model_type": "qwen3"}) for name in ("one", "two")]
     report = make_report([read_source(path) for path in (models[0], profit_run)])
     assert report.title == "profit" and "nothing to report on in one" in caplog.text

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
+from helpers.mixtures import MOE, MOE_SIZES
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from mixtures import MOE, MOE_SIZES
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -282,11 +282,11 @@ class TestRefusals:
             ),
         ],
     )
-    def test_fields(self, fields, message):
+    def test_config_fields_out_of_range_are_refused(self, fields, message):
         with pytest.raises((ValueError, TypeError), match=message):
             MPIQwen3MoeConfig(**SIZES, **fields)
 
-    def test_types(self):
+    def test_config_fields_of_a_wrong_type_are_refused(self):
         for fields in (dict(mpi_scale="2"), dict(mpi_iters=1.0), dict(lb_type=1)):
             with pytest.raises(StrictDataclassFieldValidationError, match=f"field '{next(iter(fields))}'"):
                 MPIQwen3MoeConfig(**SIZES, **fields)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from mixtures import MOE
+from helpers.mixtures import MOE
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,7 +155,7 @@ def test_padded_prompts_after_a_training_that_saved_its_flag(architecture, make_
     assert torch.equal(generate(fold_mpi(model), padded, attention_mask=mask)[:, 3:], expected)
 
 
-def test_a_copy_of_the_model_stands_alone_and_a_copied_router_stays_with_its_experts(make_mixture, ids):
+def test_copies_of_a_model_stand_alone_and_of_a_router_do_not(make_mixture, ids):
     model = apply_mpi(make_mixture())
     copied = copy.deepcopy(model)
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_the_gradient_that_goes_through_the_experts_is_autograds(architecture, i
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
-def test_no_gradient_of_the_size_of_the_experts_is_made_for_the_router(make_mixture, ids, monkeypatch):
+def test_router_makes_no_gradient_of_the_experts_size(make_mixture, ids, monkeypatch):
     made = []
     monkeypatch.setattr(
         torch, "zeros_like", lambda tensor: made.append(tensor.shape) or tensor.new_zeros(tensor.shape)
@@ -316,11 +316,11 @@ class TestLora:
 
 
 class TestRefusals:
-    def test_no_mixture(self):
+    def test_apply_to_a_model_without_experts_is_refused(self):
         with pytest.raises(TypeError, match="Linear has no layer with fused `experts` beside a `gate` or `router`"):
             apply_mpi(nn.Linear(2, 2))
 
-    def test_twice(self, make_mixture):
+    def test_apply_or_fold_a_second_time_is_refused(self, make_mixture):
         model = apply_mpi(make_mixture())
         with pytest.raises(ValueError, match="have MPI already: `fold_mpi` makes them ordinary"):
             apply_mpi(model)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from random_models import save_qwen3
+from helpers.random_models import save_qwen3
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_rb.objectives.hidden_align import alignment_targets, cross_group_cosine, hidden_align, target_loss
@@ -65,7 +65,6 @@ def random_batch(shape):
     return states, torch.rand(count * group_size, generator=generator) < 0.7, group_size, generator
 
 
-@settings(deadline=None, max_examples=60)
 @given(groups)
 def test_the_split_has_the_value_and_the_gradient_of_the_whole(shape):
     """Over micro-batches in any order, each with targets that are constants."""
@@ -84,7 +83,6 @@ def test_the_split_has_the_value_and_the_gradient_of_the_whole(shape):
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
 @given(groups)
 def test_bounds_and_permutation(shape):
     states, aligned, group_size, generator = random_batch(shape)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -55,7 +55,7 @@ def test_expectation_over_the_sample(label, w_label, w_sample, loss, gradient):
     assert_close((Q[:, None] * pairs).sum(0), torch.tensor([w_label, w_sample]), atol=1e-5, rtol=0)
 
 
-def test_ablations():
+def test_hpd_without_sample_or_reinforce_is_the_worked_example():
     without_sample = weights(0, 1, sample=False)
     assert_close(torch.stack(without_sample), torch.tensor([0.6 + 0.218867, 0.0]), atol=1e-5, rtol=0)
     without_reinforce = weights(0, 1, reinforce=False)
@@ -93,9 +93,8 @@ def test_ignored_positions():
 log_probs = st.floats(-20, -1e-3)
 
 
-@settings(max_examples=100, deadline=None)
 @given(log_probs, log_probs, log_probs, log_probs, st.booleans())
-def test_bounds(q_label, p_label, q_sample, p_sample, same):
+def test_hpd_weights_stay_within_their_bounds(q_label, p_label, q_sample, p_sample, same):
     if same:
         q_sample, p_sample = q_label, p_label
     w_label, w_sample = hpd_weights(

@@ -85,7 +85,7 @@ def test_draws_are_uniform():
     assert abs((first[1:] * first[:-1]).mean() * 12) < 0.03  # nor do steps follow one another
 
 
-def test_totals():
+def test_total_of_packed_and_padded_rows_is_per_sequence():
     values = torch.tensor([[1, 2, 3, 4, 10, 20, 5, 6, 7, 8, 1, 1, 1]])
     assert Sequences(packed()).total(values).tolist() == [[10] * 4 + [30] * 2 + [26] * 4 + [3] * 3]
     assert Sequences(padded()).total(torch.ones(4, 4))[:, 0].tolist() == [4, 4, 4, 4]

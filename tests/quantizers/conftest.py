@@ -1,6 +1,6 @@
 import pytest
 import torch
-from mixtures import MOE, MOE_SIZES
+from helpers.mixtures import MOE, MOE_SIZES
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ import copy
 import peft
 import pytest
 import torch
+from helpers.round_trips import INPUT
 from peft import PeftModel, get_peft_model
-from round_trips import INPUT
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

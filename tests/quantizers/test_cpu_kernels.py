@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.pairwise import pairwise
 from torch import nn
 
 from hf_rb.io import native
@@ -185,8 +186,12 @@ def test_gemv_does_not_depend_on_threads(kernel, int8, monkeypatch):
         assert torch.equal(product, results[0][0]) and torch.equal(matrix, results[0][1])
 
 
-@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pairwise(
+    ("kernel", native.supported()),
+    ("parts", PARTS),
+    ("dtype", [torch.float32, torch.bfloat16]),
+    indirect=["kernel"],
+)
 def test_expand_is_the_reference(kernel, parts, dtype):
     for (length, group_size), rows in itertools.product(SIZES, ROWS):
         layout = Layout(length, group_size, parts)
@@ -271,7 +276,10 @@ class Layer(nn.Module):
         return matrix, None if self.bias is None else self.bias.double()
 
 
-@pytest.fixture(params=[*native.supported(), "off"])
+DISPATCHES = [*native.supported(), "off"]
+
+
+@pytest.fixture(params=DISPATCHES)
 def dispatch(request, monkeypatch):
     """What `kernels` choose with each instruction set, and without a kernel."""
     monkeypatch.setenv("HF_RB_NATIVE", request.param)
@@ -283,8 +291,12 @@ def dispatch(request, monkeypatch):
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-6}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(576,), (1, 576), (2, 4, 576), (3, 5, 576), (70, 576), (0, 576), (2, 0, 576)])
+@pairwise(
+    ("dispatch", DISPATCHES),
+    ("dtype", list(TOLERANCE)),
+    ("shape", [(576,), (1, 576), (2, 4, 576), (3, 5, 576), (70, 576), (0, 576), (2, 0, 576)]),
+    indirect=["dispatch"],
+)
 def test_linear(dispatch, dtype, shape):
     layer = Layer(parts=(NIBBLE, CRUMB)).to(dtype)
     layer.weight_scale.data = layer.weight_scale.data.half()
@@ -295,8 +307,12 @@ def test_linear(dispatch, dtype, shape):
     assert (found - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
-@pytest.mark.parametrize("m", [3, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pairwise(
+    ("dispatch", DISPATCHES),
+    ("m", [3, 40]),
+    ("dtype", [torch.float32, torch.bfloat16, torch.float16]),
+    indirect=["dispatch"],
+)
 def test_gradient(dispatch, m, dtype):
     layer = Layer()
     x = inputs(m, 576, dtype=dtype).requires_grad_()
@@ -412,8 +428,12 @@ def test_forgetting_while_another_thread_forgets(monkeypatch):
     assert not reference._kept
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+@pairwise(
+    ("dispatch", DISPATCHES),
+    ("dtype", [torch.bfloat16, torch.float16]),
+    ("given", [torch.float32, torch.float64]),
+    indirect=["dispatch"],
+)
 def test_autocast(dispatch, dtype, given):
     layer, other = Layer(), nn.Linear(576, 40, dtype=given)
     x = inputs(3, 576, dtype=given).requires_grad_()

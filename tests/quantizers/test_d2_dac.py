@@ -1,11 +1,8 @@
 import pytest
 import torch
+from helpers.tensors import gaussian
 
 from hf_rb.quantizers.d2quant.maths.dac import MeanShift, fold
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
+from helpers.round_trips import load, logits, same_files, train
 from peft import LoraConfig, PeftModel, get_peft_model
-from round_trips import load, logits, same_files, train
 from transformers import OlmoConfig, OlmoForCausalLM, PhiConfig, PhiForCausalLM
 from transformers.utils import logging
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.round_trips import load, logits, same_files, train
 from peft import LoraConfig, get_peft_model
-from round_trips import load, logits, same_files, train
 from safetensors.torch import load_file, save_file
 
 from hf_rb import D2QuantConfig
@@ -81,7 +81,7 @@ def test_an_expert_is_rounded_on_its_own(make_moe):
         ("qwen3_moe", dict(modules_to_not_convert=["experts"]), None),
     ],
 )
-def test_options(make_moe, tmp_path, architecture, options, stored):
+def test_options_decide_which_experts_are_packed(make_moe, tmp_path, architecture, options, stored):
     model = load(make_moe(architecture, num_hidden_layers=1), rtn(**options), dtype=torch.float32)
     found = [
         {name: (code_bits(layout), is_dual(layout)) for name, layout in experts.layouts.items()}

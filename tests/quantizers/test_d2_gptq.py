@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers.tensors import gaussian
 
 from hf_rb.quantizers.d2quant.maths import dsq, grids
 from hf_rb.quantizers.d2quant.maths.gptq import (
@@ -10,10 +11,6 @@ from hf_rb.quantizers.d2quant.maths.gptq import (
     inverse_factor,
     quantize,
 )
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def inputs(tokens, columns, seed=0):

@@ -1,13 +1,10 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.tensors import gaussian
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_rb.quantizers.d2quant.maths.grids import AffineCodes, fit_grid, round_to_nearest
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def relative_error(codes, weight):
@@ -98,7 +95,6 @@ def test_weights_too_small_for_float16_become_zero():
     assert not round_to_nearest(gaussian(2, 16) * 1e-9, 2, 16).dequantize().any()
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([2, 3, 4]), st.floats(1e-3, 1e3))
 def test_clip_search_never_loses(seed, bits, scale):
     weight = gaussian(4, 32, seed=seed) * scale

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from mixtures import MOE, MOE_SIZES
+from helpers.mixtures import MOE, MOE_SIZES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -77,7 +77,7 @@ def model_of(architecture, **options):
         ("mixtral", dict(num_hidden_layers=1), ("mlp.experts.gate_up_proj", slice(80, 160))),
     ],
 )
-def test_pairs(architecture, options, expected):
+def test_up_and_down_projections_are_paired(architecture, options, expected):
     model = model_of(architecture, **options)
     (pair,) = absorption.pairs(model)
     assert pair.up.endswith(expected[0]) and pair.rows == expected[1] and not absorption.refusals(model)
@@ -108,7 +108,7 @@ def test_pairs(architecture, options, expected):
         ("gpt_oss", dict(num_hidden_layers=1), None),  # both branches are clamped
     ],
 )
-def test_no_pairs(architecture, options, activation):
+def test_projections_with_another_activation_are_not_paired(architecture, options, activation):
     model = model_of(architecture, **options)
     assert not absorption.pairs(model)
     ((down, reason),) = absorption.refusals(model).items()
@@ -134,7 +134,7 @@ def quantized_mlp(bits=2, up_bias=True, up=None):
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_absorbing(bits):
+def test_column_scales_are_absorbed_by_the_up_projection(bits):
     model = quantized_mlp(bits)
     x = torch.randn(5, 64)
     before, codes = model.mlp(x), model.mlp.up_proj.weight.clone()

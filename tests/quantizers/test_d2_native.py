@@ -2,13 +2,11 @@
 
 import pytest
 import torch
+from helpers.pairwise import pairwise
+from helpers.tensors import gaussian
 
 from hf_rb.io import native as _native
 from hf_rb.quantizers.d2quant.maths import dsq, gptq, grids, native
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +21,10 @@ def problem():
     return weight, statistics.hessian, statistics.cross
 
 
-@pytest.fixture(params=_native.supported())
+VARIANTS = _native.supported()
+
+
+@pytest.fixture(params=VARIANTS)
 def both(request, monkeypatch):
     """Returns a function that runs another one with the compiled loops of an instruction set and with torch."""
     if _native.load(native.SOURCE, request.param) is None:
@@ -39,9 +40,8 @@ def both(request, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("group_size", [64, 128, 7])
-def test_clip_search(both, problem, bits, group_size):
+@pairwise(("both", VARIANTS), ("bits", [2, 3, 4]), ("group_size", [64, 128, 7]), indirect=["both"])
+def test_compiled_clip_search_is_that_in_torch(both, problem, bits, group_size):
     compiled, reference = both(lambda: grids.round_to_nearest(problem[0], bits, group_size))
     # Shares with nearly the same error may change places.
     same = (compiled.scale == reference.scale) & (compiled.zero == reference.zero)
@@ -50,9 +50,8 @@ def test_clip_search(both, problem, bits, group_size):
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("planes", [1, 2, 3])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_dual_scales(both, problem, planes, weighted):
+@pairwise(("both", VARIANTS), ("planes", [1, 2, 3]), ("weighted", [False, True]), indirect=["both"])
+def test_compiled_dual_scales_are_those_in_torch(both, problem, planes, weighted):
     weights = gaussian(64, seed=5).exp() if weighted else None
     (rows, columns), (expected_rows, expected_columns) = both(
         lambda: dsq.fit_levels(problem[0][:, :64], planes, weights=weights)
@@ -64,9 +63,13 @@ def test_dual_scales(both, problem, planes, weighted):
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
 
 
-@pytest.mark.parametrize(("dual", "weighting"), [(False, "none"), (True, "none"), (True, "hessian")])
-@pytest.mark.parametrize("with_cross", [False, True])
-def test_columns(both, problem, dual, weighting, with_cross):
+@pairwise(
+    ("both", VARIANTS),
+    ("dual, weighting", [(False, "none"), (True, "none"), (True, "hessian")]),
+    ("with_cross", [False, True]),
+    indirect=["both"],
+)
+def test_compiled_columns_are_those_in_torch(both, problem, dual, weighting, with_cross):
     weight, hessian, cross = problem
     arguments = weight, hessian, cross if with_cross else None
     (compiled, stats), (reference, expected) = both(

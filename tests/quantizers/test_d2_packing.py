@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_rb.quantizers import kernels
@@ -51,7 +51,6 @@ def test_three_bits_are_two_tensors():
     assert packed["weight_zero"].tolist() == [[stream & 255, stream >> 8]]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     rows=st.integers(1, 3),
@@ -85,7 +84,7 @@ def test_unpack_inverts_pack(kind, rows, columns, group_size, seed):
         ((3, True), 3.375),
     ],
 )
-def test_bytes(kind, bits_per_weight):
+def test_packed_bytes_are_the_stated_bits_per_weight(kind, bits_per_weight):
     packed = packing.pack(random_codes(*kind, 64, 1024, 128))
     packed.pop("weight_column", None)  # in the scales of another matrix
     assert 8 * sum(tensor.nbytes for tensor in packed.values()) / (64 * 1024) == bits_per_weight

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from round_trips import load, logits, same_files
+from helpers.round_trips import load, logits, same_files
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -184,7 +184,7 @@ def test_folded_is_the_same_as_a_bias_of_the_norm(make_model):
     assert logits(load(source, config(dac=False))).sub(logits(kept)).abs().max() > 1e-3  # it is not nothing
 
 
-def test_seeds(make_model):
+def test_seed_decides_the_calibration_samples(make_model):
     source = make_model()
     one, same, other = (logits(load(source, config(seed=seed))) for seed in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)

@@ -38,7 +38,7 @@ def quantize(*arguments):
     return main(["quantize", "--method", "d2quant", *map(str, arguments)])
 
 
-def test_verb(data, tmp_path, capsys):
+def test_verb_d2quant_writes_a_folder_that_loads(data, tmp_path, capsys):
     out = tmp_path / "student-d2quant"
     assert quantize("tiny:student", out, "--dataset", data, *SMALL) == 0
     printed = capsys.readouterr().out

@@ -64,7 +64,7 @@ def test_logits_stay(exact_norms, kind, options, tied):
             assert not torch.equal(weight, old[name]), name
 
 
-def test_float32(exact_norms):
+def test_rotation_in_float32_keeps_the_logits(exact_norms):
     model = build("llama", torch.float32, tie_word_embeddings=True)
     before = logits(model)
     fuse_and_rotate(model)

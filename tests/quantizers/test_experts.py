@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from mixtures import MOE, MOE_SIZES
-from round_trips import INPUT, load, logits, same_files
+from helpers.mixtures import MOE, MOE_SIZES
+from helpers.round_trips import INPUT, load, logits, same_files
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -97,7 +97,7 @@ def test_an_expert_is_solved_on_its_own(make_moe):
         ("qwen3_moe", dict(modules_to_not_convert=["experts"]), None),
     ],
 )
-def test_options(make_moe, tmp_path, architecture, options, planes):
+def test_options_decide_which_experts_are_packed(make_moe, tmp_path, architecture, options, planes):
     model = load(make_moe(architecture, num_hidden_layers=1), PTQTPConfig(**options), dtype=torch.float32)
     expected = logits(model)
     found = [{name: layout.num_scales for name, layout in experts.layouts.items()} for experts in experts_of(model)]
@@ -166,7 +166,7 @@ def test_routers_stay(make_moe):
     assert isinstance(model.model.layers[0].mlp.shared_expert.down_proj, PTQTPLinear)
 
 
-def test_copies(make_moe):
+def test_a_deep_copy_of_packed_experts_stands_alone(make_moe):
     model = load(make_moe("qwen3_moe"), PTQTPConfig())
     expected = logits(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

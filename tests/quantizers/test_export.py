@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from checkpoints import (
+from helpers.checkpoints import (
     SIZES,
     assert_same,
     experts,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_zoo import build_family, families, inputs_of, output_of
+from helpers.tiny_zoo import build_family, families, inputs_of, output_of
 
 from hf_rb import D2QuantConfig, PTQTPConfig
 
@@ -85,7 +85,7 @@ def test_families_with_readers(tmp_path, model_type, method):
 
 
 @pytest.mark.parametrize("model_type", KINDS)
-def test_kinds(tmp_path, model_type):
+def test_families_of_every_kind_round_trip(tmp_path, model_type):
     check(model_type, "ptqtp" if KINDS.index(model_type) % 2 else "d2quant", tmp_path)
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from checkpoints import tensors
-from round_trips import INPUT, logits, same_files
+from helpers.checkpoints import tensors
+from helpers.pairwise import pairwise
+from helpers.round_trips import INPUT, logits, same_files
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -82,11 +83,11 @@ def classes(model):
     }
 
 
-@pytest.mark.parametrize("make", CONFIGS)
-@pytest.mark.parametrize(
-    "auto", [AutoModelForTokenClassification, AutoModelForQuestionAnswering, AutoModelForSequenceClassification]
+@pairwise(
+    ("make", dict(zip(("ptqtp", "d2quant"), CONFIGS, strict=True))),
+    ("auto", [AutoModelForTokenClassification, AutoModelForQuestionAnswering, AutoModelForSequenceClassification]),
+    ("source", ["bert", "student"]),
 )
-@pytest.mark.parametrize("source", ["bert", "student"])
 def test_new_heads(bert, tmp_path, source, auto, make):
     """From a plain and from a quantized folder: ordinary, new, trainable; saved and read again as they are."""
     if source == "student" and "Question" in auto.__name__:

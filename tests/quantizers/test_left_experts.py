@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from checkpoints import assert_same
-from mixtures import MOE
-from round_trips import load, logits
+from helpers.checkpoints import assert_same
+from helpers.mixtures import MOE
+from helpers.round_trips import load, logits
 from safetensors.torch import load_file
 
 from hf_rb import D2QuantConfig, PTQTPConfig

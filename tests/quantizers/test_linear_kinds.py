@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import assert_same, tensors
+from helpers.checkpoints import assert_same, tensors
+from helpers.round_trips import INPUT, load, logits, train
 from peft import LoraConfig, PeftModel, get_peft_model
-from round_trips import INPUT, load, logits, train
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -87,7 +87,7 @@ def test_what_computes_a_linear_map(module, expected):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_sizes():
+def test_features_of_linear_and_conv1d_agree():
     assert features(nn.Linear(3, 5)) == features(Conv1D(5, 3)) == (3, 5)
     assert is_transposed(Conv1D(5, 3)) and not is_transposed(nn.Linear(3, 5))
 

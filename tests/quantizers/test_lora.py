@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.round_trips import INPUT, logits, train
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from round_trips import INPUT, logits, train
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from mixtures import MOE, MOE_SIZES
-from round_trips import load, logits
+from helpers.mixtures import MOE, MOE_SIZES
+from helpers.round_trips import load, logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_rb import D2QuantConfig, PTQTPConfig, apply_mpi, fold_mpi

@@ -1,7 +1,9 @@
 import math
+from functools import partial
 
 import pytest
 import torch
+from helpers import tensors
 
 from hf_rb.quantizers.allocation.nsds import (
     LayerWeights,
@@ -19,11 +21,8 @@ from hf_rb.quantizers.allocation.nsds import (
 )
 
 
+gaussian = partial(tensors.gaussian, dtype=torch.float64)
 HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM = 24, 40, 4, 10  # a head size that is not hidden / heads
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def layer(seed, scale=1.0, gated=True):
@@ -153,7 +152,7 @@ def test_equal_layers_have_half(directions):
 
 
 @pytest.mark.parametrize("budget", [2.0, 2.3, 3.0, 3.51, 4.0])
-def test_budget(budget):
+def test_allocation_keeps_the_budget(budget):
     values = torch.rand(30, generator=torch.Generator().manual_seed(0)).tolist()
     bits = allocate(values, budget, 2, 4)
     assert sum(bits) / 30 == pytest.approx(budget, abs=1 / 30)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_rb import PTQTPConfig
@@ -28,7 +28,6 @@ def test_worked_example_dense():
     assert planes_of(EXAMPLE, 8).pack("dense")["weight"].tolist() == [[201, 175, 177, 157]]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     planes=st.integers(1, 3),
     rows=st.integers(1, 3),

@@ -33,7 +33,7 @@ def quantized_modules(folder):
     return [name for name, module in model.named_modules() if isinstance(module, PTQTPLinear)]
 
 
-def test_function(source, tmp_path):
+def test_quantize_copies_companions_and_reports_its_bytes(source, tmp_path):
     report = quantize(source, tmp_path / "out", PTQTPConfig(), dtype="float32")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (tmp_path / "out" / "tokenizer_config.json").is_file()
@@ -59,7 +59,7 @@ def test_card(source, tmp_path):
     assert str(source.parent) not in card and "`packing`" not in card
 
 
-def test_verb(source, tmp_path, capsys):
+def test_verb_ptqtp_writes_a_folder_that_loads(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["quantize", str(source), str(out), "--no-qk", "--skip", "down_proj", "--packing", "nibble"]) == 0
     printed = capsys.readouterr().out

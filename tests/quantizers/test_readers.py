@@ -4,11 +4,11 @@ import json
 import random
 
 import numpy as np
-import odd_models
 import pytest
 import torch
-from odd_models import READERS, Odd, OddConfig
-from round_trips import INPUT, load, logits
+from helpers import odd_models
+from helpers.odd_models import READERS, Odd, OddConfig
+from helpers.round_trips import INPUT, load, logits
 from transformers import AutoModel, AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 
@@ -163,7 +163,7 @@ def test_one_line_of_the_output(mamba, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["readers"]
 
 
-def test_a_warning(mamba):
+def test_a_layer_whose_weights_are_read_is_left_with_a_warning(mamba):
     logger = logging.get_logger("hf_rb.quantizers.loading.readers")
     messages, warn = [], logger.warning
     logger.warning = messages.append
@@ -226,7 +226,7 @@ class Tokens:
         return {"input_ids": [[ord(letter) % 96 for letter in text] for text in texts]}
 
 
-def test_calibrated(tmp_path, monkeypatch):
+def test_calibration_leaves_layers_whose_weights_are_read(tmp_path, monkeypatch):
     # Bloom reads `dense.weight` with `slow_but_exact`.
     from transformers import BloomConfig, BloomForCausalLM
 

@@ -2,14 +2,17 @@ import math
 import re
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers import tensors
+from helpers.literal_ptqtp import nearest_trits as literal_trits
+from helpers.literal_ptqtp import ptqtp, ridge_scales
+from helpers.pairwise import pairwise
+from hypothesis import given
 from hypothesis import strategies as st
-from literal_ptqtp import nearest_trits as literal_trits
-from literal_ptqtp import ptqtp, ridge_scales
 
 from hf_rb.io import native as _native
 from hf_rb.quantizers.ptqtp import solve
@@ -18,12 +21,10 @@ from hf_rb.quantizers.ptqtp.reference import nearest_trits
 from hf_rb.quantizers.ptqtp.solver import quantize_matrix
 
 
+gaussian = partial(tensors.gaussian, dtype=torch.float64)
+
 # Weights of 64 bits are solved by the reference in torch, weights of 32 and fewer by the compiled solver, if there is one.
 EXAMPLE = torch.tensor([0.9, -0.45, 0.05, 0.4, -1.0, 0.62, -0.1, 0.3], dtype=torch.float64)
-
-
-def gaussian(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def exact(weight, group_size=128, **options):
@@ -86,7 +87,6 @@ def test_equals_the_literal_algorithm(length, scale):
 eighths = st.integers(-24, 24).map(lambda n: n / 8)
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.lists(eighths, min_size=1, max_size=12), st.lists(eighths, min_size=1, max_size=2))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_trit_search_is_the_nine_way_search(dtype, weights, scales):
@@ -355,9 +355,13 @@ MODES = [
 ]
 
 
-@pytest.mark.parametrize("options", MODES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("shape", "group_size"), [((64, 300), 128), ((3, 7), 128), ((37, 64), 1), ((16, 257), 256)])
+@pairwise(
+    ("variant", _native.supported()),
+    ("options", MODES),
+    ("dtype", [torch.float32, torch.bfloat16, torch.float16]),
+    ("shape, group_size", [((64, 300), 128), ((3, 7), 128), ((37, 64), 1), ((16, 257), 256)]),
+    indirect=["variant"],
+)
 def test_compiled_solver_is_the_reference(variant, options, dtype, shape, group_size):
     weight = (gaussian(*shape, seed=shape[1]) * 0.02).to(dtype)
     weight[0, : shape[1] // 2] = 0

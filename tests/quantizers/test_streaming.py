@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
+from filelock import FileLock
+from helpers.checkpoints import (
     SIZES,
     assert_same,
     experts,
@@ -20,7 +21,6 @@ from checkpoints import (
     untied_with_biases,
     without_head,
 )
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -212,7 +212,7 @@ def test_refuses_changed_files(small, interrupted):
         os.utime(file, ns=times)
 
 
-def test_refuses_company(small, interrupted):
+def test_a_second_process_on_the_same_folder_is_refused(small, interrupted):
     with (
         FileLock(interrupted.parent / ".out.partial" / "lock"),
         pytest.raises(ValueError, match="Another process is at work"),
@@ -282,7 +282,7 @@ def test_refuses_a_truncated_file(tmp_path):
         quantize_checkpoint(tmp_path / "source", tmp_path / "out", PTQTPConfig())
 
 
-def test_verb(small, tmp_path, capsys):
+def test_verb_stream_reports_its_layers_as_json(small, tmp_path, capsys):
     assert main(["quantize", str(small), str(tmp_path / "out"), "--stream", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["layers"]) == 7 and report["file_bytes"] > 0

@@ -172,7 +172,7 @@ def test_a_quantized_model_is_refused(done, tmp_path, capsys):
     assert "is quantized with ptqtp already" in capsys.readouterr().err
 
 
-def test_nothing_broken(tmp_path, capsys, monkeypatch):
+def test_recover_of_an_unbroken_model_trains_nothing(tmp_path, capsys, monkeypatch):
     row = [Completion("#### 1", True)]
     monkeypatch.setattr(generation, "generate", lambda model, tokenizer, prompts, *_: [row] * len(prompts))
     for name in ("stages", "model"):  # of an earlier recipe

@@ -94,7 +94,7 @@ def test_a_teacher_without_tokenizer(make_trainer, models, caplog):
     assert teacher.vocabulary == 1024
 
 
-def test_another_tokenizer_of_equal_size_is_found_before_the_weights_are_read(make_trainer, models, tmp_path):
+def test_another_tokenizer_is_found_before_weights_are_read(make_trainer, models, tmp_path):
     trainer = make_trainer(teacher=None)
     shutil.copytree(models["teacher"], tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").unlink()

@@ -1,5 +1,5 @@
 import pytest
-from random_models import save_qwen3
+from helpers.random_models import save_qwen3
 
 from hf_rb import tiny
 

@@ -32,7 +32,7 @@ def config(tmp_path, **fields):
         ({**ENDPOINT, "srar_judge_concurrency": 0}, r"`srar_judge_concurrency` must be in \[1, inf\)"),
     ],
 )  # fmt: skip
-def test_what_cannot_be(tmp_path, fields, message):
+def test_fields_that_contradict_each_other_are_refused(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **fields)
 

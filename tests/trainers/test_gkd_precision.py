@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from helpers.pairwise import pairwise
+from transformers import AutoModelForCausalLM
 
 from hf_rb import GKDConfig, GKDTrainer, tiny
 from hf_rb.ops.wide_head import wide_heads
 from hf_rb.teachers import CachedTeacher, LocalTeacher, cache_teacher
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
 
 
 def load(folder, scale=1.0, dtype=torch.float32):
@@ -67,7 +63,7 @@ def test_chunked_is_dense_with_a_bfloat16_teacher(make, name, bf16):
     assert dense[1] == pytest.approx(chunked[1], rel=0.01 if bf16 else 1e-4)
 
 
-def test_the_hpd_loss_of_a_bfloat16_teacher_is_that_of_its_values_in_float32(make, student, tokenizer):
+def test_hpd_loss_of_a_bfloat16_teacher_is_that_in_float32(make, student, tokenizer):
     """The reference: the same weights, rounded to bfloat16, in a float32 model fed with the bfloat16 backbone's hidden states."""
     rounded = load(student, 2.5, torch.bfloat16)
     losses = [loss_and_gradient(make(loss_impl=impl, objective="hpd"))[0] for impl in ("chunked", "dense")]
@@ -111,13 +107,6 @@ def test_heads_are_as_they_were_afterwards(student):
     assert model.lm_head.__dict__["forward"] is replaced
 
 
-CACHED = [
-    {"objective": objective} | more
-    for objective in ("forward_kl", "akl")
-    for more in ({}, {"kd_alpha": 0.5}, {"loca_alpha": 0.9}, {"kd_alpha": 0.5, "loca_alpha": 0.9})
-]
-
-
 @pytest.fixture(scope="module")
 def cache(student, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
@@ -131,14 +120,16 @@ def cache(student, tokenizer, tmp_path_factory):
     return folder / "cache"
 
 
-@pytest.mark.parametrize(
-    "fields", CACHED, ids=lambda fields: ", ".join(f"{key} {value}" for key, value in fields.items())
+@pairwise(
+    ("objective", ["forward_kl", "akl"]),
+    ("mixed", [{}, {"kd_alpha": 0.5}]),
+    ("corrected", [{}, {"loca_alpha": 0.9}]),
 )
-def test_training_from_a_float16_cache_under_autocast(make, cache, fields):
+def test_training_from_a_float16_cache_under_autocast(make, cache, objective, mixed, corrected):
     """On a CPU, autocast refuses to put float16 tensors together; half the run in bfloat16 is close to all of it in float32."""
     losses = []
     for bf16 in (True, False):
-        trainer = make(teacher=CachedTeacher(cache), bf16=bf16, **fields)
+        trainer = make(teacher=CachedTeacher(cache), bf16=bf16, objective=objective, **mixed, **corrected)
         trainer.train()
         trainer.evaluate(trainer.train_dataset)
         losses.append(trainer.state.log_history[0]["loss"])

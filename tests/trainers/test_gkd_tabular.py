@@ -81,7 +81,7 @@ def probs_of(trainer, model=None):
 
 
 @pytest.mark.parametrize("sample", [True, False])
-def test_hpd(make, sample):
+def test_hpd_samples_recover_the_whole_teacher(make, sample):
     """The data only ever show the first answer. The drawn tokens recover the teacher's whole distribution, and nothing else does."""
     length = 512
     trainer = make(
@@ -102,7 +102,7 @@ PROMPTS = [{"input_ids": [ANSWERS, 0], "labels": [-100, 0]}] * 512
 
 
 @pytest.mark.parametrize("scale, full", [(1.25, False), (1.25, True), (0.5, True)])
-def test_gopd(make, scale, full):
+def test_gopd_converges_to_the_mixture_of_logits(make, scale, full):
     """The student goes to the mixture whose logits are λ z_T + (1 - λ) z_R."""
     start = torch.tensor([0.4, 0.3, 0.2, 0.1])
     trainer = make(

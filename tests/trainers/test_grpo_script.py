@@ -77,7 +77,7 @@ def first_log():
     return json.loads(Path("out/trainer_state.json").read_text())["log_history"][0]
 
 
-def test_a_recipe(capsys):
+def test_script_runs_a_recipe_and_logs_its_shaper(capsys):
     grpo.main([*recipe(eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=4), "--log_completions"])
     AutoModelForCausalLM.from_pretrained("out")
     log = first_log()

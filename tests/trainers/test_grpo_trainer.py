@@ -766,7 +766,7 @@ def tokenizer(student):
         (["é ü 語 #### 7"], None),
     ],
 )
-def test_anchors(tokenizer, turns, before):
+def test_anchors_are_found_in_turns_of_policy_and_tools(tokenizer, turns, before):
     """Of turns of the policy and, in between, of a tool."""
     parts = [tokenizer(turn)["input_ids"] if turn else [] for turn in turns]
     ids = sum(parts, [])

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessorList
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
 from transformers.trainer_utils import set_seed
 
 from hf_rb import DistillationConfig, DistillationTrainer, GKDConfig, GKDTrainer, GRPOConfig, GRPOTrainer, tiny
@@ -54,11 +54,6 @@ INHERITED = {
 STOPS = [7, 3]
 DRAWS = 2000
 NEUTRAL = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(tiny.ASSETS / "tokenizer")
 
 
 @pytest.fixture

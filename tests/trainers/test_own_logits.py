@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 import transformers
+from helpers.tiny_zoo import build_tiny
 from peft import PromptTuningConfig
-from tiny_zoo import build_tiny
 from transformers import AutoTokenizer
 
 from hf_rb import (

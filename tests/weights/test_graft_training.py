@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from helpers.random_models import save_qwen3
+from helpers.raw_models import read
 from peft import LoraConfig
-from random_models import save_qwen3
-from raw_models import read
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rb import SFTConfig, SFTTrainer

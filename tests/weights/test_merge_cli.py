@@ -5,8 +5,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from random_models import save_qwen3
-from raw_models import noise, read, write
+from helpers.random_models import save_qwen3
+from helpers.raw_models import noise, read, write
 
 from hf_rb.cli import main
 from hf_rb.hub import read_results
@@ -32,7 +32,7 @@ def called(monkeypatch):
     return seen
 
 
-def test_linear(three, tmp_path, capsys):
+def test_verb_linear_merges_by_rules_and_writes_a_card(three, tmp_path, capsys):
     base, _, instruct = three
     arguments = ["--start", instruct, "--end", base, "--rule", "embed=0", "--rule", "layers:0=1"]
     assert main(["merge", "--method", "linear", *arguments, str(tmp_path / "out"), "--json"]) == 0

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from random_models import save_qwen3
-from raw_models import noise, read, write
+from helpers.random_models import save_qwen3
+from helpers.raw_models import noise, read, write
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -208,7 +208,7 @@ class TestRefusing:
             ([], "give one value"),
         ],
     )
-    def test_lambda(self, pair, tmp_path, lam, message):
+    def test_lambda_out_of_range_is_refused_before_writing(self, pair, tmp_path, lam, message):
         with pytest.raises(ValueError, match=message):
             interpolate(*pair, tmp_path / "out", lam)
         assert not (tmp_path / "out").exists()
@@ -540,5 +540,5 @@ def test_memory_is_that_of_pieces(tmp_path):
         (r"layers\.1\d\..*q_proj", "model.layers.12.self_attn.q_proj.weight", True),
     ],
 )
-def test_patterns(pattern, name, expected):
+def test_matcher_on_names_and_patterns(pattern, name, expected):
     assert matcher(pattern)(name) is expected

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from random_models import save_qwen3
-from raw_models import noise, read, write
+from helpers.pairwise import pairwise
+from helpers.random_models import save_qwen3
+from helpers.raw_models import noise, read, write
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -101,9 +102,7 @@ def test_what_does_not_fit_is_skipped_and_the_result_is_whole(tmp_path, tied):
     assert_whole(tmp_path / "out", {n: start[n] if n in rows else torch.lerp(start[n], end[n], 0.5) for n in start})
 
 
-@pytest.mark.parametrize("onto_tied", [True, False])
-@pytest.mark.parametrize("base_tied", [True, False])
-@pytest.mark.parametrize("tuned_tied", [True, False])
+@pairwise(("onto_tied", [True, False]), ("base_tied", [True, False]), ("tuned_tied", [True, False]))
 def test_graft(tmp_path, onto_tied, base_tied, tuned_tied):
     folders = [
         model(tmp_path / name, is_tied, seed)

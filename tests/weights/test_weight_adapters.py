@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from helpers.random_models import save_qwen3
+from helpers.raw_models import noise, read, write
 from peft import LoraConfig, PeftModel, get_peft_model
-from random_models import save_qwen3
-from raw_models import noise, read, write
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 

@@ -1,6 +1,6 @@
-"""Jobs in forks that are killed at random moments and then run again. Started by `test_kills.py`.
+"""Jobs in forks that are killed at random moments and then run again. Started by `test_kills.py`, with `tests` on the path.
 
-    python killed_jobs.py FOLDER KILLS
+    python -m helpers.killed_jobs FOLDER KILLS
 
 Every job runs once whole, then until KILLS forks of it were killed: with SIGKILL, after a random share of the time that a run takes. What they
 left is looked at, and another fork runs the job to its end in the same folder. What was seen is printed as JSON.
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from random_models import save_qwen3
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from helpers.random_models import save_qwen3
 from hf_rb import PTQTPConfig, SFTConfig, SFTTrainer, tiny
 from hf_rb.io.files import verify_manifest
 from hf_rb.quantizers.folders import stream as streaming

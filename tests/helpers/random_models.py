@@ -1,4 +1,4 @@
-"""Small models with random weights, for tests. `tests` is on the path of every test."""
+"""Small models with random weights, for tests."""
 
 from pathlib import Path
 
