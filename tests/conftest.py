@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Takes the libraries and the tests out of later garbage collections. Trainers ask for those, and each would walk millions of objects."""
+    """Takes the libraries and the tests out of later garbage collections. Trainers ask for many, and each walks what is left."""
     gc.collect()
     gc.freeze()
 
