@@ -4,7 +4,7 @@ An operation that averages two models, as a worked example:
 
 ```python
 class Average(Operation):
-    method = "linear"  # the paper that the card names
+    method = "interpolation"  # key in `hf_rb.hub.METHODS`: what the card says, and its paper
     files_from = ("one", "other")  # roles: the user says which model gives configuration and tokenizer, where they differ
 
     def pieces(self, job):
