@@ -1,6 +1,6 @@
 """
-Shared fixtures, the profiles of hypothesis, and the order of the tests. The environment is set before anything of the Hugging Face stack
-is imported: no test may go online, and one thread a process is what models this small need.
+Shared fixtures, the profiles of hypothesis, and the order of the tests. The environment is set before anything of the
+Hugging Face stack is imported: no test may go online, and one thread a process is what models this small need.
 """
 
 import gc
@@ -23,14 +23,14 @@ import pytest
 from hypothesis import settings
 
 
-# `HYPOTHESIS_PROFILE=nightly make test`, or `pytest --hypothesis-profile nightly`. Test machines are not idle: no deadline.
+# `HYPOTHESIS_PROFILE=nightly make test`, or `pytest --hypothesis-profile nightly`. No deadline: test machines are busy.
 settings.register_profile("fast", max_examples=30, deadline=None)
 settings.register_profile("nightly", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 TESTS = Path(__file__).parent
-# Files that import no torch: they run first, so that a broken rule shows within seconds. `pytest -m torch_free` runs them alone, and fails
-# when one of them has imported torch.
+# Files that import no torch: they run first, so that a broken rule shows early. `pytest -m torch_free` runs them alone,
+# and fails when one of them has imported torch.
 TORCH_FREE = (
     "cli/test_check",
     "cli/test_main",
@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Takes the libraries and the tests out of later garbage collections. Trainers ask for many, and each walks what is left."""
+    """Takes the libraries out of later garbage collections, which trainers ask for at every turn."""
     gc.collect()
     gc.freeze()
 
