@@ -39,7 +39,9 @@ def add_biases(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def biases_by_switch(config: PreTrainedConfig, names: Iterable[str]) -> set[str]:
-    """Returns the linear layers that have biases if the architecture's switch is on; none if that leaves out one of `names`."""
+    """Returns the linear layers that have biases if the architecture's switch is on; none if that leaves out one of
+    `names`.
+    """
     if not hasattr(config, BIAS_SWITCH):
         return set()
     config = copy.deepcopy(config)

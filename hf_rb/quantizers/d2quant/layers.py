@@ -16,9 +16,10 @@ class D2QuantLinear(PackedLinear):
     """
     A linear layer whose weight has codes of 2, 3 or 4 bits, on integer grids or as sign planes.
 
-    `weight` is a frozen uint8 parameter `(out_features, layout.row_bytes)` in the kernels' layout, `weight_scale` a frozen
-    float16 parameter `(out_features, ceil(in_features / group_size), scales)` (`hf_rb/quantizers/d2quant/format.py`). Sign planes
-    whose column scales are not in another layer have them as `weight_column`, float32 `(in_features,)`.
+    `weight` is a frozen uint8 parameter `(out_features, layout.row_bytes)` in the kernels' layout, `weight_scale` a
+    frozen float16 parameter `(out_features, ceil(in_features / group_size), scales)`
+    (`hf_rb/quantizers/d2quant/format.py`). Sign planes whose column scales are not in another layer have them as
+    `weight_column`, float32 `(in_features,)`.
     """
 
     @classmethod
@@ -45,8 +46,9 @@ class D2QuantLinear(PackedLinear):
 
 class D2QuantExperts(PackedExperts):
     """
-    Stands in for a fused experts module of transformers, with one or both of its weights packed as in [`D2QuantLinear`]:
-    `(experts, out, layout.row_bytes)`, and `down_proj_column` `(experts, in)` where column scales are kept.
+    Stands in for a fused experts module of transformers, with one or both of its weights packed as in
+    [`D2QuantLinear`]: `(experts, out, layout.row_bytes)`, and `down_proj_column` `(experts, in)` where column scales
+    are kept.
     """
 
     def extra_repr(self) -> str:

@@ -31,12 +31,12 @@ class D2QuantQuantizer(PackingQuantizer):
     """
     Quantizes a model to 2, 3 or 4 bits, or loads one that is quantized already.
 
-    With `backend="rtn"` weights are rounded one by one while they load. With `"gptq"` and `"gptaq"` the model is loaded as it is
-    and quantized on calibration text afterwards, in memory.
+    With `backend="rtn"` weights are rounded one by one while they load. With `"gptq"` and `"gptaq"` the model is
+    loaded as it is and quantized on calibration text afterwards, in memory.
 
     Attributes:
-        codings (`dict[str, Coding]`): How the weights are coded that are quantized, by the full name of the layer, or of the
-            parameter of fused experts.
+        codings (`dict[str, Coding]`): How the weights are coded that are quantized, by the full name of the layer, or
+            of the parameter of fused experts.
     """
 
     beside = ("scale", "zero", "hi", "column")
@@ -136,8 +136,8 @@ class D2QuantQuantizer(PackingQuantizer):
         config = self.quantization_config
         if self.calibrates:
             raise ValueError(
-                f"`backend={config.backend!r}` runs the model on text, so it cannot be streamed: leave out `stream=True` "
-                "(`--stream`), or quantize with `backend='rtn'`, which needs no data."
+                f"`backend={config.backend!r}` runs the model on text, so it cannot be streamed: leave out "
+                "`stream=True` (`--stream`), or quantize with `backend='rtn'`, which needs no data."
             )
         self.columns = ColumnScales(model, self.layouts, lambda layout, matrix: self.solve(layout, matrix).weight)
         dual = [name for name, coding in self.codings.items() if coding.dual]
@@ -186,14 +186,17 @@ class D2QuantQuantizer(PackingQuantizer):
         return model
 
     def _make_room(self, model: nn.Module) -> None:
-        """Makes an ordinary model one of an architecture with biases where its corrections are, or warns that there is none."""
+        """Makes an ordinary model one of an architecture with biases where its corrections are, or warns that there is
+        none.
+        """
         if not (biased := self.quantization_config.bias_modules):
             return
         places = biases_by_switch(model.config, biased)
         if not places:
             logger.warning(
-                f"The corrections of this model stay in biases of {len(biased)} modules ({biased[0]}, …). What `save_pretrained` "
-                f"writes now has them, but an ordinary {type(model).__name__} leaves them out when it is loaded."
+                f"The corrections of this model stay in biases of {len(biased)} modules ({biased[0]}, …). What "
+                f"`save_pretrained` writes now has them, but an ordinary {type(model).__name__} leaves them out when "
+                "it is loaded."
             )
             return
         setattr(model.config, BIAS_SWITCH, True)

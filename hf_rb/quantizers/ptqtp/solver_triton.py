@@ -1,9 +1,10 @@
-"""PTQTP's solver (`hf_rb/quantizers/ptqtp/solver.py`) in Triton: every group of weights in the registers of a few threads.
+"""PTQTP's solver (`hf_rb/quantizers/ptqtp/solver.py`) in Triton: every group of weights in the registers of a few
+threads.
 
-The literal algorithm: all 3^K sums of scales are tried for every weight. There is no sorted order to set up, and a GPU's
-arithmetic is cheaper than its memory. Scales, sums and distances are float64 and multiplications are not fused with additions, so
-the steps are those of the reference. What differs is the order in which a sum over a group is taken, in the last bits: trits
-agree except where two choices are equally good to 1e-15.
+The literal algorithm: all 3^K sums of scales are tried for every weight. There is no sorted order to set up, and a
+GPU's arithmetic is cheaper than its memory. Scales, sums and distances are float64 and multiplications are not fused
+with additions, so the steps are those of the reference. What differs is the order in which a sum over a group is
+taken, in the last bits: trits agree except where two choices are equally good to 1e-15.
 """
 
 import torch
@@ -20,8 +21,8 @@ __all__ = ["encode", "fit"]
 # Weights that a warp works on.
 TILE = 256
 
-# What `_fit_kernel` reads from `params_ptr`: numbers in float64, which an argument of a kernel would not be. The direction is that
-# of tied scales; every start has three shares.
+# What `_fit_kernel` reads from `params_ptr`: numbers in float64, which an argument of a kernel would not be. The
+# direction is that of tied scales; every start has three shares.
 TOL, RIDGE_INIT, RIDGE_MAX, KAPPA, REACH, DIRECTION, STARTS = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 5, 7))
 
 
@@ -49,7 +50,9 @@ def _signed_sum(w, trit):
 
 @triton.jit
 def _trit_sums(w, there, a0, a1, a2, PLANES: tl.constexpr):
-    """S'S and S'w of the nearest trits: s00, s01, s02, s11, s12, s22, b0, b1, b2 (zeros where there is no such plane)."""
+    """S'S and S'w of the nearest trits: s00, s01, s02, s11, s12, s22, b0, b1, b2 (zeros where there is no such
+    plane).
+    """
     code, _ = _nearest(w, a0, a1, a2, PLANES)
     t0 = tl.where(there, code // 3 ** (PLANES - 1) - 1, 0)
     s00 = tl.sum(t0 * t0, axis=1).to(tl.float64)
@@ -72,7 +75,9 @@ def _trit_sums(w, there, a0, a1, a2, PLANES: tl.constexpr):
 
 @triton.jit
 def _solve(s00, s01, s02, s11, s12, s22, b0, b1, b2, ridge, PLANES: tl.constexpr):
-    """Solves (S'S + ridge I) a = S'w through the adjugate, the ridge in terms of its own; returns a and the condition number."""
+    """Solves (S'S + ridge I) a = S'w through the adjugate, the ridge in terms of its own; returns a and the condition
+    number.
+    """
     none = tl.zeros_like(b0)
     if PLANES == 1:
         return b0 / (s00 + ridge), none, none, none + 1
@@ -218,7 +223,9 @@ def _encode_part(
     PLANE: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Packs the planes from `PLANE` on that share a code of `BITS`; returns the squared errors and the squared norms."""
+    """Packs the planes from `PLANE` on that share a code of `BITS`; returns the squared errors and the squared
+    norms.
+    """
     BYTES: tl.constexpr = (LENGTH * BITS + 7) // 8
     j = tl.arange(0, triton.next_power_of_2(BYTES))
     packed = tl.zeros([a0.shape[0], j.shape[0]], tl.int32)
@@ -311,8 +318,8 @@ def fit(weight: Tensor, group_size: int, options: SolverOptions) -> Tensor:
         with torch.cuda.device_of(weight):
             _fit_kernel[(triton.cdiv(size, block),)](
                 part, found, params, size, groups, part.stride(0), options.max_iter, length, options.planes,
-                options.direction is not None, options.relative, int(None in options.starts), len(options.starts), block, width,
-                num_warps=_warps(width), enable_fp_fusion=False,
+                options.direction is not None, options.relative, int(None in options.starts), len(options.starts),
+                block, width, num_warps=_warps(width), enable_fp_fusion=False,
             )  # fmt: skip
         scales.append(found)
     return torch.cat(scales, dim=1).abs().sort(-1, descending=True).values
@@ -333,8 +340,8 @@ def encode(weight: Tensor, scales: Tensor, group_size: int, row_bytes: int) -> t
             Bytes of a packed row.
 
     Returns:
-        `tuple[torch.Tensor, float, float]`: uint8 `(out_features, row_bytes)`, the squared error and the squared norm of the
-        weight.
+        `tuple[torch.Tensor, float, float]`: uint8 `(out_features, row_bytes)`, the squared error and the squared norm
+        of the weight.
     """
     packed = torch.empty(len(weight), row_bytes, dtype=torch.uint8, device=weight.device)
     planes, group, offset, total = scales.shape[-1], 0, 0, 0

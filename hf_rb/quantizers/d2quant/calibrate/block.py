@@ -27,8 +27,8 @@ class Decoder:
     Attributes:
         name (`str`): Full name of the list of layers.
         layers (`nn.ModuleList`): The layers.
-        final_norm (`nn.Module`, *optional*): What makes of the last layer's output what the head reads, if there is a head and once
-            [`~Decoder.enter`] has run.
+        final_norm (`nn.Module`, *optional*): What makes of the last layer's output what the head reads, if there is a
+            head and once [`~Decoder.enter`] has run.
 
     Raises:
         ValueError: There is no such list.
@@ -63,8 +63,8 @@ class Decoder:
         known = self._calls.setdefault(len(ids), calls)
         if len(calls) != len(self.layers) or not _same(known, calls):
             raise ValueError(
-                f"The layers of {type(self.model).__name__} get more than a hidden state and positions, so that they cannot be "
-                "calibrated one by one. Use `backend='rtn'` (`--backend rtn`), which needs no calibration."
+                f"The layers of {type(self.model).__name__} get more than a hidden state and positions, so that they "
+                "cannot be calibrated one by one. Use `backend='rtn'` (`--backend rtn`), which needs no calibration."
             )
         makes_output = (
             part for part, args, output in made if output is result.last_hidden_state and args and args[0] is last
@@ -118,7 +118,9 @@ class Block:
         return output[0] if isinstance(output, tuple) else output
 
     def watch(self, hidden: Tensor) -> tuple[Tensor, dict[tuple[str, ...], Tensor]]:
-        """Returns the output, and by the names of those that read the same tensor, in the order of running, that tensor."""
+        """Returns the output, and by the names of those that read the same tensor, in the order of running, that
+        tensor.
+        """
         seen: dict[int, tuple[list[str], Tensor]] = {}
         with ExitStack() as hooks:
             for name, module in self.linear.items():
@@ -141,7 +143,9 @@ class Block:
         raise ValueError(f"{name} did not run.")
 
     def norm_of(self, name: str, hidden: Tensor) -> str | None:
-        """Returns the full name of the norm whose output a linear layer reads: of a module with a weight that is no linear layer."""
+        """Returns the full name of the norm whose output a linear layer reads: of a module with a weight that is no
+        linear layer.
+        """
         made: dict[int, tuple[str, Tensor]] = {}
         with ExitStack() as hooks:
             for path, module in self.layer.named_modules():
@@ -154,7 +158,9 @@ class Block:
         return path and f"{self.name}.{path}"
 
     def shift(self, names: tuple[str, ...], bias: Tensor, norm: str | None = None) -> None:
-        """Adds a bias to what the named layers read, or to what a norm returns to all that read it, until this is closed."""
+        """Adds a bias to what the named layers read, or to what a norm returns to all that read it, until this is
+        closed.
+        """
         bias = bias.to(self.device)
         if norm is not None:
             module = self.layer.get_submodule(norm.removeprefix(f"{self.name}."))

@@ -30,9 +30,9 @@ def calibration_tokens(
     """
     Chooses sequences of calibration text.
 
-    The texts are shuffled and joined, as many as are needed, and cut into sequences without a gap, of which some are drawn. A
-    dataset with one long text is thus sampled as well as one with many short ones. Where the tokenizer puts a token before a text
-    (BOS), every sequence begins with it. A set that has a name is drawn as optimum draws it.
+    The texts are shuffled and joined, as many as are needed, and cut into sequences without a gap, of which some are
+    drawn. A dataset with one long text is thus sampled as well as one with many short ones. Where the tokenizer puts a
+    token before a text (BOS), every sequence begins with it. A set that has a name is drawn as optimum draws it.
 
     Args:
         config ([`D2QuantConfig`]):
@@ -74,8 +74,8 @@ def calibration_tokens(
         length = len(ids) // config.num_samples
         fits = f"num_samples={sequences}" if sequences else f"seqlen={length}" if length > 1 else None
         raise ValueError(
-            f"The calibration text has {len(ids):,} tokens; {config.num_samples} sequences of {config.seqlen} need {needed:,}. "
-            f"Give more text{f', or write `{fits}`' if fits else ''}."
+            f"The calibration text has {len(ids):,} tokens; {config.num_samples} sequences of {config.seqlen} need "
+            f"{needed:,}. Give more text{f', or write `{fits}`' if fits else ''}."
         )
     chosen = draws.sample(range(sequences), config.num_samples)
     return torch.tensor([windows[one] for one in chosen])
@@ -99,7 +99,8 @@ def load_texts(config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase) -> lis
             raise ValueError(f"`dataset={data!r}` is the fingerprint of a list. Give the texts themselves.")
         if any(map(str.isspace, data)):
             raise ValueError(
-                f"`dataset={shorten(data, 40)!r}` is no file and no name of a dataset. A text itself goes into a list: `dataset=[text]`."
+                f"`dataset={shorten(data, 40)!r}` is no file and no name of a dataset. A text itself goes into a "
+                "list: `dataset=[text]`."
             )
     return read_texts(data, split="train")
 

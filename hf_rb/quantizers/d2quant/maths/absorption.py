@@ -1,16 +1,17 @@
 r"""Where the column scales of a down projection can go, and how they get there.
 
-An MLP computes  W_down (a(x) * W_up x)  or  W_down r(W_up x)  with a positively homogeneous r such as ReLU. There column j of
-W_down, its scale c_j >= 0 included, meets nothing but row j of W_up, so that
+An MLP computes  W_down (a(x) * W_up x)  or  W_down r(W_up x)  with a positively homogeneous r such as ReLU. There
+column j of W_down, its scale c_j >= 0 included, meets nothing but row j of W_up, so that
 
     W_down diag(c) (a * W_up x) = W_down (a * diag(c) W_up x)
 
-holds exactly, and c_j times the scales of row j of the quantized W_up (codes and zero points stay), and of its bias, does what
-W_down's column scales do. It does not hold for an activation in between that is not homogeneous (GELU), nor where the product is
-clamped; and the gate, which goes through a(), is never the partner.
+holds exactly, and c_j times the scales of row j of the quantized W_up (codes and zero points stay), and of its bias,
+does what W_down's column scales do. It does not hold for an activation in between that is not homogeneous (GELU), nor
+where the product is clamped; and the gate, which goes through a(), is never the partner.
 
-A pair is looked for by the usual names and then tried: the module's own forward pass runs with small random matrices in the
-place of its own, once more with scaled rows and columns, on small and large inputs. What changes the output is no pair.
+A pair is looked for by the usual names and then tried: the module's own forward pass runs with small random matrices
+in the place of its own, once more with scaled rows and columns, on small and large inputs. What changes the output is
+no pair.
 """
 
 import copy

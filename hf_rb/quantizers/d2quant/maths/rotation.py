@@ -1,17 +1,18 @@
 r"""Rotation of the hidden state: outliers are spread over channels, and the model computes what it did before.
 
-With R orthogonal, a block diagonal of equal randomised Hadamard matrices, and the gain of every RMSNorm moved into what reads it,
+With R orthogonal, a block diagonal of equal randomised Hadamard matrices, and the gain of every RMSNorm moved into
+what reads it,
 
     embeddings <- E R,    what reads the hidden state <- W R,    what writes to it <- R' W (and R' b),    head <- W R
 
-leaves every logit as it is, since rms(x R) = rms(x). Nothing is left to do at run time: the model is of its architecture, with
-norms of gain 1. Its input and output embeddings can no longer be tied.
+leaves every logit as it is, since rms(x R) = rms(x). Nothing is left to do at run time: the model is of its
+architecture, with norms of gain 1. Its input and output embeddings can no longer be tied.
 
-From https://huggingface.co/papers/2404.00456, as https://huggingface.co/papers/2602.02546 uses it. What its released code does besides,
-taking the mean of the embeddings away, would change a model with RMSNorms.
+From https://huggingface.co/papers/2404.00456, as https://huggingface.co/papers/2602.02546 uses it. What its released
+code does besides, taking the mean of the embeddings away, would change a model with RMSNorms.
 
-A model is only rotated if all of its parameters are known to be one of these parts: pre-norm decoders in the manner of Llama,
-without experts.
+A model is only rotated if all of its parameters are known to be one of these parts: pre-norm decoders in the manner of
+Llama, without experts.
 """
 
 import copy
@@ -72,7 +73,8 @@ def fuse_and_rotate(model: PreTrainedModel, block: int | str = "auto", seed: int
 
 def check(model: PreTrainedModel, block: int | str = "auto") -> None:
     """
-    Raises the `ValueError` of [`fuse_and_rotate`] for a model that cannot be rotated. Its weights may be on the meta device.
+    Raises the `ValueError` of [`fuse_and_rotate`] for a model that cannot be rotated. Its weights may be on the meta
+    device.
     """
     _parts(model)
     resolve_block(model.config.get_text_config().hidden_size, block)
@@ -115,14 +117,16 @@ def resolve_block(hidden_size: int, block: int | str = "auto") -> int:
         return min(WIDEST_BLOCK, largest)
     if block < 1 or block & (block - 1) or largest % block:
         raise ValueError(
-            f"`rotation_block` must be a power of two that divides the hidden size {hidden_size}, so at most {largest}, or "
-            f"'auto'; got {block!r}."
+            f"`rotation_block` must be a power of two that divides the hidden size {hidden_size}, so at most "
+            f"{largest}, or 'auto'; got {block!r}."
         )
     return block
 
 
 def hadamard(width: int, seed: int = 0) -> Tensor:
-    """Returns an orthogonal Hadamard matrix with random signs of its rows, float64 `(width, width)`; a power of two."""
+    """Returns an orthogonal Hadamard matrix with random signs of its rows, float64 `(width, width)`; a power of
+    two.
+    """
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < width:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -180,7 +184,8 @@ def _is_rms_norm(norm: nn.Module, hidden: int) -> bool:
     weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if weight is None or epsilon is None or sum(1 for _ in norm.parameters()) != 1:
         return False
-    # On the CPU with weights of its own: those of the model may not be there yet, or be such that kinds of norms agree.
+    # On the CPU with weights of its own: those of the model may not be there yet, or be such that kinds of norms
+    # agree.
     draws, trial = torch.Generator().manual_seed(0), copy.copy(norm)
     options = dict(
         generator=draws, dtype=torch.float32, device="cpu"
