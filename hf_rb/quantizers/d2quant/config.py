@@ -158,6 +158,7 @@ class D2QuantConfig(PackedConfig):
     dequantize: bool = field(default=False, metadata=described("Load a D²Quant checkpoint as ordinary linear layers."))
     bias_modules: list[str] | None = field(default=None, metadata=described("Written by quantizing."))
     column_modules: list[str] | None = field(default=None, metadata=described("Written by quantizing."))
+    # pyrefly: ignore[bad-override]  (transformers has an enumeration of its own methods)
     quant_method: str = field(default="d2quant", metadata=described("The method's name.", choices=("d2quant",)))
     format_version: int = field(default=FORMAT_VERSION, metadata=described("Version of the file format."))
 
@@ -175,7 +176,7 @@ class D2QuantConfig(PackedConfig):
             logger.warning(f"D²Quant with `backend='rtn'` sees no data and no whole model: {names} switched off.")
 
     @property
-    def calibrated(self) -> bool:
+    def calibrated(self) -> bool:  # pyrefly: ignore[bad-override]  (no constant here)
         """Whether the model is run on text to quantize it."""
         return self.backend != "rtn"
 

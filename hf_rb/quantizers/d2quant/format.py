@@ -22,7 +22,7 @@ for the third bit.
 
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,8 @@ def for_kernels(codes: AffineCodes | DualCodes) -> PackedWeight:
     dual = isinstance(codes, DualCodes)
     layout = layout_of(codes.shape[1], codes.group_size, codes.bits, dual)
     if dual:
-        numbers = sum((codes.signs[plane] > 0).to(torch.uint8) << plane for plane in range(codes.bits))
+        planes = ((codes.signs[plane] > 0).to(torch.uint8) << plane for plane in range(codes.bits))
+        numbers = cast(Tensor, sum(planes))
         scale, column = codes.row_scale, codes.column_scale
     else:
         numbers, scale, column = codes.codes, _scales(codes.scale, codes.zero, codes.bits), None

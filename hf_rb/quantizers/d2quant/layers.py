@@ -1,5 +1,6 @@
 """The linear layer and the fused experts of D²Quant."""
 
+import torch
 from torch import Tensor, nn
 
 from hf_rb.quantizers.d2quant.format import code_bits, for_kernels, is_dual, layout_of
@@ -35,8 +36,9 @@ class D2QuantLinear(PackedLinear):
         """
         rows, columns = codes.shape
         layout = layout_of(columns, codes.group_size, codes.bits, isinstance(codes, DualCodes))
-        layer = cls(columns, rows, False, layout, column=is_dual(layout), device="meta")
+        layer = cls(columns, rows, False, layout, column=is_dual(layout), device=torch.device("meta"))
         layer.set_packed("weight", for_kernels(codes))
+        # pyrefly: ignore[bad-assignment]  (the annotation of nn.Linear has no None)
         layer.bias = None if bias is None else nn.Parameter(bias.detach())
         return layer
 

@@ -8,6 +8,7 @@ read and solved again.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -102,5 +103,6 @@ class ColumnScales:
         """Returns the column scales of a down projection, or of that of one expert."""
         if (down, place.expert) not in self.known:
             parameter = down if down in self._layouts else f"{down}.weight"
-            self.known[down, place.expert] = self._solve(self._layouts[parameter], place.read(parameter)).column
+            column = self._solve(self._layouts[parameter], place.read(parameter)).column
+            self.known[down, place.expert] = cast(Tensor, column)  # it is dual
         return self.known[down, place.expert]

@@ -107,6 +107,7 @@ class PTQTPConfig(PackedConfig):
         ),
     )
     dequantize: bool = field(default=False, metadata=described("Load a PTQTP checkpoint as ordinary linear layers."))
+    # pyrefly: ignore[bad-override]  (transformers has an enumeration of its own methods)
     quant_method: str = field(default="ptqtp", metadata=described("The method's name.", choices=("ptqtp",)))
     format_version: int = field(default=FORMAT_VERSION, metadata=described("Version of the file format."))
 

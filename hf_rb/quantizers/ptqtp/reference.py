@@ -28,10 +28,9 @@ def for_blocks(weight: Tensor, group_size: int, work: Callable[[slice, slice, sl
     """Calls `work(rows, groups, columns, block)` for groups of equal length, about `CHUNK` weights at a time."""
 
     def run(place: tuple[slice, slice, slice, int]) -> None:
-        *slices, length = place
-        rows, _, columns = slices
+        rows, groups, columns, length = place
         block = weight.detach()[rows, columns].to(torch.promote_types(weight.dtype, torch.float32))
-        work(*slices, block.reshape(-1, length))
+        work(rows, groups, columns, block.reshape(-1, length))
 
     step, places = max(1, CHUNK // weight.shape[1]), []
     for first in range(0, len(weight), step):

@@ -1,6 +1,6 @@
 """Runs the decoder layers of a model one at a time, and watches what reads what."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -38,13 +38,14 @@ class Decoder:
         self.module, self.model = model.get_decoder(), model
         count = model.config.get_text_config().num_hidden_layers
         lists = (part for part in self.module.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
-        self.layers = next(lists, None)
-        if self.layers is None:
+        layers = next(lists, None)
+        if layers is None:
             raise ValueError(
                 f"{type(model).__name__} has no list of {count} decoder layers: calibration runs them one by one. Use "
                 "`backend='rtn'` (`--backend rtn`), which needs no calibration."
             )
-        self.name = next(name for name, module in model.named_modules() if module is self.layers)
+        self.layers = layers
+        self.name = next(name for name, module in model.named_modules() if module is layers)
         self.final_norm: nn.Module | None = None
         self._calls: dict[int, Calls] = {}
 
@@ -185,7 +186,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _recorded(layer: nn.Module, calls: list, in_tuple: list) -> Iterator[None]:
+def _recorded(layer: nn.Module, calls: list, in_tuple: list) -> Generator[None]:
     """While open, the layer returns the hidden state that it gets, and writes down what else it gets."""
     before = vars(layer).get("forward")  # accelerate puts its own there
     forward = layer.forward

@@ -1,6 +1,7 @@
 """What calibration refuses before a model is loaded, and what it warns of."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -65,8 +66,9 @@ def check_layers(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 def warn_of_few(tokens: int, model: PreTrainedModel, names: Iterable[str]) -> None:
     """Warns where the calibration text has fewer tokens than the widest layer has inputs."""
-    widths = {name: model.get_submodule(name).in_features for name in names}
-    widest = max(widths, key=widths.get)
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    widths: dict[str, int] = {name: layer.in_features for name, layer in layers.items()}
+    widest = max(widths, key=widths.__getitem__)
     if tokens < widths[widest]:
         logger.warning(
             f"The calibration text has {tokens:,} tokens, fewer than the {widths[widest]:,} inputs of {widest}: its "

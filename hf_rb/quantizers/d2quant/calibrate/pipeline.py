@@ -23,14 +23,14 @@ Folding the correction of the final norm takes 4 bytes for each number of the he
 import copy
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -91,7 +91,8 @@ def quantize_model(
     """
     _check_loaded(model)
     tokens = calibration_tokens(config, load_tokenizer(config, model), report)
-    if (largest := int(tokens.max())) >= (rows := model.get_input_embeddings().num_embeddings):
+    embeddings: Any = model.get_input_embeddings()
+    if (largest := int(tokens.max())) >= (rows := embeddings.num_embeddings):
         raise ValueError(
             f"The calibration text has the token id {largest}, and the model's embeddings {rows} rows: give the "
             "model's own `tokenizer`."
@@ -116,7 +117,7 @@ def _check_loaded(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _unfinished(model: PreTrainedModel, config: D2QuantConfig, tokens: Tensor) -> Iterator[Path | None]:
+def _unfinished(model: PreTrainedModel, config: D2QuantConfig, tokens: Tensor) -> Generator[Path | None]:
     """Yields the folder for finished layers, if there is to be one."""
     if config.resume_dir is None:
         yield None
@@ -124,7 +125,7 @@ def _unfinished(model: PreTrainedModel, config: D2QuantConfig, tokens: Tensor) -
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     options = {name: value for name, value in config.to_dict().items() if name not in config.written}
     options |= {"hf_rb": __version__, "calibration tokens": token_fingerprint(tokens)}
     state = {"files": {"the model": digest.hexdigest()}, "options": options}
@@ -191,12 +192,12 @@ class _Calibration:
             shifted = self._shifted(list(readings))
             if self.config.dac and shifted is None:
                 self.uncorrected.append(block.name)
-            norm = shifted and self._norm_to_shift(block, shifted[0])
+            norm = self._norm_to_shift(block, shifted[0]) if shifted else None
             if file and file.is_file():
                 result = load_result(file, block.device)
                 self._install(block, result.codes)
                 if result.shift is not None:
-                    block.shift(shifted, result.shift, norm)
+                    block.shift(cast(tuple[str, ...], shifted), result.shift, norm)  # no shift without readers
                 self.streams.advance(block)
             else:
                 result = self._solve(block, readings, shifted, norm, last)
@@ -263,12 +264,13 @@ class _Calibration:
         return result
 
     def _final(self, outputs: Iterable[Tensor]) -> list[Tensor]:
-        norm = copy.deepcopy(self.decoder.final_norm).float()  # as the layers; a LayerNorm takes no mixture of types
+        # In float32 as the layers; a LayerNorm takes no mixture of types.
+        norm = copy.deepcopy(cast(nn.Module, self.decoder.final_norm)).float()
         outputs = (output.to(next(norm.parameters(), output).device, torch.float32) for output in outputs)
         return [self.streams.keep(norm(output), "The final norm's output") for output in outputs]
 
     def _final_shift(self) -> tuple[Tensor, BlockReport]:
-        report = BlockReport(name_of(self.model, self.decoder.final_norm))
+        report = BlockReport(name_of(self.model, cast(nn.Module, self.decoder.final_norm)))
         student = self._final(self.streams.quantized)
         return mean_shift(report, self.final_teacher, student, self.config.dac_clip), report
 
@@ -331,8 +333,8 @@ def mean_shift(report: BlockReport, teacher: list[Tensor], student: list[Tensor]
 
 
 def _split(codes: AffineCodes | DualCodes, rows: list[int]) -> list[AffineCodes | DualCodes]:
-    """Takes apart what was stacked."""
-    if len(rows) == 1:
+    """Takes apart what was stacked, which dual codes never are."""
+    if isinstance(codes, DualCodes) or len(rows) == 1:
         return [codes]
     parts = zip(codes.codes.split(rows), codes.scale.split(rows), codes.zero.split(rows), strict=True)
     return [replace(codes, codes=one.contiguous(), scale=scale, zero=zero) for one, scale, zero in parts]

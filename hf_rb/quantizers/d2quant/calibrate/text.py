@@ -4,7 +4,7 @@ import hashlib
 import os
 import random
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def calibration_tokens(
     return torch.tensor([windows[one] for one in chosen])
 
 
-def is_named_set(dataset: Any) -> bool:
+def is_named_set(dataset: Any) -> TypeGuard[str]:
     """Whether optimum knows a dataset by its name; a file that is called so comes first."""
     return isinstance(dataset, str) and dataset in NAMED_SETS and not os.path.exists(dataset)
 
@@ -90,10 +90,10 @@ def load_texts(config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     """Returns the texts that `config.dataset` names or is; those of `"tiny:math"` as the chat template has them."""
     data = config.dataset
     if not isinstance(data, str):
-        return list(data)
+        return list(cast(list[str], data))  # calibration needs one
     if data.startswith("tiny:"):
-        rows = tiny.load_dataset(data.removeprefix("tiny:"), config="messages", split="train", size=TINY_ROWS)
-        return [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+        rows: Any = tiny.load_dataset(data.removeprefix("tiny:"), config="messages", split="train", size=TINY_ROWS)
+        return [cast(str, tokenizer.apply_chat_template(row["messages"], tokenize=False)) for row in rows]
     if not os.path.exists(data):  # `Path.exists` refuses names that are too long
         if ", sha256 " in data:
             raise ValueError(f"`dataset={data!r}` is the fingerprint of a list. Give the texts themselves.")
@@ -116,12 +116,13 @@ def load_tokenizer(config: D2QuantConfig, model: Any) -> PreTrainedTokenizerBase
     if isinstance(given, PreTrainedTokenizerBase):
         return given
     try:
-        return AutoTokenizer.from_pretrained(find_model(str(given)))
+        tokenizer: Any = AutoTokenizer.from_pretrained(find_model(str(given)))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"There is no tokenizer in {given or 'a model without a name'}, and calibration text needs one: give "
             "`tokenizer=...`, an object or a folder."
         ) from error
+    return tokenizer
 
 
 def token_fingerprint(tokens: Tensor) -> str:

@@ -29,7 +29,7 @@ Shapes: N rows, G columns, K planes; `(..., N, G)` are blocks that do not depend
 
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -100,7 +100,8 @@ class DualCodes:
             columns = slice(start, start + groups * length)
             signs = self.signs[:, :, columns].unflatten(-1, (groups, length))
             parts = scales[:, first : first + groups].unsqueeze(-2).unbind(-1)
-            weight[:, columns] = sum(part * sign for part, sign in zip(parts, signs, strict=True)).flatten(1)
+            total = cast(Tensor, sum(part * sign for part, sign in zip(parts, signs, strict=True)))
+            weight[:, columns] = total.flatten(1)
             first += groups
         return weight
 
@@ -120,8 +121,7 @@ class Levels:
 
     def __init__(self, scales: Tensor):
         # Summed in the order of the planes, as everything that reads them does.
-        values = sum(scale * sign for scale, sign in zip(scales.split(1, -1), _signs(scales), strict=True))
-        self.values, self.codes = values.sort(-1)
+        self.values, self.codes = _sum_planes(scales, _signs(scales)).sort(-1)
         self.middles = (self.values[..., 1:] + self.values[..., :-1]) / 2
 
     def nearest(self, weights: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def _fit_columns(block: Tensor, rows: Tensor, signs: Tensor) -> tuple[Tensor, Te
 
 
 def _sum_planes(rows: Tensor, signs: Tensor) -> Tensor:
-    return sum(row * sign for row, sign in zip(rows.split(1, -1), signs, strict=True))
+    return cast(Tensor, sum(row * sign for row, sign in zip(rows.split(1, -1), signs, strict=True)))
 
 
 def _error(block: Tensor, columns: Tensor, rows: Tensor, signs: Tensor, weights: Tensor | None) -> float:

@@ -22,7 +22,7 @@ Inside, matrices are transposed, `(in_features, out_features)`: a column of the 
 over the columns of a group is in `columns.py`, in torch, and in `solver.c` for what lies in main memory.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -76,7 +76,8 @@ class InputStatistics:
         self.tokens += len(inputs)
         self._hessian.addmm_(inputs.T, inputs)
         if self._cross is not None:
-            self._cross.addmm_((original.reshape(inputs.shape).to(inputs) - inputs).T, inputs)
+            there = cast(Tensor, original).reshape(inputs.shape).to(inputs)
+            self._cross.addmm_((there - inputs).T, inputs)
 
     @property
     def hessian(self) -> Tensor:
@@ -185,7 +186,7 @@ def quantize(
         if dual
         else AffineMatrix(rest, group_size, bits, clip_search)
     )
-    first = 0
+    first, extra = 0, None
     for group, length in groups:
         here, later = slice(first, first + length), slice(first + length, None)
         block, extra = rest[here], None if residual is None else residual[here]

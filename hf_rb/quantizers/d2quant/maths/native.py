@@ -92,7 +92,7 @@ class Solver:
         return errors
 
 
-def _block(block: Tensor) -> tuple[int, int, int]:
+def _block(block: Tensor) -> tuple[int, ...]:
     return block.data_ptr(), *block.shape
 
 

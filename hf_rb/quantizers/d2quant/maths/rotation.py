@@ -16,7 +16,7 @@ Llama, without experts.
 """
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ HEAD_NORMS = ("q_norm", "k_norm")  # of queries and keys: behind the projections
 
 class _Parts(NamedTuple):
     embeddings: nn.Embedding
-    norms: list[tuple[nn.Module, list[nn.Linear]]]  # and what reads them
+    norms: list[tuple[Any, list[nn.Linear]]]  # modules with a weight, and what reads them
     writers: list[nn.Linear]
 
 
@@ -97,7 +97,8 @@ def fuse_norms(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def untie(model: PreTrainedModel) -> None:
     """Gives the head a weight of its own, in place, and says so in the model's configuration."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     if head.weight is embeddings.weight:
         head.weight = nn.Parameter(embeddings.weight.clone(), embeddings.weight.requires_grad)
     for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
@@ -115,12 +116,13 @@ def resolve_block(hidden_size: int, block: int | str = "auto") -> int:
     largest = hidden_size & -hidden_size
     if block == "auto":
         return min(WIDEST_BLOCK, largest)
-    if block < 1 or block & (block - 1) or largest % block:
+    width = cast(int, block)
+    if width < 1 or width & (width - 1) or largest % width:
         raise ValueError(
             f"`rotation_block` must be a power of two that divides the hidden size {hidden_size}, so at most "
             f"{largest}, or 'auto'; got {block!r}."
         )
-    return block
+    return width
 
 
 def hadamard(width: int, seed: int = 0) -> Tensor:
@@ -143,14 +145,16 @@ def _wide(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _set(parameter: nn.Parameter, value: Tensor) -> None:
+def _set(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
 def _parts(model: PreTrainedModel) -> _Parts:
     """Returns the parts of a model, or raises a `ValueError` that names what it does not know."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    embeddings, norms, writers, head_norms = model.get_input_embeddings(), [], [], []
+    decoder: Any = model.get_decoder()
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    norms, writers, head_norms = [], [], []
     if head is None:
         raise ValueError(_unknown(model, "it has no head that could undo the rotation"))
     try:
@@ -181,12 +185,14 @@ def _parts(model: PreTrainedModel) -> _Parts:
 
 
 def _is_rms_norm(norm: nn.Module, hidden: int) -> bool:
-    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    weight = getattr(norm, "weight", None)
+    epsilon: Any = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if weight is None or epsilon is None or sum(1 for _ in norm.parameters()) != 1:
         return False
     # On the CPU with weights of its own: those of the model may not be there yet, or be such that kinds of norms
     # agree.
-    draws, trial = torch.Generator().manual_seed(0), copy.copy(norm)
+    draws = torch.Generator().manual_seed(0)
+    trial: Any = copy.copy(norm)
     options = dict(
         generator=draws, dtype=torch.float32, device="cpu"
     )  # while a model is made, the defaults are its own
