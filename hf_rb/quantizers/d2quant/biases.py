@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +27,23 @@ def set_bias(module: nn.Module, bias: Tensor) -> bool:
     new = getattr(module, "bias", None) is None
     if new and not isinstance(module, (nn.Linear, nn.LayerNorm)):  # these add their bias themselves
         module.__class__ = _with_bias(type(module))
-    module.bias = nn.Parameter(bias.to(module.weight), requires_grad=False)
+    weight: Any = module.weight
+    module.bias = nn.Parameter(bias.to(weight), requires_grad=False)
     return new
 
 
 def add_biases(model: nn.Module, names: Iterable[str]) -> None:
     """Makes the places for biases that a checkpoint has and its architecture has not."""
     for name in names:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         size = module.out_features if isinstance(module, nn.Linear) else module.weight.shape
         set_bias(module, torch.zeros(size, device=module.weight.device))
 
 
 def biases_by_switch(config: PreTrainedConfig, names: Iterable[str]) -> set[str]:
-    """Returns the linear layers that have biases if the architecture's switch is on; none if that leaves out one of `names`."""
+    """Returns the linear layers that have biases if the architecture's switch is on; none if that leaves out one of
+    `names`.
+    """
     if not hasattr(config, BIAS_SWITCH):
         return set()
     config = copy.deepcopy(config)
@@ -54,7 +58,7 @@ def biases_by_switch(config: PreTrainedConfig, names: Iterable[str]) -> set[str]
 def _with_bias(kind: type[nn.Module]) -> type[nn.Module]:
     """A norm that adds its bias to what its kind returns."""
 
-    def forward(self: nn.Module, *args, **kwargs) -> Tensor:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         return kind.forward(self, *args, **kwargs) + self.bias
 
     def reduce(self: nn.Module) -> tuple:

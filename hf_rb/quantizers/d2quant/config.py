@@ -24,11 +24,11 @@ class D2QuantConfig(PackedConfig):
     """
     Configuration of D²Quant, weight-only quantization to 2 and 3 bits (https://huggingface.co/papers/2602.02546).
 
-    The layers are quantized one after the other on calibration text: by GPTQ or GPTAQ with an integer grid for each group of
-    weights, and the down projections of the MLPs by sums of two (2 bits) or three (3 bits) sign planes with a second scale for
-    each column (DSQ), which is absorbed into the up projection and costs nothing. What the quantized attention shifts the
-    mean of the MLP's input by is put back as a bias (DAC). With `backend="rtn"` no data is needed: weights are rounded while
-    the model loads, mixtures of experts included.
+    The layers are quantized one after the other on calibration text: by GPTQ or GPTAQ with an integer grid for each
+    group of weights, and the down projections of the MLPs by sums of two (2 bits) or three (3 bits) sign planes with a
+    second scale for each column (DSQ), which is absorbed into the up projection and costs nothing. What the quantized
+    attention shifts the mean of the MLP's input by is put back as a bias (DAC). With `backend="rtn"` no data is
+    needed: weights are rounded while the model loads, mixtures of experts included.
 
     Args:
         bits (`int`, *optional*, defaults to `2`):
@@ -36,16 +36,16 @@ class D2QuantConfig(PackedConfig):
         group_size (`int`, *optional*, defaults to `128`):
             Neighbouring weights of a row that share their scales. A short last group is solved on its true length.
         backend (`str`, *optional*, defaults to `"gptaq"`):
-            `"gptq"`; `"gptaq"`, which also corrects what the layers before have changed in a layer's input; or `"rtn"`,
-            round to nearest without data, which switches `dac` and `rotate` off.
+            `"gptq"`; `"gptaq"`, which also corrects what the layers before have changed in a layer's input; or
+            `"rtn"`, round to nearest without data, which switches `dac` and `rotate` off.
         dsq (`bool`, *optional*, defaults to `True`):
             Whether down projections of 2 and 3 bits get sign planes and column scales instead of the integer grid.
         dsq_iters (`int`, *optional*, defaults to `15`):
             Iterations of the alternating fit of planes and scales.
         dsq_weighting (`str`, *optional*, defaults to `"hessian"`):
-            What a column counts in that fit. `"none"`: all alike, as in the paper and its code. `"hessian"`, which is ours: by
-            what its error costs in the output, 1 / U[j, j]^2 of the GPTQ loop's factor U of the inverse Hessian. With
-            `backend="rtn"` there is no Hessian, and all count alike.
+            What a column counts in that fit. `"none"`: all alike, as in the paper and its code. `"hessian"`, which is
+            ours: by what its error costs in the output, 1 / U[j, j]^2 of the GPTQ loop's factor U of the inverse
+            Hessian. With `backend="rtn"` there is no Hessian, and all count alike.
         dac (`bool`, *optional*, defaults to `True`):
             Whether the mean shift after the quantized attention is corrected.
         dac_mode (`str`, *optional*, defaults to `"fold"`):
@@ -56,7 +56,8 @@ class D2QuantConfig(PackedConfig):
             Whether the final norm gets a correction too, as in the released code.
         rotate (`str` or `False`, *optional*, defaults to `"block_hadamard"`):
             Rotates the hidden state by a random block Hadamard matrix, which changes no output before quantization and
-            spreads outliers. Tied embeddings are untied, which makes the file larger. `False` leaves the model as it is.
+            spreads outliers. Tied embeddings are untied, which makes the file larger. `False` leaves the model as it
+            is.
         rotation_block (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Width of a block, a power of two that divides the hidden size; `"auto"` is the largest up to 128.
         rotation_seed (`int`, *optional*, defaults to `0`):
@@ -64,16 +65,18 @@ class D2QuantConfig(PackedConfig):
         clip_search (`bool`, *optional*, defaults to `True`):
             Whether the range of each group's integer grid is searched for the smallest error.
         percdamp (`float`, *optional*, defaults to `0.01`):
-            What is added to the diagonal of a Hessian, as a part of its mean. Raised, with a warning, where it does not do.
+            What is added to the diagonal of a Hessian, as a part of its mean. Raised, with a warning, where it does
+            not do.
         asym_alpha (`float`, *optional*, defaults to `0.25`):
             Strength of GPTAQ's term; 0 is GPTQ.
         act_order (`str` or `None`, *optional*, defaults to `"gar"`):
-            `"gar"` takes columns with large Hessians first without leaving their groups; `None` goes from left to right.
+            `"gar"` takes columns with large Hessians first without leaving their groups; `None` goes from left to
+            right.
         dataset (`str` or `list[str]`, *optional*):
             Calibration text: a text file, a JSON-lines file with the column `text`, a dataset of the Hub (`NAME` or
-            `NAME:CONFIG`, split `train`), `"tiny:math"`, a list of texts, or one of `"wikitext2"`, `"c4"` and `"c4-new"`, which
-            optimum loads and draws from as it does for GPTQ. Required unless `backend="rtn"`. Of a list only the fingerprint is
-            stored, of a file only its name.
+            `NAME:CONFIG`, split `train`), `"tiny:math"`, a list of texts, or one of `"wikitext2"`, `"c4"` and
+            `"c4-new"`, which optimum loads and draws from as it does for GPTQ. Required unless `backend="rtn"`. Of a
+            list only the fingerprint is stored, of a file only its name.
         tokenizer (`str` or [`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer for the text; by default that of the model. Not stored.
         num_samples (`int`, *optional*, defaults to `128`):
@@ -85,26 +88,27 @@ class D2QuantConfig(PackedConfig):
         seed (`int`, *optional*, defaults to `0`):
             Seed that chooses the sequences.
         bits_per_layer (`dict[str, int]` or `str`, *optional*):
-            Bits (2, 3, 4) for modules by name, ending or regular expression, instead of `bits`; the first match counts.
-            `"nsds:3.0"` gives the layers whose weights look most sensitive 4 bits and the others 2, 3 on average
-            (https://huggingface.co/papers/2603.17354); what each layer got is stored in its place.
+            Bits (2, 3, 4) for modules by name, ending or regular expression, instead of `bits`; the first match
+            counts. `"nsds:3.0"` gives the layers whose weights look most sensitive 4 bits and the others 2, 3 on
+            average (https://huggingface.co/papers/2603.17354); what each layer got is stored in its place.
         modules_to_not_convert (`list[str]`, *optional*):
-            Names, endings or regular expressions of modules to leave as they are, besides those that are never quantized,
-            as in [`PTQTPConfig`].
+            Names, endings or regular expressions of modules to leave as they are, besides those that are never
+            quantized, as in [`PTQTPConfig`].
         resume_dir (`str`, *optional*):
-            Folder of its own that keeps every finished layer: a run that was killed goes on behind the last one, and a run
-            with another model, text or configuration is refused. Delete it when the model is saved; `hf-rb quantize` chooses
-            one and does that itself. Not stored.
+            Folder of its own that keeps every finished layer: a run that was killed goes on behind the last one, and a
+            run with another model, text or configuration is refused. Delete it when the model is saved;
+            `hf-rb quantize` chooses one and does that itself. Not stored.
         dequantize (`bool`, *optional*, defaults to `False`):
             For loading a D²Quant checkpoint: turn it into ordinary layers. Not stored.
         bias_modules (`list[str]`, *optional*):
             Written by quantizing: the modules that got a bias.
         column_modules (`list[str]`, *optional*):
-            Written by quantizing: the down projections whose column scales are stored, because no layer can absorb them.
+            Written by quantizing: the down projections whose column scales are stored, because no layer can absorb
+            them.
 
     Raises:
-        ValueError: There is no calibration data, a value has the wrong type, is out of range, cannot act with the others or is
-            no regular expression, or the checkpoint was written in a newer format.
+        ValueError: There is no calibration data, a value has the wrong type, is out of range, cannot act with the
+            others or is no regular expression, or the checkpoint was written in a newer format.
     """
 
     method: ClassVar[str] = "D²Quant"
@@ -154,6 +158,7 @@ class D2QuantConfig(PackedConfig):
     dequantize: bool = field(default=False, metadata=described("Load a D²Quant checkpoint as ordinary linear layers."))
     bias_modules: list[str] | None = field(default=None, metadata=described("Written by quantizing."))
     column_modules: list[str] | None = field(default=None, metadata=described("Written by quantizing."))
+    # pyrefly: ignore[bad-override]  (transformers has an enumeration of its own methods)
     quant_method: str = field(default="d2quant", metadata=described("The method's name.", choices=("d2quant",)))
     format_version: int = field(default=FORMAT_VERSION, metadata=described("Version of the file format."))
 
@@ -171,7 +176,7 @@ class D2QuantConfig(PackedConfig):
             logger.warning(f"D²Quant with `backend='rtn'` sees no data and no whole model: {names} switched off.")
 
     @property
-    def calibrated(self) -> bool:
+    def calibrated(self) -> bool:  # pyrefly: ignore[bad-override]  (no constant here)
         """Whether the model is run on text to quantize it."""
         return self.backend != "rtn"
 

@@ -5,9 +5,9 @@ There are two kinds of matrices, each with codes of 2 or 3 bits, the first also 
 - affine: w = step * code + lowest, with lowest = -step * zero in float16;
 - dual (DSQ): w = column * sum_k scale_k * sign_k, bit k of a code says whether sign k is positive.
 
-File, for a matrix with N rows, K columns and groups of G (g = ceil(K / G)), with uint8 codes in the kernels' order: every group
-starts at a byte of its own, byte j of n codes of b bits holds the codes j, j + q, ..., with q = ceil(n b / 8), lowest bits first
-(`hf_rb/quantizers/kernels/layout.py`).
+File, for a matrix with N rows, K columns and groups of G (g = ceil(K / G)), with uint8 codes in the kernels' order:
+every group starts at a byte of its own, byte j of n codes of b bits holds the codes j, j + q, ..., with
+q = ceil(n b / 8), lowest bits first (`hf_rb/quantizers/kernels/layout.py`).
 
     weight          the codes at 2 and 4 bits; at 3 bits their lower two bits
     weight_hi       3 bits only: the third bits
@@ -15,13 +15,14 @@ starts at a byte of its own, byte j of n codes of b bits holds the codes j, j + 
     weight_zero     affine only, uint8 (N, ceil(g b / 8)): zero point i in the bits i b to i b + b - 1 of its row
     weight_column   float32 (K,): column scales, dual only, and only where they are not in the scales of another matrix
 
-In memory the bytes are those of the file, at 3 bits both parts of a group one after the other, and the scales are those that
-the kernels multiply with: of an affine matrix (step, lowest), at 3 bits (step, lowest, step), whose last is for the third bit.
+In memory the bytes are those of the file, at 3 bits both parts of a group one after the other, and the scales are
+those that the kernels multiply with: of an affine matrix (step, lowest), at 3 bits (step, lowest, step), whose last is
+for the third bit.
 """
 
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,8 @@ def for_kernels(codes: AffineCodes | DualCodes) -> PackedWeight:
     dual = isinstance(codes, DualCodes)
     layout = layout_of(codes.shape[1], codes.group_size, codes.bits, dual)
     if dual:
-        numbers = sum((codes.signs[plane] > 0).to(torch.uint8) << plane for plane in range(codes.bits))
+        planes = ((codes.signs[plane] > 0).to(torch.uint8) << plane for plane in range(codes.bits))
+        numbers = cast(Tensor, sum(planes))
         scale, column = codes.row_scale, codes.column_scale
     else:
         numbers, scale, column = codes.codes, _scales(codes.scale, codes.zero, codes.bits), None
@@ -129,8 +131,8 @@ def _grids(scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def scale_rows(layout: Layout, scale: Tensor, factor: Tensor) -> Tensor:
     """
-    Returns the scales of an affine matrix whose rows are multiplied with factors, none of them negative; codes stay, and so do
-    zero points but where the factor is 0.
+    Returns the scales of an affine matrix whose rows are multiplied with factors, none of them negative; codes stay,
+    and so do zero points but where the factor is 0.
 
     Args:
         layout ([`~hf_rb.quantizers.kernels.layout.Layout`]):
@@ -272,8 +274,8 @@ def pack(codes: AffineCodes | DualCodes) -> dict[str, Tensor]:
             A quantized matrix.
 
     Returns:
-        `dict[str, torch.Tensor]`: `weight`, `weight_scale`, and of `weight_zero`, `weight_hi`, `weight_column` those that there
-        are.
+        `dict[str, torch.Tensor]`: `weight`, `weight_scale`, and of `weight_zero`, `weight_hi`, `weight_column` those
+        that there are.
     """
     layout = layout_of(codes.shape[1], codes.group_size, codes.bits, isinstance(codes, DualCodes))
     return to_file(layout, for_kernels(codes)).named("weight")

@@ -1,5 +1,6 @@
 """The linear layer and the fused experts of D²Quant."""
 
+import torch
 from torch import Tensor, nn
 
 from hf_rb.quantizers.d2quant.format import code_bits, for_kernels, is_dual, layout_of
@@ -16,9 +17,10 @@ class D2QuantLinear(PackedLinear):
     """
     A linear layer whose weight has codes of 2, 3 or 4 bits, on integer grids or as sign planes.
 
-    `weight` is a frozen uint8 parameter `(out_features, layout.row_bytes)` in the kernels' layout, `weight_scale` a frozen
-    float16 parameter `(out_features, ceil(in_features / group_size), scales)` (`hf_rb/quantizers/d2quant/format.py`). Sign planes
-    whose column scales are not in another layer have them as `weight_column`, float32 `(in_features,)`.
+    `weight` is a frozen uint8 parameter `(out_features, layout.row_bytes)` in the kernels' layout, `weight_scale` a
+    frozen float16 parameter `(out_features, ceil(in_features / group_size), scales)`
+    (`hf_rb/quantizers/d2quant/format.py`). Sign planes whose column scales are not in another layer have them as
+    `weight_column`, float32 `(in_features,)`.
     """
 
     @classmethod
@@ -34,8 +36,9 @@ class D2QuantLinear(PackedLinear):
         """
         rows, columns = codes.shape
         layout = layout_of(columns, codes.group_size, codes.bits, isinstance(codes, DualCodes))
-        layer = cls(columns, rows, False, layout, column=is_dual(layout), device="meta")
+        layer = cls(columns, rows, False, layout, column=is_dual(layout), device=torch.device("meta"))
         layer.set_packed("weight", for_kernels(codes))
+        # pyrefly: ignore[bad-assignment]  (the annotation of nn.Linear has no None)
         layer.bias = None if bias is None else nn.Parameter(bias.detach())
         return layer
 
@@ -45,8 +48,9 @@ class D2QuantLinear(PackedLinear):
 
 class D2QuantExperts(PackedExperts):
     """
-    Stands in for a fused experts module of transformers, with one or both of its weights packed as in [`D2QuantLinear`]:
-    `(experts, out, layout.row_bytes)`, and `down_proj_column` `(experts, in)` where column scales are kept.
+    Stands in for a fused experts module of transformers, with one or both of its weights packed as in
+    [`D2QuantLinear`]: `(experts, out, layout.row_bytes)`, and `down_proj_column` `(experts, in)` where column scales
+    are kept.
     """
 
     def extra_repr(self) -> str:

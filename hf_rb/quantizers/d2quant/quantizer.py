@@ -1,9 +1,11 @@
 """D²Quant as a quantization backend of `from_pretrained(..., quantization_config=D2QuantConfig(...))`."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_rb.io.texts import check_columns
@@ -31,19 +33,19 @@ class D2QuantQuantizer(PackingQuantizer):
     """
     Quantizes a model to 2, 3 or 4 bits, or loads one that is quantized already.
 
-    With `backend="rtn"` weights are rounded one by one while they load. With `"gptq"` and `"gptaq"` the model is loaded as it is
-    and quantized on calibration text afterwards, in memory.
+    With `backend="rtn"` weights are rounded one by one while they load. With `"gptq"` and `"gptaq"` the model is
+    loaded as it is and quantized on calibration text afterwards, in memory.
 
     Attributes:
-        codings (`dict[str, Coding]`): How the weights are coded that are quantized, by the full name of the layer, or of the
-            parameter of fused experts.
+        codings (`dict[str, Coding]`): How the weights are coded that are quantized, by the full name of the layer, or
+            of the parameter of fused experts.
     """
 
     beside = ("scale", "zero", "hi", "column")
     per_layer = "bits_per_layer"
-    quantization_config: D2QuantConfig
+    quantization_config: D2QuantConfig  # pyrefly: ignore[bad-override-mutable-attribute]
 
-    def __init__(self, quantization_config: D2QuantConfig, **kwargs):
+    def __init__(self, quantization_config: D2QuantConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.codings: dict[str, Coding] = {}
         self.calibrates = not self.pre_quantized and quantization_config.backend != "rtn"
@@ -52,14 +54,14 @@ class D2QuantQuantizer(PackingQuantizer):
 
     # What is quantized.
 
-    def preprocess_model(self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs) -> None:
+    def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         if self.calibrates and isinstance(self.quantization_config.bits_per_layer, str):  # which reads all weights
             from hf_rb.quantizers.d2quant.calibrate.checks import check_model
 
             check_model(model, self.quantization_config)
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.downs = set(absorption.down_projections(model))
         if self.calibrates:
             for name, module, weights in self.choose(model):
@@ -69,15 +71,14 @@ class D2QuantQuantizer(PackingQuantizer):
             check_layers(model, self.codings)
             check_model(model, self.quantization_config)
             return model
-        model = super()._process_model_before_weight_loading(model, **kwargs)
+        super()._process_model_before_weight_loading(model, **kwargs)
         self.biased = [name for name, module in model.named_modules() if self._adds_bias(name, module)]
         add_biases(model, self.biased)
         return model
 
     def pack_module(self, name: str, module: nn.Module, weights: list[str]) -> PackedModule:
-        layouts, columns = {}, []
+        layouts, columns, linear = {}, [], isinstance(module, LINEAR)
         for weight, (bits, dual) in self._codings_of(name, module, weights).items():
-            linear = isinstance(module, LINEAR)
             width = features(module)[0] if linear else input_size(module, weight)
             layouts[weight] = layout_of(width, self.quantization_config.group_size, bits, dual)
             if dual and (not self.pre_quantized or self._keeps_column(name if linear else f"{name}.{weight}")):
@@ -85,13 +86,14 @@ class D2QuantQuantizer(PackingQuantizer):
         if not linear:
             return D2QuantExperts(module, layouts, columns=tuple(columns))
         bias = module.bias is not None or _among(name, self.quantization_config.bias_modules)
+        own: Any = module.weight
         packed = D2QuantLinear(
             *features(module),
             bias,
             layouts["weight"],
             column=bool(columns),
-            device=module.weight.device,
-            dtype=module.weight.dtype,
+            device=own.device,
+            dtype=own.dtype,
         )
         return packed.stand_in_for(module)
 
@@ -100,6 +102,7 @@ class D2QuantQuantizer(PackingQuantizer):
         config, found = self.quantization_config, {}
         for weight in weights:
             full = name if isinstance(module, LINEAR) else f"{name}.{weight}"
+            # pyrefly: ignore[bad-argument-type]  (a strategy is a dictionary by now)
             bits = setting(config.bits_per_layer, config.bits, full, name)
             found[weight] = self.codings[full] = Coding(bits, config.dsq and bits < 4 and full in self.downs)
         return found
@@ -132,18 +135,18 @@ class D2QuantQuantizer(PackingQuantizer):
 
     # Tensor by tensor.
 
-    def prepare_streaming(self, model: nn.Module) -> None:
+    def prepare_streaming(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
         if self.calibrates:
             raise ValueError(
-                f"`backend={config.backend!r}` runs the model on text, so it cannot be streamed: leave out `stream=True` "
-                "(`--stream`), or quantize with `backend='rtn'`, which needs no data."
+                f"`backend={config.backend!r}` runs the model on text, so it cannot be streamed: leave out "
+                "`stream=True` (`--stream`), or quantize with `backend='rtn'`, which needs no data."
             )
         self.columns = ColumnScales(model, self.layouts, lambda layout, matrix: self.solve(layout, matrix).weight)
         dual = [name for name, coding in self.codings.items() if coding.dual]
         config.column_modules = [name for name in dual if name not in self.columns.absorbed] or None
 
-    def streams(self, model: nn.Module, name: str) -> bool:
+    def streams(self, model: PreTrainedModel, name: str) -> bool:
         return super().streams(model, name) or self.columns.has_partner(name.removesuffix(".bias"))
 
     def quantize_tensor(self, parameter: str, module: PackedModule, matrix: Tensor, place: Place) -> PackedWeight:
@@ -161,39 +164,43 @@ class D2QuantQuantizer(PackingQuantizer):
 
     # After loading.
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         if self.calibrates:
             from hf_rb.quantizers.d2quant.calibrate.pipeline import quantize_model  # what it needs, loading does not
 
             quantize_model(model, config, self.codings, self.report)
-            self.plain_conversions = model._weight_conversions
+            conversions: Any = model._weight_conversions
+            self.plain_conversions = conversions
             return model
         for name in self.biased:
             bias = model.get_submodule(name).bias
             if not (bias.is_meta or getattr(bias, "_is_hf_initialized", False)):
                 self.arrivals.missing.add(f"{name}.bias")
-        model = super()._process_model_after_weight_loading(model, **kwargs)
+        super()._process_model_after_weight_loading(model, **kwargs)
         if not self.pre_quantized:
             config.column_modules = absorption.absorb(model) or None
         elif config.dequantize:
             self._make_room(model)
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        model = super()._dequantize(model, dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        super()._dequantize(model, dtype)
         self._make_room(model)
         return model
 
-    def _make_room(self, model: nn.Module) -> None:
-        """Makes an ordinary model one of an architecture with biases where its corrections are, or warns that there is none."""
+    def _make_room(self, model: PreTrainedModel) -> None:
+        """Makes an ordinary model one of an architecture with biases where its corrections are, or warns that there is
+        none.
+        """
         if not (biased := self.quantization_config.bias_modules):
             return
         places = biases_by_switch(model.config, biased)
         if not places:
             logger.warning(
-                f"The corrections of this model stay in biases of {len(biased)} modules ({biased[0]}, …). What `save_pretrained` "
-                f"writes now has them, but an ordinary {type(model).__name__} leaves them out when it is loaded."
+                f"The corrections of this model stay in biases of {len(biased)} modules ({biased[0]}, …). What "
+                f"`save_pretrained` writes now has them, but an ordinary {type(model).__name__} leaves them out when "
+                "it is loaded."
             )
             return
         setattr(model.config, BIAS_SWITCH, True)

@@ -1,13 +1,14 @@
 """Column scales of down projections on their way into the scales of their partners, while a checkpoint is streamed.
 
-`from_pretrained` absorbs column scales when the whole model is there (`maths/absorption.py`). A stream has one tensor at
-a time, and the files say whether the down projection or its partner is first. Whichever it is, the down projection is
-solved; its solution does not depend on the order, so neither does the result. [`ColumnScales`] keeps the column scales
-until the other one comes. If they are lost, because a run was interrupted in between, the down projection is read and
-solved again.
+`from_pretrained` absorbs column scales when the whole model is there (`maths/absorption.py`). A stream has one tensor
+at a time, and the files say whether the down projection or its partner is first. Whichever it is, the down projection
+is solved; its solution does not depend on the order, so neither does the result. [`ColumnScales`] keeps the column
+scales until the other one comes. If they are lost, because a run was interrupted in between, the down projection is
+read and solved again.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -34,7 +35,8 @@ class ColumnScales:
             Quantizes a matrix.
 
     Attributes:
-        known (`dict[tuple[str, int | None], torch.Tensor]`): Column scales by the name of the down projection and the expert.
+        known (`dict[tuple[str, int | None], torch.Tensor]`): Column scales by the name of the down projection and the
+            expert.
     """
 
     def __init__(
@@ -101,5 +103,6 @@ class ColumnScales:
         """Returns the column scales of a down projection, or of that of one expert."""
         if (down, place.expert) not in self.known:
             parameter = down if down in self._layouts else f"{down}.weight"
-            self.known[down, place.expert] = self._solve(self._layouts[parameter], place.read(parameter)).column
+            column = self._solve(self._layouts[parameter], place.read(parameter)).column
+            self.known[down, place.expert] = cast(Tensor, column)  # it is dual
         return self.known[down, place.expert]

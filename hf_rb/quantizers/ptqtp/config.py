@@ -16,30 +16,34 @@ class PTQTPConfig(PackedConfig):
     """
     Configuration of PTQTP, post-training quantization to trit-planes (https://huggingface.co/papers/2509.16989).
 
-    Every layer outside the skipped ones that computes what `nn.Linear` does (a subclass, `Conv1D` of GPT-2), and the weight of
-    every expert where a model keeps them in one parameter, becomes a sum of two ternary matrices with a pair of float16 scales for 128 weights. No calibration data is needed. These
-    are nine levels: 3.5 bits a weight with its scales in the dense packing, 4.25 in the nibble packing and in memory, not the
-    1.58 bits of one plane. At 4.25 bits round-to-nearest on a 4-bit grid is the more accurate choice.
+    Every layer outside the skipped ones that computes what `nn.Linear` does (a subclass, `Conv1D` of GPT-2), and the
+    weight of every expert where a model keeps them in one parameter, becomes a sum of two ternary matrices with a pair
+    of float16 scales for 128 weights. No calibration data is needed. These are nine levels: 3.5 bits a weight with its
+    scales in the dense packing, 4.25 in the nibble packing and in memory, not the 1.58 bits of one plane. At 4.25 bits
+    round-to-nearest on a 4-bit grid is the more accurate choice.
 
     Args:
         group_size (`int`, *optional*, defaults to `128`):
             Neighbouring weights of a row that share their scales. A short last group is solved on its true length.
         planes (`int`, *optional*, defaults to `2`):
-            Ternary planes: 1, 2 (the paper) or 3 (27 levels, 5.25 bits a weight with its scales in the dense packing; ours).
+            Ternary planes: 1, 2 (the paper) or 3 (27 levels, 5.25 bits a weight with its scales in the dense packing;
+            ours).
         max_iter (`int`, *optional*, defaults to `50`):
             Upper limit of iterations of the solver.
         tol (`float`, *optional*, defaults to `1e-4`):
             A group of weights is done when its scales move less than this.
         tol_mode (`str`, *optional*, defaults to `"absolute"`):
-            `"absolute"` is the paper's rule; a layer whose median scale is below `30 * tol`, for which that rule stops too
-            early, is solved again with `"relative"` and counted in the report. `"absolute_strict"` never does that.
+            `"absolute"` is the paper's rule; a layer whose median scale is below `30 * tol`, for which that rule stops
+            too early, is solved again with `"relative"` and counted in the report. `"absolute_strict"` never does
+            that.
         scale_mode (`str`, *optional*, defaults to `"free"`):
             `"tied"` keeps the first scale at three times the second: a symmetric integer code (not part of the paper).
         multistart (`bool`, *optional*, defaults to `False`):
-            Whether a group is also solved from other starting points and the best solution is kept: some 4 % less error
-            for about twice the time (not part of the paper).
+            Whether a group is also solved from other starting points and the best solution is kept: some 4 % less
+            error for about twice the time (not part of the paper).
         packing (`str`, *optional*, defaults to `"dense"`):
-            Bytes in the file: `"dense"` (5 trits a byte) or `"nibble"` (two planes of a weight in 4 bits, as in memory).
+            Bytes in the file: `"dense"` (5 trits a byte) or `"nibble"` (two planes of a weight in 4 bits, as in
+            memory).
         modules_to_not_convert (`list[str]`, *optional*):
             Names, endings (of whole components: `"mlp.up_proj"`) or regular expressions from the start of a name, of
             modules to leave as they are, in addition to the output embeddings, heads of every kind and poolers,
@@ -48,21 +52,22 @@ class PTQTPConfig(PackedConfig):
         quantize_qk (`bool`, *optional*, defaults to `True`):
             Whether `q_proj` and `k_proj` are quantized. The paper quantizes them, its authors' checkpoints do not.
         planes_per_layer (`dict[str, int]` or `str`, *optional*):
-            Planes for modules by name, ending or regular expression, instead of `planes`; the first match counts. Fused
-            experts have the names of their parameters: `{"down_proj": 3}` holds for dense layers and experts, `"up_proj"`
-            for dense layers only where the experts have `gate_up_proj`. `"nsds:2.5"` gives the layers whose weights look
-            most sensitive 3 planes and the others 2, 2.5 on average (the scores of https://huggingface.co/papers/2603.17354,
-            whose use for planes is ours); what each layer got is stored in its place.
+            Planes for modules by name, ending or regular expression, instead of `planes`; the first match counts.
+            Fused experts have the names of their parameters: `{"down_proj": 3}` holds for dense layers and experts,
+            `"up_proj"` for dense layers only where the experts have `gate_up_proj`. `"nsds:2.5"` gives the layers
+            whose weights look most sensitive 3 planes and the others 2, 2.5 on average (the scores of
+            https://huggingface.co/papers/2603.17354, whose use for planes is ours); what each layer got is stored in
+            its place.
         activations (`str`, *optional*, defaults to `"exact"`):
-            `"int8"` rounds the input of a layer to 8 bits for each group of weights where a processor has a faster kernel
-            for that, with a relative error of 0.65 % in the output of a layer. May be given when loading; a checkpoint
-            that was stored with `"int8"` keeps it.
+            `"int8"` rounds the input of a layer to 8 bits for each group of weights where a processor has a faster
+            kernel for that, with a relative error of 0.65 % in the output of a layer. May be given when loading; a
+            checkpoint that was stored with `"int8"` keeps it.
         dequantize (`bool`, *optional*, defaults to `False`):
             For loading a PTQTP checkpoint: turn it into ordinary layers and experts. Not stored.
 
     Raises:
-        ValueError: A value has the wrong type, is out of range or is no regular expression, or the checkpoint was written in
-            a newer format.
+        ValueError: A value has the wrong type, is out of range or is no regular expression, or the checkpoint was
+            written in a newer format.
     """
 
     method: ClassVar[str] = "PTQTP"
@@ -102,6 +107,7 @@ class PTQTPConfig(PackedConfig):
         ),
     )
     dequantize: bool = field(default=False, metadata=described("Load a PTQTP checkpoint as ordinary linear layers."))
+    # pyrefly: ignore[bad-override]  (transformers has an enumeration of its own methods)
     quant_method: str = field(default="ptqtp", metadata=described("The method's name.", choices=("ptqtp",)))
     format_version: int = field(default=FORMAT_VERSION, metadata=described("Version of the file format."))
 

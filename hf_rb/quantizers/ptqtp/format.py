@@ -1,15 +1,16 @@
 """Trit-planes and their two byte layouts.
 
-A weight of group g in row i is  w = sum_k scales[i, g, k] * trits[k, i, j]  with trits in {-1, 0, 1}. Every group starts at a
-byte of its own in both layouts, so a tensor can be cut at any multiple of `group_size`:
+A weight of group g in row i is  w = sum_k scales[i, g, k] * trits[k, i, j]  with trits in {-1, 0, 1}. Every group
+starts at a byte of its own in both layouts, so a tensor can be cut at any multiple of `group_size`:
 
-- `"dense"`: five trits of one plane a byte, as the base-3 number of their digits `trit + 1`, first trit most significant
-  (0 to 242). A group stores its planes one after the other: 26 bytes a plane for 128 weights, 1.625 bits a weight.
-- `"nibble"`: what the kernels read (`hf_rb/quantizers/kernels/layout.py`). Planes 0 and 1 share codes of four bits, the base-3
-  number of their two digits (0 to 8): byte j of a group of length n holds code j in its low half and code j + ceil(n / 2) in
-  its high half. A plane that is left over (plane 0 of one, plane 2 of three) follows as digits of two bits (0 to 2): byte j
-  holds digits j, j + q, j + 2q and j + 3q with q = ceil(n / 4), from the low bits up. A group of 128 takes 32, 64 or 96 bytes
-  for 1, 2 or 3 planes.
+- `"dense"`: five trits of one plane a byte, as the base-3 number of their digits `trit + 1`, first trit most
+  significant (0 to 242). A group stores its planes one after the other: 26 bytes a plane for 128 weights, 1.625 bits a
+  weight.
+- `"nibble"`: what the kernels read (`hf_rb/quantizers/kernels/layout.py`). Planes 0 and 1 share codes of four bits,
+  the base-3 number of their two digits (0 to 8): byte j of a group of length n holds code j in its low half and code
+  j + ceil(n / 2) in its high half. A plane that is left over (plane 0 of one, plane 2 of three) follows as digits of
+  two bits (0 to 2): byte j holds digits j, j + q, j + 2q and j + 3q with q = ceil(n / 4), from the low bits up. A
+  group of 128 takes 32, 64 or 96 bytes for 1, 2 or 3 planes.
 
 A group shorter than `group_size`, the last of a row, is laid out by its own length. Unused places hold zero trits.
 
@@ -85,7 +86,8 @@ class TritPlanes:
         group_size (`int`):
             Weights of a row that share their scales. The last group of a row may be shorter.
         resolved (`bool`, *optional*, defaults to `False`):
-            Whether the absolute stopping rule was too coarse for this matrix and it was solved again with the relative one.
+            Whether the absolute stopping rule was too coarse for this matrix and it was solved again with the relative
+            one.
     """
 
     trits: Tensor
@@ -154,9 +156,9 @@ class TritPlanes:
         width = packed_width(in_features, config.group_size, planes, config.packing)
         if packed.shape != (len(scales), width) or groups != layout.groups:
             raise ValueError(
-                f"A packed weight of shape {tuple(packed.shape)} with scales {tuple(scales.shape)} is not a matrix with "
-                f"{in_features} columns in groups of {config.group_size} ({config.packing}, {width} bytes a row expected). "
-                "If the last group of a row is shorter than the others, pass `in_features`."
+                f"A packed weight of shape {tuple(packed.shape)} with scales {tuple(scales.shape)} is not a matrix "
+                f"with {in_features} columns in groups of {config.group_size} ({config.packing}, {width} bytes a row "
+                "expected). If the last group of a row is shorter than the others, pass `in_features`."
             )
         return cls(_unpack(packed, layout, config.packing).to(torch.int8) - 1, scales, config.group_size)
 

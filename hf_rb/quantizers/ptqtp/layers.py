@@ -16,8 +16,9 @@ class PTQTPLinear(PackedLinear):
     """
     A linear layer whose weight is stored as trit-planes.
 
-    `weight` is a frozen uint8 parameter `(out_features, layout.row_bytes)` in the kernels' layout, `weight_scale` a frozen
-    float16 parameter `(out_features, ceil(in_features / group_size), planes)`; gradients flow to the input and the bias.
+    `weight` is a frozen uint8 parameter `(out_features, layout.row_bytes)` in the kernels' layout, `weight_scale` a
+    frozen float16 parameter `(out_features, ceil(in_features / group_size), planes)`; gradients flow to the input and
+    the bias.
 
     Args:
         in_features (`int`):
@@ -57,7 +58,8 @@ class PTQTPExperts(PackedExperts):
     """
     Stands in for a fused experts module of transformers, with one or both of its weights stored as trit-planes.
 
-    A packed projection is uint8 `(experts, out, layout.row_bytes)`, with float16 scales `(experts, out, groups, planes)`.
+    A packed projection is uint8 `(experts, out, layout.row_bytes)`, with float16 scales
+    `(experts, out, groups, planes)`.
 
     Args:
         experts (`nn.Module`):

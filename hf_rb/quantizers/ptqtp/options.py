@@ -8,15 +8,15 @@ from torch import Tensor
 
 __all__ = ["SolverOptions", "solver_options"]
 
-# The ridge is a numerical guard. Nothing in the result depends on it, so it is not an option; the third version of the paper
-# has 1e6 for the threshold.
+# The ridge is a numerical guard. Nothing in the result depends on it, so it is not an option; the third version of the
+# paper has 1e6 for the threshold.
 LAMBDA_INIT, LAMBDA_MAX, KAPPA_THRESHOLD = 1e-8, 1.0, 1e12
 
 TIED = (3.0, 1.0)
 
-# Starts besides the paper's, as ratios of the scales (ours, not the paper's). Their sum is the largest weight of the group, or
-# `REACH` times the root mean square if that is less. Three planes never start from three equal ones: what breaks that tie is only
-# the order of the search.
+# Starts besides the paper's, as ratios of the scales (ours, not the paper's). Their sum is the largest weight of the
+# group, or `REACH` times the root mean square if that is less. Three planes never start from three equal ones: what
+# breaks that tie is only the order of the search.
 RATIOS = {1: (), 2: ((3.0, 1.0), (1.5, 1.0)), 3: ((4.0, 2.0, 1.0), (9.0, 3.0, 1.0))}
 REACH = 2.5
 

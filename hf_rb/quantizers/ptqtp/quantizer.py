@@ -23,7 +23,7 @@ class PTQTPQuantizer(PackingQuantizer):
     """Quantizes a model to trit-planes while it loads, or loads one that is quantized already."""
 
     per_layer = "planes_per_layer"
-    quantization_config: PTQTPConfig
+    quantization_config: PTQTPConfig  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def pack_module(self, name: str, module: nn.Module, weights: list[str]) -> PackedModule:
         config = self.quantization_config
@@ -34,6 +34,7 @@ class PTQTPQuantizer(PackingQuantizer):
         return PTQTPLinear(*size, config, self._planes(name), weight.device, weight.dtype).stand_in_for(module)
 
     def _planes(self, *names: str) -> int:
+        # pyrefly: ignore[bad-argument-type]  (a strategy is a dictionary by now)
         return setting(self.quantization_config.planes_per_layer, self.quantization_config.planes, *names)
 
     def solve(self, layout: Layout, matrix: Tensor) -> Solved:

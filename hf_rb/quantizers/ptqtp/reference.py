@@ -1,7 +1,7 @@
 """The two half-steps of PTQTP in torch, for any device and type (`solver.py` has the method).
 
-`solver.c` and `solver_triton.py` take the same steps. Shapes: R rows (groups of equal length), G their length, K planes, C = 3^K
-combinations of trits.
+`solver.c` and `solver_triton.py` take the same steps. Shapes: R rows (groups of equal length), G their length, K
+planes, C = 3^K combinations of trits.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from hf_rb.quantizers.ptqtp.options import SolverOptions
 
 __all__ = ["fit_groups", "for_blocks", "nearest_trits"]
 
-# Weights that are worked on at once: few enough to stay in the cache. The solver's own memory is below 100 bytes for each.
+# Weights that are worked on at once: few enough to stay in the cache. The solver's own memory is below 100 bytes for
+# each.
 CHUNK = 1 << 18
 MAX_THREADS = 8
 
@@ -27,10 +28,9 @@ def for_blocks(weight: Tensor, group_size: int, work: Callable[[slice, slice, sl
     """Calls `work(rows, groups, columns, block)` for groups of equal length, about `CHUNK` weights at a time."""
 
     def run(place: tuple[slice, slice, slice, int]) -> None:
-        *slices, length = place
-        rows, _, columns = slices
+        rows, groups, columns, length = place
         block = weight.detach()[rows, columns].to(torch.promote_types(weight.dtype, torch.float32))
-        work(*slices, block.reshape(-1, length))
+        work(rows, groups, columns, block.reshape(-1, length))
 
     step, places = max(1, CHUNK // weight.shape[1]), []
     for first in range(0, len(weight), step):
@@ -122,7 +122,9 @@ def _sort_rows(block: Tensor) -> Tensor:
 
 
 def _ridge_step(gram: Tensor, target: Tensor, ridge: Tensor, options: SolverOptions) -> tuple[Tensor, Tensor]:
-    """Solves `(gram + ridge I) a = target` for every group; an ill-conditioned one again, with the larger ridge it gets."""
+    """Solves `(gram + ridge I) a = target` for every group; an ill-conditioned one again, with the larger ridge it
+    gets.
+    """
     if options.direction is not None:
         gram = (gram @ options.direction @ options.direction)[:, None, None]
         target = (target @ options.direction)[:, None]

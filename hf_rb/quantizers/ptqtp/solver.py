@@ -1,4 +1,5 @@
-r"""PTQTP (https://huggingface.co/papers/2509.16989): a matrix as a sum of scaled ternary planes, without calibration data.
+r"""PTQTP (https://huggingface.co/papers/2509.16989): a matrix as a sum of scaled ternary planes, without calibration
+data.
 
 Every group w of G weights of a row is a problem of its own:
 
@@ -6,26 +7,26 @@ Every group w of G weights of a row is a problem of its own:
 
 starting from t_k = sign(w) and a_k = 1, two exact half-steps alternate until the scales move less than a tolerance:
 
-1. ridge least squares for the scales,  a = (S'S + l I)^-1 S'w  with S = [t_1 ... t_K] and a tiny l, which grows when the
-   Frobenius condition number of the matrix reaches a threshold;
+1. ridge least squares for the scales,  a = (S'S + l I)^-1 S'w  with S = [t_1 ... t_K] and a tiny l, which grows when
+   the Frobenius condition number of the matrix reaches a threshold;
 2. for every weight the nearest of the 3^K sums of scales, ties to the lexicographically first combination of trits.
 
-**Why this is fast.** Step 1 needs of the trits only, for every combination c, how many weights take it and their sum. Given
-the scales, the combinations are points on a line, so the weights that take c are those between two midpoints. A group is
-therefore sorted once, with its prefix sums; an iteration is then one binary search for each midpoint of a group instead of
-3^K distances for each of its weights. The trits are only written out at the end. The result is that of the literal search,
-ties included (`tests/quantizers/test_solver.py` compares them).
+**Why this is fast.** Step 1 needs of the trits only, for every combination c, how many weights take it and their sum.
+Given the scales, the combinations are points on a line, so the weights that take c are those between two midpoints. A
+group is therefore sorted once, with its prefix sums; an iteration is then one binary search for each midpoint of a
+group instead of 3^K distances for each of its weights. The trits are only written out at the end. The result is that
+of the literal search, ties included (`tests/quantizers/test_solver.py` compares them).
 
-`reference.py` is the reference, in torch, for any device and type. `solver.c` takes the same steps in the same precision,
-several times faster, wherever a weight of at most 32 bits lies in main memory and there is a compiler
-(`hf_rb/io/native.py`); on a GPU with Triton the two half-steps are one kernel (`solver_triton.py`). This file chooses one of
-them. Every group is solved on its own, so neither threads nor blocks change a result.
+`reference.py` is the reference, in torch, for any device and type. `solver.c` takes the same steps in the same
+precision, several times faster, wherever a weight of at most 32 bits lies in main memory and there is a compiler
+(`hf_rb/io/native.py`); on a GPU with Triton the two half-steps are one kernel (`solver_triton.py`). This file chooses
+one of them. Every group is solved on its own, so neither threads nor blocks change a result.
 
 **Where this is not Algorithm 1 of the paper:**
 
 - a group stops on its own; the paper stops when the largest change over all groups is below the tolerance;
-- after that the scales are brought to the canonical order `a_1 >= a_2 >= 0` and rounded to float16, and the trits are searched
-  once more for the rounded scales;
+- after that the scales are brought to the canonical order `a_1 >= a_2 >= 0` and rounded to float16, and the trits are
+  searched once more for the rounded scales;
 - `tol_mode="absolute"`, the default, solves a matrix of small weights a second time with the relative rule; only
   `"absolute_strict"` is the paper's rule throughout;
 - one and three planes, tied scales and multistart are ours, and off by default.
@@ -51,9 +52,9 @@ MIN_SCALE = 30
 
 
 def _without_autograd(function: Callable) -> Callable:
-    # A caller may be in inference mode, which is a property of its thread. A tensor that was made there is an inference tensor,
-    # and the worker threads, which are outside, cannot write to it: torch raises "Inplace update to inference tensor outside
-    # InferenceMode is not allowed".
+    # A caller may be in inference mode, which is a property of its thread. A tensor that was made there is an
+    # inference tensor, and the worker threads, which are outside, cannot write to it: torch raises "Inplace update to
+    # inference tensor outside InferenceMode is not allowed".
     return torch.inference_mode(False)(torch.no_grad()(function))
 
 
@@ -73,12 +74,13 @@ def solve(
     Decomposes a matrix into scaled ternary planes (PTQTP, https://huggingface.co/papers/2509.16989, Algorithm 1).
 
     The scales are brought to the canonical form `a_1 >= a_2 >= 0` (signs and order move into the trits), rounded to
-    `scale_dtype`, and the trits are then searched once more for the rounded scales: what is stored is the best choice of
-    trits for the stored scales. A plane whose scale is zero has zero trits.
+    `scale_dtype`, and the trits are then searched once more for the rounded scales: what is stored is the best choice
+    of trits for the stored scales. A plane whose scale is zero has zero trits.
 
     Args:
         weight (`torch.Tensor`):
-            Matrix of shape `(out_features, in_features)`, any floating type. Solved in float64 sums, on its own device.
+            Matrix of shape `(out_features, in_features)`, any floating type. Solved in float64 sums, on its own
+            device.
         group_size (`int`, *optional*, defaults to `128`):
             Neighbours in a row that share their scales. A shorter last group is solved on its true length.
         planes (`int`, *optional*, defaults to `2`):
@@ -89,9 +91,9 @@ def solve(
         tol (`float`, *optional*, defaults to `1e-4`):
             A group stops when its scales move less than this (Euclidean norm).
         tol_mode (`str`, *optional*, defaults to `"absolute"`):
-            `"absolute"` is the paper's rule. It says little about a matrix of small weights, so one whose median non-zero
-            scale is below `30 * tol` is solved again with `"relative"`, which compares with `tol` times the norm of the
-            scales. `"absolute_strict"` never does that.
+            `"absolute"` is the paper's rule. It says little about a matrix of small weights, so one whose median
+            non-zero scale is below `30 * tol` is solved again with `"relative"`, which compares with `tol` times the
+            norm of the scales. `"absolute_strict"` never does that.
         scale_mode (`str`, *optional*, defaults to `"free"`):
             `"tied"` keeps `a_1 = 3 a_2` exactly, in `scale_dtype` too, which makes the result a symmetric integer code
             from -4 to 4 (not part of the paper).
@@ -105,8 +107,8 @@ def solve(
         [`TritPlanes`]
 
     Raises:
-        ValueError: The weight is not a floating matrix, has a NaN or an infinite value, or needs scales that `scale_dtype`
-            cannot hold; or an option has a value that does not exist.
+        ValueError: The weight is not a floating matrix, has a NaN or an infinite value, or needs scales that
+            `scale_dtype` cannot hold; or an option has a value that does not exist.
     """
     scales, resolved = fit_scales(
         weight, group_size, planes, max_iter, tol, tol_mode, scale_mode, scale_dtype, multistart
@@ -178,7 +180,9 @@ def fit_scales(
     scale_dtype: torch.dtype = torch.float16,
     multistart: bool = False,
 ) -> tuple[Tensor, bool]:
-    """Returns the scales of [`solve`] `(out_features, groups, planes)`, and whether it took a second attempt to find them."""
+    """Returns the scales of [`solve`] `(out_features, groups, planes)`, and whether it took a second attempt to find
+    them.
+    """
     _check(weight, planes, tol_mode, scale_mode)
     options = solver_options(planes, max_iter, tol, tol_mode, scale_mode, multistart, weight.device)
     scales = _fit_matrix(weight, group_size, options)

@@ -71,7 +71,9 @@ class Solver:
         return trits
 
     def encode(self, weight: Tensor, scales: Tensor, group_size: int, row_bytes: int) -> tuple[Tensor, float, float]:
-        """Returns the best trits packed in the kernels' layout, the squared error and the squared norm of the weight."""
+        """Returns the best trits packed in the kernels' layout, the squared error and the squared norm of the
+        weight.
+        """
         packed = torch.empty(len(weight), row_bytes, dtype=torch.uint8)
         sums = [self._run_encode(block, scales[rows], group_size, packed[rows]) for rows, block in _blocks(weight)]
         error, norm = torch.cat(sums, dim=1).sum(1).tolist()

@@ -1,10 +1,13 @@
-"""PTQTP's solver (`hf_rb/quantizers/ptqtp/solver.py`) in Triton: every group of weights in the registers of a few threads.
+"""PTQTP's solver (`hf_rb/quantizers/ptqtp/solver.py`) in Triton: every group of weights in the registers of a few
+threads.
 
-The literal algorithm: all 3^K sums of scales are tried for every weight. There is no sorted order to set up, and a GPU's
-arithmetic is cheaper than its memory. Scales, sums and distances are float64 and multiplications are not fused with additions, so
-the steps are those of the reference. What differs is the order in which a sum over a group is taken, in the last bits: trits
-agree except where two choices are equally good to 1e-15.
+The literal algorithm: all 3^K sums of scales are tried for every weight. There is no sorted order to set up, and a
+GPU's arithmetic is cheaper than its memory. Scales, sums and distances are float64 and multiplications are not fused
+with additions, so the steps are those of the reference. What differs is the order in which a sum over a group is
+taken, in the last bits: trits agree except where two choices are equally good to 1e-15.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -20,13 +23,13 @@ __all__ = ["encode", "fit"]
 # Weights that a warp works on.
 TILE = 256
 
-# What `_fit_kernel` reads from `params_ptr`: numbers in float64, which an argument of a kernel would not be. The direction is that
-# of tied scales; every start has three shares.
+# What `_fit_kernel` reads from `params_ptr`: numbers in float64, which an argument of a kernel would not be. The
+# direction is that of tied scales; every start has three shares.
 TOL, RIDGE_INIT, RIDGE_MAX, KAPPA, REACH, DIRECTION, STARTS = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 5, 7))
 
 
 @triton.jit
-def _nearest(w, a0, a1, a2, PLANES: tl.constexpr):
+def _nearest(w: Any, a0: Any, a1: Any, a2: Any, PLANES: tl.constexpr):
     """The first combination of trits, in lexicographic order, with the smallest distance; and that distance."""
     distance = tl.abs(w + (a0 + a1 + a2)[:, None])
     code = tl.zeros(w.shape, tl.int32)
@@ -43,13 +46,15 @@ def _nearest(w, a0, a1, a2, PLANES: tl.constexpr):
 
 
 @triton.jit
-def _signed_sum(w, trit):
+def _signed_sum(w: Any, trit: Any):
     return tl.sum(tl.where(trit > 0, w, tl.where(trit < 0, -w, 0.0)), axis=1)
 
 
 @triton.jit
-def _trit_sums(w, there, a0, a1, a2, PLANES: tl.constexpr):
-    """S'S and S'w of the nearest trits: s00, s01, s02, s11, s12, s22, b0, b1, b2 (zeros where there is no such plane)."""
+def _trit_sums(w: Any, there: Any, a0: Any, a1: Any, a2: Any, PLANES: tl.constexpr):
+    """S'S and S'w of the nearest trits: s00, s01, s02, s11, s12, s22, b0, b1, b2 (zeros where there is no such
+    plane).
+    """
     code, _ = _nearest(w, a0, a1, a2, PLANES)
     t0 = tl.where(there, code // 3 ** (PLANES - 1) - 1, 0)
     s00 = tl.sum(t0 * t0, axis=1).to(tl.float64)
@@ -64,15 +69,29 @@ def _trit_sums(w, there, a0, a1, a2, PLANES: tl.constexpr):
     if PLANES > 2:
         t2 = tl.where(there, code % 3 - 1, 0)
         s02 = tl.sum(t0 * t2, axis=1).to(tl.float64)
-        s12 = tl.sum(t1 * t2, axis=1).to(tl.float64)
+        s12 = tl.sum(t1 * t2, axis=1).to(tl.float64)  # pyrefly: ignore[unbound-name]  (`PLANES` is a constant)
         s22 = tl.sum(t2 * t2, axis=1).to(tl.float64)
         b2 = _signed_sum(w, t2)
     return s00, s01, s02, s11, s12, s22, b0, b1, b2
 
 
 @triton.jit
-def _solve(s00, s01, s02, s11, s12, s22, b0, b1, b2, ridge, PLANES: tl.constexpr):
-    """Solves (S'S + ridge I) a = S'w through the adjugate, the ridge in terms of its own; returns a and the condition number."""
+def _solve(
+    s00: Any,
+    s01: Any,
+    s02: Any,
+    s11: Any,
+    s12: Any,
+    s22: Any,
+    b0: Any,
+    b1: Any,
+    b2: Any,
+    ridge: Any,
+    PLANES: tl.constexpr,
+):
+    """Solves (S'S + ridge I) a = S'w through the adjugate, the ridge in terms of its own; returns a and the condition
+    number.
+    """
     none = tl.zeros_like(b0)
     if PLANES == 1:
         return b0 / (s00 + ridge), none, none, none + 1
@@ -105,24 +124,24 @@ def _solve(s00, s01, s02, s11, s12, s22, b0, b1, b2, ridge, PLANES: tl.constexpr
 
 
 @triton.jit
-def _squares(m00, m01, m02, m11, m12, m22):
+def _squares(m00: Any, m01: Any, m02: Any, m11: Any, m12: Any, m22: Any):
     return m00 * m00 + m11 * m11 + m22 * m22 + 2 * (m01 * m01 + m02 * m02 + m12 * m12)
 
 
 @triton.jit
-def _norm(a0, a1, a2):
+def _norm(a0: Any, a1: Any, a2: Any):
     return tl.sqrt(a0 * a0 + a1 * a1 + a2 * a2)
 
 
 @triton.jit
 def _fit_kernel(
-    weight_ptr,
-    scale_ptr,
-    params_ptr,
-    size,
-    groups,
-    stride,
-    max_iter,
+    weight_ptr: Any,
+    scale_ptr: Any,
+    params_ptr: Any,
+    size: Any,
+    groups: Any,
+    stride: Any,
+    max_iter: Any,
     LENGTH: tl.constexpr,
     PLANES: tl.constexpr,
     TIED: tl.constexpr,
@@ -188,7 +207,21 @@ def _fit_kernel(
 
 
 @triton.jit
-def _ridge_step(s00, s01, s02, s11, s12, s22, b0, b1, b2, ridge, params_ptr, PLANES: tl.constexpr, TIED: tl.constexpr):
+def _ridge_step(
+    s00: Any,
+    s01: Any,
+    s02: Any,
+    s11: Any,
+    s12: Any,
+    s22: Any,
+    b0: Any,
+    b1: Any,
+    b2: Any,
+    ridge: Any,
+    params_ptr: Any,
+    PLANES: tl.constexpr,
+    TIED: tl.constexpr,
+):
     """The scales, with a larger ridge where the condition number asks for it; and the ridge."""
     if TIED:
         d0, d1 = tl.load(params_ptr + DIRECTION), tl.load(params_ptr + DIRECTION + 1)
@@ -207,18 +240,20 @@ def _ridge_step(s00, s01, s02, s11, s12, s22, b0, b1, b2, ridge, params_ptr, PLA
 
 @triton.jit
 def _encode_part(
-    weight_rows,
-    packed_rows,
-    inside,
-    a0,
-    a1,
-    a2,
+    weight_rows: Any,
+    packed_rows: Any,
+    inside: Any,
+    a0: Any,
+    a1: Any,
+    a2: Any,
     LENGTH: tl.constexpr,
     BITS: tl.constexpr,
     PLANE: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Packs the planes from `PLANE` on that share a code of `BITS`; returns the squared errors and the squared norms."""
+    """Packs the planes from `PLANE` on that share a code of `BITS`; returns the squared errors and the squared
+    norms.
+    """
     BYTES: tl.constexpr = (LENGTH * BITS + 7) // 8
     j = tl.arange(0, triton.next_power_of_2(BYTES))
     packed = tl.zeros([a0.shape[0], j.shape[0]], tl.int32)
@@ -238,21 +273,21 @@ def _encode_part(
 
 
 @triton.jit
-def _digit(code, scale, there, PLANE: tl.constexpr, PLANES: tl.constexpr):
+def _digit(code: Any, scale: Any, there: Any, PLANE: tl.constexpr, PLANES: tl.constexpr):
     """A plane's trit plus one: 1 outside the group, and in a plane whose scale is zero."""
     return tl.where(there & (scale != 0)[:, None], code // 3 ** (PLANES - 1 - PLANE) % 3, 1)
 
 
 @triton.jit
 def _encode_kernel(
-    weight_ptr,
-    scale_ptr,
-    packed_ptr,
-    sums_ptr,
-    size,
-    groups,
-    stride,
-    packed_stride,
+    weight_ptr: Any,
+    scale_ptr: Any,
+    packed_ptr: Any,
+    sums_ptr: Any,
+    size: Any,
+    groups: Any,
+    stride: Any,
+    packed_stride: Any,
     LENGTH: tl.constexpr,
     PLANES: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
@@ -311,8 +346,8 @@ def fit(weight: Tensor, group_size: int, options: SolverOptions) -> Tensor:
         with torch.cuda.device_of(weight):
             _fit_kernel[(triton.cdiv(size, block),)](
                 part, found, params, size, groups, part.stride(0), options.max_iter, length, options.planes,
-                options.direction is not None, options.relative, int(None in options.starts), len(options.starts), block, width,
-                num_warps=_warps(width), enable_fp_fusion=False,
+                options.direction is not None, options.relative, int(None in options.starts), len(options.starts),
+                block, width, num_warps=_warps(width), enable_fp_fusion=False,
             )  # fmt: skip
         scales.append(found)
     return torch.cat(scales, dim=1).abs().sort(-1, descending=True).values
@@ -333,11 +368,12 @@ def encode(weight: Tensor, scales: Tensor, group_size: int, row_bytes: int) -> t
             Bytes of a packed row.
 
     Returns:
-        `tuple[torch.Tensor, float, float]`: uint8 `(out_features, row_bytes)`, the squared error and the squared norm of the
-        weight.
+        `tuple[torch.Tensor, float, float]`: uint8 `(out_features, row_bytes)`, the squared error and the squared norm
+        of the weight.
     """
     packed = torch.empty(len(weight), row_bytes, dtype=torch.uint8, device=weight.device)
-    planes, group, offset, total = scales.shape[-1], 0, 0, 0
+    planes, group, offset = scales.shape[-1], 0, 0
+    total: Any = 0  # a tensor from the first part on
     for part, groups, length in _sections(weight, group_size):
         part_scales = scales[:, group : group + groups].contiguous()
         size, group_bytes = len(part) * groups, -(-length // 2) * (planes // 2) + -(-length // 4) * (planes % 2)
@@ -358,7 +394,7 @@ def _warps(width: int) -> int:
     return min(max(1, width // TILE), 16)
 
 
-def _sections(weight: Tensor, group_size: int):
+def _sections(weight: Tensor, group_size: int) -> list[tuple[Tensor, int, int]]:
     """The full groups of a matrix and its short last ones, as views, with their number in a row and their length."""
     weight = weight.detach()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()

@@ -1,6 +1,6 @@
 """Runs the decoder layers of a model one at a time, and watches what reads what."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -27,8 +27,8 @@ class Decoder:
     Attributes:
         name (`str`): Full name of the list of layers.
         layers (`nn.ModuleList`): The layers.
-        final_norm (`nn.Module`, *optional*): What makes of the last layer's output what the head reads, if there is a head and once
-            [`~Decoder.enter`] has run.
+        final_norm (`nn.Module`, *optional*): What makes of the last layer's output what the head reads, if there is a
+            head and once [`~Decoder.enter`] has run.
 
     Raises:
         ValueError: There is no such list.
@@ -38,13 +38,14 @@ class Decoder:
         self.module, self.model = model.get_decoder(), model
         count = model.config.get_text_config().num_hidden_layers
         lists = (part for part in self.module.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
-        self.layers = next(lists, None)
-        if self.layers is None:
+        layers = next(lists, None)
+        if layers is None:
             raise ValueError(
                 f"{type(model).__name__} has no list of {count} decoder layers: calibration runs them one by one. Use "
                 "`backend='rtn'` (`--backend rtn`), which needs no calibration."
             )
-        self.name = next(name for name, module in model.named_modules() if module is self.layers)
+        self.layers = layers
+        self.name = next(name for name, module in model.named_modules() if module is layers)
         self.final_norm: nn.Module | None = None
         self._calls: dict[int, Calls] = {}
 
@@ -63,8 +64,8 @@ class Decoder:
         known = self._calls.setdefault(len(ids), calls)
         if len(calls) != len(self.layers) or not _same(known, calls):
             raise ValueError(
-                f"The layers of {type(self.model).__name__} get more than a hidden state and positions, so that they cannot be "
-                "calibrated one by one. Use `backend='rtn'` (`--backend rtn`), which needs no calibration."
+                f"The layers of {type(self.model).__name__} get more than a hidden state and positions, so that they "
+                "cannot be calibrated one by one. Use `backend='rtn'` (`--backend rtn`), which needs no calibration."
             )
         makes_output = (
             part for part, args, output in made if output is result.last_hidden_state and args and args[0] is last
@@ -118,7 +119,9 @@ class Block:
         return output[0] if isinstance(output, tuple) else output
 
     def watch(self, hidden: Tensor) -> tuple[Tensor, dict[tuple[str, ...], Tensor]]:
-        """Returns the output, and by the names of those that read the same tensor, in the order of running, that tensor."""
+        """Returns the output, and by the names of those that read the same tensor, in the order of running, that
+        tensor.
+        """
         seen: dict[int, tuple[list[str], Tensor]] = {}
         with ExitStack() as hooks:
             for name, module in self.linear.items():
@@ -141,7 +144,9 @@ class Block:
         raise ValueError(f"{name} did not run.")
 
     def norm_of(self, name: str, hidden: Tensor) -> str | None:
-        """Returns the full name of the norm whose output a linear layer reads: of a module with a weight that is no linear layer."""
+        """Returns the full name of the norm whose output a linear layer reads: of a module with a weight that is no
+        linear layer.
+        """
         made: dict[int, tuple[str, Tensor]] = {}
         with ExitStack() as hooks:
             for path, module in self.layer.named_modules():
@@ -154,7 +159,9 @@ class Block:
         return path and f"{self.name}.{path}"
 
     def shift(self, names: tuple[str, ...], bias: Tensor, norm: str | None = None) -> None:
-        """Adds a bias to what the named layers read, or to what a norm returns to all that read it, until this is closed."""
+        """Adds a bias to what the named layers read, or to what a norm returns to all that read it, until this is
+        closed.
+        """
         bias = bias.to(self.device)
         if norm is not None:
             module = self.layer.get_submodule(norm.removeprefix(f"{self.name}."))
@@ -179,7 +186,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _recorded(layer: nn.Module, calls: list, in_tuple: list) -> Iterator[None]:
+def _recorded(layer: nn.Module, calls: list, in_tuple: list) -> Generator[None]:
     """While open, the layer returns the hidden state that it gets, and writes down what else it gets."""
     before = vars(layer).get("forward")  # accelerate puts its own there
     forward = layer.forward

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,20 +23,20 @@ class Result:
     What quantizing a decoder layer has found.
 
     Attributes:
+        block (`BlockReport`): The decoder layer's part of the report.
         codes (`dict[str, AffineCodes | DualCodes]`): Codes and scales of the linear layers by their full names.
         shift (`torch.Tensor`, *optional*): Correction of what the MLP reads, `(hidden,)`.
         final_shift (`torch.Tensor`, *optional*): That of the final norm, with the last layer.
-        layers (`list[LayerReport]`): The linear layers' part of the report.
-        block (`BlockReport`, *optional*): The decoder layer's.
+        layers (`list[LayerReport]`): The linear layers'.
         final (`BlockReport`, *optional*): The final norm's, with the last layer.
         seconds (`float`): Time in the solver.
     """
 
+    block: BlockReport
     codes: dict[str, AffineCodes | DualCodes] = field(default_factory=dict)
     shift: Tensor | None = None
     final_shift: Tensor | None = None
     layers: list[LayerReport] = field(default_factory=list)
-    block: BlockReport | None = None
     final: BlockReport | None = None
     seconds: float = 0.0
 
@@ -64,12 +65,19 @@ def load_result(file: Path, device: torch.device) -> Result:
     entries, metadata = read_header(file)
     said = json.loads(metadata["result"])
     tensors = {name: entry.read().to(device) for name, entry in entries.items()}
-    codes = {}
+    codes: dict[str, AffineCodes | DualCodes] = {}
     for name, numbers in said["codes"].items():
         kind = DualCodes if f"{name}/signs" in tensors else AffineCodes
-        parts = {part.name: tensors[f"{name}/{part.name}"] for part in fields(kind) if part.name not in numbers}
+        tensor_fields = (part.name for part in fields(kind) if part.name not in numbers)
+        parts: dict[str, Any] = {part: tensors[f"{name}/{part}"] for part in tensor_fields}
         codes[name] = kind(**numbers, **parts)
     layers = [LayerReport(**layer) for layer in said["layers"]]
-    shifts = [tensors.get(name) for name in ("shift", "final_shift")]
-    block, final = (said[name] and BlockReport(**said[name]) for name in ("block", "final"))
-    return Result(codes, *shifts, layers, block, final, said["seconds"])
+    return Result(
+        block=BlockReport(**said["block"]),
+        codes=codes,
+        shift=tensors.get("shift"),
+        final_shift=tensors.get("final_shift"),
+        layers=layers,
+        final=said["final"] and BlockReport(**said["final"]),
+        seconds=said["seconds"],
+    )

@@ -29,7 +29,8 @@ def named_set(
         head (`list[int]`):
             Ids that every sequence begins with. optimum's own sequences begin with none.
         num_samples, seqlen, seed (`int`):
-            Sequences, their tokens with `head`, and the seed. Python's, NumPy's and torch's random states stay as they are.
+            Sequences, their tokens with `head`, and the seed. Python's, NumPy's and torch's random states stay as they
+            are.
 
     Returns:
         `torch.Tensor`: Token ids `(num_samples, seqlen)`, int64.
@@ -48,8 +49,8 @@ def named_set(
     except (ImportError, OSError, DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(
-            f"`dataset={name!r}` is loaded by optimum from the Hub, which failed ({reason}): give `dataset` a text file, a JSON-lines "
-            "file with the column `text` or a list of texts instead."
+            f"`dataset={name!r}` is loaded by optimum from the Hub, which failed ({reason}): give `dataset` a text "
+            "file, a JSON-lines file with the column `text` or a list of texts instead."
         ) from error
     front = torch.tensor([head] * num_samples, dtype=torch.int64).view(num_samples, len(head))
     return torch.cat([front, torch.cat([one["input_ids"] for one in drawn])], dim=1)

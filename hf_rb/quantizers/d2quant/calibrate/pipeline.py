@@ -1,34 +1,36 @@
 """Quantizes a model on calibration text, one decoder layer after the other.
 
-Two streams of hidden states run through the layers: the original model's, and that of the model whose earlier layers are
-quantized. In a layer, the linear layers that read the same tensor form a group, in the order in which they run: query, key and
-value; the output projection; gate and up; down. A group is quantized on what it reads in the second stream, with everything before
-it already quantized. Which modules form a group, and where the mean shift is corrected (before the last but one), is seen by
-watching the layer run, not known by names.
+Two streams of hidden states run through the layers: the original model's, and that of the model whose earlier layers
+are quantized. In a layer, the linear layers that read the same tensor form a group, in the order in which they run:
+query, key and value; the output projection; gate and up; down. A group is quantized on what it reads in the second
+stream, with everything before it already quantized. Which modules form a group, and where the mean shift is corrected
+(before the last but one), is seen by watching the layer run, not known by names.
 
-The streams are kept on the CPU in the model's type, and a layer computes in float32 where its weights are. With T tokens of
-calibration text, hidden size H and intermediate size I, the work needs beside the model about
+The streams are kept on the CPU in the model's type, and a layer computes in float32 where its weights are. With T
+tokens of calibration text, hidden size H and intermediate size I, the work needs beside the model about
 
-    T x (7 H + I) numbers of the model's type         two streams, what the groups read in the original model, teacher and student of the
-                                                      mean shift; 2 H without `dac` and with `backend="gptq"`, where only streams are kept
-    4 bytes x (6 I^2 + weights of a layer)            Hessian, cross matrix and their factors for the down projection; a layer in float32
+    T x (7 H + I) numbers of the model's type     two streams, what the groups read in the original model, teacher and
+                                                  student of the mean shift; 2 H without `dac` and with
+                                                  `backend="gptq"`, where only streams are kept
+    4 bytes x (6 I^2 + weights of a layer)        Hessian, cross matrix and their factors for the down projection; a
+                                                  layer in float32
 
-or, for a moment while it rotates, 8 bytes for each number of the embeddings; tied embeddings are two afterwards. Folding the correction
-of the final norm takes 4 bytes for each number of the head, for a moment in the last layer. `model_cards/d2quant.md` has these beside what
-was measured.
+or, for a moment while it rotates, 8 bytes for each number of the embeddings; tied embeddings are two afterwards.
+Folding the correction of the final norm takes 4 bytes for each number of the head, for a moment in the last layer.
+`model_cards/d2quant.md` has these beside what was measured.
 """
 
 import copy
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -69,8 +71,8 @@ def quantize_model(
     """
     Quantizes a model in place.
 
-    Linear layers become [`D2QuantLinear`], `config.bias_modules` and `config.column_modules` say what a file of the model has
-    besides.
+    Linear layers become [`D2QuantLinear`], `config.bias_modules` and `config.column_modules` say what a file of the
+    model has besides.
 
     Args:
         model (`transformers.PreTrainedModel`):
@@ -84,14 +86,16 @@ def quantize_model(
 
     Raises:
         FileNotFoundError: There is no such calibration file.
-        ValueError: Weights are not in memory, the calibration text is empty or too short, an activation is not finite, a
-            Hessian cannot be factored, or unfinished work in `config.resume_dir` is of another run.
+        ValueError: Weights are not in memory, the calibration text is empty or too short, an activation is not finite,
+            a Hessian cannot be factored, or unfinished work in `config.resume_dir` is of another run.
     """
     _check_loaded(model)
     tokens = calibration_tokens(config, load_tokenizer(config, model), report)
-    if (largest := int(tokens.max())) >= (rows := model.get_input_embeddings().num_embeddings):
+    embeddings: Any = model.get_input_embeddings()
+    if (largest := int(tokens.max())) >= (rows := embeddings.num_embeddings):
         raise ValueError(
-            f"The calibration text has the token id {largest}, and the model's embeddings {rows} rows: give the model's own `tokenizer`."
+            f"The calibration text has the token id {largest}, and the model's embeddings {rows} rows: give the "
+            "model's own `tokenizer`."
         )
     warn_of_few(tokens.numel(), model, codings)
     training = model.training
@@ -107,13 +111,13 @@ def quantize_model(
 def _check_loaded(model: PreTrainedModel) -> None:
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(
-            f"{missing[0]} is not in memory, and calibration runs the model. Load it without offloading to disk: leave out "
-            "`device_map` or give it more memory; or use `backend='rtn'`, which quantizes while it loads."
+            f"{missing[0]} is not in memory, and calibration runs the model. Load it without offloading to disk: "
+            "leave out `device_map` or give it more memory; or use `backend='rtn'`, which quantizes while it loads."
         )
 
 
 @contextmanager
-def _unfinished(model: PreTrainedModel, config: D2QuantConfig, tokens: Tensor) -> Iterator[Path | None]:
+def _unfinished(model: PreTrainedModel, config: D2QuantConfig, tokens: Tensor) -> Generator[Path | None]:
     """Yields the folder for finished layers, if there is to be one."""
     if config.resume_dir is None:
         yield None
@@ -121,14 +125,15 @@ def _unfinished(model: PreTrainedModel, config: D2QuantConfig, tokens: Tensor) -
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     options = {name: value for name, value in config.to_dict().items() if name not in config.written}
     options |= {"hf_rb": __version__, "calibration tokens": token_fingerprint(tokens)}
     state = {"files": {"the model": digest.hexdigest()}, "options": options}
     folder = Path(config.resume_dir)
     if folder.is_dir() and (others := [path.name for path in folder.iterdir() if not path.name.startswith(OURS)]):
         raise ValueError(
-            f"`resume_dir={config.resume_dir!r}` holds {others[0]}, which is no unfinished work. Give a folder of its own."
+            f"`resume_dir={config.resume_dir!r}` holds {others[0]}, which is no unfinished work. Give a folder of "
+            "its own."
         )
     with unfinished(folder, state, True, logger):
         yield folder
@@ -169,8 +174,8 @@ class _Calibration:
             logger.info(str(result.block))
         if self.uncorrected:
             logger.warning(
-                f"`dac=True` corrects nothing in {len(self.uncorrected)} layers ({self.uncorrected[0]}, …): no linear layers of an MLP "
-                "read the hidden state behind the attention there."
+                f"`dac=True` corrects nothing in {len(self.uncorrected)} layers ({self.uncorrected[0]}, …): no "
+                "linear layers of an MLP read the hidden state behind the attention there."
             )
         if self.config.dac and self.config.dac_final and self.decoder.final_norm is None:
             logger.warning(
@@ -187,12 +192,12 @@ class _Calibration:
             shifted = self._shifted(list(readings))
             if self.config.dac and shifted is None:
                 self.uncorrected.append(block.name)
-            norm = shifted and self._norm_to_shift(block, shifted[0])
+            norm = self._norm_to_shift(block, shifted[0]) if shifted else None
             if file and file.is_file():
                 result = load_result(file, block.device)
                 self._install(block, result.codes)
                 if result.shift is not None:
-                    block.shift(shifted, result.shift, norm)
+                    block.shift(cast(tuple[str, ...], shifted), result.shift, norm)  # no shift without readers
                 self.streams.advance(block)
             else:
                 result = self._solve(block, readings, shifted, norm, last)
@@ -215,7 +220,8 @@ class _Calibration:
         return readings
 
     def _shifted(self, groups: list[tuple[str, ...]]) -> tuple[str, ...] | None:
-        # query, key, value; output; gate, up; down: what reads the hidden state behind the attention is the last but one.
+        # query, key, value; output; gate, up; down: what reads the hidden state behind the attention is the last but
+        # one.
         return groups[-2] if self.config.dac and len(groups) >= 4 else None
 
     def _norm_to_shift(self, block: Block, reader: str) -> str | None:
@@ -258,12 +264,13 @@ class _Calibration:
         return result
 
     def _final(self, outputs: Iterable[Tensor]) -> list[Tensor]:
-        norm = copy.deepcopy(self.decoder.final_norm).float()  # as the layers; a LayerNorm takes no mixture of types
+        # In float32 as the layers; a LayerNorm takes no mixture of types.
+        norm = copy.deepcopy(cast(nn.Module, self.decoder.final_norm)).float()
         outputs = (output.to(next(norm.parameters(), output).device, torch.float32) for output in outputs)
         return [self.streams.keep(norm(output), "The final norm's output") for output in outputs]
 
     def _final_shift(self) -> tuple[Tensor, BlockReport]:
-        report = BlockReport(name_of(self.model, self.decoder.final_norm))
+        report = BlockReport(name_of(self.model, cast(nn.Module, self.decoder.final_norm)))
         student = self._final(self.streams.quantized)
         return mean_shift(report, self.final_teacher, student, self.config.dac_clip), report
 
@@ -326,8 +333,8 @@ def mean_shift(report: BlockReport, teacher: list[Tensor], student: list[Tensor]
 
 
 def _split(codes: AffineCodes | DualCodes, rows: list[int]) -> list[AffineCodes | DualCodes]:
-    """Takes apart what was stacked."""
-    if len(rows) == 1:
+    """Takes apart what was stacked, which dual codes never are."""
+    if isinstance(codes, DualCodes) or len(rows) == 1:
         return [codes]
     parts = zip(codes.codes.split(rows), codes.scale.split(rows), codes.zero.split(rows), strict=True)
     return [replace(codes, codes=one.contiguous(), scale=scale, zero=zero) for one, scale, zero in parts]

@@ -1,5 +1,7 @@
 """Puts what was found for a decoder layer into the model: quantized linear layers, and corrections as biases."""
 
+from typing import Any, cast
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -43,13 +45,15 @@ def put_in_place(
     """
     added: list[str] = []
     if result.shift is not None:
-        added += _set_shift(model, result.shift, shifted, norm, result.codes)
+        added += _set_shift(model, result.shift, cast(tuple[str, ...], shifted), norm, result.codes)
     if result.final_shift is not None:
-        reader = name_of(model, model.get_output_embeddings())
-        keeps = config.dac_mode == "norm_bias" and getattr(final_norm, "weight", None) is not None
-        added += _set_shift(model, result.final_shift, (reader,), name_of(model, final_norm) if keeps else None, {})
+        head: Any = model.get_output_embeddings()
+        has_weight = getattr(final_norm, "weight", None) is not None
+        keeper = final_norm if config.dac_mode == "norm_bias" and has_weight else None
+        keeps = None if keeper is None else name_of(model, keeper)
+        added += _set_shift(model, result.final_shift, (name_of(model, head),), keeps, {})
     for name, codes in result.codes.items():
-        linear = model.get_submodule(name)
+        linear: Any = model.get_submodule(name)
         model.set_submodule(name, D2QuantLinear.from_codes(codes, linear.bias).stand_in_for(linear))
     return added
 
@@ -63,10 +67,10 @@ def _set_shift(model: nn.Module, shift: Tensor, readers: tuple[str, ...], norm: 
     if not shift.any():  # behind an attention that stays as it is
         return []
     if norm is not None:
-        module = model.get_submodule(norm)
+        module: Any = model.get_submodule(norm)
         biases = {norm: shift if getattr(module, "bias", None) is None else module.bias + shift}
     else:
-        linear = {name: model.get_submodule(name) for name in readers}
+        linear: dict[str, Any] = {name: model.get_submodule(name) for name in readers}
         weights = {name: codes[name].dequantize() if name in codes else linear[name].weight for name in readers}
         biases = {name: fold(weights[name], linear[name].bias, shift) for name in readers}
     return [name for name, bias in biases.items() if set_bias(model.get_submodule(name), bias)]

@@ -1,4 +1,6 @@
-"""The hidden states of the calibration text in the original model, and in the one whose earlier layers are quantized."""
+"""The hidden states of the calibration text in the original model, and in the one whose earlier layers are
+quantized.
+"""
 
 from torch import Tensor
 
@@ -21,7 +23,8 @@ class Streams:
             Sequences that run together.
 
     Attributes:
-        original (`list[torch.Tensor]`): What the next layer reads in the original model, by batch, `(batch, length, hidden)`.
+        original (`list[torch.Tensor]`): What the next layer reads in the original model, by batch,
+            `(batch, length, hidden)`.
         quantized (`list[torch.Tensor]`): The same where everything before it is quantized.
     """
 
@@ -41,8 +44,8 @@ class Streams:
                 Whether what the linear layers read is returned too.
 
         Returns:
-            `dict[tuple[str, ...], list[torch.Tensor]]`: By the names of the linear layers that read the same tensor, in the
-            order of running, these tensors, one a batch; none without `keep`.
+            `dict[tuple[str, ...], list[torch.Tensor]]`: By the names of the linear layers that read the same tensor,
+            in the order of running, these tensors, one a batch; none without `keep`.
         """
         readings: dict[tuple[str, ...], list[Tensor]] = {}
         for i, hidden in enumerate(self.original):

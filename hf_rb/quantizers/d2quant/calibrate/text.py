@@ -4,7 +4,7 @@ import hashlib
 import os
 import random
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -30,9 +30,9 @@ def calibration_tokens(
     """
     Chooses sequences of calibration text.
 
-    The texts are shuffled and joined, as many as are needed, and cut into sequences without a gap, of which some are drawn. A
-    dataset with one long text is thus sampled as well as one with many short ones. Where the tokenizer puts a token before a text
-    (BOS), every sequence begins with it. A set that has a name is drawn as optimum draws it.
+    The texts are shuffled and joined, as many as are needed, and cut into sequences without a gap, of which some are
+    drawn. A dataset with one long text is thus sampled as well as one with many short ones. Where the tokenizer puts a
+    token before a text (BOS), every sequence begins with it. A set that has a name is drawn as optimum draws it.
 
     Args:
         config ([`D2QuantConfig`]):
@@ -74,14 +74,14 @@ def calibration_tokens(
         length = len(ids) // config.num_samples
         fits = f"num_samples={sequences}" if sequences else f"seqlen={length}" if length > 1 else None
         raise ValueError(
-            f"The calibration text has {len(ids):,} tokens; {config.num_samples} sequences of {config.seqlen} need {needed:,}. "
-            f"Give more text{f', or write `{fits}`' if fits else ''}."
+            f"The calibration text has {len(ids):,} tokens; {config.num_samples} sequences of {config.seqlen} need "
+            f"{needed:,}. Give more text{f', or write `{fits}`' if fits else ''}."
         )
     chosen = draws.sample(range(sequences), config.num_samples)
     return torch.tensor([windows[one] for one in chosen])
 
 
-def is_named_set(dataset: Any) -> bool:
+def is_named_set(dataset: Any) -> TypeGuard[str]:
     """Whether optimum knows a dataset by its name; a file that is called so comes first."""
     return isinstance(dataset, str) and dataset in NAMED_SETS and not os.path.exists(dataset)
 
@@ -90,16 +90,17 @@ def load_texts(config: D2QuantConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     """Returns the texts that `config.dataset` names or is; those of `"tiny:math"` as the chat template has them."""
     data = config.dataset
     if not isinstance(data, str):
-        return list(data)
+        return list(cast(list[str], data))  # calibration needs one
     if data.startswith("tiny:"):
-        rows = tiny.load_dataset(data.removeprefix("tiny:"), config="messages", split="train", size=TINY_ROWS)
-        return [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+        rows: Any = tiny.load_dataset(data.removeprefix("tiny:"), config="messages", split="train", size=TINY_ROWS)
+        return [cast(str, tokenizer.apply_chat_template(row["messages"], tokenize=False)) for row in rows]
     if not os.path.exists(data):  # `Path.exists` refuses names that are too long
         if ", sha256 " in data:
             raise ValueError(f"`dataset={data!r}` is the fingerprint of a list. Give the texts themselves.")
         if any(map(str.isspace, data)):
             raise ValueError(
-                f"`dataset={shorten(data, 40)!r}` is no file and no name of a dataset. A text itself goes into a list: `dataset=[text]`."
+                f"`dataset={shorten(data, 40)!r}` is no file and no name of a dataset. A text itself goes into a "
+                "list: `dataset=[text]`."
             )
     return read_texts(data, split="train")
 
@@ -115,12 +116,13 @@ def load_tokenizer(config: D2QuantConfig, model: Any) -> PreTrainedTokenizerBase
     if isinstance(given, PreTrainedTokenizerBase):
         return given
     try:
-        return AutoTokenizer.from_pretrained(find_model(str(given)))
+        tokenizer: Any = AutoTokenizer.from_pretrained(find_model(str(given)))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"There is no tokenizer in {given or 'a model without a name'}, and calibration text needs one: give "
             "`tokenizer=...`, an object or a folder."
         ) from error
+    return tokenizer
 
 
 def token_fingerprint(tokens: Tensor) -> str:

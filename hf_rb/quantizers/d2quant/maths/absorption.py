@@ -1,31 +1,33 @@
 r"""Where the column scales of a down projection can go, and how they get there.
 
-An MLP computes  W_down (a(x) * W_up x)  or  W_down r(W_up x)  with a positively homogeneous r such as ReLU. There column j of
-W_down, its scale c_j >= 0 included, meets nothing but row j of W_up, so that
+An MLP computes  W_down (a(x) * W_up x)  or  W_down r(W_up x)  with a positively homogeneous r such as ReLU. There
+column j of W_down, its scale c_j >= 0 included, meets nothing but row j of W_up, so that
 
     W_down diag(c) (a * W_up x) = W_down (a * diag(c) W_up x)
 
-holds exactly, and c_j times the scales of row j of the quantized W_up (codes and zero points stay), and of its bias, does what
-W_down's column scales do. It does not hold for an activation in between that is not homogeneous (GELU), nor where the product is
-clamped; and the gate, which goes through a(), is never the partner.
+holds exactly, and c_j times the scales of row j of the quantized W_up (codes and zero points stay), and of its bias,
+does what W_down's column scales do. It does not hold for an activation in between that is not homogeneous (GELU), nor
+where the product is clamped; and the gate, which goes through a(), is never the partner.
 
-A pair is looked for by the usual names and then tried: the module's own forward pass runs with small random matrices in the
-place of its own, once more with scaled rows and columns, on small and large inputs. What changes the output is no pair.
+A pair is looked for by the usual names and then tried: the module's own forward pass runs with small random matrices
+in the place of its own, once more with scaled rows and columns, on small and large inputs. What changes the output is
+no pair.
 """
 
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hf_rb.quantizers.d2quant.format import is_dual, scale_rows
 from hf_rb.quantizers.packed.experts import projections
 from hf_rb.quantizers.packed.layer_kinds import LINEAR, features
-from hf_rb.quantizers.packed.linear import PackedModule
+from hf_rb.quantizers.packed.linear import PackedLinear, PackedModule
 from hf_rb.quantizers.packed.weight import SUFFIXES
 
 
@@ -80,11 +82,9 @@ def absorbable(model: nn.Module) -> list[Pair]:
     """Returns the pairs of which the down projection is packed as sign planes and its partner on grids."""
     found = []
     for pair in pairs(model):
-        layouts = [
-            getattr(module, "layouts", {}).get(name)
-            for module, name in (_owner(model, pair.down), _owner(model, pair.up))
-        ]
-        if None not in layouts and is_dual(layouts[0]) and not is_dual(layouts[1]):
+        (down, name), (up, partner) = _owner(model, pair.down), _owner(model, pair.up)
+        below, above = getattr(down, "layouts", {}).get(name), getattr(up, "layouts", {}).get(partner)
+        if below is not None and above is not None and is_dual(below) and not is_dual(above):
             found.append(pair)
     return found
 
@@ -140,7 +140,7 @@ def _absorb(model: nn.Module, pair: Pair) -> None:
     delattr(down, name + SUFFIXES["column"])
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _owner(model: nn.Module, name: str) -> tuple[Any, str]:
     try:
         module = model.get_submodule(name)
     except AttributeError:  # a parameter of fused experts
@@ -178,11 +178,11 @@ def _layers(name: str, module: nn.Module) -> Pair | tuple[str, str] | None:
     return None
 
 
-def _experts(name: str, experts: nn.Module) -> Pair | tuple[str, str]:
+def _experts(name: str, experts: Any) -> Pair | tuple[str, str]:
     down, up = f"{name}.down_proj", f"{name}.{'gate_up_proj' if experts.has_gate else 'up_proj'}"
 
     def between(states: Tensor) -> Tensor:
-        apply_gate = getattr(getattr(experts, "experts_class", type(experts)), "_apply_gate", None)
+        apply_gate: Any = getattr(getattr(experts, "experts_class", type(experts)), "_apply_gate", None)
         return apply_gate(experts, states) if experts.has_gate else experts.act_fn(states)
 
     width = 2 * INNER if experts.has_gate else INNER
@@ -197,7 +197,7 @@ def _experts(name: str, experts: nn.Module) -> Pair | tuple[str, str]:
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:
     """Returns the sizes of the input and the output of a linear layer, before or after quantization."""
-    return (layer.in_features, layer.out_features) if isinstance(layer, PackedModule) else features(layer)
+    return (layer.in_features, layer.out_features) if isinstance(layer, PackedLinear) else features(layer)
 
 
 def _halves(inner: int) -> list[slice]:
@@ -217,7 +217,7 @@ def _reason(module: nn.Module, up: str) -> str:
 # The trial.
 
 
-def _is_pair(module: nn.Module, linear: dict[str, nn.Linear], down: str, up: str, rows: slice) -> bool:
+def _is_pair(module: nn.Module, linear: dict[str, nn.Linear | Conv1D], down: str, up: str, rows: slice) -> bool:
     others = [child for name, child in module.named_children() if name not in linear]
     if any(True for child in others for _ in child.parameters()):
         # The layer of a decoder, with attention and norms: nothing but its activation can be tried.
@@ -227,7 +227,8 @@ def _is_pair(module: nn.Module, linear: dict[str, nn.Linear], down: str, up: str
     trial, inner = copy.copy(module), _sizes(linear[down])[0]
     trial.training, trial._modules = False, {}
     for name, child in module.named_children():
-        trial._modules[name] = _small(child, name == down, inner, generator) if name in linear else _still(child)
+        small = _small(linear[name], name == down, inner, generator) if name in linear else _still(child)
+        trial._modules[name] = small
     factor = torch.rand(INNER, generator=generator, dtype=torch.float64) + 0.5
     inputs = torch.randn(4, HIDDEN, generator=generator, dtype=torch.float64)
     outputs = []
@@ -244,7 +245,7 @@ def _is_pair(module: nn.Module, linear: dict[str, nn.Linear], down: str, up: str
         return False
 
 
-def _small(layer: nn.Linear, is_down: bool, inner: int, generator: torch.Generator) -> nn.Linear:
+def _small(layer: nn.Linear | Conv1D, is_down: bool, inner: int, generator: torch.Generator) -> nn.Linear:
     sizes = {inner: INNER, 2 * inner: 2 * INNER}
     size = (INNER, HIDDEN) if is_down else (HIDDEN, sizes.get(_sizes(layer)[1], HIDDEN))
     small = nn.Linear(*size, layer.bias is not None, dtype=torch.float64).requires_grad_(False)
@@ -279,6 +280,6 @@ def _same(expected: list[Tensor], found: list[Tensor]) -> bool:
     return all(
         one.shape == other.shape
         and not one.is_meta
-        and torch.allclose(one, other, rtol=1e-9, atol=1e-9 * one.abs().max())
+        and torch.allclose(one, other, rtol=1e-9, atol=1e-9 * one.abs().max().item())
         for one, other in zip(expected, found, strict=True)
     )

@@ -1,4 +1,5 @@
-"""Rounds the columns of a group one by one, for GPTQ and GPTAQ (`gptq.py`): to affine grids, or to levels of dual scales.
+"""Rounds the columns of a group one by one, for GPTQ and GPTAQ (`gptq.py`): to affine grids, or to levels of dual
+scales.
 
 Matrices are transposed, `(in_features, out_features)`: a column of the weight is a row of memory.
 """
@@ -49,7 +50,8 @@ def round_columns(
     columns: AffineColumns | DualColumns, block: Tensor, factor: Tensor, residual: Tensor | None, codes: Tensor
 ) -> Tensor:
     """
-    Quantizes the columns of a group. Fills in `codes`; `block` `(G, out)` then holds every column as it was when its turn came.
+    Quantizes the columns of a group. Fills in `codes`; `block` `(G, out)` then holds every column as it was when its
+    turn came.
 
     Returns:
         `torch.Tensor`: What the columns that follow have to make up for, `(G, out)`.

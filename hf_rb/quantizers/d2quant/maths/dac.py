@@ -1,11 +1,12 @@
-r"""Deviation-aware correction (DAC, https://huggingface.co/papers/2602.02546): the mean that quantization moved is put back.
+r"""Deviation-aware correction (DAC, https://huggingface.co/papers/2602.02546): the mean that quantization moved is put
+back.
 
 With y_T the output of a norm before quantization and y_S after it, on the same inputs and for T tokens, the bias
 
     b = 1/T sum_t (y_T - y_S),   clamped to +-10
 
-of that norm lowers the mean square of y_T - y_S in every channel by exactly the square of its mean, where nothing is clamped.
-Whatever reads the norm is linear, so that b may as well be a bias there: W b, with W as it is quantized.
+of that norm lowers the mean square of y_T - y_S in every channel by exactly the square of its mean, where nothing is
+clamped. Whatever reads the norm is linear, so that b may as well be a bias there: W b, with W as it is quantized.
 """
 
 import torch

@@ -1,11 +1,13 @@
-r"""Dual-scale quantization (DSQ, https://huggingface.co/papers/2602.02546): sign planes with a scale for each row and each column.
+r"""Dual-scale quantization (DSQ, https://huggingface.co/papers/2602.02546): sign planes with a scale for each row and
+each column.
 
 A block X of G neighbouring columns, one quantization group of every row, becomes
 
     X[i, j]  ~  c[j] * sum_k r[i, k] B[k, i, j],    B in {-1, +1},    r >= 0,    c >= 0
 
-with K planes: 2^K levels a row, symmetric and not equally spaced. The row scales r are stored; the column scales c multiply the
-input of the matrix, and in a gated MLP they move into the scales of the projection before it, where they cost nothing.
+with K planes: 2^K levels a row, symmetric and not equally spaced. The row scales r are stored; the column scales c
+multiply the input of the matrix, and in a gated MLP they move into the scales of the projection before it, where they
+cost nothing.
 
 After a greedy start, three exact half-steps alternate, none of which increases the squared error:
 
@@ -13,12 +15,12 @@ After a greedy start, three exact half-steps alternate, none of which increases 
 2. columns: least squares for c;
 3. codes: for every weight the nearest of the 2^K levels.
 
-The error may count each column with a weight g[j] of its own, sum_ij g[j] (X - X~)^2[i, j]: only the sums over columns in step 1
-change. The paper and its code count all columns alike; weights are ours.
+The error may count each column with a weight g[j] of its own, sum_ij g[j] (X - X~)^2[i, j]: only the sums over columns
+in step 1 change. The paper and its code count all columns alike; weights are ours.
 
-A row whose planes are linearly dependent keeps its scales in step 1 (the released code divides by a clamped determinant
-there). Scaling c by a factor and r by its inverse changes nothing; stored columns have a geometric mean of 1 over each group.
-Sign planes have no zero: a column of zeros has the scale 0, and counts in no mean.
+A row whose planes are linearly dependent keeps its scales in step 1 (the released code divides by a clamped
+determinant there). Scaling c by a factor and r by its inverse changes nothing; stored columns have a geometric mean of
+1 over each group. Sign planes have no zero: a column of zeros has the scale 0, and counts in no mean.
 
 This file is the reference, in torch, for any device and type. `solver.c` has the fit for float32 in main memory.
 
@@ -27,7 +29,7 @@ Shapes: N rows, G columns, K planes; `(..., N, G)` are blocks that do not depend
 
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -98,7 +100,8 @@ class DualCodes:
             columns = slice(start, start + groups * length)
             signs = self.signs[:, :, columns].unflatten(-1, (groups, length))
             parts = scales[:, first : first + groups].unsqueeze(-2).unbind(-1)
-            weight[:, columns] = sum(part * sign for part, sign in zip(parts, signs, strict=True)).flatten(1)
+            total = cast(Tensor, sum(part * sign for part, sign in zip(parts, signs, strict=True)))
+            weight[:, columns] = total.flatten(1)
             first += groups
         return weight
 
@@ -118,8 +121,7 @@ class Levels:
 
     def __init__(self, scales: Tensor):
         # Summed in the order of the planes, as everything that reads them does.
-        values = sum(scale * sign for scale, sign in zip(scales.split(1, -1), _signs(scales), strict=True))
-        self.values, self.codes = values.sort(-1)
+        self.values, self.codes = _sum_planes(scales, _signs(scales)).sort(-1)
         self.middles = (self.values[..., 1:] + self.values[..., :-1]) / 2
 
     def nearest(self, weights: Tensor) -> Tensor:
@@ -156,7 +158,8 @@ def fit_dsq(block: Tensor, planes: int, iters: int = 15, weights: Tensor | None 
         iters (`int`, *optional*, defaults to `15`):
             Rounds of the three half-steps.
         weights (`torch.Tensor`, *optional*):
-            Positive weights of the columns in the squared error, `(G,)`; without them all count alike, as in the paper.
+            Positive weights of the columns in the squared error, `(G,)`; without them all count alike, as in the
+            paper.
 
     Returns:
         [`DualScale`]: Column scales as they come out; nothing is normalised or rounded.
@@ -235,7 +238,7 @@ def _fit_columns(block: Tensor, rows: Tensor, signs: Tensor) -> tuple[Tensor, Te
 
 
 def _sum_planes(rows: Tensor, signs: Tensor) -> Tensor:
-    return sum(row * sign for row, sign in zip(rows.split(1, -1), signs, strict=True))
+    return cast(Tensor, sum(row * sign for row, sign in zip(rows.split(1, -1), signs, strict=True)))
 
 
 def _error(block: Tensor, columns: Tensor, rows: Tensor, signs: Tensor, weights: Tensor | None) -> float:
@@ -285,8 +288,8 @@ def round_to_nearest(weight: Tensor, planes: int, group_size: int = 128, iters: 
         [`DualCodes`]
 
     Raises:
-        ValueError: The weight is not a floating matrix, or has a value that is no number or too large for float16 scales; or
-            `planes` is not 1, 2 or 3.
+        ValueError: The weight is not a floating matrix, or has a value that is no number or too large for float16
+            scales; or `planes` is not 1, 2 or 3.
     """
     weight = check_weight(weight)
     signs = torch.empty(planes, *weight.shape, dtype=torch.int8, device=weight.device)

@@ -1,6 +1,7 @@
 r"""GPTQ and GPTAQ: columns are rounded one by one, and those that follow make up for the error.
 
-With the inputs X of a matrix W as the quantized model has them, and X_fp as the original model does (tokens as columns),
+With the inputs X of a matrix W as the quantized model has them, and X_fp as the original model does (tokens as
+columns),
 
     H = 2/T X X',    C = 2/T (X_fp - X) X',    H^-1 = U'U  (U upper triangular),    P = a triu(C U', 1) U
 
@@ -8,20 +9,20 @@ and for every column j, from first to last, with its nearest levels q:
 
     e = (w_j - q) / U[j, j],    w_i <- w_i - e U[j, i] + w_j P[j, i]  for the columns i > j
 
-GPTQ (https://huggingface.co/papers/2210.17323) is the case P = 0; GPTAQ (https://huggingface.co/papers/2504.02692) lets the columns
-that follow make up for the error of the layers before as well. a = 0.25, and the order of the columns, are those of
-https://huggingface.co/papers/2602.02546: groups by their largest H[j, j], falling, and the columns of a group likewise. A group
-keeps its members, so that nothing has to be reordered at run time.
+GPTQ (https://huggingface.co/papers/2210.17323) is the case P = 0; GPTAQ (https://huggingface.co/papers/2504.02692)
+lets the columns that follow make up for the error of the layers before as well. a = 0.25, and the order of the
+columns, are those of https://huggingface.co/papers/2602.02546: groups by their largest H[j, j], falling, and the
+columns of a group likewise. A group keeps its members, so that nothing has to be reordered at run time.
 
-The scales of a group are fitted when its turn comes, to the columns as they are then. What the columns of one group do to later
-groups is one matrix product. The result does not depend on that: where the released code takes the rounded column for the second
-term of that product, here it is w_j as in the formula.
+The scales of a group are fitted when its turn comes, to the columns as they are then. What the columns of one group do
+to later groups is one matrix product. The result does not depend on that: where the released code takes the rounded
+column for the second term of that product, here it is w_j as in the formula.
 
-Inside, matrices are transposed, `(in_features, out_features)`: a column of the weight is a row of memory. The loop over the
-columns of a group is in `columns.py`, in torch, and in `solver.c` for what lies in main memory.
+Inside, matrices are transposed, `(in_features, out_features)`: a column of the weight is a row of memory. The loop
+over the columns of a group is in `columns.py`, in torch, and in `solver.c` for what lies in main memory.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +76,8 @@ class InputStatistics:
         self.tokens += len(inputs)
         self._hessian.addmm_(inputs.T, inputs)
         if self._cross is not None:
-            self._cross.addmm_((original.reshape(inputs.shape).to(inputs) - inputs).T, inputs)
+            there = cast(Tensor, original).reshape(inputs.shape).to(inputs)
+            self._cross.addmm_((there - inputs).T, inputs)
 
     @property
     def hessian(self) -> Tensor:
@@ -106,7 +108,8 @@ class Stats(NamedTuple):
         percdamp (`float`): Damping that was used, more than asked for if the Hessian had no Cholesky factor with that.
         dead (`int`): Inputs that were always zero.
         weight_error (`float`): Frobenius norm of what the weight lost, over that of the weight.
-        output_error (`float`): Root mean square of what the output lost on the calibration data, over that of the output.
+        output_error (`float`): Root mean square of what the output lost on the calibration data, over that of the
+            output.
     """
 
     percdamp: float
@@ -135,7 +138,8 @@ def quantize(
 
     Args:
         weight (`torch.Tensor`):
-            Matrix of shape `(out_features, in_features)`, any floating type. Matrices with the same inputs may be stacked.
+            Matrix of shape `(out_features, in_features)`, any floating type. Matrices with the same inputs may be
+            stacked.
         hessian (`torch.Tensor`):
             H, `(in_features, in_features)`, from [`InputStatistics`]. Any positive multiple gives the same result.
         cross (`torch.Tensor`, *optional*):
@@ -155,8 +159,8 @@ def quantize(
         dsq_iters (`int`, *optional*, defaults to `15`):
             Rounds of its fit.
         dsq_weighting (`str`, *optional*, defaults to `"none"`):
-            `"none"` fits it to all columns alike; `"hessian"` counts the squared error of column j by 1 / U[j, j]^2, which is
-            what the loop above makes of it.
+            `"none"` fits it to all columns alike; `"hessian"` counts the squared error of column j by 1 / U[j, j]^2,
+            which is what the loop above makes of it.
         clip_search (`bool`, *optional*, defaults to `True`):
             Whether the range of an affine grid is searched.
 
@@ -164,8 +168,8 @@ def quantize(
         `tuple`: [`AffineCodes`], or [`DualCodes`] if `dual`; and [`Stats`].
 
     Raises:
-        ValueError: The weight is not a floating matrix, or has a value that is no number or too large for float16 scales; the
-            Hessian does not fit it, is not finite, or has no Cholesky factor however much it is damped.
+        ValueError: The weight is not a floating matrix, or has a value that is no number or too large for float16
+            scales; the Hessian does not fit it, is not finite, or has no Cholesky factor however much it is damped.
     """
     original = check_weight(weight).float()
     _check(original, hessian, cross, act_order)
@@ -182,7 +186,7 @@ def quantize(
         if dual
         else AffineMatrix(rest, group_size, bits, clip_search)
     )
-    first = 0
+    first, extra = 0, None
     for group, length in groups:
         here, later = slice(first, first + length), slice(first + length, None)
         block, extra = rest[here], None if residual is None else residual[here]
@@ -214,8 +218,8 @@ def group_aware_order(
             As for [`quantize`].
 
     Returns:
-        `tuple[list[tuple[int, int]], torch.Tensor]`: Index and length of every group, and the columns `(in_features,)`, both
-        in the order in which they are taken. Equal ones stay as they are.
+        `tuple[list[tuple[int, int]], torch.Tensor]`: Index and length of every group, and the columns
+        `(in_features,)`, both in the order in which they are taken. Equal ones stay as they are.
     """
     if act_order is None:
         parts = torch.arange(len(diagonal), device=diagonal.device).split(group_size)
@@ -248,7 +252,8 @@ def inverse_factor(hessian: Tensor, percdamp: float, order: Tensor | None = None
     live = diagonal > 0
     mean = diagonal[live].mean() if live.any() else diagonal.new_ones(())
     while True:
-        # With the order reversed, H is A A' for an upper triangular A, and U its inverse: one factorization, no inverse of H.
+        # With the order reversed, H is A A' for an upper triangular A, and U its inverse: one factorization, no
+        # inverse of H.
         factor = hessian[back][:, back]
         factor.diagonal().add_(torch.where(live, percdamp * mean, mean).flip(0))
         factor, failed = torch.linalg.cholesky_ex(factor)

@@ -3,14 +3,15 @@ r"""Affine grids: 2^b equally spaced levels for every group of neighbouring weig
     w  ~  s q + l,    q in {0, ..., 2^b - 1},    l = -s z,    z in {0, ..., 2^b - 1}
 
 The step s is stored in float16 and the zero point z as an integer; the kernels read s and l, both in float16
-(`hf_rb/quantizers/kernels/layout.py`). The levels that are searched here are those of the rounded numbers, so that what is
-minimised is what is deployed.
+(`hf_rb/quantizers/kernels/layout.py`). The levels that are searched here are those of the rounded numbers, so that
+what is minimised is what is deployed.
 
-The range of a grid always holds zero. It ends at the smallest and the largest weight, or, with a clip search, at the share of
-both among 1, 0.99, ..., 0.21 that leaves the smallest sum of |w - level|^2.4. This is the base quantizer of
+The range of a grid always holds zero. It ends at the smallest and the largest weight, or, with a clip search, at the
+share of both among 1, 0.99, ..., 0.21 that leaves the smallest sum of |w - level|^2.4. This is the base quantizer of
 https://huggingface.co/papers/2602.02546, as in its released code.
 
-This file is the reference, in torch, for any device and type. `solver.c` has the clip search for float32 in main memory.
+This file is the reference, in torch, for any device and type. `solver.c` has the clip search for float32 in main
+memory.
 
 Shapes: a row is a group of G weights; `(..., G)` are any number of them.
 """
@@ -184,7 +185,8 @@ def round_to_nearest(weight: Tensor, bits: int, group_size: int = 128, clip_sear
         [`AffineCodes`]
 
     Raises:
-        ValueError: The weight is not a floating matrix, or has a value that is no number or too large for float16 scales.
+        ValueError: The weight is not a floating matrix, or has a value that is no number or too large for float16
+            scales.
     """
     weight = check_weight(weight)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)

@@ -37,7 +37,9 @@ class _Rounding(ctypes.Structure):
 
 
 class Solver:
-    """The functions of `solver.c` on tensors. Blocks are `(length, rows)`: the columns of a group, one after the other."""
+    """The functions of `solver.c` on tensors. Blocks are `(length, rows)`: the columns of a group, one after the
+    other.
+    """
 
     def __init__(self, library: ctypes.CDLL):
         block = [c_void_p, c_int64, c_int64]
@@ -63,7 +65,9 @@ class Solver:
         smallest_factor: float,
         smallest_column: float,
     ) -> tuple[Tensor, Tensor]:
-        """Returns row scales `(rows, planes)` and column scales `(length,)`, from the first ones and the columns' weights."""
+        """Returns row scales `(rows, planes)` and column scales `(length,)`, from the first ones and the columns'
+        weights.
+        """
         block, columns = block.contiguous(), columns.clone()
         weights = None if weights is None else weights.contiguous()
         scales = block.new_empty(planes, block.shape[1])
@@ -88,7 +92,7 @@ class Solver:
         return errors
 
 
-def _block(block: Tensor) -> tuple[int, int, int]:
+def _block(block: Tensor) -> tuple[int, ...]:
     return block.data_ptr(), *block.shape
 
 

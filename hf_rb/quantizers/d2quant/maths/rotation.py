@@ -1,21 +1,22 @@
 r"""Rotation of the hidden state: outliers are spread over channels, and the model computes what it did before.
 
-With R orthogonal, a block diagonal of equal randomised Hadamard matrices, and the gain of every RMSNorm moved into what reads it,
+With R orthogonal, a block diagonal of equal randomised Hadamard matrices, and the gain of every RMSNorm moved into
+what reads it,
 
     embeddings <- E R,    what reads the hidden state <- W R,    what writes to it <- R' W (and R' b),    head <- W R
 
-leaves every logit as it is, since rms(x R) = rms(x). Nothing is left to do at run time: the model is of its architecture, with
-norms of gain 1. Its input and output embeddings can no longer be tied.
+leaves every logit as it is, since rms(x R) = rms(x). Nothing is left to do at run time: the model is of its
+architecture, with norms of gain 1. Its input and output embeddings can no longer be tied.
 
-From https://huggingface.co/papers/2404.00456, as https://huggingface.co/papers/2602.02546 uses it. What its released code does besides,
-taking the mean of the embeddings away, would change a model with RMSNorms.
+From https://huggingface.co/papers/2404.00456, as https://huggingface.co/papers/2602.02546 uses it. What its released
+code does besides, taking the mean of the embeddings away, would change a model with RMSNorms.
 
-A model is only rotated if all of its parameters are known to be one of these parts: pre-norm decoders in the manner of Llama,
-without experts.
+A model is only rotated if all of its parameters are known to be one of these parts: pre-norm decoders in the manner of
+Llama, without experts.
 """
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ HEAD_NORMS = ("q_norm", "k_norm")  # of queries and keys: behind the projections
 
 class _Parts(NamedTuple):
     embeddings: nn.Embedding
-    norms: list[tuple[nn.Module, list[nn.Linear]]]  # and what reads them
+    norms: list[tuple[Any, list[nn.Linear]]]  # modules with a weight, and what reads them
     writers: list[nn.Linear]
 
 
@@ -72,7 +73,8 @@ def fuse_and_rotate(model: PreTrainedModel, block: int | str = "auto", seed: int
 
 def check(model: PreTrainedModel, block: int | str = "auto") -> None:
     """
-    Raises the `ValueError` of [`fuse_and_rotate`] for a model that cannot be rotated. Its weights may be on the meta device.
+    Raises the `ValueError` of [`fuse_and_rotate`] for a model that cannot be rotated. Its weights may be on the meta
+    device.
     """
     _parts(model)
     resolve_block(model.config.get_text_config().hidden_size, block)
@@ -95,7 +97,8 @@ def fuse_norms(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def untie(model: PreTrainedModel) -> None:
     """Gives the head a weight of its own, in place, and says so in the model's configuration."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     if head.weight is embeddings.weight:
         head.weight = nn.Parameter(embeddings.weight.clone(), embeddings.weight.requires_grad)
     for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
@@ -113,16 +116,19 @@ def resolve_block(hidden_size: int, block: int | str = "auto") -> int:
     largest = hidden_size & -hidden_size
     if block == "auto":
         return min(WIDEST_BLOCK, largest)
-    if block < 1 or block & (block - 1) or largest % block:
+    width = cast(int, block)
+    if width < 1 or width & (width - 1) or largest % width:
         raise ValueError(
-            f"`rotation_block` must be a power of two that divides the hidden size {hidden_size}, so at most {largest}, or "
-            f"'auto'; got {block!r}."
+            f"`rotation_block` must be a power of two that divides the hidden size {hidden_size}, so at most "
+            f"{largest}, or 'auto'; got {block!r}."
         )
-    return block
+    return width
 
 
 def hadamard(width: int, seed: int = 0) -> Tensor:
-    """Returns an orthogonal Hadamard matrix with random signs of its rows, float64 `(width, width)`; a power of two."""
+    """Returns an orthogonal Hadamard matrix with random signs of its rows, float64 `(width, width)`; a power of
+    two.
+    """
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < width:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
@@ -139,14 +145,16 @@ def _wide(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _set(parameter: nn.Parameter, value: Tensor) -> None:
+def _set(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
 def _parts(model: PreTrainedModel) -> _Parts:
     """Returns the parts of a model, or raises a `ValueError` that names what it does not know."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    embeddings, norms, writers, head_norms = model.get_input_embeddings(), [], [], []
+    decoder: Any = model.get_decoder()
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    norms, writers, head_norms = [], [], []
     if head is None:
         raise ValueError(_unknown(model, "it has no head that could undo the rotation"))
     try:
@@ -177,11 +185,14 @@ def _parts(model: PreTrainedModel) -> _Parts:
 
 
 def _is_rms_norm(norm: nn.Module, hidden: int) -> bool:
-    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    weight = getattr(norm, "weight", None)
+    epsilon: Any = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if weight is None or epsilon is None or sum(1 for _ in norm.parameters()) != 1:
         return False
-    # On the CPU with weights of its own: those of the model may not be there yet, or be such that kinds of norms agree.
-    draws, trial = torch.Generator().manual_seed(0), copy.copy(norm)
+    # On the CPU with weights of its own: those of the model may not be there yet, or be such that kinds of norms
+    # agree.
+    draws = torch.Generator().manual_seed(0)
+    trial: Any = copy.copy(norm)
     options = dict(
         generator=draws, dtype=torch.float32, device="cpu"
     )  # while a model is made, the defaults are its own
