@@ -15,7 +15,9 @@ FORMAT_VERSION = 1
 
 
 class PackedConfig(QuantizationConfigMixin):
-    """A dataclass with the fields `quant_method`, `format_version` and `dequantize`, of which the last is never stored."""
+    """A dataclass with the fields `quant_method`, `format_version` and `dequantize`, of which the last is never
+    stored.
+    """
 
     is_packed_config: ClassVar[bool] = True  # tells our configs without an import
     method: ClassVar[str]

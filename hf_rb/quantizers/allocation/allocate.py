@@ -1,4 +1,6 @@
-"""What layers get by their sensitivity: `bits_per_layer="nsds:3.0"` as a setting for each of them, found before anything is loaded."""
+"""What layers get by their sensitivity: `bits_per_layer="nsds:3.0"` as a setting for each of them, found before
+anything is loaded.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,15 +46,16 @@ def allocate_layers(
             Its safetensors files. The weights of one layer are in memory at a time.
 
     Raises:
-        ValueError: The weights are in no safetensors files, or the layers are not those of a dense decoder in the manner of Llama with
-            an LM head.
+        ValueError: The weights are in no safetensors files, or the layers are not those of a dense decoder in the
+            manner of Llama with an LM head.
     """
     layers, wanted = _decoder_layers(model), {}
     if not layers or model.get_output_embeddings() is None:
         lacks = "list of decoder layers called `layers`" if not layers else "LM head"
         raise ValueError(
-            f"`{per_layer}={strategy!r}` compares the layers of a decoder in the manner of Llama by its LM head, and {type(model).__name__} "
-            f"has no {lacks}. Name layers yourself: `{per_layer}={{'NAME': {NSDS_RANGES[per_layer][1]}}}`, with the end of a layer's name."
+            f"`{per_layer}={strategy!r}` compares the layers of a decoder in the manner of Llama by its LM head, and "
+            f"{type(model).__name__} has no {lacks}. Name layers yourself: `{per_layer}={{'NAME': "
+            f"{NSDS_RANGES[per_layer][1]}}}`, with the end of a layer's name."
         )
     for name, layer in layers.items():
         for role, projection in PROJECTIONS.items():
@@ -60,9 +63,10 @@ def allocate_layers(
                 if role == "gate":
                     continue
                 raise ValueError(
-                    f"`{per_layer}={strategy!r}` compares the {', '.join(path.rpartition('.')[2] for path in PROJECTIONS.values())} "
-                    f"of layers; {name} of {type(model).__name__} has no {projection}. Name the layers yourself: "
-                    f"`{per_layer}={{{name!r}: {NSDS_RANGES[per_layer][1]}}}`."
+                    f"`{per_layer}={strategy!r}` compares the "
+                    f"{', '.join(path.rpartition('.')[2] for path in PROJECTIONS.values())} of layers; {name} of "
+                    f"{type(model).__name__} has no {projection}. Name the layers yourself: `{per_layer}={{{name!r}: "
+                    f"{NSDS_RANGES[per_layer][1]}}}`."
                 )
             wanted[name, role] = f"{name}.{projection}.weight"
     head = _unembedding(model)
@@ -106,8 +110,8 @@ def _entries(
 
     if not files or any(Path(file).suffix != ".safetensors" for file in files):
         raise ValueError(
-            f"`{per_layer}={strategy!r}` reads the weights of all layers before they are loaded, from safetensors files. Save the "
-            "model with `save_pretrained` and load it from there."
+            f"`{per_layer}={strategy!r}` reads the weights of all layers before they are loaded, from safetensors "
+            "files. Save the model with `save_pretrained` and load it from there."
         )
     find, found = ParameterNames(model), {}
     for file in files:

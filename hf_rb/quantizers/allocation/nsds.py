@@ -1,23 +1,26 @@
-r"""NSDS: which decoder layers deserve more bits, told from their weights alone (https://huggingface.co/papers/2603.17354).
+r"""NSDS: which decoder layers deserve more bits, told from their weights alone
+(https://huggingface.co/papers/2603.17354).
 
-A layer has modules that read the hidden state, the *detectors* W_up, W_gate and the circuit W_QK = W_Q' W_K of every head, and modules
-that write to it, the *writers* W_down and the circuit W_OV = W_O W_V of every head. Each has two numbers:
+A layer has modules that read the hidden state, the *detectors* W_up, W_gate and the circuit W_QK = W_Q' W_K of every
+head, and modules that write to it, the *writers* W_down and the circuit W_OV = W_O W_V of every head. Each has two
+numbers:
 
 - numerical vulnerability: the excess kurtosis of its entries;
 - structural expressiveness: with M = sum_i s_i u_i v_i', as many terms as hold 99 % of sum s_i^2, and s'_i = s_i b_i,
 
       SE = sum_i s'_i / exp(H),    H = -sum_i p_i ln p_i,    p_i = s'_i / sum s'
 
-  where b_i says what a direction is good for: ln(1 + kurtosis(v_i)) for up and gate, ln(1 + kurtosis(u_i) kurtosis(v_i)) for a QK
-  circuit (negative kurtosis counts as 0), and for writers the part of u_i that the unembedding sees, |P'u_i| with P its right
-  singular vectors that hold 99 %.
+  where b_i says what a direction is good for: ln(1 + kurtosis(v_i)) for up and gate, ln(1 + kurtosis(u_i)
+  kurtosis(v_i)) for a QK circuit (negative kurtosis counts as 0), and for writers the part of u_i that the unembedding
+  sees, |P'u_i| with P its right singular vectors that hold 99 %.
 
-Numbers of heads are averaged. Those of a module are compared across layers, z = (x - median) / median |x - median|, and squashed,
-s = 1 / (1 + exp(-z)); a soft OR, 1 - exp(mean ln(1 - s)), joins modules, and then the two kinds.
+Numbers of heads are averaged. Those of a module are compared across layers, z = (x - median) / median |x - median|,
+and squashed, s = 1 / (1 + exp(-z)); a soft OR, 1 - exp(mean ln(1 - s)), joins modules, and then the two kinds.
 
-This follows the formulas, not the released code where that contradicts them: there the *least* sensitive layers come out on top, the
-head size is taken from the hidden size, and the writers' b_i runs over the wrong axis. Circuits, of rank at most the head size, are
-decomposed as that (two QR factorizations and a small SVD), which changes nothing and is cheap.
+This follows the formulas, not the released code where that contradicts them: there the *least* sensitive layers come
+out on top, the head size is taken from the hidden size, and the writers' b_i runs over the wrong axis. Circuits, of
+rank at most the head size, are decomposed as that (two QR factorizations and a small SVD), which changes nothing and
+is cheap.
 """
 
 import math
@@ -136,7 +139,9 @@ def layer_numbers(
 
 
 def _circuit_numbers(left: Tensor, right: Tensor, directions: Tensor | None, rank: str) -> tuple[float, float]:
-    """The numbers of `left.T @ right`, both `(head_dim, hidden)`: a QK circuit, or a writer where there are directions."""
+    """The numbers of `left.T @ right`, both `(head_dim, hidden)`: a QK circuit, or a writer where there are
+    directions.
+    """
     rows = max(1, CHUNK // right.shape[1])
     kurtosis = excess_kurtosis(block.T @ right for block in left.split(rows, dim=1))
     spectrum = _kept(_circuit_spectrum(left.double(), right.double()))
@@ -175,7 +180,9 @@ def expressiveness(values: Tensor, weights: Tensor, rank: str = "divide") -> flo
 
 
 def output_directions(unembedding: Tensor) -> Tensor:
-    """Returns the right singular vectors that hold 99 % of an unembedding `(vocabulary, hidden)`, float64 `(hidden, n)`."""
+    """Returns the right singular vectors that hold 99 % of an unembedding `(vocabulary, hidden)`, float64
+    `(hidden, n)`.
+    """
     return _kept(_gram_spectrum(unembedding.T)).left
 
 

@@ -47,11 +47,12 @@ def quantize(
     subfolder: str = "",
 ) -> Report:
     """
-    Quantizes a model, of the class that its config names, and saves it with its tokenizer or processor, chat template, generation config and a model card.
+    Quantizes a model, of the class that its config names, and saves it with its tokenizer or processor, chat template,
+    generation config and a model card.
 
     The folder appears at `destination` in one step when it is complete. The whole model is in memory at a time;
-    [`quantize_checkpoint`] writes the same tensors with the memory of one. A method that runs the model on calibration text
-    keeps its finished layers in a hidden folder beside the destination until then.
+    [`quantize_checkpoint`] writes the same tensors with the memory of one. A method that runs the model on calibration
+    text keeps its finished layers in a hidden folder beside the destination until then.
 
     Args:
         source (`str` or `Path`):
@@ -63,7 +64,8 @@ def quantize(
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace a folder that is not empty.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type in which the weights are read and those that stay as they are get saved; `"auto"` is that of the files.
+            Type in which the weights are read and those that stay as they are get saved; `"auto"` is that of the
+            files.
         resume (`bool`, *optional*, defaults to `True`):
             Whether calibration goes on with finished layers of an earlier call; `False` throws them away.
         variant (`str`, *optional*), subfolder (`str`, *optional*, defaults to `""`):
@@ -75,8 +77,8 @@ def quantize(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model.
-        ValueError: The model is quantized already, has a NaN, the destination holds it, or the finished layers are of another
-            model, text or configuration.
+        ValueError: The model is quantized already, has a NaN, the destination holds it, or the finished layers are of
+            another model, text or configuration.
     """
     folder, destination, config = open_source(source, destination, config, subfolder)
     work = partial_folder(destination.resolve())
@@ -98,8 +100,8 @@ def quantize(
 
 def measure_perplexity(report: Report, source: str | Path, destination: str | Path, data: str) -> None:
     """
-    Fills in the perplexities of a report: of the model before, of the same model with its layers rounded to 4 bits, and of the
-    saved quantized one.
+    Fills in the perplexities of a report: of the model before, of the same model with its layers rounded to 4 bits,
+    and of the saved quantized one.
 
     Args:
         report ([`Report`]):
@@ -108,8 +110,8 @@ def measure_perplexity(report: Report, source: str | Path, destination: str | Pa
             The two models. Each is loaded as a whole.
         data (`str`):
             A text file, a JSON-lines file with the column `text`, `"tiny:math"`, or a dataset of the Hub as `NAME` or
-            `NAME:CONFIG`, of which the column `text` of the split `test` is taken. Of a text the first 16,384 tokens count, in
-            windows of 512 that do not overlap; of `tiny:math` the worked solutions of 200 problems.
+            `NAME:CONFIG`, of which the column `text` of the split `test` is taken. Of a text the first 16,384 tokens
+            count, in windows of 512 that do not overlap; of `tiny:math` the worked solutions of 200 problems.
 
     Raises:
         FileNotFoundError, ValueError: There is no such data, or it has no column `text`.
@@ -138,7 +140,9 @@ def measure_perplexity(report: Report, source: str | Path, destination: str | Pa
 
 
 def check_measurable(source: str | Path) -> None:
-    """Refuses a model for [`measure_perplexity`] before it is quantized: with a `ValueError` if it is no causal language model."""
+    """Refuses a model for [`measure_perplexity`] before it is quantized: with a `ValueError` if it is no causal
+    language model.
+    """
     check_causal(AutoConfig.from_pretrained(find_model(str(source))), "Perplexity (`--eval-data`)")
 
 
@@ -173,7 +177,9 @@ def complete_folder(
 
 
 def describe(config: QuantizationConfigMixin) -> dict[str, dict[str, Any]]:
-    """Returns what a model card says of a quantization config: `hyperparameters` and `summaries`, as [`ModelCardData`] has them."""
+    """Returns what a model card says of a quantization config: `hyperparameters` and `summaries`, as [`ModelCardData`]
+    has them.
+    """
     stored, silent = config.to_dict(), {*getattr(config, "written", ()), *getattr(config, "idle", ())}
     # A card publishes no more than config.json.
     changed = [name for name in changed_hyperparameters(config) if name in stored and name not in silent]

@@ -1,9 +1,10 @@
-"""Quantizes a checkpoint tensor by tensor, without building the model: memory for one tensor, and a run that can be resumed.
+"""Quantizes a checkpoint tensor by tensor, without building the model: memory for one tensor, and a run that can be
+resumed.
 
-The model exists on the meta device only. Its quantizer decides there what is quantized, and transformers' own renaming says
-which parameter a tensor of the files belongs to; the work on one matrix is `quantizer.quantize_tensor(parameter, module, matrix, place)`,
-which returns the stored tensors. A method whose tensors depend on one another may read those of another parameter for that
-([`~hf_rb.quantizers.loading.quantizer.Place`]).
+The model exists on the meta device only. Its quantizer decides there what is quantized, and transformers' own renaming
+says which parameter a tensor of the files belongs to; the work on one matrix is
+`quantizer.quantize_tensor(parameter, module, matrix, place)`, which returns the stored tensors. A method whose tensors
+depend on one another may read those of another parameter for that ([`~hf_rb.quantizers.loading.quantizer.Place`]).
 
 Beside the destination lies the unfinished work, `.NAME.partial`:
 
@@ -69,7 +70,8 @@ def quantize_checkpoint(
     subfolder: str = "",
 ) -> Report:
     """
-    Quantizes a checkpoint shard by shard with the memory of about one tensor. The stored tensors are those of [`quantize`].
+    Quantizes a checkpoint shard by shard with the memory of about one tensor. The stored tensors are those of
+    [`quantize`].
 
     The folder appears at `destination` in one step when it is complete. Until then the work lies beside it in a hidden
     folder, from which the same call goes on after it was interrupted or killed.
@@ -96,8 +98,9 @@ def quantize_checkpoint(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model, or it has no safetensors files.
-        ValueError: The model is quantized already, its files do not fit its configuration or need a conversion that takes
-            more than one tensor, a weight has a NaN, or the unfinished work is of other files or another configuration.
+        ValueError: The model is quantized already, its files do not fit its configuration or need a conversion that
+            takes more than one tensor, a weight has a NaN, or the unfinished work is of other files or another
+            configuration.
     """
     folder, destination, config = open_source(source, destination, config, subfolder)
     destination = destination.resolve()
@@ -186,8 +189,8 @@ class _StreamedModel:
             if quantized and converter and not moves_rows(converter):
                 names = ", ".join(type(operation).__name__ for operation in converter.operations)
                 raise ValueError(
-                    f"{name} is turned into {', '.join(parameters)} by {names} while it loads, which streaming cannot do. "
-                    "Quantize this model in memory, without `--stream`."
+                    f"{name} is turned into {', '.join(parameters)} by {names} while it loads, which streaming "
+                    "cannot do. Quantize this model in memory, without `--stream`."
                 )
             if not converter and entry.shape != self.shapes[parameter]:
                 raise ValueError(f"{name} has shape {entry.shape}, {type(model).__name__} {self.shapes[parameter]}.")
@@ -306,7 +309,9 @@ class _StreamedModel:
 
 
 def _without_tied_copies(jobs: list[_Job], tied: dict[str, str]) -> list[_Job]:
-    """Keeps one of each pair of tied tensors under the name that `save_pretrained` gives it; where they differ, both."""
+    """Keeps one of each pair of tied tensors under the name that `save_pretrained` gives it; where they differ,
+    both.
+    """
     by_parameter = {job.parameter: job for job in jobs}
     for copy, kept in tied.items():
         if copy in by_parameter and kept not in by_parameter:

@@ -2,25 +2,25 @@
 
 What is chosen, in this order:
 
-- in main memory, float32, bfloat16 and float16 activations, on a processor with AVX-512 (VNNI) or AVX2: the C kernel for few
-  rows of activations, panels of the expanded matrix through torch's multiplication for many
+- in main memory, float32, bfloat16 and float16 activations, on a processor with AVX-512 (VNNI) or AVX2: the C kernel
+  for few rows of activations, panels of the expanded matrix through torch's multiplication for many
   (`hf_rb/quantizers/kernels/cpu`);
 - on a GPU with Triton: its kernels (`hf_rb/quantizers/kernels/triton`);
-- otherwise the dequantized matrix, which is kept, after a warning (`hf_rb/quantizers/kernels/reference.py`). That is the way
-  of processors without these instructions: there the C kernel, 12.0 ms for one row of activations and 4096 x 4096 weights,
-  only unpacks, and the kept matrix, 2.0 ms in bfloat16 and 3.1 ms in float32, multiplies.
+- otherwise the dequantized matrix, which is kept, after a warning (`hf_rb/quantizers/kernels/reference.py`). That is
+  the way of processors without these instructions: there the C kernel, 12.0 ms for one row of activations and 4096 x
+  4096 weights, only unpacks, and the kept matrix, 2.0 ms in bfloat16 and 3.1 ms in float32, multiplies.
 
-Tied scales would also fit torch's int4 multiplication for processors. It is not used: it needs a second copy of the weights and
-rounds the scales to bfloat16. `int8` takes .89 of its time at one row of activations, torch's is faster from 2 to 16
-(`benchmarks/results/ptqtp_kernels.md`).
+Tied scales would also fit torch's int4 multiplication for processors. It is not used: it needs a second copy of the
+weights and rounds the scales to bfloat16. `int8` takes .89 of its time at one row of activations, torch's is faster
+from 2 to 16 (`benchmarks/results/ptqtp_kernels.md`).
 
-Rounding activations to 8 bits (`activations="int8"`) costs a relative error of 0.65 % of the output: Gaussian activations and
-weights, groups of 128, every instruction set.
+Rounding activations to 8 bits (`activations="int8"`) costs a relative error of 0.65 % of the output: Gaussian
+activations and weights, groups of 128, every instruction set.
 
 Compiled and traced models, and those that need a gradient, see one operator, `hf_rb::lut_linear`.
 
-A process that has multiplied on more than one thread must not be forked: like torch's own multiplication, the child would wait
-for OpenMP threads that it does not have. Start processes with `spawn`.
+A process that has multiplied on more than one thread must not be forked: like torch's own multiplication, the child
+would wait for OpenMP threads that it does not have. Start processes with `spawn`.
 """
 
 import torch
@@ -58,8 +58,8 @@ def matmul(
     activations: str = "exact",
 ) -> Tensor:
     """
-    Returns `input @ weight.T + bias` `(..., out_features)` for a packed matrix. Gradients flow to the input and the bias.
-    Under autocast, input and bias are cast as `torch.nn.functional.linear` casts them.
+    Returns `input @ weight.T + bias` `(..., out_features)` for a packed matrix. Gradients flow to the input and the
+    bias. Under autocast, input and bias are cast as `torch.nn.functional.linear` casts them.
 
     Args:
         input (`torch.Tensor`):
@@ -73,8 +73,8 @@ def matmul(
         bias (`torch.Tensor`, *optional*):
             `(out_features,)`.
         activations (`str`, *optional*, defaults to `"exact"`):
-            `"int8"` lets the C kernel round one to three rows of activations to 8 bits, with a scale for each group of the
-            weight: faster, with a relative error of 0.65 %. More rows are exact, which is faster then.
+            `"int8"` lets the C kernel round one to three rows of activations to 8 bits, with a scale for each group of
+            the weight: faster, with a relative error of 0.65 %. More rows are exact, which is faster then.
 
     Raises:
         ValueError: `activations` has another value, or the input another size than the weight.

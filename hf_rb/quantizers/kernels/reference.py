@@ -1,7 +1,7 @@
 """The path that needs no kernel: dequantize a matrix once, then multiply as usual.
 
-The dequantized matrix is kept, because unpacking costs far more than a multiplication. A model that has run this way takes the
-memory of its packed weights **and** of its weights in the type of the activations; a warning says so once.
+The dequantized matrix is kept, because unpacking costs far more than a multiplication. A model that has run this way
+takes the memory of its packed weights **and** of its weights in the type of the activations; a warning says so once.
 """
 
 import warnings
@@ -95,8 +95,8 @@ def _dequantize(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
 def _warn(dtype: torch.dtype, device: str) -> None:
     if device != "meta":
         warnings.warn(
-            f"There is no kernel for {dtype} activations on this device ({device}): besides the packed weights, memory will hold "
-            f"the dequantized ones, in {dtype}.",
+            f"There is no kernel for {dtype} activations on this device ({device}): besides the packed weights, "
+            f"memory will hold the dequantized ones, in {dtype}.",
             RuntimeWarning,
             stacklevel=2,
         )

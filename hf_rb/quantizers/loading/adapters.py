@@ -23,8 +23,8 @@ class ParamWrapper(compat.ParamWrapper):  # the name by which PEFT knows what ma
     """
     LoRA on a projection of packed experts.
 
-    PEFT adds the product of its factors to the parameter for the time of a forward pass. Here the experts get the factors,
-    and each applies its own to its tokens. The adapter's own weights are PEFT's, shape by shape.
+    PEFT adds the product of its factors to the parameter for the time of a forward pass. Here the experts get the
+    factors, and each applies its own to its tokens. The adapter's own weights are PEFT's, shape by shape.
     """
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -69,8 +69,8 @@ def dispatch(config: Any, adapter_name: str, target: nn.Module, **kwargs) -> nn.
         return None
     if config.init_lora_weights not in PLAIN_INITS:
         raise PlainWeightsNeeded(
-            f"`init_lora_weights={config.init_lora_weights!r}` starts from the plain weights, and these are packed: write "
-            "`init_lora_weights=True`, or call `model.dequantize()` first."
+            f"`init_lora_weights={config.init_lora_weights!r}` starts from the plain weights, and these are packed: "
+            "write `init_lora_weights=True`, or call `model.dequantize()` first."
         )
     if parameter is None:
         return None
@@ -80,8 +80,8 @@ def dispatch(config: Any, adapter_name: str, target: nn.Module, **kwargs) -> nn.
         )
     if isinstance(base, nn.Linear):
         raise PlainWeightsNeeded(
-            f"`target_parameters` adds to the plain weights, and those of {kwargs.get('target_name', parameter)} are packed: "
-            "name the layer in `target_modules`."
+            f"`target_parameters` adds to the plain weights, and those of {kwargs.get('target_name', parameter)} are "
+            "packed: name the layer in `target_modules`."
         )
     return ParamWrapper(target, adapter_name, config=config, **kwargs)
 
@@ -92,6 +92,6 @@ def check_merge(model: nn.Module) -> None:
     if packed:
         raise ValueError(
             f"An adapter cannot be merged into the {packed} packed layers of this model: dequantize first. Write "
-            "`model.dequantize()`, which turns them into ordinary layers in place, then merge; quantize the result again if "
-            "it is to be small."
+            "`model.dequantize()`, which turns them into ordinary layers in place, then merge; quantize the result "
+            "again if it is to be small."
         )

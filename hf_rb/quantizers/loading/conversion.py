@@ -1,9 +1,10 @@
 """How the tensors of a checkpoint become packed parameters, in terms of transformers' loader.
 
-A conversion says which tensors of a file make which parameter, and by which operations: experts 0 to 127 are stacked, gate and
-up are joined. Where the result is packed, the same operations bring packed rows together, because they move whole rows; what
-stands beside the bytes, tensors of their own named `<name>_scale` and the like, goes the same way. What any other operation
-would do to packed rows is not defined: there the file of a quantized model has the names that the parameters have in the model.
+A conversion says which tensors of a file make which parameter, and by which operations: experts 0 to 127 are stacked,
+gate and up are joined. Where the result is packed, the same operations bring packed rows together, because they move
+whole rows; what stands beside the bytes, tensors of their own named `<name>_scale` and the like, goes the same way.
+What any other operation would do to packed rows is not defined: there the file of a quantized model has the names that
+the parameters have in the model.
 
 For Mixtral, transformers has three patterns (`*` is the number of an expert):
 
@@ -14,17 +15,18 @@ For Mixtral, transformers has three patterns (`*` is the number of an expert):
 
 Of these [`Conversions`] makes
 
-- for a file that is not quantized (`_Quantize`), the same sources and targets. The model's own operations run first and
-  give the weight `(experts, out, in)`; expert after expert it becomes a [`PackedWeight`], and the loader gets
+- for a file that is not quantized (`_Quantize`), the same sources and targets. The model's own operations run first
+  and give the weight `(experts, out, in)`; expert after expert it becomes a [`PackedWeight`], and the loader gets
   `gate_up_proj` and `gate_up_proj_scale`;
-- for a quantized file (`_Read`), the sources and `w1.weight_scale`, `w3.weight_scale`, …. Each `w1.weight` is brought to
-  the form of memory together with its scales; then the model's operations run on the bytes, and once more on the scales;
+- for a quantized file (`_Read`), the sources and `w1.weight_scale`, `w3.weight_scale`, …. Each `w1.weight` is brought
+  to the form of memory together with its scales; then the model's operations run on the bytes, and once more on the
+  scales;
 - for any other layer a conversion `.weight` -> `.weight` of the same kind, and the renaming as it is;
 - for `save_pretrained` ([`~Conversions.packed`]), which runs conversions backwards, the original three, and those of
   `gate_up_proj_scale` and `down_proj_scale`, so that `experts.3.w1.weight_scale` is beside `experts.3.w1.weight`.
 
-A weight goes from here to the quantizer and back once: as a matrix to [`~Packer.quantize_matrix`], or as the tensors of a
-file to [`~Packer.restore`]. Stacking, joining, names and shapes are settled here.
+A weight goes from here to the quantizer and back once: as a matrix to [`~Packer.quantize_matrix`], or as the tensors
+of a file to [`~Packer.restore`]. Stacking, joining, names and shapes are settled here.
 """
 
 import re
@@ -129,7 +131,9 @@ class Conversions:
         ]
 
     def plain(self, used: list) -> list:
-        """Returns the conversions whose reverse saves an ordinary model; `used` are those of `loading` that matched."""
+        """Returns the conversions whose reverse saves an ordinary model; `used` are those of `loading` that
+        matched.
+        """
         kept = []
         for conversion in used:
             ours = [origin for one, origin in self._origin if one is conversion]
@@ -159,7 +163,8 @@ def moves_rows(conversion: Any) -> bool:
 
 def _ends_in(conversion: Any, names: dict) -> bool:
     targets = conversion._original_target_patterns
-    # A target may be a layer, of which a file has the weight and the bias in one: the query, key and value of a fused projection.
+    # A target may be a layer, of which a file has the weight and the bias in one: the query, key and value of a fused
+    # projection.
     return any(re.search(rf"(?:{target})(?:\.weight)?$", name) for target in targets for name in names)
 
 
@@ -249,8 +254,8 @@ class _Quantize(_Operation):
 
 class _Read(_Operation):
     """
-    Packed tensors of a checkpoint -> a packed parameter and what stands beside it, or an ordinary parameter where the model has
-    one; what is not packed passes.
+    Packed tensors of a checkpoint -> a packed parameter and what stands beside it, or an ordinary parameter where the
+    model has one; what is not packed passes.
     """
 
     @property
@@ -349,7 +354,8 @@ def _check_alike(input_dict: dict) -> None:
     for pattern, tensors in input_dict.items():
         if len(tensors) < len(input_dict[longest]):
             raise ValueError(
-                f"The checkpoint has {len(tensors)} tensors {pattern} and {len(input_dict[longest])} tensors {longest}."
+                f"The checkpoint has {len(tensors)} tensors {pattern} and {len(input_dict[longest])} tensors "
+                f"{longest}."
             )
     for pattern, tensors in input_dict.items():
         shapes = Counter(tuple(tensor.shape) for tensor in tensors)

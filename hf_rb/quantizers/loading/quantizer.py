@@ -1,8 +1,9 @@
 """What the quantization backends of `from_pretrained(..., quantization_config=...)` have in common.
 
-A layer holds the bytes that the kernels read. A file has the tensors of its method's format, in the names and the splitting of
-the model's own checkpoints: `experts.3.gate_proj.weight`, with its scales as `experts.3.gate_proj.weight_scale`. Loading and
-`save_pretrained` go from one to the other; a state dict is what is in memory.
+A layer holds the bytes that the kernels read. A file has the tensors of its method's format, in the names and the
+splitting of the model's own checkpoints: `experts.3.gate_proj.weight`, with its scales as
+`experts.3.gate_proj.weight_scale`. Loading and `save_pretrained` go from one to the other; a state dict is what is in
+memory.
 
 Two paths lead through a quantizer, and on both each weight is a [`~hf_rb.quantizers.packed.weight.PackedWeight`].
 
@@ -89,8 +90,8 @@ class PackingQuantizer(HfQuantizer):
     """
     Quantizes a model while it loads, or loads one that is quantized already.
 
-    A method is a subclass that says how a weight is laid out ([`~PackingQuantizer.pack_module`]), how it is solved, and how
-    the tensors of a file differ from those in memory.
+    A method is a subclass that says how a weight is laid out ([`~PackingQuantizer.pack_module`]), how it is solved,
+    and how the tensors of a file differ from those in memory.
 
     Attributes:
         beside (`tuple[str, ...]`): The tensors that a file may have beside the packed ones, attributes of
@@ -115,8 +116,8 @@ class PackingQuantizer(HfQuantizer):
         self.unpacked: set[str] = set()  # layers that a file has packed and the model cannot have so
         if quantization_config.dequantize and not self.pre_quantized:
             raise ValueError(
-                f"`dequantize=True` is for loading a {quantization_config.method} checkpoint, and this one is not quantized. "
-                "Quantize it first and call `model.dequantize()`, or leave `dequantize` out."
+                f"`dequantize=True` is for loading a {quantization_config.method} checkpoint, and this one is not "
+                "quantized. Quantize it first and call `model.dequantize()`, or leave `dequantize` out."
             )
 
     # What a method is.
@@ -167,8 +168,8 @@ class PackingQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError(
-                f"{self.quantization_config.method} layers cannot be split over devices: leave out `distributed_config` and "
-                "`tp_plan`."
+                f"{self.quantization_config.method} layers cannot be split over devices: leave out "
+                "`distributed_config` and `tp_plan`."
             )
         for name, module, weights in self.choose(model):
             packed = self.pack_module(name, module, weights)
@@ -184,7 +185,9 @@ class PackingQuantizer(HfQuantizer):
         return model
 
     def choose(self, model: nn.Module) -> list[tuple[str, nn.Module, list[str]]]:
-        """Returns what is packed, linear layers and fused experts with the names of their weights, and notes what is not."""
+        """Returns what is packed, linear layers and fused experts with the names of their weights, and notes what is
+        not.
+        """
         found = select(model, self.quantization_config, self.per_layer, self.pre_quantized, self.checkpoint_files)
         self.quantization_config, self.report.readers = found.config, found.readers
         self.report.skipped += found.skipped
@@ -232,7 +235,9 @@ class PackingQuantizer(HfQuantizer):
         return bias
 
     def quantize_matrix(self, parameter: str, module: PackedModule, matrix: Tensor) -> PackedWeight:
-        """Quantizes a weight matrix for memory and adds it to the report; arguments and errors as for `quantize_tensor`."""
+        """Quantizes a weight matrix for memory and adds it to the report; arguments and errors as for
+        `quantize_tensor`.
+        """
         weight = parameter.rpartition(".")[2]
         layout = module.layouts[weight]
         if matrix.shape[-1] != layout.in_features:

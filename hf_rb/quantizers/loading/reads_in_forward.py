@@ -31,7 +31,8 @@ class _Watched:
 def record(model: nn.Module, layers: Collection[str]) -> tuple[dict[str, str], str | None]:
     """Returns the readers of layers in a forward pass on the meta device, and why it did not come to its end."""
     readers, problem = _run(model, layers, _alike(model))
-    # Code that counts the blocks of a model misses those that were left out. What asks for values stops all blocks alike.
+    # Code that counts the blocks of a model misses those that were left out. What asks for values stops all blocks
+    # alike.
     return (readers, problem) if problem is None or "meta tensor" in problem else _run(model, layers, {})
 
 
@@ -68,7 +69,9 @@ def _run(model: nn.Module, layers: Collection[str], alike: dict[str, str]) -> tu
 
 
 def _alike(model: nn.Module) -> dict[str, str]:
-    """Returns the blocks of a list that are built as an earlier one is, each with that one: it is enough to run one of them."""
+    """Returns the blocks of a list that are built as an earlier one is, each with that one: it is enough to run one of
+    them.
+    """
     alike: dict[str, str] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(prefix.startswith(f"{left}.") for left in alike):

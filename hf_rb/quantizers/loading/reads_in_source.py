@@ -262,7 +262,9 @@ def _paths(value: ast.expr) -> Iterator[tuple[str, ...]]:
 
 
 def _is_harmless(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether a read of a weight says of bytes what it says of numbers, or does not happen when the model is quantized."""
+    """Whether a read of a weight says of bytes what it says of numbers, or does not happen when the model is
+    quantized.
+    """
     parent, text = parents.get(node), ast.unparse(node)
     if isinstance(parent, ast.Attribute) and parent.attr in HARMLESS:
         return True

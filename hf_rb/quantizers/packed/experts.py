@@ -1,4 +1,6 @@
-"""Quantized fused experts: the weights of a mixture's experts, which transformers keep in parameters of three dimensions."""
+"""Quantized fused experts: the weights of a mixture's experts, which transformers keep in parameters of three
+dimensions.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,9 @@ def input_size(experts: nn.Module, name: str) -> int:
 
 
 def projections(experts: nn.Module) -> tuple[str, str] | None:
-    """Returns the names of an experts module's two weights, or `None` if it is built in a way that is not known here."""
+    """Returns the names of an experts module's two weights, or `None` if it is built in a way that is not known
+    here.
+    """
     if not all(isinstance(getattr(experts, flag, None), bool) for flag in FLAGS) or not hasattr(
         experts, "num_experts"
     ):
@@ -50,8 +54,8 @@ class PackedExperts(PackedModule):
     Stands in for a fused experts module of transformers, with one or both of its weights packed.
 
     A packed projection has the name that it has in the model (`gate_up_proj` or `up_proj`, `down_proj`) and the rows
-    `(experts, out)`. Its groups run along the input, and its rows are the outputs, also where the model keeps the weight
-    transposed. Biases, activation, gating and whatever else the module has are those of the model.
+    `(experts, out)`. Its groups run along the input, and its rows are the outputs, also where the model keeps the
+    weight transposed. Biases, activation, gating and whatever else the module has are those of the model.
 
     Args:
         experts (`nn.Module`):

@@ -1,4 +1,6 @@
-"""Layers that compute a linear map, of any class: which they are, their sizes, and which way round they keep the weight."""
+"""Layers that compute a linear map, of any class: which they are, their sizes, and which way round they keep the
+weight.
+"""
 
 import copy
 
@@ -33,8 +35,8 @@ def is_linear_map(module: nn.Module) -> bool:
     """
     Whether a layer is an `nn.Linear` or a `Conv1D`, or of a subclass that computes the same.
 
-    A subclass is tried: its own forward pass runs with a small random matrix in the place of its weight, in training and in
-    evaluation mode. The weight itself is not looked at and may be on the meta device.
+    A subclass is tried: its own forward pass runs with a small random matrix in the place of its weight, in training
+    and in evaluation mode. The weight itself is not looked at and may be on the meta device.
     """
     if type(module) is nn.Linear:
         return True

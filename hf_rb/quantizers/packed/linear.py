@@ -1,8 +1,8 @@
 """Packed layers, whatever the method: bytes in the kernels' layout, with what turns them into numbers beside them.
 
 A packed parameter `<name>` is uint8 `(*rows, layout.row_bytes)`. In memory it has a companion `<name>_scale`, float16
-`(*rows, groups, scales of a group)`, and may have `<name>_column`, float32, a factor of every input. All of them are frozen
-parameters: what places, offloads and saves a model knows parameters best.
+`(*rows, groups, scales of a group)`, and may have `<name>_column`, float32, a factor of every input. All of them are
+frozen parameters: what places, offloads and saves a model knows parameters best.
 """
 
 import torch
@@ -48,7 +48,9 @@ class PackedModule(nn.Module):
         device: torch.device | None = None,
         column: bool = False,
     ) -> None:
-        """Adds the parameters `<name>`, `<name>_scale` and, if asked for, `<name>_column` `(*rows[:-1], in_features)`."""
+        """Adds the parameters `<name>`, `<name>_scale` and, if asked for, `<name>_column`
+        `(*rows[:-1], in_features)`.
+        """
         weight = PackedWeight(
             torch.empty(*rows, layout.row_bytes, dtype=torch.uint8, device=device),
             torch.empty(*rows, layout.groups, layout.num_scales, dtype=torch.float16, device=device),
@@ -117,8 +119,8 @@ class PackedLinear(PackedModule, nn.Linear):
     """
     A linear layer whose weight is packed.
 
-    It is an `nn.Linear` for everything that looks for one (LoRA's `all-linear`, device maps). Gradients flow to the input
-    and the bias.
+    It is an `nn.Linear` for everything that looks for one (LoRA's `all-linear`, device maps). Gradients flow to the
+    input and the bias.
 
     Args:
         in_features (`int`):
@@ -161,7 +163,9 @@ class PackedLinear(PackedModule, nn.Linear):
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     def stand_in_for(self, module: nn.Module) -> "PackedLinear":
-        """Remembers the class of an ordinary layer, which [`~PackedLinear.plain`] gives back, and returns this layer."""
+        """Remembers the class of an ordinary layer, which [`~PackedLinear.plain`] gives back, and returns this
+        layer.
+        """
         blank = vars(nn.Module())
         self.plain_class, self.is_transposed = type(module), is_transposed(module)
         self.plain_attributes = {name: value for name, value in vars(module).items() if name not in blank}

@@ -43,7 +43,9 @@ def _dequantize_group(
     PARTS: tl.constexpr,
     DIGITS: tl.constexpr,
 ):
-    """Weight by weight: here the parts meet, and their slices have different lengths. `OFFSET` is a field of `PARTS`."""
+    """Weight by weight: here the parts meet, and their slices have different lengths. `OFFSET` is a field of
+    `PARTS`.
+    """
     place = tl.arange(0, triton.next_power_of_2(LENGTH))
     total = tl.zeros([out_rows.shape[0], place.shape[0]], tl.float32)
     for PART in tl.static_range(0, len(PARTS), 7):
@@ -87,6 +89,7 @@ def dequantize(weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype
     block_n = max(1, 1024 // triton.next_power_of_2(layout.group_size))
     with torch.cuda.device_of(weight):
         _dequantize_kernel[triton.cdiv(len(weight), block_n), layout.groups](
-            weight, scale, out, len(weight), full, weight.stride(0), scale.stride(0), out.stride(0), *constants(layout), block_n
+            weight, scale, out, len(weight), full,
+            weight.stride(0), scale.stride(0), out.stride(0), *constants(layout), block_n,
         )  # fmt: skip
     return out.to(dtype)

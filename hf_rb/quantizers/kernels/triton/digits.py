@@ -10,7 +10,8 @@ and with the scales s_k of a group, which its weights share, a weight is
     w = A c + B h + C        A = sum_k s_k alpha_k,    B = sum_k s_k beta_k,    C = sum_k s_k gamma_k
 
 With scales in float16 all of this is exact in float32, unless the scales of a group are more than a factor 2^9 apart.
-Integers become floats without a conversion instruction: the number 2^23 + c has the bits of c at the end of its mantissa.
+Integers become floats without a conversion instruction: the number 2^23 + c has the bits of c at the end of its
+mantissa.
 """
 
 import os
@@ -30,7 +31,9 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 class Recipe(NamedTuple):
-    """A basis in digits: `basis[k][c] = alpha * (c - shift) + beta * floor(c / radix) + gamma` with a row for every k."""
+    """A basis in digits: `basis[k][c] = alpha * (c - shift) + beta * floor(c / radix) + gamma` with a row for every
+    k.
+    """
 
     radix: int  # 0 where no digit is needed
     shift: int
@@ -63,8 +66,9 @@ class Constants(NamedTuple):
     """
     What the kernels are compiled for. The tuples are flat because compiled code indexes only such.
 
-    `PARTS` has for every part: bits, radix, shift, its first scale, the end of its scales, its offset in a group and in the last
-    group. `DIGITS` has alpha, beta and gamma for every scale of a group. `TAIL` is the length of a short last group.
+    `PARTS` has for every part: bits, radix, shift, its first scale, the end of its scales, its offset in a group and
+    in the last group. `DIGITS` has alpha, beta and gamma for every scale of a group. `TAIL` is the length of a short
+    last group.
     """
 
     GROUP: int

@@ -2,9 +2,9 @@ r"""Multiplication by packed weights, in Triton.
 
 How codes become numbers, `digits.py` says.
 
-**Where a byte's weights are.** Byte j of a group of n weights holds the weights j, j + q, j + 2q, ... with q = ceil(n / codes
-in a byte). One shift of a tile of neighbouring bytes is therefore a tile of neighbouring weights, a *slice*, and its
-activations are neighbours too. The parts of a layout add up: each goes through the same loop by itself.
+**Where a byte's weights are.** Byte j of a group of n weights holds the weights j, j + q, j + 2q, ... with q = ceil(n
+/ codes in a byte). One shift of a tile of neighbouring bytes is therefore a tile of neighbouring weights, a *slice*,
+and its activations are neighbours too. The parts of a layout add up: each goes through the same loop by itself.
 
 Shapes: M rows of activations, N output features, Q bytes that a part has in a group.
 """
@@ -25,8 +25,8 @@ __all__ = ["MAX_GROUP", "MAX_ROWS", "dequantize", "matmul", "multiply"]
 
 # Up to this many rows of activations the weights are decoded as they are multiplied, above it once for all rows.
 MAX_ROWS = 256
-# `tl.dot` takes the weights of a whole group, of at most this length, and 16-bit types: others have no tensor cores. What it does not
-# take is multiplied row by row, up to so many rows.
+# `tl.dot` takes the weights of a whole group, of at most this length, and 16-bit types: others have no tensor cores.
+# What it does not take is multiplied row by row, up to so many rows.
 MAX_TILE = 128
 MAX_VECTORS = 8
 # The longest group that is taken at all.
@@ -34,7 +34,8 @@ MAX_GROUP = 1024
 # Programs for every multiprocessor of the device; with fewer, the groups of a row are divided among several.
 PROGRAMS = 4
 
-# Up to this many rows of bfloat16 activations the weights are not rounded to bfloat16: memory, not arithmetic, takes the time.
+# Up to this many rows of bfloat16 activations the weights are not rounded to bfloat16: memory, not arithmetic, takes
+# the time.
 EXACT_ROWS = 64
 
 
@@ -57,7 +58,9 @@ def _dot(x, weight, acc):
 
 @triton.jit
 def _dot_twice(x, weight, acc):
-    """Adds `x @ weight.T` for bfloat16 `x` in two halves: the 8 leading bits of the weight, and the rest rounded to 8 bits."""
+    """Adds `x @ weight.T` for bfloat16 `x` in two halves: the 8 leading bits of the weight, and the rest rounded to 8
+    bits.
+    """
     high = (weight.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     return _dot(x, weight - high, _dot(x, high, acc))
 
@@ -83,8 +86,8 @@ def _section(
     """
     Adds to `total` what one part of the groups `first` to `last`, all of one length, contributes.
 
-    A single row of activations (`VECTOR`, `total` is (N,)) is multiplied in float32, more (`total` is (M, N)) by `tl.dot`.
-    `x_rows`, `weight_rows` and `scale_rows` point to where the rows begin.
+    A single row of activations (`VECTOR`, `total` is (N,)) is multiplied in float32, more (`total` is (M, N)) by
+    `tl.dot`. `x_rows`, `weight_rows` and `scale_rows` point to where the rows begin.
     """
     BITS: tl.constexpr = PARTS[PART]
     BYTES: tl.constexpr = (LENGTH * BITS + 7) // 8
@@ -145,7 +148,9 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr,
     TWICE: tl.constexpr,
 ):
-    """`out[k, m, n]`: the sum over the `per_program` groups that are program k's, out of `full` whole ones in a row."""
+    """`out[k, m, n]`: the sum over the `per_program` groups that are program k's, out of `full` whole ones in a
+    row.
+    """
     VECTOR: tl.constexpr = BLOCK_M == 1
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1)
