@@ -4,6 +4,7 @@ anything is loaded.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,9 +79,12 @@ def allocate_layers(
         directions = nsds.output_directions(entries[head].read())
         for name in tqdm(layers, desc="NSDS", disable=None):
             weights = {role: entries[wanted[name, role]].read() for role in PROJECTIONS if (name, role) in wanted}
-            numbers.append(nsds.layer_numbers(nsds.LayerWeights(**{"gate": None} | weights), head_dim, directions))
+            numbers.append(
+                nsds.layer_numbers(nsds.LayerWeights(gate=weights.pop("gate", None), **weights), head_dim, directions)
+            )
     scores = nsds.combine(*zip(*numbers, strict=True))
-    given = nsds.allocate([one.score for one in scores], nsds_budget(strategy), *NSDS_RANGES[per_layer])
+    budget: Any = nsds_budget(strategy)  # the rules of the config have refused other texts
+    given = nsds.allocate([one.score for one in scores], budget, *NSDS_RANGES[per_layer])
     return [LayerAllocation(*row) for row in zip(layers, *zip(*scores, strict=True), given, strict=True)]
 
 
@@ -91,9 +95,10 @@ def _decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _find(layer: nn.Module, path: str) -> nn.Module | None:
+    found: Any = layer
     for part in path.split("."):
-        layer = getattr(layer, part, None)
-    return layer
+        found = getattr(found, part, None)
+    return found
 
 
 def _unembedding(model: PreTrainedModel) -> str:

@@ -26,7 +26,7 @@ is cheap.
 import math
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,10 +86,12 @@ class LayerScore(NamedTuple):
 
 
 class _Spectrum(NamedTuple):
-    """Singular values, largest first, and singular vectors in columns; what is not needed is missing."""
+    """Singular values, largest first, and singular vectors in columns; the right ones are missing where they are not
+    needed.
+    """
 
     values: Tensor
-    left: Tensor | None = None
+    left: Tensor
     right: Tensor | None = None
 
 
@@ -112,10 +114,8 @@ def layer_numbers(
     Returns:
         `tuple[dict[str, float], dict[str, float]]`: By `"up"`, `"gate"`, `"qk"`, `"down"`, `"ov"`.
     """
-    wide = [
-        None if weight is None else weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights
-    ]
-    query, key, value, output, gate, up, down = wide
+    query, key, value, output = map(_wide, (weights.query, weights.key, weights.value, weights.output))
+    gate, up, down = None if weights.gate is None else _wide(weights.gate), _wide(weights.up), _wide(weights.down)
     numerical, structural = {}, {}
     for name, matrix in (("up", up), ("gate", gate)):
         if matrix is not None:
@@ -127,7 +127,7 @@ def layer_numbers(
     structural["down"] = expressiveness(spectrum.values, _seen(spectrum.left, directions), rank)
     heads = len(query) // head_dim
     shared = heads // (len(key) // head_dim)
-    circuits = {"qk": [], "ov": []}
+    circuits: dict[str, list[tuple[Tensor, Tensor]]] = {"qk": [], "ov": []}
     for head in range(heads):
         here, other = (slice(i * head_dim, (i + 1) * head_dim) for i in (head, head // shared))
         circuits["qk"].append((query[here], key[other]))
@@ -136,6 +136,10 @@ def layer_numbers(
         numbers = [_circuit_numbers(*pair, None if name == "qk" else directions, rank) for pair in pairs]
         numerical[name], structural[name] = (sum(column) / heads for column in zip(*numbers, strict=True))
     return numerical, structural
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _circuit_numbers(left: Tensor, right: Tensor, directions: Tensor | None, rank: str) -> tuple[float, float]:
@@ -148,7 +152,8 @@ def _circuit_numbers(left: Tensor, right: Tensor, directions: Tensor | None, ran
     if directions is not None:
         weights = _seen(spectrum.left, directions)
     else:
-        weights = (_peaked(spectrum.left) * _peaked(spectrum.right)).log1p()
+        inputs: Any = spectrum.right  # a circuit has both
+        weights = (_peaked(spectrum.left) * _peaked(inputs)).log1p()
     return kurtosis, expressiveness(spectrum.values, weights, rank)
 
 
@@ -190,7 +195,7 @@ def _gram_spectrum(matrix: Tensor) -> _Spectrum:
     """Singular values and left singular vectors, from the smaller side's point of view: M M'."""
     gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
     for part in matrix.split(max(1, CHUNK // len(matrix)), dim=1):
-        part = part.to(torch.promote_types(part.dtype, torch.float32))
+        part = _wide(part)
         gram += part @ part.T
     values, vectors = torch.linalg.eigh(gram)
     return _Spectrum(values.clamp_(min=0).sqrt_().flip(0), vectors.flip(1))
@@ -206,7 +211,8 @@ def _circuit_spectrum(left: Tensor, right: Tensor) -> _Spectrum:
 def _kept(spectrum: _Spectrum) -> _Spectrum:
     energy = spectrum.values.square().cumsum(0)
     count = max(FEWEST, int((energy < ENERGY * energy[-1]).sum()) + 1)
-    return _Spectrum(spectrum.values[:count], *(part if part is None else part[:, :count] for part in spectrum[1:]))
+    right = None if spectrum.right is None else spectrum.right[:, :count]
+    return _Spectrum(spectrum.values[:count], spectrum.left[:, :count], right)
 
 
 def _peaked(vectors: Tensor) -> Tensor:
@@ -238,7 +244,7 @@ def combine(numerical: Sequence[dict[str, float]], structural: Sequence[dict[str
     for layers in (numerical, structural):
         columns = [squash([layer[module] for layer in layers]) for module in layers[0]]
         joined.append([soft_or(row) for row in zip(*columns, strict=True)])
-    return [LayerScore(*pair, soft_or(pair)) for pair in zip(*joined, strict=True)]
+    return [LayerScore(*pair, score=soft_or(pair)) for pair in zip(joined[0], joined[1], strict=True)]
 
 
 def allocate(scores: Sequence[float], budget: float, low: int, high: int) -> list[int]:

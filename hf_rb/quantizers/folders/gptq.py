@@ -135,7 +135,8 @@ def export_gptq(
     if packed.config.scale_mode != "tied":
         raise ValueError(
             f"{source} has two free scales a group, nine levels that no 4-bit grid holds. Quantize with "
-            '`scale_mode="tied"` (`--scale-mode tied`) to export it, or write an ordinary model with `hf-rb dequantize`.'
+            '`scale_mode="tied"` (`--scale-mode tied`) to export it, or write an ordinary model with '
+            "`hf-rb dequantize`."
         )
     for name, weight in packed.weights.items():
         if len(packed.shapes[weight.parameter]) == 3:
@@ -190,9 +191,10 @@ class _PackedModel:
         self.folder = find_packed(source, destination, overwrite)
         check_plain(self.folder)
         self.method = quantization_method(self.folder)
-        self.model_config = AutoConfig.from_pretrained(self.folder)
-        self.config = AutoQuantizationConfig.from_dict(self.model_config.quantization_config)
-        del self.model_config.quantization_config
+        stored: Any = AutoConfig.from_pretrained(self.folder)
+        self.config = AutoQuantizationConfig.from_dict(stored.quantization_config)
+        del stored.quantization_config
+        self.model_config = stored
         self.checkpoint = Checkpoint(self.folder)
         model = skeleton(self.model_config)
         self.dtype = model.dtype
@@ -205,7 +207,7 @@ class _PackedModel:
         self.weights: dict[str, _Packed] = {}
         for name, entry in self.checkpoint.entries.items():
             parameter = next(iter(find(name)[0]), None)
-            if parameter in quantizer.layouts:
+            if parameter is not None and parameter in quantizer.layouts:
                 owner, layout = model.get_submodule(parameter.rpartition(".")[0]), quantizer.layouts[parameter]
                 transposed = is_transposed(owner) and len(entry.shape) == len(self.shapes[parameter])
                 whole = len(entry.shape) == 3 or transposed

@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb.evaluation import Size, beginning, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
@@ -18,6 +17,7 @@ from hf_rb.io.model_folder import check_apart, check_plain, copy_companions, fin
 from hf_rb.io.resumable import STATE, partial_folder
 from hf_rb.io.texts import read_texts
 from hf_rb.io.weight_files import weight_bytes
+from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.packed.baseline import round_weights
 from hf_rb.quantizers.packed.report import Report
 
@@ -38,7 +38,7 @@ EVAL_PROBLEMS = 200
 def quantize(
     source: str | Path,
     destination: str | Path,
-    config: QuantizationConfigMixin | dict[str, Any],
+    config: PackedConfig | dict[str, Any],
     *,
     overwrite: bool = False,
     dtype: str = "auto",
@@ -83,13 +83,14 @@ def quantize(
     folder, destination, config = open_source(source, destination, config, subfolder)
     work = partial_folder(destination.resolve())
     if getattr(config, "calibrated", False):
-        config = replace(config, resume_dir=config.resume_dir or str(work))
+        calibrated: Any = config  # which has such a field
+        config = calibrated = replace(calibrated, resume_dir=calibrated.resume_dir or str(work))
         if not resume:
-            (Path(config.resume_dir) / STATE).unlink(missing_ok=True)
+            (Path(calibrated.resume_dir) / STATE).unlink(missing_ok=True)
     check_replaceable(destination.resolve(), overwrite)
     source_bytes = weight_bytes(folder, variant)  # says what is missing, which loading would say in its own words
     kind = model_class(AutoConfig.from_pretrained(folder))
-    model = kind.from_pretrained(folder, quantization_config=config, dtype=dtype, variant=variant)
+    model: Any = kind.from_pretrained(folder, quantization_config=config, dtype=dtype, variant=variant)
     with atomic_folder(destination, overwrite) as result:  # only now: a run that is killed leaves its temporary folder
         model.save_pretrained(result)
         size = complete_folder(result, folder, source, destination.name, config)
@@ -152,8 +153,8 @@ def read_text(data: str) -> str:
 
 
 def open_source(
-    source: str | Path, destination: str | Path, config: QuantizationConfigMixin | dict[str, Any], subfolder: str = ""
-) -> tuple[Path, Path, QuantizationConfigMixin]:
+    source: str | Path, destination: str | Path, config: PackedConfig | dict[str, Any], subfolder: str = ""
+) -> tuple[Path, Path, PackedConfig]:
     """Returns the folder of the model, the destination as a path, and the config as an object, or refuses them."""
     if isinstance(config, dict):
         config = AutoQuantizationConfig.from_dict(config)
@@ -165,9 +166,7 @@ def open_source(
     return folder, destination, config
 
 
-def complete_folder(
-    folder: Path, source_folder: Path, source: str | Path, name: str, config: QuantizationConfigMixin
-) -> Size:
+def complete_folder(folder: Path, source_folder: Path, source: str | Path, name: str, config: PackedConfig) -> Size:
     """Adds to written weights and their config what else belongs to a model called `name`, and measures them."""
     copy_companions(source_folder, folder)
     size = model_size(folder)
@@ -176,7 +175,7 @@ def complete_folder(
     return size
 
 
-def describe(config: QuantizationConfigMixin) -> dict[str, dict[str, Any]]:
+def describe(config: PackedConfig) -> dict[str, Any]:
     """Returns what a model card says of a quantization config: `hyperparameters` and `summaries`, as [`ModelCardData`]
     has them.
     """

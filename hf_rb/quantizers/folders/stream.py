@@ -32,7 +32,6 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb import __version__
 from hf_rb.evaluation import model_size
@@ -42,6 +41,7 @@ from hf_rb.io.parameter_names import ParameterNames
 from hf_rb.io.resumable import STATE, file_stamps, finish, partial_folder, unfinished, write_json
 from hf_rb.io.safetensors import Checkpoint, Entry, Output, read_header, standard_names, write_index, write_tensors
 from hf_rb.io.weight_files import weight_bytes
+from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.folders.quantize import complete_folder, open_source
 from hf_rb.quantizers.loading.conversion import moves_rows
 from hf_rb.quantizers.loading.quantizer import Place
@@ -60,7 +60,7 @@ PART = 1 << 26  # bytes of weights that are quantized between two points from wh
 def quantize_checkpoint(
     source: str | Path,
     destination: str | Path,
-    config: QuantizationConfigMixin | dict[str, Any],
+    config: PackedConfig | dict[str, Any],
     *,
     overwrite: bool = False,
     dtype: str = "auto",
@@ -150,7 +150,7 @@ class _Job:
 class _StreamedModel:
     """Plans what happens to each tensor of a checkpoint, and carries the plan out."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, config: QuantizationConfigMixin, dtype: str):
+    def __init__(self, folder: Path, checkpoint: Checkpoint, config: PackedConfig, dtype: str):
         self.quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
         self.quantizer.validate_environment(device_map=None, weights_only=True)
         model_config = AutoConfig.from_pretrained(folder)
@@ -325,11 +325,12 @@ def _without_tied_copies(jobs: list[_Job], tied: dict[str, str]) -> list[_Job]:
 
 def _load_dtype(config: PreTrainedConfig, checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     """The type that `from_pretrained(..., dtype=dtype)` would choose."""
+    chosen: torch.dtype | str = dtype
     if dtype == "auto":
-        dtype = config.dtype or next(
+        chosen = config.dtype or next(
             entry.dtype for entry in checkpoint.entries.values() if entry.dtype.is_floating_point
         )
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return getattr(torch, chosen) if isinstance(chosen, str) else chosen
 
 
 def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:

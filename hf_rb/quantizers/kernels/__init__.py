@@ -23,8 +23,10 @@ A process that has multiplied on more than one thread must not be forked: like t
 would wait for OpenMP threads that it does not have. Start processes with `spawn`.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_rb.quantizers.kernels import cpu, reference, triton
 from hf_rb.quantizers.kernels.layout import Layout
@@ -36,7 +38,7 @@ __all__ = ["ACTIVATIONS", "dequantize", "forget", "linear", "matmul"]
 ACTIVATIONS = ("exact", "int8")
 
 
-def linear(input: Tensor, layer: nn.Module) -> Tensor:
+def linear(input: Tensor, layer: Any) -> Tensor:
     """
     Returns `input @ weight.T + bias` `(..., out_features)` for a quantized layer.
 
@@ -110,16 +112,16 @@ def lut_linear(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: str,
 
 
 @lut_linear.register_fake
-def _(input, weight, weight_scale, layout, activations):
+def _(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: str, activations: str) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, scale, ctx.layout, _ = inputs
     ctx.save_for_backward(weight, scale)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, scale = ctx.saved_tensors
     return lut_linear_backward(grad, weight, scale, ctx.layout), None, None, None, None
 
@@ -134,7 +136,7 @@ def lut_linear_backward(grad: Tensor, weight: Tensor, weight_scale: Tensor, layo
 
 
 @lut_linear_backward.register_fake
-def _(grad, weight, weight_scale, layout):
+def _(grad: Tensor, weight: Tensor, weight_scale: Tensor, layout: str) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], Layout.from_key(layout).in_features)
 
 

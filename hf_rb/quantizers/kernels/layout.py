@@ -16,6 +16,7 @@ neighbouring bytes then gives neighbouring weights. A short last group is laid o
 import json
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,12 +127,12 @@ class Layout:
 
 
 def pack(codes: list[Tensor], layout: Layout) -> Tensor:
-    """Packs the codes of every part, uint8 `(out_features, in_features)` each, into uint8 `(out_features,
-    row_bytes)`.
+    """Packs the codes of every part, uint8 `(out_features, in_features)` each, into uint8
+    `(out_features, row_bytes)`.
     """
     packed = []
     for start, groups, length in layout.sections():
-        blocks = []
+        blocks: list[Any] = []
         for part, code in zip(layout.parts, codes, strict=True):
             block = code[:, start : start + groups * length].unflatten(-1, (groups, length))
             block = F.pad(block, (0, part.bytes(length) * 8 // part.bits - length), value=part.padding)

@@ -6,7 +6,7 @@ takes the memory of its packed weights **and** of its weights in the type of the
 
 import warnings
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ def _dequantize(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
     columns, group = [], 0
     for start, groups, length in layout.sections():
         places = slice(start, start + groups * length)
-        block = 0
+        block: Any = 0
         for table, code in zip(tables, codes, strict=True):
             block = block + table[:, group : group + groups].gather(
                 -1, code[:, places].unflatten(-1, (groups, length))

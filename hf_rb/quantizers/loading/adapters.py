@@ -1,6 +1,6 @@
 """What PEFT may do to packed layers: train adapters beside them, and nothing that needs their plain weights."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ class ParamWrapper(compat.ParamWrapper):  # the name by which PEFT knows what ma
     """
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        experts = self.get_base_layer()
+        experts: Any = self.get_base_layer()
         in_features = experts.layouts[self.parameter_name].in_features
         self.num_experts, out_features = getattr(experts, self.parameter_name).shape[:2]
         self._param_ndim = 3
@@ -36,8 +36,8 @@ class ParamWrapper(compat.ParamWrapper):  # the name by which PEFT knows what ma
         return (in_features, out_features) if experts.is_transposed else (out_features, in_features)
 
     @contextmanager
-    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        experts = self.get_base_layer()
+    def _activate_lora(self, active_adapters: list[str]) -> Generator[None]:
+        experts: Any = self.get_base_layer()
         if self.parameter_name not in getattr(experts, "layouts", ()):  # dequantized since
             with super()._activate_lora(active_adapters):
                 yield
@@ -51,19 +51,22 @@ class ParamWrapper(compat.ParamWrapper):  # the name by which PEFT knows what ma
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
         """Returns A `(experts, rank, in)`, B `(experts, out, rank)` and what their product is multiplied with."""
-        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        first: Any = self.lora_A[adapter]
+        second: Any = self.lora_B[adapter]
+        down, up = first.weight, second.weight
         down = down.view(self.num_experts, -1, down.shape[1])
         return down, up.view(len(up), -1, self.num_experts).permute(2, 0, 1), self.scaling[adapter]
 
 
-def dispatch(config: Any, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module | None:
+def dispatch(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module | None:
     """
     Makes a LoRA layer for a packed module, or leaves it to PEFT where its own layer will do.
 
     Raises:
         PlainWeightsNeeded: There is no such adapter for packed weights.
     """
-    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    base: Any = target
+    base = base.get_base_layer() if hasattr(base, "get_base_layer") else base
     parameter = kwargs.get("parameter_name")
     if parameter is not None and parameter not in base.layouts:
         return None

@@ -35,7 +35,8 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.loading.arrivals import Arrivals
@@ -185,7 +186,7 @@ class _Operation(compat.ConversionOps):
     def __deepcopy__(self, memo: dict) -> "_Operation":
         return self  # the loader copies a conversion for every parameter
 
-    def run(self, tensors: dict, full_layer_name: str, packed: bool = True, **kwargs) -> dict:
+    def run(self, tensors: dict, full_layer_name: str, packed: bool = True, **kwargs: Any) -> dict:
         operations = self.operations if packed else self.plain
         for operation in operations:
             tensors = operation.convert(tensors, full_layer_name=full_layer_name, **kwargs)
@@ -193,7 +194,7 @@ class _Operation(compat.ConversionOps):
             return {full_layer_name: next(iter(tensors.values()))}
         return tensors
 
-    def failed(self, model: nn.Module, name: str, error: Exception) -> dict[str, Tensor]:
+    def failed(self, model: PreTrainedModel, name: str, error: Exception) -> dict[str, Tensor]:
         """Notes why a parameter could not be made, and returns something of its shape."""
         self.arrivals.failed(name, error)
         module, parameter = _owner(model, name)
@@ -209,8 +210,8 @@ class _Operation(compat.ConversionOps):
 class _Quantize(_Operation):
     """Weights of a checkpoint -> a packed parameter and what stands beside it; what is not packed passes."""
 
-    def convert(
-        self, input_dict: dict, *, full_layer_name: str, target_patterns: list, model: nn.Module, **kwargs
+    def convert(  # pyrefly: ignore[bad-override]  (the loader passes names)
+        self, input_dict: dict, *, full_layer_name: str, target_patterns: list, model: PreTrainedModel, **kwargs: Any
     ) -> dict:
         kwargs = dict(kwargs, target_patterns=target_patterns, model=model)
         if not _is_packed(model, full_layer_name) and len(target_patterns) == 1:
@@ -229,7 +230,7 @@ class _Quantize(_Operation):
                 result |= self.failed(model, name, error)
         return result
 
-    def _quantize(self, model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    def _quantize(self, model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Returns the parameters, by name, that the weight called `name` becomes."""
         module, weight = _owner(model, name)
         if weight not in getattr(module, "layouts", ()):
@@ -262,7 +263,9 @@ class _Read(_Operation):
     def hf_quantizer(self) -> Packer:
         return self.packer  # the name by which the loader knows not to cast what comes in
 
-    def convert(self, input_dict: dict, *, full_layer_name: str, model: nn.Module, **kwargs) -> dict:
+    def convert(  # pyrefly: ignore[bad-override]
+        self, input_dict: dict, *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any
+    ) -> dict:
         kwargs = dict(kwargs, model=model)
         packed, dtype = _is_packed(model, full_layer_name), _dtype(model, full_layer_name)
         layout = self.packer.layouts.get(full_layer_name)
@@ -322,18 +325,18 @@ class _Read(_Operation):
         return result
 
 
-def _is_packed(model: nn.Module, name: str) -> bool:
+def _is_packed(model: PreTrainedModel, name: str) -> bool:
     """Whether a parameter is packed, or stands beside one that is."""
     module, parameter = _owner(model, name)
     return isinstance(module, PackedModule) and module.is_packed(parameter)
 
 
-def _owner(model: nn.Module, name: str) -> tuple[Any, str]:
+def _owner(model: PreTrainedModel, name: str) -> tuple[Any, str]:
     module, _, parameter = name.rpartition(".")
     return model.get_submodule(module), parameter
 
 
-def _dtype(model: nn.Module, name: str) -> torch.dtype:
+def _dtype(model: PreTrainedModel, name: str) -> torch.dtype:
     """Returns the type that the loader gives a parameter."""
     dtype = model.get_parameter_or_buffer(name).dtype
     plan = model._get_dtype_plan(dtype) if dtype.is_floating_point else {}

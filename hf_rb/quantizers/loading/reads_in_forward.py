@@ -3,9 +3,10 @@
 import copy
 import sys
 from collections.abc import Collection
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_rb.quantizers.loading.reads_in_source import is_harmless_at
@@ -20,12 +21,12 @@ FEW = 4  # modules and parameters of what is no block, a layer among others
 class _Watched:
     """What makes a linear layer of a copied model tell who reads its weight."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name == "weight":
             frame = sys._getframe(1)
             if frame.f_locals.get("self") is not self and not is_harmless_at(frame):
                 self.__dict__["_readers"].append(frame.f_code.co_qualname)
-        return super().__getattr__(name)
+        return super().__getattr__(name)  # pyrefly: ignore[missing-attribute]  (that of nn.Module)
 
 
 def record(model: nn.Module, layers: Collection[str]) -> tuple[dict[str, str], str | None]:
@@ -104,9 +105,9 @@ def _copy(model: nn.Module, alike: dict[str, str]) -> nn.Module:
     return copy.deepcopy(model, memo).eval()
 
 
-def _inputs(model: nn.Module) -> list[dict[str, Tensor]]:
+def _inputs(model: nn.Module) -> list[dict[str, Any]]:
     """Returns inputs that a model might take, the likeliest first."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def size(*names: str, default: int) -> int:
@@ -127,7 +128,7 @@ def _inputs(model: nn.Module) -> list[dict[str, Tensor]]:
             device="meta",
         ),
     }
-    main = getattr(model, "main_input_name", "input_ids")
+    main: Any = getattr(model, "main_input_name", "input_ids")
     first = {main: kinds.get(main, ids)}
     if getattr(config, "is_encoder_decoder", False):
         first["decoder_input_ids"] = ids

@@ -189,7 +189,7 @@ def _skips(config: PackedConfig) -> list[str]:
     return [*(config.modules_to_not_convert or []), *([] if getattr(config, "quantize_qk", True) else QK)]
 
 
-def _language_model(model: nn.Module) -> tuple[str, ...]:
+def _language_model(model: PreTrainedModel) -> tuple[str, ...]:
     """Prefixes of the modules that a quantization is for: any, or those of a multimodal model's language model."""
     text = model.config.get_text_config()
     if text is model.config:

@@ -93,7 +93,8 @@ def check_trained_module(module: nn.Module) -> None:
 
 def base_of(module: nn.Module) -> nn.Module:
     """Returns the layer below all adapters."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    layer: Any = module
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
 def _copy(base: PackedLinear) -> PackedLinear:
@@ -107,14 +108,15 @@ def _copy(base: PackedLinear) -> PackedLinear:
     return twin
 
 
-def _outcomes(kind: type, config: Any, base: PackedLinear) -> list[Tensor | Exception]:
+def _outcomes(kind: Any, config: Any, base: PackedLinear) -> list[Tensor | Exception]:
     twin = _copy(base)
     return [_outcome(kind, config, layer) for layer in (twin.plain(), twin)]
 
 
-def _outcome(kind: type, config: Any, layer: nn.Module) -> Tensor | Exception:
+def _outcome(kind: Any, config: Any, layer: Any) -> Tensor | Exception:
     """Returns the output of a layer that a new tuner has adapted, or the error that came instead."""
-    holder, config, draws = nn.Module(), copy.copy(config), torch.Generator().manual_seed(0)
+    config, draws = copy.copy(config), torch.Generator().manual_seed(0)
+    holder: Any = nn.Module()
     holder.layer = layer
     vars(config).update({name: value for name, value in ALONE.items() if hasattr(config, name)})
     input = torch.randn(2, layer.in_features, generator=draws, dtype=torch.float32)

@@ -83,8 +83,9 @@ def round_weights(model: nn.Module, names: Iterable[str], bits: int = 4, group_s
         `bool`: `False` if the model has another structure: a name is missing, and nothing was changed.
     """
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-    weights = [(name, parameters.get(f"{name}.weight", parameters.get(name))) for name in names]
-    if any(weight is None for _, weight in weights):
+    found = [(name, parameters.get(f"{name}.weight", parameters.get(name))) for name in names]
+    weights = [(name, weight) for name, weight in found if weight is not None]
+    if len(weights) < len(found):
         return False
     for name, weight in weights:
         owner = modules.get(name, modules[name.rpartition(".")[0]])

@@ -2,6 +2,9 @@
 dimensions.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,6 +70,15 @@ class PackedExperts(PackedModule):
         columns (`tuple[str, ...]`, *optional*):
             The packed projections whose inputs have a factor each.
     """
+
+    # Taken over from the model's own module.
+    experts_class: Any
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from hf_rb.evaluation import Verdict
+    from hf_rb.evaluation import Size, Verdict
 
 __all__ = ["BlockReport", "LayerAllocation", "LayerReport", "Report"]
 
@@ -152,9 +152,10 @@ class Report:
             self.layers.append(layer)
         else:
             both = [known, layer]
-            known.relative_error, known.baseline_error = _mean(both, "relative_error"), _mean(both, "baseline_error")
+            relative_error: Any = _mean(both, "relative_error")  # every layer has one
+            known.relative_error, known.baseline_error = relative_error, _mean(both, "baseline_error")
             known.weights += layer.weights
-            if None not in (known.baseline_bytes, layer.baseline_bytes):
+            if known.baseline_bytes is not None and layer.baseline_bytes is not None:
                 known.baseline_bytes += layer.baseline_bytes
             known.resolved |= layer.resolved
         self.resolved = sum(layer.resolved for layer in self.layers)
@@ -166,15 +167,16 @@ class Report:
         for layer in other.layers:
             self.add(layer, other.seconds / len(other.layers))
 
-    def set_size(self, size, source_bytes: int) -> None:
+    def set_size(self, size: "Size", source_bytes: int) -> None:
         """Fills in what a [`~hf_rb.evaluation.Size`] of the written folder says."""
         self.file_bytes, self.parameters, self.bits_per_weight = size.file_bytes, size.weights, size.bits_per_weight
         self.source_bytes, self.quantized_bits_per_weight = source_bytes, size.quantized_bits_per_weight
-        if all(layer.baseline_bytes is not None for layer in self.layers):
+        theirs = [layer.baseline_bytes for layer in self.layers if layer.baseline_bytes is not None]
+        if len(theirs) == len(self.layers) and size.quantized_bits_per_weight is not None:
             ours = round(size.quantized_weights * size.quantized_bits_per_weight / 8)
-            self.baseline_file_bytes = size.file_bytes - ours + sum(layer.baseline_bytes for layer in self.layers)
+            self.baseline_file_bytes = size.file_bytes - ours + sum(theirs)
 
-    def error_by_kind(self, which: str = "relative_error") -> dict[str, float]:
+    def error_by_kind(self, which: str = "relative_error") -> dict[str, float | None]:
         """Error by kind of layer: the root of the mean square over its weights. `which` may be `"baseline_error"`."""
         kinds: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
@@ -201,7 +203,7 @@ class Report:
 
     def quality(self) -> "Verdict | None":
         """How much worse the model has become, in words, where the perplexity was measured."""
-        if self.perplexity_after is None:
+        if self.perplexity_after is None or self.perplexity_before is None:
             return None
         from hf_rb.evaluation.verdict import judge
 
@@ -221,7 +223,7 @@ class Report:
             advice = "" if self.eval_data else "; measure the perplexity (`--eval-data`)"
             return f"{NOT_COMPARED}: errors of weights say little about a method that makes up for them{advice}."
         ours, theirs = self.error(), self.error("baseline_error")
-        if theirs is None or self.baseline_file_bytes is None:
+        if ours is None or theirs is None or self.baseline_file_bytes is None or self.file_bytes is None:
             return f"{NOT_COMPARED}."
         accuracy = "more accurate" if theirs < ours else "no more accurate"
         errors = f"relative error {theirs:.4f} against {ours:.4f}"

@@ -2,10 +2,11 @@
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -154,10 +155,11 @@ class Kernel:
         """
         step = max(1, PANEL // layout.in_features)
         size = min(step, len(weight)) * layout.in_features
-        memory = _workspace.__dict__.get(dtype)
+        kept: dict[Any, Tensor] = _workspace.__dict__
+        memory = kept.get(dtype)
         if memory is None or memory.numel() < size:
             with torch.inference_mode(False):
-                memory = _workspace.__dict__[dtype] = torch.empty(size, dtype=dtype)
+                memory = kept[dtype] = torch.empty(size, dtype=dtype)
         for first in range(0, len(weight), step):
             rows = slice(first, min(first + step, len(weight)))
             output = memory[: (rows.stop - first) * layout.in_features].view(-1, layout.in_features)
@@ -176,7 +178,7 @@ class Kernel:
         return structure, weight.data_ptr(), scale.data_ptr(), rows
 
     @staticmethod
-    def _run(function, *arguments) -> None:
+    def _run(function: Callable[..., int], *arguments: Any) -> None:
         if function(*arguments):
             raise MemoryError("A kernel has no memory for its activations.")
 

@@ -14,9 +14,9 @@ __all__ = ["dequantize"]
 
 @triton.jit
 def _group_part(
-    weight_rows,
-    scale_rows,
-    place,
+    weight_rows: tl.tensor,
+    scale_rows: tl.tensor,
+    place: tl.tensor,
     LENGTH: tl.constexpr,
     PART: tl.constexpr,
     PARTS: tl.constexpr,
@@ -34,10 +34,10 @@ def _group_part(
 
 @triton.jit
 def _dequantize_group(
-    out_rows,
-    weight_rows,
-    scale_rows,
-    mask,
+    out_rows: tl.tensor,
+    weight_rows: tl.tensor,
+    scale_rows: tl.tensor,
+    mask: tl.tensor,
     LENGTH: tl.constexpr,
     OFFSET: tl.constexpr,
     PARTS: tl.constexpr,
@@ -56,14 +56,14 @@ def _dequantize_group(
 
 @triton.jit
 def _dequantize_kernel(
-    weight_ptr,
-    scale_ptr,
-    out_ptr,
-    N,
-    full,
-    weight_stride,
-    scale_stride,
-    out_stride,
+    weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    N: tl.tensor,
+    full: tl.tensor,
+    weight_stride: tl.tensor,
+    scale_stride: tl.tensor,
+    out_stride: tl.tensor,
     GROUP: tl.constexpr,
     TAIL: tl.constexpr,
     GROUP_BYTES: tl.constexpr,

@@ -16,7 +16,7 @@ mantissa.
 
 import os
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -83,7 +83,8 @@ def constants(layout: Layout) -> Constants:
     tail = layout.in_features % layout.group_size
     parts, digits, offset, tail_offset = [], [], 0, 0
     for part in layout.parts:
-        radix, shift, rows = recipe(part)
+        found: Any = recipe(part)  # `supports` has asked for it
+        radix, shift, rows = found
         first = len(digits) // 3
         parts += [part.bits, radix, shift, first, first + len(rows), offset, tail_offset]
         digits += [number for row in rows for number in row]
@@ -93,7 +94,7 @@ def constants(layout: Layout) -> Constants:
 
 
 @triton.jit
-def coefficients(scale_ptrs, FIRST: tl.constexpr, END: tl.constexpr, DIGITS: tl.constexpr):
+def coefficients(scale_ptrs: tl.tensor, FIRST: tl.constexpr, END: tl.constexpr, DIGITS: tl.constexpr):
     """A, B and C of a group for every row; `scale_ptrs` point to its first scale."""
     a = tl.zeros(scale_ptrs.shape, tl.float32)
     b = tl.zeros(scale_ptrs.shape, tl.float32)
@@ -107,7 +108,15 @@ def coefficients(scale_ptrs, FIRST: tl.constexpr, END: tl.constexpr, DIGITS: tl.
 
 
 @triton.jit
-def weights(code, a, b, c, RADIX: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr):
+def weights(
+    code: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    RADIX: tl.constexpr,
+    SHIFT: tl.constexpr,
+    UNIT: tl.constexpr,
+):
     """The weights, float32, of the bits of 2^23 + `UNIT` * code."""
     code = code.to(tl.float32, bitcast=True) - (8388608.0 + SHIFT * UNIT)
     weight = a * (1.0 / UNIT) * code + c

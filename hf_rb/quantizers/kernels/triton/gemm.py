@@ -40,7 +40,7 @@ EXACT_ROWS = 64
 
 
 @triton.jit
-def _load(ptrs, mask, WHOLE: tl.constexpr):
+def _load(ptrs: tl.tensor, mask: tl.tensor, WHOLE: tl.constexpr):
     if WHOLE:
         return tl.load(ptrs)
     else:
@@ -48,7 +48,7 @@ def _load(ptrs, mask, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _dot(x, weight, acc):
+def _dot(x: tl.tensor, weight: tl.tensor, acc: tl.tensor):
     """Adds `x @ weight.T`, with the weight rounded to the type of `x`."""
     if INTERPRETED:
         return tl.dot(x.to(tl.float32), tl.trans(weight), acc)
@@ -57,7 +57,7 @@ def _dot(x, weight, acc):
 
 
 @triton.jit
-def _dot_twice(x, weight, acc):
+def _dot_twice(x: tl.tensor, weight: tl.tensor, acc: tl.tensor):
     """Adds `x @ weight.T` for bfloat16 `x` in two halves: the 8 leading bits of the weight, and the rest rounded to 8
     bits.
     """
@@ -67,12 +67,12 @@ def _dot_twice(x, weight, acc):
 
 @triton.jit
 def _section(
-    total,
-    x_rows,
-    weight_rows,
-    scale_rows,
-    first,
-    last,
+    total: tl.tensor,
+    x_rows: tl.tensor,
+    weight_rows: tl.tensor,
+    scale_rows: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
     LENGTH: tl.constexpr,
     OFFSET: tl.constexpr,
     PART: tl.constexpr,
@@ -128,17 +128,17 @@ def _section(
 
 @triton.jit
 def _matmul_kernel(
-    x_ptr,
-    weight_ptr,
-    scale_ptr,
-    out_ptr,
-    M,
-    N,
-    full,
-    per_program,
-    x_stride,
-    weight_stride,
-    scale_stride,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    full: tl.tensor,
+    per_program: tl.tensor,
+    x_stride: tl.tensor,
+    weight_stride: tl.tensor,
+    scale_stride: tl.tensor,
     GROUP: tl.constexpr,
     TAIL: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
@@ -189,7 +189,7 @@ def _matmul_kernel(
 
 
 @triton.jit
-def _sum_kernel(partial_ptr, out_ptr, size, programs, BLOCK: tl.constexpr):
+def _sum_kernel(partial_ptr: tl.tensor, out_ptr: tl.tensor, size: tl.tensor, programs: tl.tensor, BLOCK: tl.constexpr):
     """Sums what the programs of a row have found, always in the same order."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
