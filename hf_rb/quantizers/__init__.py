@@ -1,4 +1,6 @@
-"""Quantization backends for `from_pretrained(..., quantization_config=...)`, and what `hf-rb quantize`, `dequantize`, `export` do."""
+"""Quantization backends for `from_pretrained(..., quantization_config=...)`, and what `hf-rb quantize`, `dequantize`,
+`export` do.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -15,10 +15,16 @@ FORMAT_VERSION = 1
 
 
 class PackedConfig(QuantizationConfigMixin):
-    """A dataclass with the fields `quant_method`, `format_version` and `dequantize`, of which the last is never stored."""
+    """A dataclass with the fields `quant_method`, `format_version` and `dequantize`, of which the last is never
+    stored.
+    """
 
     is_packed_config: ClassVar[bool] = True  # tells our configs without an import
     method: ClassVar[str]
+    # Every config has these fields, in an order of its own.
+    modules_to_not_convert: list[str] | None
+    dequantize: bool
+    format_version: int
     loading: ClassVar[tuple[str, ...]] = ("dequantize",)  # what may be given when a checkpoint is loaded
     written: ClassVar[tuple[str, ...]] = ()  # fields that quantizing fills in
     calibrated: ClassVar[bool] = False  # a property where the method may run the model on text
@@ -27,8 +33,13 @@ class PackedConfig(QuantizationConfigMixin):
         require("transformers")
         self.check_version(self.format_version)
 
+    @property
+    def summary(self) -> str:
+        """What is done to a model, in a sentence."""
+        raise NotImplementedError
+
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         cls.check_version(config_dict.get("format_version", FORMAT_VERSION))  # a newer format may have other keys
         names = [field.name for field in fields(cls)]
         for key in config_dict:

@@ -1,4 +1,6 @@
-"""What the fields of a quantization config may not be together. Standard library only: `hf-rb check` runs these without torch."""
+"""What the fields of a quantization config may not be together. Standard library only: `hf-rb check` runs these
+without torch.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,7 +10,8 @@ from typing import Any
 
 __all__ = ["NSDS_RANGES", "d2quant_rules", "nsds_budget", "ptqtp_rules"]
 
-# What the least and the most sensitive layers get (hf_rb/quantizers/allocation/nsds.py); the bits are those of the paper.
+# What the least and the most sensitive layers get (hf_rb/quantizers/allocation/nsds.py); the bits are those of the
+# paper.
 NSDS_RANGES = {"bits_per_layer": (2, 4), "planes_per_layer": (2, 3)}
 
 
@@ -57,13 +60,16 @@ def d2quant_rules(config: Any) -> Iterator[str]:
     data = config.dataset
     if isinstance(data, Sequence) and not isinstance(data, str):
         if not data or not all(isinstance(text, str) for text in data):
-            yield "`dataset` as a list must hold texts, at least one; an item that is no `str`, or none at all, was found."
+            yield (
+                "`dataset` as a list must hold texts, at least one; an item that is no `str`, or none at all, was "
+                "found."
+            )
     elif not isinstance(data, (str, NoneType)):
         yield f"`dataset` must be a name, a file or a list of texts; got {type(data).__name__}."
     if data in (None, "") and config.backend != "rtn" and not config.dequantize:
         yield (
-            f"D²Quant with `backend={config.backend!r}` needs calibration text: write `dataset='texts.jsonl'`, a dataset of the "
-            "Hub or a list of texts; or `backend='rtn'`, which needs none."
+            f"D²Quant with `backend={config.backend!r}` needs calibration text: write `dataset='texts.jsonl'`, a "
+            "dataset of the Hub or a list of texts; or `backend='rtn'`, which needs none."
         )
 
 

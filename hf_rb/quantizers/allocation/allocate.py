@@ -1,7 +1,10 @@
-"""What layers get by their sensitivity: `bits_per_layer="nsds:3.0"` as a setting for each of them, found before anything is loaded."""
+"""What layers get by their sensitivity: `bits_per_layer="nsds:3.0"` as a setting for each of them, found before
+anything is loaded.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,15 +47,16 @@ def allocate_layers(
             Its safetensors files. The weights of one layer are in memory at a time.
 
     Raises:
-        ValueError: The weights are in no safetensors files, or the layers are not those of a dense decoder in the manner of Llama with
-            an LM head.
+        ValueError: The weights are in no safetensors files, or the layers are not those of a dense decoder in the
+            manner of Llama with an LM head.
     """
     layers, wanted = _decoder_layers(model), {}
     if not layers or model.get_output_embeddings() is None:
         lacks = "list of decoder layers called `layers`" if not layers else "LM head"
         raise ValueError(
-            f"`{per_layer}={strategy!r}` compares the layers of a decoder in the manner of Llama by its LM head, and {type(model).__name__} "
-            f"has no {lacks}. Name layers yourself: `{per_layer}={{'NAME': {NSDS_RANGES[per_layer][1]}}}`, with the end of a layer's name."
+            f"`{per_layer}={strategy!r}` compares the layers of a decoder in the manner of Llama by its LM head, and "
+            f"{type(model).__name__} has no {lacks}. Name layers yourself: `{per_layer}={{'NAME': "
+            f"{NSDS_RANGES[per_layer][1]}}}`, with the end of a layer's name."
         )
     for name, layer in layers.items():
         for role, projection in PROJECTIONS.items():
@@ -60,9 +64,10 @@ def allocate_layers(
                 if role == "gate":
                     continue
                 raise ValueError(
-                    f"`{per_layer}={strategy!r}` compares the {', '.join(path.rpartition('.')[2] for path in PROJECTIONS.values())} "
-                    f"of layers; {name} of {type(model).__name__} has no {projection}. Name the layers yourself: "
-                    f"`{per_layer}={{{name!r}: {NSDS_RANGES[per_layer][1]}}}`."
+                    f"`{per_layer}={strategy!r}` compares the "
+                    f"{', '.join(path.rpartition('.')[2] for path in PROJECTIONS.values())} of layers; {name} of "
+                    f"{type(model).__name__} has no {projection}. Name the layers yourself: `{per_layer}={{{name!r}: "
+                    f"{NSDS_RANGES[per_layer][1]}}}`."
                 )
             wanted[name, role] = f"{name}.{projection}.weight"
     head = _unembedding(model)
@@ -74,9 +79,12 @@ def allocate_layers(
         directions = nsds.output_directions(entries[head].read())
         for name in tqdm(layers, desc="NSDS", disable=None):
             weights = {role: entries[wanted[name, role]].read() for role in PROJECTIONS if (name, role) in wanted}
-            numbers.append(nsds.layer_numbers(nsds.LayerWeights(**{"gate": None} | weights), head_dim, directions))
+            numbers.append(
+                nsds.layer_numbers(nsds.LayerWeights(gate=weights.pop("gate", None), **weights), head_dim, directions)
+            )
     scores = nsds.combine(*zip(*numbers, strict=True))
-    given = nsds.allocate([one.score for one in scores], nsds_budget(strategy), *NSDS_RANGES[per_layer])
+    budget: Any = nsds_budget(strategy)  # the rules of the config have refused other texts
+    given = nsds.allocate([one.score for one in scores], budget, *NSDS_RANGES[per_layer])
     return [LayerAllocation(*row) for row in zip(layers, *zip(*scores, strict=True), given, strict=True)]
 
 
@@ -87,9 +95,10 @@ def _decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _find(layer: nn.Module, path: str) -> nn.Module | None:
+    found: Any = layer
     for part in path.split("."):
-        layer = getattr(layer, part, None)
-    return layer
+        found = getattr(found, part, None)
+    return found
 
 
 def _unembedding(model: PreTrainedModel) -> str:
@@ -106,8 +115,8 @@ def _entries(
 
     if not files or any(Path(file).suffix != ".safetensors" for file in files):
         raise ValueError(
-            f"`{per_layer}={strategy!r}` reads the weights of all layers before they are loaded, from safetensors files. Save the "
-            "model with `save_pretrained` and load it from there."
+            f"`{per_layer}={strategy!r}` reads the weights of all layers before they are loaded, from safetensors "
+            "files. Save the model with `save_pretrained` and load it from there."
         )
     find, found = ParameterNames(model), {}
     for file in files:

@@ -1,29 +1,32 @@
-r"""NSDS: which decoder layers deserve more bits, told from their weights alone (https://huggingface.co/papers/2603.17354).
+r"""NSDS: which decoder layers deserve more bits, told from their weights alone
+(https://huggingface.co/papers/2603.17354).
 
-A layer has modules that read the hidden state, the *detectors* W_up, W_gate and the circuit W_QK = W_Q' W_K of every head, and modules
-that write to it, the *writers* W_down and the circuit W_OV = W_O W_V of every head. Each has two numbers:
+A layer has modules that read the hidden state, the *detectors* W_up, W_gate and the circuit W_QK = W_Q' W_K of every
+head, and modules that write to it, the *writers* W_down and the circuit W_OV = W_O W_V of every head. Each has two
+numbers:
 
 - numerical vulnerability: the excess kurtosis of its entries;
 - structural expressiveness: with M = sum_i s_i u_i v_i', as many terms as hold 99 % of sum s_i^2, and s'_i = s_i b_i,
 
       SE = sum_i s'_i / exp(H),    H = -sum_i p_i ln p_i,    p_i = s'_i / sum s'
 
-  where b_i says what a direction is good for: ln(1 + kurtosis(v_i)) for up and gate, ln(1 + kurtosis(u_i) kurtosis(v_i)) for a QK
-  circuit (negative kurtosis counts as 0), and for writers the part of u_i that the unembedding sees, |P'u_i| with P its right
-  singular vectors that hold 99 %.
+  where b_i says what a direction is good for: ln(1 + kurtosis(v_i)) for up and gate, ln(1 + kurtosis(u_i)
+  kurtosis(v_i)) for a QK circuit (negative kurtosis counts as 0), and for writers the part of u_i that the unembedding
+  sees, |P'u_i| with P its right singular vectors that hold 99 %.
 
-Numbers of heads are averaged. Those of a module are compared across layers, z = (x - median) / median |x - median|, and squashed,
-s = 1 / (1 + exp(-z)); a soft OR, 1 - exp(mean ln(1 - s)), joins modules, and then the two kinds.
+Numbers of heads are averaged. Those of a module are compared across layers, z = (x - median) / median |x - median|,
+and squashed, s = 1 / (1 + exp(-z)); a soft OR, 1 - exp(mean ln(1 - s)), joins modules, and then the two kinds.
 
-This follows the formulas, not the released code where that contradicts them: there the *least* sensitive layers come out on top, the
-head size is taken from the hidden size, and the writers' b_i runs over the wrong axis. Circuits, of rank at most the head size, are
-decomposed as that (two QR factorizations and a small SVD), which changes nothing and is cheap.
+This follows the formulas, not the released code where that contradicts them: there the *least* sensitive layers come
+out on top, the head size is taken from the hidden size, and the writers' b_i runs over the wrong axis. Circuits, of
+rank at most the head size, are decomposed as that (two QR factorizations and a small SVD), which changes nothing and
+is cheap.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,10 +86,12 @@ class LayerScore(NamedTuple):
 
 
 class _Spectrum(NamedTuple):
-    """Singular values, largest first, and singular vectors in columns; what is not needed is missing."""
+    """Singular values, largest first, and singular vectors in columns; the right ones are missing where they are not
+    needed.
+    """
 
     values: Tensor
-    left: Tensor | None = None
+    left: Tensor
     right: Tensor | None = None
 
 
@@ -109,10 +114,8 @@ def layer_numbers(
     Returns:
         `tuple[dict[str, float], dict[str, float]]`: By `"up"`, `"gate"`, `"qk"`, `"down"`, `"ov"`.
     """
-    wide = [
-        None if weight is None else weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights
-    ]
-    query, key, value, output, gate, up, down = wide
+    query, key, value, output = map(_wide, (weights.query, weights.key, weights.value, weights.output))
+    gate, up, down = None if weights.gate is None else _wide(weights.gate), _wide(weights.up), _wide(weights.down)
     numerical, structural = {}, {}
     for name, matrix in (("up", up), ("gate", gate)):
         if matrix is not None:
@@ -124,7 +127,7 @@ def layer_numbers(
     structural["down"] = expressiveness(spectrum.values, _seen(spectrum.left, directions), rank)
     heads = len(query) // head_dim
     shared = heads // (len(key) // head_dim)
-    circuits = {"qk": [], "ov": []}
+    circuits: dict[str, list[tuple[Tensor, Tensor]]] = {"qk": [], "ov": []}
     for head in range(heads):
         here, other = (slice(i * head_dim, (i + 1) * head_dim) for i in (head, head // shared))
         circuits["qk"].append((query[here], key[other]))
@@ -135,15 +138,22 @@ def layer_numbers(
     return numerical, structural
 
 
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 def _circuit_numbers(left: Tensor, right: Tensor, directions: Tensor | None, rank: str) -> tuple[float, float]:
-    """The numbers of `left.T @ right`, both `(head_dim, hidden)`: a QK circuit, or a writer where there are directions."""
+    """The numbers of `left.T @ right`, both `(head_dim, hidden)`: a QK circuit, or a writer where there are
+    directions.
+    """
     rows = max(1, CHUNK // right.shape[1])
     kurtosis = excess_kurtosis(block.T @ right for block in left.split(rows, dim=1))
     spectrum = _kept(_circuit_spectrum(left.double(), right.double()))
     if directions is not None:
         weights = _seen(spectrum.left, directions)
     else:
-        weights = (_peaked(spectrum.left) * _peaked(spectrum.right)).log1p()
+        inputs: Any = spectrum.right  # a circuit has both
+        weights = (_peaked(spectrum.left) * _peaked(inputs)).log1p()
     return kurtosis, expressiveness(spectrum.values, weights, rank)
 
 
@@ -175,7 +185,9 @@ def expressiveness(values: Tensor, weights: Tensor, rank: str = "divide") -> flo
 
 
 def output_directions(unembedding: Tensor) -> Tensor:
-    """Returns the right singular vectors that hold 99 % of an unembedding `(vocabulary, hidden)`, float64 `(hidden, n)`."""
+    """Returns the right singular vectors that hold 99 % of an unembedding `(vocabulary, hidden)`, float64
+    `(hidden, n)`.
+    """
     return _kept(_gram_spectrum(unembedding.T)).left
 
 
@@ -183,7 +195,7 @@ def _gram_spectrum(matrix: Tensor) -> _Spectrum:
     """Singular values and left singular vectors, from the smaller side's point of view: M M'."""
     gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
     for part in matrix.split(max(1, CHUNK // len(matrix)), dim=1):
-        part = part.to(torch.promote_types(part.dtype, torch.float32))
+        part = _wide(part)
         gram += part @ part.T
     values, vectors = torch.linalg.eigh(gram)
     return _Spectrum(values.clamp_(min=0).sqrt_().flip(0), vectors.flip(1))
@@ -199,7 +211,8 @@ def _circuit_spectrum(left: Tensor, right: Tensor) -> _Spectrum:
 def _kept(spectrum: _Spectrum) -> _Spectrum:
     energy = spectrum.values.square().cumsum(0)
     count = max(FEWEST, int((energy < ENERGY * energy[-1]).sum()) + 1)
-    return _Spectrum(spectrum.values[:count], *(part if part is None else part[:, :count] for part in spectrum[1:]))
+    right = None if spectrum.right is None else spectrum.right[:, :count]
+    return _Spectrum(spectrum.values[:count], spectrum.left[:, :count], right)
 
 
 def _peaked(vectors: Tensor) -> Tensor:
@@ -231,7 +244,7 @@ def combine(numerical: Sequence[dict[str, float]], structural: Sequence[dict[str
     for layers in (numerical, structural):
         columns = [squash([layer[module] for layer in layers]) for module in layers[0]]
         joined.append([soft_or(row) for row in zip(*columns, strict=True)])
-    return [LayerScore(*pair, soft_or(pair)) for pair in zip(*joined, strict=True)]
+    return [LayerScore(*pair, score=soft_or(pair)) for pair in zip(joined[0], joined[1], strict=True)]
 
 
 def allocate(scores: Sequence[float], budget: float, low: int, high: int) -> list[int]:

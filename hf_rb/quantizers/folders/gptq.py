@@ -1,13 +1,14 @@
 """Turns a quantized checkpoint into formats that need no hf_rb, tensor by tensor.
 
-`dequantize_checkpoint` writes an ordinary model. `export_gptq` writes the 4-bit layout of GPTQ, which a tied PTQTP layer fits
-exactly: with a_1 = 3 a_2 = 3 s, its weights are s * c with the integers c = 3 t_1 + t_2 from -4 to 4, so they are symmetric
-4-bit codes q = c + 8 with the zero point 8. For a layer with K inputs, N outputs and groups of G:
+`dequantize_checkpoint` writes an ordinary model. `export_gptq` writes the 4-bit layout of GPTQ, which a tied PTQTP
+layer fits exactly: with a_1 = 3 a_2 = 3 s, its weights are s * c with the integers c = 3 t_1 + t_2 from -4 to 4, so
+they are symmetric 4-bit codes q = c + 8 with the zero point 8. For a layer with K inputs, N outputs and groups of G:
 
-    qweight  int32 (K / 8, N)           code of weight (8 i + j, n) in the bits 4 j to 4 j + 3 of qweight[i, n]
-    qzeros   int32 (ceil(K / G), N / 8)    the zero points in the same way along N, one less than they are ("gptq", version 1)
+    qweight  int32 (K / 8, N)              code of weight (8 i + j, n) in the bits 4 j to 4 j + 3 of qweight[i, n]
+    qzeros   int32 (ceil(K / G), N / 8)    the zero points in the same way along N, one less than they are ("gptq",
+                                           version 1)
     scales   float16 (ceil(K / G), N)
-    g_idx    int32 (K,)                 group of every input
+    g_idx    int32 (K,)                    group of every input
 
 and the weight (k, n) is  scales[g_idx[k], n] * (code - zero point).
 """
@@ -68,8 +69,8 @@ def dequantize_checkpoint(
         destination (`str` or `Path`):
             Folder to write.
         dtype (`str`, *optional*):
-            `"bfloat16"`, `"float16"` or `"float32"` for all floating tensors. By default the quantized layers get the type of
-            the model and the others keep theirs.
+            `"bfloat16"`, `"float16"` or `"float32"` for all floating tensors. By default the quantized layers get the
+            type of the model and the others keep theirs.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace a folder that is not empty.
         progress (`bool`, *optional*, defaults to `True`):
@@ -81,8 +82,8 @@ def dequantize_checkpoint(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model.
-        ValueError: The model is not quantized by hf_rb, has corrections for which an ordinary model has no place, the destination
-            holds it, or a packed tensor is damaged or missing.
+        ValueError: The model is not quantized by hf_rb, has corrections for which an ordinary model has no place, the
+            destination holds it, or a packed tensor is damaged or missing.
     """
     packed = _PackedModel(source, destination, overwrite)
     empty = packed.make_room(getattr(packed.config, "bias_modules", None) or [])
@@ -122,48 +123,51 @@ def export_gptq(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model.
-        ValueError: The model is not quantized with PTQTP, its scales are free, it is a mixture of experts, a layer has sizes that
-            the format cannot hold, the destination holds it, or a packed tensor is damaged or missing.
+        ValueError: The model is not quantized with PTQTP, its scales are free, it is a mixture of experts, a layer has
+            sizes that the format cannot hold, the destination holds it, or a packed tensor is damaged or missing.
     """
     packed = _PackedModel(source, destination, overwrite)
     if packed.method != "ptqtp":
         raise ValueError(
-            f"{source} is quantized with D²Quant, whose sign planes and corrections GPTQ's format does not have. Write an ordinary "
-            "model with `hf-rb dequantize`."
+            f"{source} is quantized with D²Quant, whose sign planes and corrections GPTQ's format does not have. "
+            "Write an ordinary model with `hf-rb dequantize`."
         )
     if packed.config.scale_mode != "tied":
         raise ValueError(
-            f'{source} has two free scales a group, nine levels that no 4-bit grid holds. Quantize with `scale_mode="tied"` '
-            "(`--scale-mode tied`) to export it, or write an ordinary model with `hf-rb dequantize`."
+            f"{source} has two free scales a group, nine levels that no 4-bit grid holds. Quantize with "
+            '`scale_mode="tied"` (`--scale-mode tied`) to export it, or write an ordinary model with '
+            "`hf-rb dequantize`."
         )
     for name, weight in packed.weights.items():
         if len(packed.shapes[weight.parameter]) == 3:
             raise ValueError(
-                f"{name} belongs to a mixture of experts; transformers loads no experts from GPTQ's format. Write an ordinary "
-                "model with `hf-rb dequantize`."
+                f"{name} belongs to a mixture of experts; transformers loads no experts from GPTQ's format. Write an "
+                "ordinary model with `hf-rb dequantize`."
             )
         if weight.transposed:
             raise ValueError(
-                f"{name} belongs to a Conv1D, which few loaders of GPTQ's format know. Write an ordinary model with `hf-rb dequantize`."
+                f"{name} belongs to a Conv1D, which few loaders of GPTQ's format know. Write an ordinary model with "
+                "`hf-rb dequantize`."
             )
         if any(size % CODES_PER_WORD for size in weight.shape):
             raise ValueError(
-                f"{name} is {weight.shape[0]} x {weight.shape[1]}; GPTQ packs {CODES_PER_WORD} codes a word in both directions. "
-                "Leave this layer out of the quantization (`modules_to_not_convert`)."
+                f"{name} is {weight.shape[0]} x {weight.shape[1]}; GPTQ packs {CODES_PER_WORD} codes a word in both "
+                "directions. Leave this layer out of the quantization (`modules_to_not_convert`)."
             )
     short = [name for name, weight in packed.weights.items() if weight.shape[1] % packed.config.group_size]
     if short:
         logger.warning(
-            f"The rows of {len(short)} layers ({short[0]}, …) end in a group shorter than {packed.config.group_size}. Few loaders "
-            'of the format take that; transformers does with `GPTQConfig(bits=4, backend="gptq_torch")`.'
+            f"The rows of {len(short)} layers ({short[0]}, …) end in a group shorter than {packed.config.group_size}. "
+            "Few loaders of the format take that; transformers does with "
+            '`GPTQConfig(bits=4, backend="gptq_torch")`.'
         )
     card = {
         "tags": [packed.method, "gptq", "4-bit"],
         "load_with": 'GPTQConfig(bits=4, backend="gptq_torch")' if short else None,
         "sections": {
-            "Format": "GPTQ: symmetric 4-bit codes, which hold the nine levels of two tied ternary planes of PTQTP exactly, with a scale for "
-            f"each group of {packed.config.group_size} weights. transformers loads it where `optimum` and `gptqmodel` are installed; it was "
-            "tried with 2.3 and 7.7, on a CPU."
+            "Format": "GPTQ: symmetric 4-bit codes, which hold the nine levels of two tied ternary planes of PTQTP "
+            f"exactly, with a scale for each group of {packed.config.group_size} weights. transformers loads it "
+            "where `optimum` and `gptqmodel` are installed; it was tried with 2.3 and 7.7, on a CPU."
         },
     }
     return packed.rewrite(packed.to_gptq, packed.gptq_config(), None, overwrite, progress, card)
@@ -187,9 +191,10 @@ class _PackedModel:
         self.folder = find_packed(source, destination, overwrite)
         check_plain(self.folder)
         self.method = quantization_method(self.folder)
-        self.model_config = AutoConfig.from_pretrained(self.folder)
-        self.config = AutoQuantizationConfig.from_dict(self.model_config.quantization_config)
-        del self.model_config.quantization_config
+        stored: Any = AutoConfig.from_pretrained(self.folder)
+        self.config = AutoQuantizationConfig.from_dict(stored.quantization_config)
+        del stored.quantization_config
+        self.model_config = stored
         self.checkpoint = Checkpoint(self.folder)
         model = skeleton(self.model_config)
         self.dtype = model.dtype
@@ -202,7 +207,7 @@ class _PackedModel:
         self.weights: dict[str, _Packed] = {}
         for name, entry in self.checkpoint.entries.items():
             parameter = next(iter(find(name)[0]), None)
-            if parameter in quantizer.layouts:
+            if parameter is not None and parameter in quantizer.layouts:
                 owner, layout = model.get_submodule(parameter.rpartition(".")[0]), quantizer.layouts[parameter]
                 transposed = is_transposed(owner) and len(entry.shape) == len(self.shapes[parameter])
                 whole = len(entry.shape) == 3 or transposed
@@ -211,7 +216,9 @@ class _PackedModel:
         self._check(quantizer.layouts)
 
     def make_room(self, biased: list[str]) -> set[str]:
-        """Turns the configuration into one with biases where the corrections are; returns the layers that then miss theirs."""
+        """Turns the configuration into one with biases where the corrections are; returns the layers that then miss
+        theirs.
+        """
         if not biased:
             return set()
         places = biases_by_switch(self.model_config, biased)
@@ -220,9 +227,10 @@ class _PackedModel:
             only_final = not places and biases_by_switch(self.model_config, biased[:-1])
             remedy = "dac_final=False" if only_final else "dac=False"
             raise ValueError(
-                f"{self.source} keeps corrections as biases of {len(biased)} modules ({biased[-1]}, …), for which an ordinary "
-                f"{self.model_config.model_type} has no place. Load it with `quantization_config=D2QuantConfig(backend='rtn', "
-                f"dequantize=True)`, which keeps them in memory, or quantize with `{remedy}`."
+                f"{self.source} keeps corrections as biases of {len(biased)} modules ({biased[-1]}, …), for which an "
+                f"ordinary {self.model_config.model_type} has no place. Load it with "
+                "`quantization_config=D2QuantConfig(backend='rtn', dequantize=True)`, which keeps them in memory, or "
+                f"quantize with `{remedy}`."
             )
         setattr(self.model_config, BIAS_SWITCH, True)
         return empty
@@ -245,7 +253,9 @@ class _PackedModel:
                 )
 
     def read(self, name: str, function: Callable[[PackedWeight], Tensor]) -> Tensor:
-        """Returns what `function` makes of a packed weight of the files, which is checked and in the form of memory."""
+        """Returns what `function` makes of a packed weight of the files, which is checked and in the form of
+        memory.
+        """
         entries, names = self.checkpoint.entries, [name + suffix for suffix in ("", *self.quantizer.suffixes)]
         tensors = {one: entries[one].read() for one in names if one in entries}
         try:
@@ -264,8 +274,8 @@ class _PackedModel:
         card: Mapping[str, Any] = MappingProxyType({}),
     ) -> Size:
         """
-        Writes the checkpoint again with `convert(name)` in the place of packed tensors and `dtype` for the others. `card` are more fields
-        of its [`~hf_rb.hub.ModelCardData`].
+        Writes the checkpoint again with `convert(name)` in the place of packed tensors and `dtype` for the others.
+        `card` are more fields of its [`~hf_rb.hub.ModelCardData`].
         """
         beside = {name + suffix for name in self.weights for suffix in self.quantizer.suffixes}
         total = sum(entry.nbytes for entry in self.checkpoint.entries.values())
@@ -342,7 +352,8 @@ class _PackedModel:
         blocks = [match[0] for name in packed if (match := re.match(r".*?\.\d+\.", name))]
         kept = [name for name in self.linear if name not in packed and name.startswith(tuple(blocks))]
         if kept:
-            # Within the blocks that the loaders replace as a whole, for optimum the layers to replace, for others those to leave.
+            # Within the blocks that the loaders replace as a whole, for optimum the layers to replace, for others
+            # those to leave.
             config["modules_in_block_to_quantize"] = [sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in packed})]
             config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in kept}
         return config

@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb.evaluation import Size, beginning, load_model, load_task, model_size, perplexity, solutions
 from hf_rb.hub import ModelCardData, changed_hyperparameters, write_model_card
@@ -18,6 +17,7 @@ from hf_rb.io.model_folder import check_apart, check_plain, copy_companions, fin
 from hf_rb.io.resumable import STATE, partial_folder
 from hf_rb.io.texts import read_texts
 from hf_rb.io.weight_files import weight_bytes
+from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.packed.baseline import round_weights
 from hf_rb.quantizers.packed.report import Report
 
@@ -38,7 +38,7 @@ EVAL_PROBLEMS = 200
 def quantize(
     source: str | Path,
     destination: str | Path,
-    config: QuantizationConfigMixin | dict[str, Any],
+    config: PackedConfig | dict[str, Any],
     *,
     overwrite: bool = False,
     dtype: str = "auto",
@@ -47,11 +47,12 @@ def quantize(
     subfolder: str = "",
 ) -> Report:
     """
-    Quantizes a model, of the class that its config names, and saves it with its tokenizer or processor, chat template, generation config and a model card.
+    Quantizes a model, of the class that its config names, and saves it with its tokenizer or processor, chat template,
+    generation config and a model card.
 
     The folder appears at `destination` in one step when it is complete. The whole model is in memory at a time;
-    [`quantize_checkpoint`] writes the same tensors with the memory of one. A method that runs the model on calibration text
-    keeps its finished layers in a hidden folder beside the destination until then.
+    [`quantize_checkpoint`] writes the same tensors with the memory of one. A method that runs the model on calibration
+    text keeps its finished layers in a hidden folder beside the destination until then.
 
     Args:
         source (`str` or `Path`):
@@ -63,7 +64,8 @@ def quantize(
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace a folder that is not empty.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type in which the weights are read and those that stay as they are get saved; `"auto"` is that of the files.
+            Type in which the weights are read and those that stay as they are get saved; `"auto"` is that of the
+            files.
         resume (`bool`, *optional*, defaults to `True`):
             Whether calibration goes on with finished layers of an earlier call; `False` throws them away.
         variant (`str`, *optional*), subfolder (`str`, *optional*, defaults to `""`):
@@ -75,19 +77,20 @@ def quantize(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model.
-        ValueError: The model is quantized already, has a NaN, the destination holds it, or the finished layers are of another
-            model, text or configuration.
+        ValueError: The model is quantized already, has a NaN, the destination holds it, or the finished layers are of
+            another model, text or configuration.
     """
     folder, destination, config = open_source(source, destination, config, subfolder)
     work = partial_folder(destination.resolve())
     if getattr(config, "calibrated", False):
-        config = replace(config, resume_dir=config.resume_dir or str(work))
+        calibrated: Any = config  # which has such a field
+        config = calibrated = replace(calibrated, resume_dir=calibrated.resume_dir or str(work))
         if not resume:
-            (Path(config.resume_dir) / STATE).unlink(missing_ok=True)
+            (Path(calibrated.resume_dir) / STATE).unlink(missing_ok=True)
     check_replaceable(destination.resolve(), overwrite)
     source_bytes = weight_bytes(folder, variant)  # says what is missing, which loading would say in its own words
     kind = model_class(AutoConfig.from_pretrained(folder))
-    model = kind.from_pretrained(folder, quantization_config=config, dtype=dtype, variant=variant)
+    model: Any = kind.from_pretrained(folder, quantization_config=config, dtype=dtype, variant=variant)
     with atomic_folder(destination, overwrite) as result:  # only now: a run that is killed leaves its temporary folder
         model.save_pretrained(result)
         size = complete_folder(result, folder, source, destination.name, config)
@@ -98,8 +101,8 @@ def quantize(
 
 def measure_perplexity(report: Report, source: str | Path, destination: str | Path, data: str) -> None:
     """
-    Fills in the perplexities of a report: of the model before, of the same model with its layers rounded to 4 bits, and of the
-    saved quantized one.
+    Fills in the perplexities of a report: of the model before, of the same model with its layers rounded to 4 bits,
+    and of the saved quantized one.
 
     Args:
         report ([`Report`]):
@@ -108,8 +111,8 @@ def measure_perplexity(report: Report, source: str | Path, destination: str | Pa
             The two models. Each is loaded as a whole.
         data (`str`):
             A text file, a JSON-lines file with the column `text`, `"tiny:math"`, or a dataset of the Hub as `NAME` or
-            `NAME:CONFIG`, of which the column `text` of the split `test` is taken. Of a text the first 16,384 tokens count, in
-            windows of 512 that do not overlap; of `tiny:math` the worked solutions of 200 problems.
+            `NAME:CONFIG`, of which the column `text` of the split `test` is taken. Of a text the first 16,384 tokens
+            count, in windows of 512 that do not overlap; of `tiny:math` the worked solutions of 200 problems.
 
     Raises:
         FileNotFoundError, ValueError: There is no such data, or it has no column `text`.
@@ -138,7 +141,9 @@ def measure_perplexity(report: Report, source: str | Path, destination: str | Pa
 
 
 def check_measurable(source: str | Path) -> None:
-    """Refuses a model for [`measure_perplexity`] before it is quantized: with a `ValueError` if it is no causal language model."""
+    """Refuses a model for [`measure_perplexity`] before it is quantized: with a `ValueError` if it is no causal
+    language model.
+    """
     check_causal(AutoConfig.from_pretrained(find_model(str(source))), "Perplexity (`--eval-data`)")
 
 
@@ -148,8 +153,8 @@ def read_text(data: str) -> str:
 
 
 def open_source(
-    source: str | Path, destination: str | Path, config: QuantizationConfigMixin | dict[str, Any], subfolder: str = ""
-) -> tuple[Path, Path, QuantizationConfigMixin]:
+    source: str | Path, destination: str | Path, config: PackedConfig | dict[str, Any], subfolder: str = ""
+) -> tuple[Path, Path, PackedConfig]:
     """Returns the folder of the model, the destination as a path, and the config as an object, or refuses them."""
     if isinstance(config, dict):
         config = AutoQuantizationConfig.from_dict(config)
@@ -161,9 +166,7 @@ def open_source(
     return folder, destination, config
 
 
-def complete_folder(
-    folder: Path, source_folder: Path, source: str | Path, name: str, config: QuantizationConfigMixin
-) -> Size:
+def complete_folder(folder: Path, source_folder: Path, source: str | Path, name: str, config: PackedConfig) -> Size:
     """Adds to written weights and their config what else belongs to a model called `name`, and measures them."""
     copy_companions(source_folder, folder)
     size = model_size(folder)
@@ -172,8 +175,10 @@ def complete_folder(
     return size
 
 
-def describe(config: QuantizationConfigMixin) -> dict[str, dict[str, Any]]:
-    """Returns what a model card says of a quantization config: `hyperparameters` and `summaries`, as [`ModelCardData`] has them."""
+def describe(config: PackedConfig) -> dict[str, Any]:
+    """Returns what a model card says of a quantization config: `hyperparameters` and `summaries`, as [`ModelCardData`]
+    has them.
+    """
     stored, silent = config.to_dict(), {*getattr(config, "written", ()), *getattr(config, "idle", ())}
     # A card publishes no more than config.json.
     changed = [name for name in changed_hyperparameters(config) if name in stored and name not in silent]

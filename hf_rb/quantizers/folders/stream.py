@@ -1,9 +1,10 @@
-"""Quantizes a checkpoint tensor by tensor, without building the model: memory for one tensor, and a run that can be resumed.
+"""Quantizes a checkpoint tensor by tensor, without building the model: memory for one tensor, and a run that can be
+resumed.
 
-The model exists on the meta device only. Its quantizer decides there what is quantized, and transformers' own renaming says
-which parameter a tensor of the files belongs to; the work on one matrix is `quantizer.quantize_tensor(parameter, module, matrix, place)`,
-which returns the stored tensors. A method whose tensors depend on one another may read those of another parameter for that
-([`~hf_rb.quantizers.loading.quantizer.Place`]).
+The model exists on the meta device only. Its quantizer decides there what is quantized, and transformers' own renaming
+says which parameter a tensor of the files belongs to; the work on one matrix is
+`quantizer.quantize_tensor(parameter, module, matrix, place)`, which returns the stored tensors. A method whose tensors
+depend on one another may read those of another parameter for that ([`~hf_rb.quantizers.loading.quantizer.Place`]).
 
 Beside the destination lies the unfinished work, `.NAME.partial`:
 
@@ -31,7 +32,6 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rb import __version__
 from hf_rb.evaluation import model_size
@@ -41,6 +41,7 @@ from hf_rb.io.parameter_names import ParameterNames
 from hf_rb.io.resumable import STATE, file_stamps, finish, partial_folder, unfinished, write_json
 from hf_rb.io.safetensors import Checkpoint, Entry, Output, read_header, standard_names, write_index, write_tensors
 from hf_rb.io.weight_files import weight_bytes
+from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.folders.quantize import complete_folder, open_source
 from hf_rb.quantizers.loading.conversion import moves_rows
 from hf_rb.quantizers.loading.quantizer import Place
@@ -59,7 +60,7 @@ PART = 1 << 26  # bytes of weights that are quantized between two points from wh
 def quantize_checkpoint(
     source: str | Path,
     destination: str | Path,
-    config: QuantizationConfigMixin | dict[str, Any],
+    config: PackedConfig | dict[str, Any],
     *,
     overwrite: bool = False,
     dtype: str = "auto",
@@ -69,7 +70,8 @@ def quantize_checkpoint(
     subfolder: str = "",
 ) -> Report:
     """
-    Quantizes a checkpoint shard by shard with the memory of about one tensor. The stored tensors are those of [`quantize`].
+    Quantizes a checkpoint shard by shard with the memory of about one tensor. The stored tensors are those of
+    [`quantize`].
 
     The folder appears at `destination` in one step when it is complete. Until then the work lies beside it in a hidden
     folder, from which the same call goes on after it was interrupted or killed.
@@ -96,8 +98,9 @@ def quantize_checkpoint(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model, or it has no safetensors files.
-        ValueError: The model is quantized already, its files do not fit its configuration or need a conversion that takes
-            more than one tensor, a weight has a NaN, or the unfinished work is of other files or another configuration.
+        ValueError: The model is quantized already, its files do not fit its configuration or need a conversion that
+            takes more than one tensor, a weight has a NaN, or the unfinished work is of other files or another
+            configuration.
     """
     folder, destination, config = open_source(source, destination, config, subfolder)
     destination = destination.resolve()
@@ -147,7 +150,7 @@ class _Job:
 class _StreamedModel:
     """Plans what happens to each tensor of a checkpoint, and carries the plan out."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, config: QuantizationConfigMixin, dtype: str):
+    def __init__(self, folder: Path, checkpoint: Checkpoint, config: PackedConfig, dtype: str):
         self.quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
         self.quantizer.validate_environment(device_map=None, weights_only=True)
         model_config = AutoConfig.from_pretrained(folder)
@@ -186,8 +189,8 @@ class _StreamedModel:
             if quantized and converter and not moves_rows(converter):
                 names = ", ".join(type(operation).__name__ for operation in converter.operations)
                 raise ValueError(
-                    f"{name} is turned into {', '.join(parameters)} by {names} while it loads, which streaming cannot do. "
-                    "Quantize this model in memory, without `--stream`."
+                    f"{name} is turned into {', '.join(parameters)} by {names} while it loads, which streaming "
+                    "cannot do. Quantize this model in memory, without `--stream`."
                 )
             if not converter and entry.shape != self.shapes[parameter]:
                 raise ValueError(f"{name} has shape {entry.shape}, {type(model).__name__} {self.shapes[parameter]}.")
@@ -306,7 +309,9 @@ class _StreamedModel:
 
 
 def _without_tied_copies(jobs: list[_Job], tied: dict[str, str]) -> list[_Job]:
-    """Keeps one of each pair of tied tensors under the name that `save_pretrained` gives it; where they differ, both."""
+    """Keeps one of each pair of tied tensors under the name that `save_pretrained` gives it; where they differ,
+    both.
+    """
     by_parameter = {job.parameter: job for job in jobs}
     for copy, kept in tied.items():
         if copy in by_parameter and kept not in by_parameter:
@@ -320,11 +325,12 @@ def _without_tied_copies(jobs: list[_Job], tied: dict[str, str]) -> list[_Job]:
 
 def _load_dtype(config: PreTrainedConfig, checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     """The type that `from_pretrained(..., dtype=dtype)` would choose."""
+    chosen: torch.dtype | str = dtype
     if dtype == "auto":
-        dtype = config.dtype or next(
+        chosen = config.dtype or next(
             entry.dtype for entry in checkpoint.entries.values() if entry.dtype.is_floating_point
         )
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return getattr(torch, chosen) if isinstance(chosen, str) else chosen
 
 
 def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:

@@ -2,29 +2,31 @@
 
 What is chosen, in this order:
 
-- in main memory, float32, bfloat16 and float16 activations, on a processor with AVX-512 (VNNI) or AVX2: the C kernel for few
-  rows of activations, panels of the expanded matrix through torch's multiplication for many
+- in main memory, float32, bfloat16 and float16 activations, on a processor with AVX-512 (VNNI) or AVX2: the C kernel
+  for few rows of activations, panels of the expanded matrix through torch's multiplication for many
   (`hf_rb/quantizers/kernels/cpu`);
 - on a GPU with Triton: its kernels (`hf_rb/quantizers/kernels/triton`);
-- otherwise the dequantized matrix, which is kept, after a warning (`hf_rb/quantizers/kernels/reference.py`). That is the way
-  of processors without these instructions: there the C kernel, 12.0 ms for one row of activations and 4096 x 4096 weights,
-  only unpacks, and the kept matrix, 2.0 ms in bfloat16 and 3.1 ms in float32, multiplies.
+- otherwise the dequantized matrix, which is kept, after a warning (`hf_rb/quantizers/kernels/reference.py`). That is
+  the way of processors without these instructions: there the C kernel, 12.0 ms for one row of activations and 4096 x
+  4096 weights, only unpacks, and the kept matrix, 2.0 ms in bfloat16 and 3.1 ms in float32, multiplies.
 
-Tied scales would also fit torch's int4 multiplication for processors. It is not used: it needs a second copy of the weights and
-rounds the scales to bfloat16. `int8` takes .89 of its time at one row of activations, torch's is faster from 2 to 16
-(`benchmarks/results/ptqtp_kernels.md`).
+Tied scales would also fit torch's int4 multiplication for processors. It is not used: it needs a second copy of the
+weights and rounds the scales to bfloat16. `int8` takes .89 of its time at one row of activations, torch's is faster
+from 2 to 16 (`benchmarks/results/ptqtp_kernels.md`).
 
-Rounding activations to 8 bits (`activations="int8"`) costs a relative error of 0.65 % of the output: Gaussian activations and
-weights, groups of 128, every instruction set.
+Rounding activations to 8 bits (`activations="int8"`) costs a relative error of 0.65 % of the output: Gaussian
+activations and weights, groups of 128, every instruction set.
 
 Compiled and traced models, and those that need a gradient, see one operator, `hf_rb::lut_linear`.
 
-A process that has multiplied on more than one thread must not be forked: like torch's own multiplication, the child would wait
-for OpenMP threads that it does not have. Start processes with `spawn`.
+A process that has multiplied on more than one thread must not be forked: like torch's own multiplication, the child
+would wait for OpenMP threads that it does not have. Start processes with `spawn`.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_rb.quantizers.kernels import cpu, reference, triton
 from hf_rb.quantizers.kernels.layout import Layout
@@ -36,7 +38,7 @@ __all__ = ["ACTIVATIONS", "dequantize", "forget", "linear", "matmul"]
 ACTIVATIONS = ("exact", "int8")
 
 
-def linear(input: Tensor, layer: nn.Module) -> Tensor:
+def linear(input: Tensor, layer: Any) -> Tensor:
     """
     Returns `input @ weight.T + bias` `(..., out_features)` for a quantized layer.
 
@@ -58,8 +60,8 @@ def matmul(
     activations: str = "exact",
 ) -> Tensor:
     """
-    Returns `input @ weight.T + bias` `(..., out_features)` for a packed matrix. Gradients flow to the input and the bias.
-    Under autocast, input and bias are cast as `torch.nn.functional.linear` casts them.
+    Returns `input @ weight.T + bias` `(..., out_features)` for a packed matrix. Gradients flow to the input and the
+    bias. Under autocast, input and bias are cast as `torch.nn.functional.linear` casts them.
 
     Args:
         input (`torch.Tensor`):
@@ -73,8 +75,8 @@ def matmul(
         bias (`torch.Tensor`, *optional*):
             `(out_features,)`.
         activations (`str`, *optional*, defaults to `"exact"`):
-            `"int8"` lets the C kernel round one to three rows of activations to 8 bits, with a scale for each group of the
-            weight: faster, with a relative error of 0.65 %. More rows are exact, which is faster then.
+            `"int8"` lets the C kernel round one to three rows of activations to 8 bits, with a scale for each group of
+            the weight: faster, with a relative error of 0.65 %. More rows are exact, which is faster then.
 
     Raises:
         ValueError: `activations` has another value, or the input another size than the weight.
@@ -110,16 +112,16 @@ def lut_linear(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: str,
 
 
 @lut_linear.register_fake
-def _(input, weight, weight_scale, layout, activations):
+def _(input: Tensor, weight: Tensor, weight_scale: Tensor, layout: str, activations: str) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, scale, ctx.layout, _ = inputs
     ctx.save_for_backward(weight, scale)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, scale = ctx.saved_tensors
     return lut_linear_backward(grad, weight, scale, ctx.layout), None, None, None, None
 
@@ -134,7 +136,7 @@ def lut_linear_backward(grad: Tensor, weight: Tensor, weight_scale: Tensor, layo
 
 
 @lut_linear_backward.register_fake
-def _(grad, weight, weight_scale, layout):
+def _(grad: Tensor, weight: Tensor, weight_scale: Tensor, layout: str) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], Layout.from_key(layout).in_features)
 
 

@@ -4,18 +4,19 @@ A weight of row i and column j, in group g, is
 
     w[i, j] = sum over parts p, sum over k   scale[i, g, k] * basis_p[k][code_p[i, j]]
 
-A *part* is one code of 4, 2 or 1 bits a weight with the rows of its basis; parts take their scales one after the other. Two
-trit-planes are one part of 4 bits with the basis ((-1, -1, -1, 0, ...), (-1, 0, 1, -1, ...)); an affine grid is a part with
-the basis ((0, 1, 2, 3), (1, 1, 1, 1)) and the scales (step, lowest value).
+A *part* is one code of 4, 2 or 1 bits a weight with the rows of its basis; parts take their scales one after the
+other. Two trit-planes are one part of 4 bits with the basis ((-1, -1, -1, 0, ...), (-1, 0, 1, -1, ...)); an affine
+grid is a part with the basis ((0, 1, 2, 3), (1, 1, 1, 1)) and the scales (step, lowest value).
 
-In memory every group starts on its own byte, its parts one after the other. A part of b bits keeps m = 8 / b codes in a byte:
-byte j of n codes holds the codes j, j + q, j + 2q, ... with q = ceil(n / m), lowest bits first. One shift of neighbouring
-bytes then gives neighbouring weights. A short last group is laid out by its own length.
+In memory every group starts on its own byte, its parts one after the other. A part of b bits keeps m = 8 / b codes in
+a byte: byte j of n codes holds the codes j, j + q, j + 2q, ... with q = ceil(n / m), lowest bits first. One shift of
+neighbouring bytes then gives neighbouring weights. A short last group is laid out by its own length.
 """
 
 import json
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,9 @@ __all__ = ["Layout", "Part", "pack", "sections", "unpack"]
 
 
 def sections(in_features: int, group_size: int) -> list[tuple[int, int, int]]:
-    """Cuts a row into its full groups and its short last group: `(first weight, groups, group length)` of each part."""
+    """Cuts a row into its full groups and its short last group: `(first weight, groups, group length)` of each
+    part.
+    """
     full, rest = divmod(in_features, group_size)
     parts = [(0, full, group_size), (full * group_size, 1, rest)]
     return [(start, groups, length) for start, groups, length in parts if groups and length]
@@ -124,10 +127,12 @@ class Layout:
 
 
 def pack(codes: list[Tensor], layout: Layout) -> Tensor:
-    """Packs the codes of every part, uint8 `(out_features, in_features)` each, into uint8 `(out_features, row_bytes)`."""
+    """Packs the codes of every part, uint8 `(out_features, in_features)` each, into uint8
+    `(out_features, row_bytes)`.
+    """
     packed = []
     for start, groups, length in layout.sections():
-        blocks = []
+        blocks: list[Any] = []
         for part, code in zip(layout.parts, codes, strict=True):
             block = code[:, start : start + groups * length].unflatten(-1, (groups, length))
             block = F.pad(block, (0, part.bytes(length) * 8 // part.bits - length), value=part.padding)

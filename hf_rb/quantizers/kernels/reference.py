@@ -1,12 +1,12 @@
 """The path that needs no kernel: dequantize a matrix once, then multiply as usual.
 
-The dequantized matrix is kept, because unpacking costs far more than a multiplication. A model that has run this way takes the
-memory of its packed weights **and** of its weights in the type of the activations; a warning says so once.
+The dequantized matrix is kept, because unpacking costs far more than a multiplication. A model that has run this way
+takes the memory of its packed weights **and** of its weights in the type of the activations; a warning says so once.
 """
 
 import warnings
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,7 @@ def _dequantize(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
     columns, group = [], 0
     for start, groups, length in layout.sections():
         places = slice(start, start + groups * length)
-        block = 0
+        block: Any = 0
         for table, code in zip(tables, codes, strict=True):
             block = block + table[:, group : group + groups].gather(
                 -1, code[:, places].unflatten(-1, (groups, length))
@@ -95,8 +95,8 @@ def _dequantize(weight: Tensor, scale: Tensor, layout: Layout) -> Tensor:
 def _warn(dtype: torch.dtype, device: str) -> None:
     if device != "meta":
         warnings.warn(
-            f"There is no kernel for {dtype} activations on this device ({device}): besides the packed weights, memory will hold "
-            f"the dequantized ones, in {dtype}.",
+            f"There is no kernel for {dtype} activations on this device ({device}): besides the packed weights, "
+            f"memory will hold the dequantized ones, in {dtype}.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,6 +1,6 @@
 """What PEFT may do to packed layers: train adapters beside them, and nothing that needs their plain weights."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,12 @@ class ParamWrapper(compat.ParamWrapper):  # the name by which PEFT knows what ma
     """
     LoRA on a projection of packed experts.
 
-    PEFT adds the product of its factors to the parameter for the time of a forward pass. Here the experts get the factors,
-    and each applies its own to its tokens. The adapter's own weights are PEFT's, shape by shape.
+    PEFT adds the product of its factors to the parameter for the time of a forward pass. Here the experts get the
+    factors, and each applies its own to its tokens. The adapter's own weights are PEFT's, shape by shape.
     """
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        experts = self.get_base_layer()
+        experts: Any = self.get_base_layer()
         in_features = experts.layouts[self.parameter_name].in_features
         self.num_experts, out_features = getattr(experts, self.parameter_name).shape[:2]
         self._param_ndim = 3
@@ -36,8 +36,8 @@ class ParamWrapper(compat.ParamWrapper):  # the name by which PEFT knows what ma
         return (in_features, out_features) if experts.is_transposed else (out_features, in_features)
 
     @contextmanager
-    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        experts = self.get_base_layer()
+    def _activate_lora(self, active_adapters: list[str]) -> Generator[None]:
+        experts: Any = self.get_base_layer()
         if self.parameter_name not in getattr(experts, "layouts", ()):  # dequantized since
             with super()._activate_lora(active_adapters):
                 yield
@@ -51,26 +51,29 @@ class ParamWrapper(compat.ParamWrapper):  # the name by which PEFT knows what ma
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
         """Returns A `(experts, rank, in)`, B `(experts, out, rank)` and what their product is multiplied with."""
-        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        first: Any = self.lora_A[adapter]
+        second: Any = self.lora_B[adapter]
+        down, up = first.weight, second.weight
         down = down.view(self.num_experts, -1, down.shape[1])
         return down, up.view(len(up), -1, self.num_experts).permute(2, 0, 1), self.scaling[adapter]
 
 
-def dispatch(config: Any, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module | None:
+def dispatch(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module | None:
     """
     Makes a LoRA layer for a packed module, or leaves it to PEFT where its own layer will do.
 
     Raises:
         PlainWeightsNeeded: There is no such adapter for packed weights.
     """
-    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    base: Any = target
+    base = base.get_base_layer() if hasattr(base, "get_base_layer") else base
     parameter = kwargs.get("parameter_name")
     if parameter is not None and parameter not in base.layouts:
         return None
     if config.init_lora_weights not in PLAIN_INITS:
         raise PlainWeightsNeeded(
-            f"`init_lora_weights={config.init_lora_weights!r}` starts from the plain weights, and these are packed: write "
-            "`init_lora_weights=True`, or call `model.dequantize()` first."
+            f"`init_lora_weights={config.init_lora_weights!r}` starts from the plain weights, and these are packed: "
+            "write `init_lora_weights=True`, or call `model.dequantize()` first."
         )
     if parameter is None:
         return None
@@ -80,8 +83,8 @@ def dispatch(config: Any, adapter_name: str, target: nn.Module, **kwargs) -> nn.
         )
     if isinstance(base, nn.Linear):
         raise PlainWeightsNeeded(
-            f"`target_parameters` adds to the plain weights, and those of {kwargs.get('target_name', parameter)} are packed: "
-            "name the layer in `target_modules`."
+            f"`target_parameters` adds to the plain weights, and those of {kwargs.get('target_name', parameter)} are "
+            "packed: name the layer in `target_modules`."
         )
     return ParamWrapper(target, adapter_name, config=config, **kwargs)
 
@@ -92,6 +95,6 @@ def check_merge(model: nn.Module) -> None:
     if packed:
         raise ValueError(
             f"An adapter cannot be merged into the {packed} packed layers of this model: dequantize first. Write "
-            "`model.dequantize()`, which turns them into ordinary layers in place, then merge; quantize the result again if "
-            "it is to be small."
+            "`model.dequantize()`, which turns them into ordinary layers in place, then merge; quantize the result "
+            "again if it is to be small."
         )

@@ -28,8 +28,8 @@ class Arrivals:
         """
         Notes why a parameter could not be made.
 
-        Raised in a conversion, the error would end up in a table of the log. [`~Arrivals.check`] raises it when the last
-        tensor has been seen.
+        Raised in a conversion, the error would end up in a table of the log. [`~Arrivals.check`] raises it when the
+        last tensor has been seen.
         """
         self._failures.append(f"{parameter}{getattr(error, 'suffix', '')}: {error}")
         self.arrived(parameter)
@@ -47,8 +47,8 @@ class Arrivals:
         missing = sorted(self.missing)
         if len(missing) > 1 and self.missing.issuperset(expected):
             raise ValueError(
-                f"{missing[0]}: not in the checkpoint, nor are {len(missing) - 1} more of {type(model).__name__}; is it the checkpoint "
-                "of another class?"
+                f"{missing[0]}: not in the checkpoint, nor are {len(missing) - 1} more of {type(model).__name__}; is "
+                "it the checkpoint of another class?"
             )
         if problems := [*self._failures, *(f"{name}: not in the checkpoint." for name in missing)]:
             raise ValueError("\n".join(problems))

@@ -1,9 +1,10 @@
 """How the tensors of a checkpoint become packed parameters, in terms of transformers' loader.
 
-A conversion says which tensors of a file make which parameter, and by which operations: experts 0 to 127 are stacked, gate and
-up are joined. Where the result is packed, the same operations bring packed rows together, because they move whole rows; what
-stands beside the bytes, tensors of their own named `<name>_scale` and the like, goes the same way. What any other operation
-would do to packed rows is not defined: there the file of a quantized model has the names that the parameters have in the model.
+A conversion says which tensors of a file make which parameter, and by which operations: experts 0 to 127 are stacked,
+gate and up are joined. Where the result is packed, the same operations bring packed rows together, because they move
+whole rows; what stands beside the bytes, tensors of their own named `<name>_scale` and the like, goes the same way.
+What any other operation would do to packed rows is not defined: there the file of a quantized model has the names that
+the parameters have in the model.
 
 For Mixtral, transformers has three patterns (`*` is the number of an expert):
 
@@ -14,17 +15,18 @@ For Mixtral, transformers has three patterns (`*` is the number of an expert):
 
 Of these [`Conversions`] makes
 
-- for a file that is not quantized (`_Quantize`), the same sources and targets. The model's own operations run first and
-  give the weight `(experts, out, in)`; expert after expert it becomes a [`PackedWeight`], and the loader gets
+- for a file that is not quantized (`_Quantize`), the same sources and targets. The model's own operations run first
+  and give the weight `(experts, out, in)`; expert after expert it becomes a [`PackedWeight`], and the loader gets
   `gate_up_proj` and `gate_up_proj_scale`;
-- for a quantized file (`_Read`), the sources and `w1.weight_scale`, `w3.weight_scale`, …. Each `w1.weight` is brought to
-  the form of memory together with its scales; then the model's operations run on the bytes, and once more on the scales;
+- for a quantized file (`_Read`), the sources and `w1.weight_scale`, `w3.weight_scale`, …. Each `w1.weight` is brought
+  to the form of memory together with its scales; then the model's operations run on the bytes, and once more on the
+  scales;
 - for any other layer a conversion `.weight` -> `.weight` of the same kind, and the renaming as it is;
 - for `save_pretrained` ([`~Conversions.packed`]), which runs conversions backwards, the original three, and those of
   `gate_up_proj_scale` and `down_proj_scale`, so that `experts.3.w1.weight_scale` is beside `experts.3.w1.weight`.
 
-A weight goes from here to the quantizer and back once: as a matrix to [`~Packer.quantize_matrix`], or as the tensors of a
-file to [`~Packer.restore`]. Stacking, joining, names and shapes are settled here.
+A weight goes from here to the quantizer and back once: as a matrix to [`~Packer.quantize_matrix`], or as the tensors
+of a file to [`~Packer.restore`]. Stacking, joining, names and shapes are settled here.
 """
 
 import re
@@ -33,7 +35,8 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.loading.arrivals import Arrivals
@@ -129,7 +132,9 @@ class Conversions:
         ]
 
     def plain(self, used: list) -> list:
-        """Returns the conversions whose reverse saves an ordinary model; `used` are those of `loading` that matched."""
+        """Returns the conversions whose reverse saves an ordinary model; `used` are those of `loading` that
+        matched.
+        """
         kept = []
         for conversion in used:
             ours = [origin for one, origin in self._origin if one is conversion]
@@ -159,7 +164,8 @@ def moves_rows(conversion: Any) -> bool:
 
 def _ends_in(conversion: Any, names: dict) -> bool:
     targets = conversion._original_target_patterns
-    # A target may be a layer, of which a file has the weight and the bias in one: the query, key and value of a fused projection.
+    # A target may be a layer, of which a file has the weight and the bias in one: the query, key and value of a fused
+    # projection.
     return any(re.search(rf"(?:{target})(?:\.weight)?$", name) for target in targets for name in names)
 
 
@@ -180,7 +186,7 @@ class _Operation(compat.ConversionOps):
     def __deepcopy__(self, memo: dict) -> "_Operation":
         return self  # the loader copies a conversion for every parameter
 
-    def run(self, tensors: dict, full_layer_name: str, packed: bool = True, **kwargs) -> dict:
+    def run(self, tensors: dict, full_layer_name: str, packed: bool = True, **kwargs: Any) -> dict:
         operations = self.operations if packed else self.plain
         for operation in operations:
             tensors = operation.convert(tensors, full_layer_name=full_layer_name, **kwargs)
@@ -188,7 +194,7 @@ class _Operation(compat.ConversionOps):
             return {full_layer_name: next(iter(tensors.values()))}
         return tensors
 
-    def failed(self, model: nn.Module, name: str, error: Exception) -> dict[str, Tensor]:
+    def failed(self, model: PreTrainedModel, name: str, error: Exception) -> dict[str, Tensor]:
         """Notes why a parameter could not be made, and returns something of its shape."""
         self.arrivals.failed(name, error)
         module, parameter = _owner(model, name)
@@ -204,8 +210,8 @@ class _Operation(compat.ConversionOps):
 class _Quantize(_Operation):
     """Weights of a checkpoint -> a packed parameter and what stands beside it; what is not packed passes."""
 
-    def convert(
-        self, input_dict: dict, *, full_layer_name: str, target_patterns: list, model: nn.Module, **kwargs
+    def convert(  # pyrefly: ignore[bad-override]  (the loader passes names)
+        self, input_dict: dict, *, full_layer_name: str, target_patterns: list, model: PreTrainedModel, **kwargs: Any
     ) -> dict:
         kwargs = dict(kwargs, target_patterns=target_patterns, model=model)
         if not _is_packed(model, full_layer_name) and len(target_patterns) == 1:
@@ -224,7 +230,7 @@ class _Quantize(_Operation):
                 result |= self.failed(model, name, error)
         return result
 
-    def _quantize(self, model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    def _quantize(self, model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Returns the parameters, by name, that the weight called `name` becomes."""
         module, weight = _owner(model, name)
         if weight not in getattr(module, "layouts", ()):
@@ -249,15 +255,17 @@ class _Quantize(_Operation):
 
 class _Read(_Operation):
     """
-    Packed tensors of a checkpoint -> a packed parameter and what stands beside it, or an ordinary parameter where the model has
-    one; what is not packed passes.
+    Packed tensors of a checkpoint -> a packed parameter and what stands beside it, or an ordinary parameter where the
+    model has one; what is not packed passes.
     """
 
     @property
     def hf_quantizer(self) -> Packer:
         return self.packer  # the name by which the loader knows not to cast what comes in
 
-    def convert(self, input_dict: dict, *, full_layer_name: str, model: nn.Module, **kwargs) -> dict:
+    def convert(  # pyrefly: ignore[bad-override]
+        self, input_dict: dict, *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any
+    ) -> dict:
         kwargs = dict(kwargs, model=model)
         packed, dtype = _is_packed(model, full_layer_name), _dtype(model, full_layer_name)
         layout = self.packer.layouts.get(full_layer_name)
@@ -317,18 +325,18 @@ class _Read(_Operation):
         return result
 
 
-def _is_packed(model: nn.Module, name: str) -> bool:
+def _is_packed(model: PreTrainedModel, name: str) -> bool:
     """Whether a parameter is packed, or stands beside one that is."""
     module, parameter = _owner(model, name)
     return isinstance(module, PackedModule) and module.is_packed(parameter)
 
 
-def _owner(model: nn.Module, name: str) -> tuple[Any, str]:
+def _owner(model: PreTrainedModel, name: str) -> tuple[Any, str]:
     module, _, parameter = name.rpartition(".")
     return model.get_submodule(module), parameter
 
 
-def _dtype(model: nn.Module, name: str) -> torch.dtype:
+def _dtype(model: PreTrainedModel, name: str) -> torch.dtype:
     """Returns the type that the loader gives a parameter."""
     dtype = model.get_parameter_or_buffer(name).dtype
     plan = model._get_dtype_plan(dtype) if dtype.is_floating_point else {}
@@ -349,7 +357,8 @@ def _check_alike(input_dict: dict) -> None:
     for pattern, tensors in input_dict.items():
         if len(tensors) < len(input_dict[longest]):
             raise ValueError(
-                f"The checkpoint has {len(tensors)} tensors {pattern} and {len(input_dict[longest])} tensors {longest}."
+                f"The checkpoint has {len(tensors)} tensors {pattern} and {len(input_dict[longest])} tensors "
+                f"{longest}."
             )
     for pattern, tensors in input_dict.items():
         shapes = Counter(tuple(tensor.shape) for tensor in tensors)

@@ -1,7 +1,8 @@
 """What of a model is its head, which stays in floating point, and what a file says about it.
 
-A head is small, new whenever a model is trained for another task, and its errors go straight into the answer. Which module
-is one is seen from where it stands: outside the base model, or behind the last stack of layers of a model (a pooler).
+A head is small, new whenever a model is trained for another task, and its errors go straight into the answer. Which
+module is one is seen from where it stands: outside the base model, or behind the last stack of layers of a model (a
+pooler).
 """
 
 from collections.abc import Iterable
@@ -24,8 +25,9 @@ def heads(model: PreTrainedModel) -> tuple[str, ...]:
     """
     Returns the full names of the modules that make up the heads of a model.
 
-    These are the children of the model beside its base model, and the children behind the last stack of layers in the base
-    model (or in the model, where it is its own base). A child that holds a stack of layers or another model is no head.
+    These are the children of the model beside its base model, and the children behind the last stack of layers in the
+    base model (or in the model, where it is its own base). A child that holds a stack of layers or another model is no
+    head.
     """
     base = model.base_model
     found = []

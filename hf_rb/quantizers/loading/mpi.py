@@ -36,12 +36,13 @@ def refuse_mpi(model: nn.Module, files: Sequence[str | Path] | None, method: str
     name, remedy = type(model).__name__, "`fold_mpi(model)`, `save_pretrained`, and quantize what was saved."
     if any(layer.mpi is not None for layer in routers(model)):
         raise ValueError(
-            f"The routers of {name} are computed from the experts' weights (MPI), which {method} would pack. Fold them first: {remedy}"
+            f"The routers of {name} are computed from the experts' weights (MPI), which {method} would pack. Fold "
+            f"them first: {remedy}"
         )
     for file in files or ():
         if Path(file).suffix == ".safetensors":
             if stored := next((key for key in read_header(Path(file))[0] if key.endswith(LEARNED)), None):
                 raise ValueError(
-                    f"{file} holds {stored}, a router of `apply_mpi`, which {name} does not read. Fold the routers before {method}: "
-                    f"make the model, `apply_mpi`, load the file, {remedy}"
+                    f"{file} holds {stored}, a router of `apply_mpi`, which {name} does not read. Fold the routers "
+                    f"before {method}: make the model, `apply_mpi`, load the file, {remedy}"
                 )

@@ -1,8 +1,9 @@
 """What the quantization backends of `from_pretrained(..., quantization_config=...)` have in common.
 
-A layer holds the bytes that the kernels read. A file has the tensors of its method's format, in the names and the splitting of
-the model's own checkpoints: `experts.3.gate_proj.weight`, with its scales as `experts.3.gate_proj.weight_scale`. Loading and
-`save_pretrained` go from one to the other; a state dict is what is in memory.
+A layer holds the bytes that the kernels read. A file has the tensors of its method's format, in the names and the
+splitting of the model's own checkpoints: `experts.3.gate_proj.weight`, with its scales as
+`experts.3.gate_proj.weight_scale`. Loading and `save_pretrained` go from one to the other; a state dict is what is in
+memory.
 
 Two paths lead through a quantizer, and on both each weight is a [`~hf_rb.quantizers.packed.weight.PackedWeight`].
 
@@ -29,10 +30,11 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from hf_rb.quantizers.allocation.allocate import allocate_layers
@@ -89,8 +91,8 @@ class PackingQuantizer(HfQuantizer):
     """
     Quantizes a model while it loads, or loads one that is quantized already.
 
-    A method is a subclass that says how a weight is laid out ([`~PackingQuantizer.pack_module`]), how it is solved, and how
-    the tensors of a file differ from those in memory.
+    A method is a subclass that says how a weight is laid out ([`~PackingQuantizer.pack_module`]), how it is solved,
+    and how the tensors of a file differ from those in memory.
 
     Attributes:
         beside (`tuple[str, ...]`): The tensors that a file may have beside the packed ones, attributes of
@@ -104,9 +106,9 @@ class PackingQuantizer(HfQuantizer):
     requires_calibration = False
     beside: tuple[str, ...] = ("scale",)
     per_layer: str
-    quantization_config: PackedConfig
+    quantization_config: PackedConfig  # pyrefly: ignore[bad-override-mutable-attribute]
 
-    def __init__(self, quantization_config: PackedConfig, **kwargs):
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.report = Report(method=quantization_config.quant_method)
         self.layouts: dict[str, Layout] = {}  # by the full name of a packed parameter
@@ -115,8 +117,8 @@ class PackingQuantizer(HfQuantizer):
         self.unpacked: set[str] = set()  # layers that a file has packed and the model cannot have so
         if quantization_config.dequantize and not self.pre_quantized:
             raise ValueError(
-                f"`dequantize=True` is for loading a {quantization_config.method} checkpoint, and this one is not quantized. "
-                "Quantize it first and call `model.dequantize()`, or leave `dequantize` out."
+                f"`dequantize=True` is for loading a {quantization_config.method} checkpoint, and this one is not "
+                "quantized. Quantize it first and call `model.dequantize()`, or leave `dequantize` out."
             )
 
     # What a method is.
@@ -148,12 +150,12 @@ class PackingQuantizer(HfQuantizer):
         return tuple(SUFFIXES[part] for part in self.beside)
 
     @property
-    def serialized_names(self) -> dict[str, list[str]]:
+    def serialized_names(self) -> dict[str, list[str]]:  # pyrefly: ignore[bad-override]  (read-only here)
         return {"weight": [f"weight{suffix}" for suffix in ("", *self.suffixes)]}
 
     # What is quantized.
 
-    def preprocess_model(self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs) -> None:
+    def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         self.checkpoint_files = kwargs.get("checkpoint_files")
         if not self.quantization_config.dequantize:
             refuse_mpi(model, self.checkpoint_files, self.quantization_config.method)
@@ -164,11 +166,11 @@ class PackingQuantizer(HfQuantizer):
             self.report.allocation = found
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError(
-                f"{self.quantization_config.method} layers cannot be split over devices: leave out `distributed_config` and "
-                "`tp_plan`."
+                f"{self.quantization_config.method} layers cannot be split over devices: leave out "
+                "`distributed_config` and `tp_plan`."
             )
         for name, module, weights in self.choose(model):
             packed = self.pack_module(name, module, weights)
@@ -183,8 +185,10 @@ class PackingQuantizer(HfQuantizer):
             self.arrivals.missing = set(self.layouts)
         return model
 
-    def choose(self, model: nn.Module) -> list[tuple[str, nn.Module, list[str]]]:
-        """Returns what is packed, linear layers and fused experts with the names of their weights, and notes what is not."""
+    def choose(self, model: PreTrainedModel) -> list[tuple[str, nn.Module, list[str]]]:
+        """Returns what is packed, linear layers and fused experts with the names of their weights, and notes what is
+        not.
+        """
         found = select(model, self.quantization_config, self.per_layer, self.pre_quantized, self.checkpoint_files)
         self.quantization_config, self.report.readers = found.config, found.readers
         self.report.skipped += found.skipped
@@ -192,14 +196,14 @@ class PackingQuantizer(HfQuantizer):
             self.unpacked = set(found.readers)
         return found.packed
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = _owner(model, param_name)
         return not self.pre_quantized and name in getattr(module, "layouts", ())
 
-    def prepare_streaming(self, model: nn.Module) -> None:
+    def prepare_streaming(self, model: PreTrainedModel) -> None:
         """Is called with the model on the meta device before tensor after tensor is given to `quantize_tensor`."""
 
-    def streams(self, model: nn.Module, name: str) -> bool:
+    def streams(self, model: PreTrainedModel, name: str) -> bool:
         """Whether a parameter is given to `quantize_tensor`, in pieces as a file has them."""
         return self.param_needs_quantization(model, name)
 
@@ -232,7 +236,9 @@ class PackingQuantizer(HfQuantizer):
         return bias
 
     def quantize_matrix(self, parameter: str, module: PackedModule, matrix: Tensor) -> PackedWeight:
-        """Quantizes a weight matrix for memory and adds it to the report; arguments and errors as for `quantize_tensor`."""
+        """Quantizes a weight matrix for memory and adds it to the report; arguments and errors as for
+        `quantize_tensor`.
+        """
         weight = parameter.rpartition(".")[2]
         layout = module.layouts[weight]
         if matrix.shape[-1] != layout.in_features:
@@ -253,12 +259,12 @@ class PackingQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> compat.ConversionOps:
         return compat.IdentityOp()  # the conversion has done it
 
-    def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         # No cast of what becomes bytes: a tensor of another type is refused, as it is with `dequantize=True`.
         packed = dtype is not None and not dtype.is_floating_point
         return None if packed else super().get_new_dtype(converter, param, dtype)
 
-    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+    def update_weight_conversions(self, weight_conversions: list, model: PreTrainedModel) -> list:
         self.conversions = Conversions(self, weight_conversions, self.arrivals)
         return self.conversions.loading
 
@@ -271,7 +277,7 @@ class PackingQuantizer(HfQuantizer):
         """
         return self.from_file(self.layouts[parameter], stored, parameter)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> PreTrainedModel:
         packed = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, PackedModule)]
         for prefix, module in packed:
             for name, parameter in module.named_parameters(recurse=False):
@@ -289,7 +295,9 @@ class PackingQuantizer(HfQuantizer):
         model._weight_conversions = self.plain_conversions if dequantized else self.conversions.packed(used)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict]:
+    def get_state_dict_and_metadata(  # pyrefly: ignore[bad-override]  (transformers' own returns None only)
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor] | None, dict]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
         modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
@@ -306,8 +314,9 @@ class PackingQuantizer(HfQuantizer):
                 state |= self.to_file(layout, PackedWeight.collect(name, tensors.get)).named(name)
         return state, {}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving turns config.dtype into a string
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # Saving turns config.dtype into a string.
+        wanted: Any = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         packed = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedModule)]
         for name, module in packed:
             if any(parameter.is_meta for parameter in module.parameters()):
@@ -316,7 +325,7 @@ class PackingQuantizer(HfQuantizer):
                     f"`quantization_config={type(self.quantization_config).__name__}(dequantize=True)` instead."
                 )
         for name, module in packed:
-            plain = module.plain(dtype)
+            plain = module.plain(wanted)
             # Below an adapter what was frozen stays frozen.
             plain.requires_grad_(not name.endswith(".base_layer"))
             model.set_submodule(name, plain)
@@ -328,18 +337,18 @@ class PackingQuantizer(HfQuantizer):
         model._weight_conversions = self.plain_conversions
         return model
 
-    def remove_quantization_config(self, model: nn.Module) -> None:
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
         conversions = getattr(model, "_weight_conversions", None)
         super().remove_quantization_config(model)
         if conversions is not None:
             # Transformers 5.24 forgets them here. Without them a model of experts is saved under the names of memory.
             model._weight_conversions = conversions
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyrefly: ignore[bad-override]  (untyped there, with an empty body)
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyrefly: ignore[bad-override]
         require("peft")  # without our guards a merge could damage packed weights
         return True
 
@@ -362,6 +371,6 @@ def _by_block(
     return PackedWeight.join(results, torch.cat) if joined else results[0]
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _owner(model: PreTrainedModel, name: str) -> tuple[Any, str]:
     module, _, parameter = name.rpartition(".")
     return model.get_submodule(module), parameter

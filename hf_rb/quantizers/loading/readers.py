@@ -1,15 +1,17 @@
 """Who reads the `weight` of a linear layer, besides the layer itself.
 
-A packed `weight` is bytes. Model code that multiplies with it, asks for its type or hands it to a kernel would compute something
-else or crash, so a layer with such a reader stays as it is. Readers are found before anything is loaded, by two means together:
+A packed `weight` is bytes. Model code that multiplies with it, asks for its type or hands it to a kernel would compute
+something else or crash, so a layer with such a reader stays as it is. Readers are found before anything is loaded, by
+two means together:
 
-- the source of the model's classes: `self.dt_proj.weight`, the same by another name or through `getattr`, and a layer that is
-  handed to a function;
-- a forward pass of a copy on the meta device, which sees what is read on the way that a model usually takes, in helpers too.
+- the source of the model's classes: `self.dt_proj.weight`, the same by another name or through `getattr`, and a layer
+  that is handed to a function;
+- a forward pass of a copy on the meta device, which sees what is read on the way that a model usually takes, in
+  helpers too.
 
-The source also shows what only some devices or settings do. Where it cannot be read, the pass decides, and without either the
-model is refused. What is as true of bytes as of numbers counts for nothing: the device, the number of dimensions, a read that the
-model's code itself leaves out for quantized models.
+The source also shows what only some devices or settings do. Where it cannot be read, the pass decides, and without
+either the model is refused. What is as true of bytes as of numbers counts for nothing: the device, the number of
+dimensions, a read that the model's code itself leaves out for quantized models.
 """
 
 import copy
@@ -51,12 +53,13 @@ def note_readers(
             Whether a pattern of `modules_to_not_convert` means a name.
 
     Returns:
-        `tuple[dict[str, str], PackedConfig]`: For each layer with a reader, which function that is; and the configuration, a copy of
-        the given one if there are such layers.
+        `tuple[dict[str, str], PackedConfig]`: For each layer with a reader, which function that is; and the
+        configuration, a copy of the given one if there are such layers.
     """
     if config.dequantize or not layers:
         return {}, config
-    # What a checkpoint has packed was looked at when it was made; here the source tells of other versions of hf_rb and transformers.
+    # What a checkpoint has packed was looked at when it was made; here the source tells of other versions of hf_rb and
+    # transformers.
     readers = find_readers(model, layers, recorded=not pre_quantized)
     if readers:
         config = copy.copy(config)  # the user's may serve other models
@@ -86,8 +89,8 @@ def find_readers(model: nn.Module, layers: Collection[str], recorded: bool = Tru
         `dict[str, str]`: For each layer with a reader, which function that is.
 
     Raises:
-        ValueError: The source of a class with such layers cannot be read, or reads the weight of something that it does not name,
-            and the model does not run on the meta device.
+        ValueError: The source of a class with such layers cannot be read, or reads the weight of something that it
+            does not name, and the model does not run on the meta device.
     """
     names = {id(model.get_submodule(name)): name for name in layers}
     found, unknown = scan(model, names)
@@ -96,14 +99,17 @@ def find_readers(model: nn.Module, layers: Collection[str], recorded: bool = Tru
         found = seen | found
         if unknown and problem:
             raise ValueError(
-                f"{unknown[0]}, and {type(model).__name__} does not run on the meta device ({problem}), so it is not known which weights "
-                "have to stay as they are. Define the class in a file, or name its linear layers in `modules_to_not_convert`."
+                f"{unknown[0]}, and {type(model).__name__} does not run on the meta device ({problem}), so it is not "
+                "known which weights have to stay as they are. Define the class in a file, or name its linear layers "
+                "in `modules_to_not_convert`."
             )
     return {name: found[name] for name in layers if name in found}
 
 
 def _endings(names: Iterable[str], others: Collection[str], means: Callable[[str, str], bool]) -> list[str]:
-    """Returns patterns that mean all names and none of the others, as short as they can be: a model's part has other prefixes."""
+    """Returns patterns that mean all names and none of the others, as short as they can be: a model's part has other
+    prefixes.
+    """
     patterns: list[str] = []
     for name in names:
         if not any(means(pattern, name) for pattern in patterns):

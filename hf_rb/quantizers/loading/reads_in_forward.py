@@ -3,9 +3,10 @@
 import copy
 import sys
 from collections.abc import Collection
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_rb.quantizers.loading.reads_in_source import is_harmless_at
@@ -20,18 +21,19 @@ FEW = 4  # modules and parameters of what is no block, a layer among others
 class _Watched:
     """What makes a linear layer of a copied model tell who reads its weight."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name == "weight":
             frame = sys._getframe(1)
             if frame.f_locals.get("self") is not self and not is_harmless_at(frame):
                 self.__dict__["_readers"].append(frame.f_code.co_qualname)
-        return super().__getattr__(name)
+        return super().__getattr__(name)  # pyrefly: ignore[missing-attribute]  (that of nn.Module)
 
 
 def record(model: nn.Module, layers: Collection[str]) -> tuple[dict[str, str], str | None]:
     """Returns the readers of layers in a forward pass on the meta device, and why it did not come to its end."""
     readers, problem = _run(model, layers, _alike(model))
-    # Code that counts the blocks of a model misses those that were left out. What asks for values stops all blocks alike.
+    # Code that counts the blocks of a model misses those that were left out. What asks for values stops all blocks
+    # alike.
     return (readers, problem) if problem is None or "meta tensor" in problem else _run(model, layers, {})
 
 
@@ -68,7 +70,9 @@ def _run(model: nn.Module, layers: Collection[str], alike: dict[str, str]) -> tu
 
 
 def _alike(model: nn.Module) -> dict[str, str]:
-    """Returns the blocks of a list that are built as an earlier one is, each with that one: it is enough to run one of them."""
+    """Returns the blocks of a list that are built as an earlier one is, each with that one: it is enough to run one of
+    them.
+    """
     alike: dict[str, str] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(prefix.startswith(f"{left}.") for left in alike):
@@ -101,9 +105,9 @@ def _copy(model: nn.Module, alike: dict[str, str]) -> nn.Module:
     return copy.deepcopy(model, memo).eval()
 
 
-def _inputs(model: nn.Module) -> list[dict[str, Tensor]]:
+def _inputs(model: nn.Module) -> list[dict[str, Any]]:
     """Returns inputs that a model might take, the likeliest first."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def size(*names: str, default: int) -> int:
@@ -124,7 +128,7 @@ def _inputs(model: nn.Module) -> list[dict[str, Tensor]]:
             device="meta",
         ),
     }
-    main = getattr(model, "main_input_name", "input_ids")
+    main: Any = getattr(model, "main_input_name", "input_ids")
     first = {main: kinds.get(main, ids)}
     if getattr(config, "is_encoder_decoder", False):
         first["decoder_input_ids"] = ids

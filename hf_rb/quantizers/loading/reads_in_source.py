@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from types import FrameType
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -193,20 +193,22 @@ def _read_function(function: ast.AST, where: str, source: _Source) -> None:
                         add(argument, handed=True)
 
 
-def _reads_weight(node: ast.AST) -> bool:
+def _reads_weight(node: ast.AST) -> TypeGuard[ast.Attribute | ast.Call]:
     if isinstance(node, ast.Attribute):
         return node.attr == "weight" and isinstance(node.ctx, ast.Load)
     return _is_getattr(node) and getattr(node.args[1], "value", None) == "weight"
 
 
-def _is_getattr(node: ast.AST) -> bool:
-    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr"
-    return called and len(node.args) > 1
+def _is_getattr(node: ast.AST) -> TypeGuard[ast.Call]:
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        return False
+    return node.func.id == "getattr" and len(node.args) > 1
 
 
 def _parameters_of(node: ast.expr) -> ast.expr | None:
-    is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "parameters"
-    return node.func.value if is_call else None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "parameters":
+        return node.func.value
+    return None
 
 
 def _is_init(node: ast.Call) -> bool:
@@ -262,7 +264,9 @@ def _paths(value: ast.expr) -> Iterator[tuple[str, ...]]:
 
 
 def _is_harmless(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether a read of a weight says of bytes what it says of numbers, or does not happen when the model is quantized."""
+    """Whether a read of a weight says of bytes what it says of numbers, or does not happen when the model is
+    quantized.
+    """
     parent, text = parents.get(node), ast.unparse(node)
     if isinstance(parent, ast.Attribute) and parent.attr in HARMLESS:
         return True

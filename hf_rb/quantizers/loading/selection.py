@@ -36,10 +36,12 @@ class Selection:
     Which parts of a model are packed.
 
     Attributes:
-        config ([`PackedConfig`]): The configuration that is stored: as given, or a copy that also names the layers with readers.
+        config ([`PackedConfig`]): The configuration that is stored: as given, or a copy that also names the layers
+            with readers.
         packed (`list[tuple[str, nn.Module, list[str]]]`): Linear layers and fused experts, and which of their weights.
         skipped (`list[str]`): Linear layers and weights of experts that stay as they are.
-        readers (`dict[str, str]`): Of these the linear layers with a `weight` that other code reads, with the function that does.
+        readers (`dict[str, str]`): Of these the linear layers with a `weight` that other code reads, with the function
+            that does.
     """
 
     config: PackedConfig
@@ -120,8 +122,8 @@ def select(
         weights = sum(modules[name].get_parameter(weight).numel() for name in unknown for weight in experts[name])
         kinds = ", ".join(sorted({type(module).__name__ for module in unknown.values()}))
         logger.warning(
-            f"{config.method} leaves {weights / 1e6:.1f}M weights of {type(model).__name__} as they are: it does not know how "
-            f"the fused experts of {kinds} are laid out."
+            f"{config.method} leaves {weights / 1e6:.1f}M weights of {type(model).__name__} as they are: it does not "
+            f"know how the fused experts of {kinds} are laid out."
         )
     if not found.packed:
         raise ValueError(_nothing_to_pack(model, config.method, len(found.skipped)))
@@ -153,7 +155,8 @@ def _in_doubt(model: PreTrainedModel, files: Sequence[str | Path] | None) -> Cal
     """
     Returns whether a linear layer stays as it is for being a head, or for having been left out by an earlier version.
 
-    Earlier versions packed some heads, and no layer of a subclass: there the `files` of a quantized checkpoint say what is packed.
+    Earlier versions packed some heads, and no layer of a subclass: there the `files` of a quantized checkpoint say
+    what is packed.
     """
     inside, stored = heads(model), None
 
@@ -175,9 +178,10 @@ def _nothing_to_pack(model: nn.Module, method: str, left: int) -> str:
     holders = [module for module in model.modules() if any(p.ndim > 1 for p in module.parameters(recurse=False))]
     seen = Counter(type(module).__name__ for module in holders).most_common()
     return (
-        f"There is nothing to quantize in {type(model).__name__}: its weights are in {', '.join(f'{n} {kind}' for kind, n in seen)}. "
-        f"{method} packs layers that compute what `nn.Linear` does, Conv1D of GPT-2 and fused experts; heads, routers and "
-        f"`modules_to_not_convert` stay as they are ({left} here)."
+        f"There is nothing to quantize in {type(model).__name__}: its weights are in "
+        f"{', '.join(f'{n} {kind}' for kind, n in seen)}. {method} packs layers that compute what `nn.Linear` does, "
+        f"Conv1D of GPT-2 and fused experts; heads, routers and `modules_to_not_convert` stay as they are ({left} "
+        "here)."
     )
 
 
@@ -185,7 +189,7 @@ def _skips(config: PackedConfig) -> list[str]:
     return [*(config.modules_to_not_convert or []), *([] if getattr(config, "quantize_qk", True) else QK)]
 
 
-def _language_model(model: nn.Module) -> tuple[str, ...]:
+def _language_model(model: PreTrainedModel) -> tuple[str, ...]:
     """Prefixes of the modules that a quantization is for: any, or those of a multimodal model's language model."""
     text = model.config.get_text_config()
     if text is model.config:
@@ -205,13 +209,14 @@ def _check_patterns(patterns: list[str], names: list[str], weights: list[str], m
             whole = next((name for name in meant if any(each.startswith(f"{name}.") for each in weights)), None)
             if whole and not any(_means(pattern, name) for name in weights):
                 raise ValueError(
-                    f"{pattern!r} is the ending of {whole}, which holds linear layers, and an ending does not reach into a module: "
-                    f"write {whole!r}, or '.*{pattern}' for all modules that end so."
+                    f"{pattern!r} is the ending of {whole}, which holds linear layers, and an ending does not reach "
+                    f"into a module: write {whole!r}, or '.*{pattern}' for all modules that end so."
                 )
             continue
         if pattern in QK:
             raise ValueError(
-                f"quantize_qk=False: {model} has no {pattern}. Name the projections to keep in `modules_to_not_convert`."
+                f"quantize_qk=False: {model} has no {pattern}. Name the projections to keep in "
+                "`modules_to_not_convert`."
             )
         endings = sorted({end for name in weights if not (end := name.rpartition(".")[2]).isdigit()})
         last = pattern.rpartition(".")[2]

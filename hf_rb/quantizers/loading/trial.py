@@ -1,8 +1,8 @@
 """Tries an adapter on one packed layer before it is attached to a model.
 
-PEFT has dozens of adapters and gets new ones all the time. Those that work beside a layer do as well on a packed one; those that
-read its weight would read bytes. Which is which is seen by trying: the adapter is put on a copy of the layer and on an ordinary
-layer with the same weights, both get the same random numbers, and their outputs are compared.
+PEFT has dozens of adapters and gets new ones all the time. Those that work beside a layer do as well on a packed one;
+those that read its weight would read bytes. Which is which is seen by trying: the adapter is put on a copy of the
+layer and on an ordinary layer with the same weights, both get the same random numbers, and their outputs are compared.
 """
 
 import copy
@@ -74,8 +74,9 @@ def check_adapter(tuner: nn.Module, config: Any, model: nn.Module, target: str |
     )
     if not same:
         raise PlainWeightsNeeded(
-            f"{type(config).__name__} as given cannot be attached to {name}, which is packed: it works with the plain weights. "
-            "Take an adapter that works beside the layer, such as LoRA, or call `model.dequantize()` first."
+            f"{type(config).__name__} as given cannot be attached to {name}, which is packed: it works with the "
+            "plain weights. Take an adapter that works beside the layer, such as LoRA, or call `model.dequantize()` "
+            "first."
         )
     passed.append((weakref.ref(config), type(base)))  # the error of both is PEFT's to tell
 
@@ -84,14 +85,16 @@ def check_trained_module(module: nn.Module) -> None:
     """Raises a `ValueError` for a module that is to be trained as a whole and holds packed layers."""
     if names := [name for name, part in module.named_modules() if hasattr(part, "layouts")]:
         raise PlainWeightsNeeded(
-            f"`modules_to_save` names {f'a module in which {names[0]} is' if names[0] else 'a layer that is'} packed, and bytes "
-            "cannot be trained: name it in `target_modules`, or leave it out of the quantization (`modules_to_not_convert`)."
+            f"`modules_to_save` names {f'a module in which {names[0]} is' if names[0] else 'a layer that is'} "
+            "packed, and bytes cannot be trained: name it in `target_modules`, or leave it out of the quantization "
+            "(`modules_to_not_convert`)."
         )
 
 
 def base_of(module: nn.Module) -> nn.Module:
     """Returns the layer below all adapters."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    layer: Any = module
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
 def _copy(base: PackedLinear) -> PackedLinear:
@@ -105,14 +108,15 @@ def _copy(base: PackedLinear) -> PackedLinear:
     return twin
 
 
-def _outcomes(kind: type, config: Any, base: PackedLinear) -> list[Tensor | Exception]:
+def _outcomes(kind: Any, config: Any, base: PackedLinear) -> list[Tensor | Exception]:
     twin = _copy(base)
     return [_outcome(kind, config, layer) for layer in (twin.plain(), twin)]
 
 
-def _outcome(kind: type, config: Any, layer: nn.Module) -> Tensor | Exception:
+def _outcome(kind: Any, config: Any, layer: Any) -> Tensor | Exception:
     """Returns the output of a layer that a new tuner has adapted, or the error that came instead."""
-    holder, config, draws = nn.Module(), copy.copy(config), torch.Generator().manual_seed(0)
+    config, draws = copy.copy(config), torch.Generator().manual_seed(0)
+    holder: Any = nn.Module()
     holder.layer = layer
     vars(config).update({name: value for name, value in ALONE.items() if hasattr(config, name)})
     input = torch.randn(2, layer.in_features, generator=draws, dtype=torch.float32)

@@ -49,8 +49,8 @@ def round_to_nearest(weight: Tensor, bits: int = 4, group_size: int = 128, symme
 
 def rtn(weight: Tensor, bits: int = 4, group_size: int = 128) -> tuple[float, int]:
     """
-    Returns what [`round_to_nearest`] with zero points would make of a matrix: its relative error on rows at equal distances,
-    about 260,000 weights, and the bytes of the codes, scales and zero points of all rows, without a gap.
+    Returns what [`round_to_nearest`] with zero points would make of a matrix: its relative error on rows at equal
+    distances, about 260,000 weights, and the bytes of the codes, scales and zero points of all rows, without a gap.
     """
     rows = weight[:: max(1, weight.numel() // SAMPLE)].float()
     norm = rows.norm()
@@ -68,7 +68,8 @@ def packed_weights(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def round_weights(model: nn.Module, names: Iterable[str], bits: int = 4, group_size: int = 128) -> bool:
     """
-    Rounds weights of an ordinary model in place, as [`round_to_nearest`] does, in the groups in which the quantizers see them.
+    Rounds weights of an ordinary model in place, as [`round_to_nearest`] does, in the groups in which the quantizers
+    see them.
 
     Args:
         model (`nn.Module`):
@@ -82,8 +83,9 @@ def round_weights(model: nn.Module, names: Iterable[str], bits: int = 4, group_s
         `bool`: `False` if the model has another structure: a name is missing, and nothing was changed.
     """
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-    weights = [(name, parameters.get(f"{name}.weight", parameters.get(name))) for name in names]
-    if any(weight is None for _, weight in weights):
+    found = [(name, parameters.get(f"{name}.weight", parameters.get(name))) for name in names]
+    weights = [(name, weight) for name, weight in found if weight is not None]
+    if len(weights) < len(found):
         return False
     for name, weight in weights:
         owner = modules.get(name, modules[name.rpartition(".")[0]])

@@ -1,4 +1,9 @@
-"""Quantized fused experts: the weights of a mixture's experts, which transformers keep in parameters of three dimensions."""
+"""Quantized fused experts: the weights of a mixture's experts, which transformers keep in parameters of three
+dimensions.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +34,9 @@ def input_size(experts: nn.Module, name: str) -> int:
 
 
 def projections(experts: nn.Module) -> tuple[str, str] | None:
-    """Returns the names of an experts module's two weights, or `None` if it is built in a way that is not known here."""
+    """Returns the names of an experts module's two weights, or `None` if it is built in a way that is not known
+    here.
+    """
     if not all(isinstance(getattr(experts, flag, None), bool) for flag in FLAGS) or not hasattr(
         experts, "num_experts"
     ):
@@ -50,8 +57,8 @@ class PackedExperts(PackedModule):
     Stands in for a fused experts module of transformers, with one or both of its weights packed.
 
     A packed projection has the name that it has in the model (`gate_up_proj` or `up_proj`, `down_proj`) and the rows
-    `(experts, out)`. Its groups run along the input, and its rows are the outputs, also where the model keeps the weight
-    transposed. Biases, activation, gating and whatever else the module has are those of the model.
+    `(experts, out)`. Its groups run along the input, and its rows are the outputs, also where the model keeps the
+    weight transposed. Biases, activation, gating and whatever else the module has are those of the model.
 
     Args:
         experts (`nn.Module`):
@@ -63,6 +70,15 @@ class PackedExperts(PackedModule):
         columns (`tuple[str, ...]`, *optional*):
             The packed projections whose inputs have a factor each.
     """
+
+    # Taken over from the model's own module.
+    experts_class: Any
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
 
     def __init__(
         self,

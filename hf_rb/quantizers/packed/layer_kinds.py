@@ -1,6 +1,9 @@
-"""Layers that compute a linear map, of any class: which they are, their sizes, and which way round they keep the weight."""
+"""Layers that compute a linear map, of any class: which they are, their sizes, and which way round they keep the
+weight.
+"""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +23,14 @@ MAGNITUDES = (1.0, 1e3)
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether a module keeps its weights with the inputs first, `(in, out)` or `(experts, in, out)`."""
-    return getattr(module, "is_transposed", isinstance(module, Conv1D))
+    layer: Any = module
+    return getattr(layer, "is_transposed", isinstance(module, Conv1D))
 
 
 def features(module: nn.Module) -> tuple[int, int]:
     """Returns the sizes of the input and the output of a layer with an ordinary weight."""
-    rows, columns = module.weight.shape
+    weight: Any = module.weight
+    rows, columns = weight.shape
     return (rows, columns) if is_transposed(module) else (columns, rows)
 
 
@@ -33,8 +38,8 @@ def is_linear_map(module: nn.Module) -> bool:
     """
     Whether a layer is an `nn.Linear` or a `Conv1D`, or of a subclass that computes the same.
 
-    A subclass is tried: its own forward pass runs with a small random matrix in the place of its weight, in training and in
-    evaluation mode. The weight itself is not looked at and may be on the meta device.
+    A subclass is tried: its own forward pass runs with a small random matrix in the place of its weight, in training
+    and in evaluation mode. The weight itself is not looked at and may be on the meta device.
     """
     if type(module) is nn.Linear:
         return True
@@ -42,7 +47,7 @@ def is_linear_map(module: nn.Module) -> bool:
     if not isinstance(module, LINEAR) or type(module).__module__.startswith("torch."):
         return False
     own = {name for name, value in module.named_parameters() if value is not None}
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if not {"weight"} <= own <= {"weight", "bias"} or any(True for _ in module.buffers()) or weight.ndim != 2:
         return False
     sizes = dict(zip(weight.shape, SMALL, strict=True))  # a square matrix stays square
@@ -51,7 +56,7 @@ def is_linear_map(module: nn.Module) -> bool:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draws, dtype=torch.float64, device="cpu")
 
-    trial = copy.copy(module)
+    trial: Any = copy.copy(module)
     trial.__dict__ |= {
         name: sizes[value] for name, value in vars(module).items() if type(value) is int and value in sizes
     }

@@ -1,9 +1,12 @@
 """Packed layers, whatever the method: bytes in the kernels' layout, with what turns them into numbers beside them.
 
 A packed parameter `<name>` is uint8 `(*rows, layout.row_bytes)`. In memory it has a companion `<name>_scale`, float16
-`(*rows, groups, scales of a group)`, and may have `<name>_column`, float32, a factor of every input. All of them are frozen
-parameters: what places, offloads and saves a model knows parameters best.
+`(*rows, groups, scales of a group)`, and may have `<name>_column`, float32, a factor of every input. All of them are
+frozen parameters: what places, offloads and saves a model knows parameters best.
 """
+
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,10 @@ class PackedModule(nn.Module):
 
     is_packed_module = True  # tells our layers, and those derived from them, without an import
     layouts: dict[str, Layout]
+    is_transposed: bool  # whether the ordinary module keeps its weights with the inputs first
+    is_concatenated: bool  # of experts: whether gate and up follow each other, and do not alternate
+    _activations: str
+    _is_hf_initialized: bool
 
     @property
     def activations(self) -> str:
@@ -45,10 +52,12 @@ class PackedModule(nn.Module):
         name: str,
         rows: tuple[int, ...],
         layout: Layout,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         column: bool = False,
     ) -> None:
-        """Adds the parameters `<name>`, `<name>_scale` and, if asked for, `<name>_column` `(*rows[:-1], in_features)`."""
+        """Adds the parameters `<name>`, `<name>_scale` and, if asked for, `<name>_column`
+        `(*rows[:-1], in_features)`.
+        """
         weight = PackedWeight(
             torch.empty(*rows, layout.row_bytes, dtype=torch.uint8, device=device),
             torch.empty(*rows, layout.groups, layout.num_scales, dtype=torch.float16, device=device),
@@ -75,6 +84,10 @@ class PackedModule(nn.Module):
         """Returns the weights `(*rows, in_features)` of a packed parameter."""
         return self.packed_weight(name).dequantize(self.layouts[name], dtype)
 
+    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Returns an ordinary module with the weights for which this one stands."""
+        raise NotImplementedError
+
     def uncounted(self, only_trainable: bool = False) -> int:
         """Returns how many more weights this module stands for than its packed parameters have elements."""
         number = 0
@@ -91,7 +104,7 @@ class PackedModule(nn.Module):
             if scale.dtype is not torch.float16:
                 scale.data = scale.data.half()
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.to(torch.bfloat16)` means the activations: scales rounded once more would be another model.
         before = {
             parameter: tensor.data
@@ -117,8 +130,8 @@ class PackedLinear(PackedModule, nn.Linear):
     """
     A linear layer whose weight is packed.
 
-    It is an `nn.Linear` for everything that looks for one (LoRA's `all-linear`, device maps). Gradients flow to the input
-    and the bias.
+    It is an `nn.Linear` for everything that looks for one (LoRA's `all-linear`, device maps). Gradients flow to the
+    input and the bias.
 
     Args:
         in_features (`int`):
@@ -147,7 +160,7 @@ class PackedLinear(PackedModule, nn.Linear):
         layout: Layout,
         activations: str = "exact",
         column: bool = False,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         nn.Module.__init__(self)
@@ -155,13 +168,18 @@ class PackedLinear(PackedModule, nn.Linear):
         self.layout = layout
         self.layouts = {"weight": layout}
         self.is_transposed = False
-        self.plain_class, self.plain_attributes = nn.Linear, {"in_features": in_features, "out_features": out_features}
+        self.plain_class: type[nn.Module] = nn.Linear
+        self.plain_attributes: dict[str, Any] = {"in_features": in_features, "out_features": out_features}
         self.activations = activations
         self.add_packed("weight", (out_features,), layout, device, column)
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        # torch's own may be None too.
+        made = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.bias = made  # pyrefly: ignore[bad-assignment]
 
     def stand_in_for(self, module: nn.Module) -> "PackedLinear":
-        """Remembers the class of an ordinary layer, which [`~PackedLinear.plain`] gives back, and returns this layer."""
+        """Remembers the class of an ordinary layer, which [`~PackedLinear.plain`] gives back, and returns this
+        layer.
+        """
         blank = vars(nn.Module())
         self.plain_class, self.is_transposed = type(module), is_transposed(module)
         self.plain_attributes = {name: value for name, value in vars(module).items() if name not in blank}
@@ -172,13 +190,13 @@ class PackedLinear(PackedModule, nn.Linear):
         return self.unpacked("weight", dtype)
 
     @property
-    def W_q(self) -> nn.Parameter:
+    def W_q(self) -> Tensor:
         """The packed weight, by the name that tells PEFT to ask [`~PackedLinear.dequantize`] for the numbers."""
         return self.weight
 
     def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Returns an ordinary layer, of the class for which this one stands."""
-        linear = self.plain_class.__new__(self.plain_class)
+        linear: Any = self.plain_class.__new__(self.plain_class)
         nn.Module.__init__(linear)
         linear.__dict__ |= self.plain_attributes
         weight = self.dequantize(dtype)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from hf_rb.evaluation import Verdict
+    from hf_rb.evaluation import Size, Verdict
 
 __all__ = ["BlockReport", "LayerAllocation", "LayerReport", "Report"]
 
@@ -23,8 +23,8 @@ class LayerReport:
         weights (`int`): Weights in the layer.
         relative_error (`float`): Frobenius norm of the change over that of the weight, scales rounded as stored.
         resolved (`bool`): Whether the layer was solved a second time because the first stopping rule was too coarse.
-        baseline_error (`float`, *optional*): Relative error of 4-bit round-to-nearest with groups of 128, on a sample of
-            the rows.
+        baseline_error (`float`, *optional*): Relative error of 4-bit round-to-nearest with groups of 128, on a sample
+            of the rows.
         baseline_bytes (`int`, *optional*): Bytes that the layer would take then.
     """
 
@@ -44,17 +44,18 @@ class LayerReport:
 @dataclass
 class BlockReport:
     """
-    A decoder layer that was quantized on calibration text; or the final norm, of which there are only the last three numbers.
+    A decoder layer that was quantized on calibration text; or the final norm, of which there are only the last three
+    numbers.
 
     Attributes:
         name (`str`): Module name in the model.
-        hidden_error (`float`, *optional*): Root mean square of what its output lost, in this and all earlier layers, over that
-            of the original output.
-        shift_before (`float`, *optional*): Mean square of what the input of its MLP lost by the quantized attention; of what
-            the final norm's output lost by the quantized MLP before it.
+        hidden_error (`float`, *optional*): Root mean square of what its output lost, in this and all earlier layers,
+            over that of the original output.
+        shift_before (`float`, *optional*): Mean square of what the input of its MLP lost by the quantized attention;
+            of what the final norm's output lost by the quantized MLP before it.
         shift_after (`float`, *optional*): The same with the mean shift corrected, measured.
-        shift_expected (`float`, *optional*): The same as it has to be: less by exactly the square of the mean, where the
-            correction is not clamped.
+        shift_expected (`float`, *optional*): The same as it has to be: less by exactly the square of the mean, where
+            the correction is not clamped.
     """
 
     name: str
@@ -92,9 +93,10 @@ class Report:
     Attributes:
         method (`str`): Name of the method.
         layers (`list[LayerReport]`): The quantized layers, in the order of the checkpoint.
-        skipped (`list[str]`): Linear layers, and parameters of other shapes with a weight matrix for each expert, left as
-            they were.
-        readers (`dict[str, str]`): Of these the linear layers with a `weight` that other code reads, with the function that does.
+        skipped (`list[str]`): Linear layers, and parameters of other shapes with a weight matrix for each expert, left
+            as they were.
+        readers (`dict[str, str]`): Of these the linear layers with a `weight` that other code reads, with the function
+            that does.
         resolved (`int`): Layers that were solved a second time.
         blocks (`list[BlockReport]`): The decoder layers, if there was calibration text.
         final_norm (`BlockReport`, *optional*): The final norm, if its mean shift was corrected.
@@ -106,15 +108,17 @@ class Report:
         parameters (`int`, *optional*): Parameters of the whole model before quantization, tied ones counted once.
         bits_per_weight (`float`, *optional*): `8 * file_bytes / parameters`: scales, embeddings and headers included.
         quantized_bits_per_weight (`float`, *optional*): Bits of a weight in the quantized layers, scales included.
-        baseline_file_bytes (`int`, *optional*): Bytes that the files would have if the same layers were rounded to 4 bits.
+        baseline_file_bytes (`int`, *optional*): Bytes that the files would have if the same layers were rounded to 4
+            bits.
         eval_data (`str`, *optional*): What the perplexities were measured on.
         perplexity_before (`float`, *optional*): Perplexity of the model that was quantized.
         perplexity_after (`float`, *optional*): Perplexity of the quantized model, as loaded from its folder.
-        perplexity_rounded (`float`, *optional*): Perplexity of the model before with the same layers rounded to 4 bits.
+        perplexity_rounded (`float`, *optional*): Perplexity of the model before with the same layers rounded to 4
+            bits.
         rounding_seconds (`float`, *optional*): Time that it took to round them and to measure that.
         bits_before (`int`, *optional*): Bits of a weight of the model before.
-        begins_with (`str`, *optional*): What every window of text begins with, in measurement and calibration, because the
-            tokenizer puts it before a text.
+        begins_with (`str`, *optional*): What every window of text begins with, in measurement and calibration, because
+            the tokenizer puts it before a text.
     """
 
     method: str
@@ -148,9 +152,10 @@ class Report:
             self.layers.append(layer)
         else:
             both = [known, layer]
-            known.relative_error, known.baseline_error = _mean(both, "relative_error"), _mean(both, "baseline_error")
+            relative_error: Any = _mean(both, "relative_error")  # every layer has one
+            known.relative_error, known.baseline_error = relative_error, _mean(both, "baseline_error")
             known.weights += layer.weights
-            if None not in (known.baseline_bytes, layer.baseline_bytes):
+            if known.baseline_bytes is not None and layer.baseline_bytes is not None:
                 known.baseline_bytes += layer.baseline_bytes
             known.resolved |= layer.resolved
         self.resolved = sum(layer.resolved for layer in self.layers)
@@ -162,15 +167,16 @@ class Report:
         for layer in other.layers:
             self.add(layer, other.seconds / len(other.layers))
 
-    def set_size(self, size, source_bytes: int) -> None:
+    def set_size(self, size: "Size", source_bytes: int) -> None:
         """Fills in what a [`~hf_rb.evaluation.Size`] of the written folder says."""
         self.file_bytes, self.parameters, self.bits_per_weight = size.file_bytes, size.weights, size.bits_per_weight
         self.source_bytes, self.quantized_bits_per_weight = source_bytes, size.quantized_bits_per_weight
-        if all(layer.baseline_bytes is not None for layer in self.layers):
+        theirs = [layer.baseline_bytes for layer in self.layers if layer.baseline_bytes is not None]
+        if len(theirs) == len(self.layers) and size.quantized_bits_per_weight is not None:
             ours = round(size.quantized_weights * size.quantized_bits_per_weight / 8)
-            self.baseline_file_bytes = size.file_bytes - ours + sum(layer.baseline_bytes for layer in self.layers)
+            self.baseline_file_bytes = size.file_bytes - ours + sum(theirs)
 
-    def error_by_kind(self, which: str = "relative_error") -> dict[str, float]:
+    def error_by_kind(self, which: str = "relative_error") -> dict[str, float | None]:
         """Error by kind of layer: the root of the mean square over its weights. `which` may be `"baseline_error"`."""
         kinds: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
@@ -188,7 +194,8 @@ class Report:
             before, after = self.perplexity_before, self.perplexity_after
             windows = f" (each window begins with `{self.begins_with}`)" if self.begins_with else ""
             sentences.append(
-                f"Perplexity on `{self.eval_data}`{windows}: **{after:.4g}**, before quantization {before:.4g}. {self.quality()}"
+                f"Perplexity on `{self.eval_data}`{windows}: **{after:.4g}**, before quantization {before:.4g}. "
+                f"{self.quality()}"
             )
         if not self.verdict().startswith(NOT_COMPARED):
             sentences.append(self.verdict())
@@ -196,7 +203,7 @@ class Report:
 
     def quality(self) -> "Verdict | None":
         """How much worse the model has become, in words, where the perplexity was measured."""
-        if self.perplexity_after is None:
+        if self.perplexity_after is None or self.perplexity_before is None:
             return None
         from hf_rb.evaluation.verdict import judge
 
@@ -216,7 +223,7 @@ class Report:
             advice = "" if self.eval_data else "; measure the perplexity (`--eval-data`)"
             return f"{NOT_COMPARED}: errors of weights say little about a method that makes up for them{advice}."
         ours, theirs = self.error(), self.error("baseline_error")
-        if theirs is None or self.baseline_file_bytes is None:
+        if ours is None or theirs is None or self.baseline_file_bytes is None or self.file_bytes is None:
             return f"{NOT_COMPARED}."
         accuracy = "more accurate" if theirs < ours else "no more accurate"
         errors = f"relative error {theirs:.4f} against {ours:.4f}"

@@ -14,6 +14,7 @@ those of experts, are the same in all of them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class PackedWeight:
         Raises:
             DamagedTensor: There are no scales.
         """
-        tensors = {part: get(name + suffix) for part, suffix in SUFFIXES.items()}
+        tensors: dict[str, Any] = {part: get(name + suffix) for part, suffix in SUFFIXES.items()}
         if tensors["scale"] is None:
             raise DamagedTensor("not in the checkpoint.", "scale")
         return cls(**tensors)

@@ -2,10 +2,11 @@
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ SOURCE = Path(__file__).with_name("gemv.c")
 MAX_PARTS, MAX_BASIS = 3, 4
 COMPUTE_TYPES = (torch.float32, torch.bfloat16)
 
-# Up to so many rows of activations, rounding them to 8 bits pays; up to so many, going through the packed matrix costs less than
-# expanding it (`benchmarks/ptqtp_kernels.py`). The size of the matrix hardly moves the second limit: in bfloat16 it lies between
-# 14 rows (576 x 576) and 20 (4096 x 4096) with AVX-512, between 8 and 9 with AVX2.
+# Up to so many rows of activations, rounding them to 8 bits pays; up to so many, going through the packed matrix costs
+# less than expanding it (`benchmarks/ptqtp_kernels.py`). The size of the matrix hardly moves the second limit: in
+# bfloat16 it lies between 14 rows (576 x 576) and 20 (4096 x 4096) with AVX-512, between 8 and 9 with AVX2.
 INT8_ROWS = 3
 GEMV_ROWS = {"avx512vnni": 16, "avx2": 8}
 PANEL = 1 << 20  # weights that are expanded at a time
@@ -149,13 +150,16 @@ class Kernel:
     def _panels(
         self, weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Expands the matrix piece by piece, each in the memory of the last one: to be given new memory takes longer."""
+        """Expands the matrix piece by piece, each in the memory of the last one: to be given new memory takes
+        longer.
+        """
         step = max(1, PANEL // layout.in_features)
         size = min(step, len(weight)) * layout.in_features
-        memory = _workspace.__dict__.get(dtype)
+        kept: dict[Any, Tensor] = _workspace.__dict__
+        memory = kept.get(dtype)
         if memory is None or memory.numel() < size:
             with torch.inference_mode(False):
-                memory = _workspace.__dict__[dtype] = torch.empty(size, dtype=dtype)
+                memory = kept[dtype] = torch.empty(size, dtype=dtype)
         for first in range(0, len(weight), step):
             rows = slice(first, min(first + step, len(weight)))
             output = memory[: (rows.stop - first) * layout.in_features].view(-1, layout.in_features)
@@ -165,7 +169,8 @@ class Kernel:
         rows, width = weight.shape
         if width != layout.row_bytes or scale.shape != (rows, layout.groups, layout.num_scales):
             raise ValueError(
-                f"A packed weight of shape {tuple(weight.shape)} with scales {tuple(scale.shape)} does not fit {layout}."
+                f"A packed weight of shape {tuple(weight.shape)} with scales {tuple(scale.shape)} does not fit "
+                f"{layout}."
             )
         structure = self._layouts.get(layout.key)
         if structure is None:
@@ -173,7 +178,7 @@ class Kernel:
         return structure, weight.data_ptr(), scale.data_ptr(), rows
 
     @staticmethod
-    def _run(function, *arguments) -> None:
+    def _run(function: Callable[..., int], *arguments: Any) -> None:
         if function(*arguments):
             raise MemoryError("A kernel has no memory for its activations.")
 
@@ -182,7 +187,8 @@ def _structure(layout: Layout) -> _Layout:
     parts = []
     for part in layout.parts:
         lowest = [min(row) for row in part.basis]
-        # Codes that are not in use mean zero. Shorter tables are repeated: the kernel leaves the bits above a code in place.
+        # Codes that are not in use mean zero. Shorter tables are repeated: the kernel leaves the bits above a code in
+        # place.
         rows = [(*row, *[0] * (2**part.bits - len(row))) * (16 >> part.bits) for row in part.basis]
         above = [[max(value - low, 0) for value in row] for row, low in zip(rows, lowest, strict=True)]
         parts.append(

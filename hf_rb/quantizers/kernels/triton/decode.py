@@ -14,9 +14,9 @@ __all__ = ["dequantize"]
 
 @triton.jit
 def _group_part(
-    weight_rows,
-    scale_rows,
-    place,
+    weight_rows: tl.tensor,
+    scale_rows: tl.tensor,
+    place: tl.tensor,
     LENGTH: tl.constexpr,
     PART: tl.constexpr,
     PARTS: tl.constexpr,
@@ -34,16 +34,18 @@ def _group_part(
 
 @triton.jit
 def _dequantize_group(
-    out_rows,
-    weight_rows,
-    scale_rows,
-    mask,
+    out_rows: tl.tensor,
+    weight_rows: tl.tensor,
+    scale_rows: tl.tensor,
+    mask: tl.tensor,
     LENGTH: tl.constexpr,
     OFFSET: tl.constexpr,
     PARTS: tl.constexpr,
     DIGITS: tl.constexpr,
 ):
-    """Weight by weight: here the parts meet, and their slices have different lengths. `OFFSET` is a field of `PARTS`."""
+    """Weight by weight: here the parts meet, and their slices have different lengths. `OFFSET` is a field of
+    `PARTS`.
+    """
     place = tl.arange(0, triton.next_power_of_2(LENGTH))
     total = tl.zeros([out_rows.shape[0], place.shape[0]], tl.float32)
     for PART in tl.static_range(0, len(PARTS), 7):
@@ -54,14 +56,14 @@ def _dequantize_group(
 
 @triton.jit
 def _dequantize_kernel(
-    weight_ptr,
-    scale_ptr,
-    out_ptr,
-    N,
-    full,
-    weight_stride,
-    scale_stride,
-    out_stride,
+    weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    N: tl.tensor,
+    full: tl.tensor,
+    weight_stride: tl.tensor,
+    scale_stride: tl.tensor,
+    out_stride: tl.tensor,
     GROUP: tl.constexpr,
     TAIL: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
@@ -87,6 +89,7 @@ def dequantize(weight: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype
     block_n = max(1, 1024 // triton.next_power_of_2(layout.group_size))
     with torch.cuda.device_of(weight):
         _dequantize_kernel[triton.cdiv(len(weight), block_n), layout.groups](
-            weight, scale, out, len(weight), full, weight.stride(0), scale.stride(0), out.stride(0), *constants(layout), block_n
+            weight, scale, out, len(weight), full,
+            weight.stride(0), scale.stride(0), out.stride(0), *constants(layout), block_n,
         )  # fmt: skip
     return out.to(dtype)

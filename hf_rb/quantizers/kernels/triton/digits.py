@@ -10,12 +10,13 @@ and with the scales s_k of a group, which its weights share, a weight is
     w = A c + B h + C        A = sum_k s_k alpha_k,    B = sum_k s_k beta_k,    C = sum_k s_k gamma_k
 
 With scales in float16 all of this is exact in float32, unless the scales of a group are more than a factor 2^9 apart.
-Integers become floats without a conversion instruction: the number 2^23 + c has the bits of c at the end of its mantissa.
+Integers become floats without a conversion instruction: the number 2^23 + c has the bits of c at the end of its
+mantissa.
 """
 
 import os
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -30,7 +31,9 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 class Recipe(NamedTuple):
-    """A basis in digits: `basis[k][c] = alpha * (c - shift) + beta * floor(c / radix) + gamma` with a row for every k."""
+    """A basis in digits: `basis[k][c] = alpha * (c - shift) + beta * floor(c / radix) + gamma` with a row for every
+    k.
+    """
 
     radix: int  # 0 where no digit is needed
     shift: int
@@ -63,8 +66,9 @@ class Constants(NamedTuple):
     """
     What the kernels are compiled for. The tuples are flat because compiled code indexes only such.
 
-    `PARTS` has for every part: bits, radix, shift, its first scale, the end of its scales, its offset in a group and in the last
-    group. `DIGITS` has alpha, beta and gamma for every scale of a group. `TAIL` is the length of a short last group.
+    `PARTS` has for every part: bits, radix, shift, its first scale, the end of its scales, its offset in a group and
+    in the last group. `DIGITS` has alpha, beta and gamma for every scale of a group. `TAIL` is the length of a short
+    last group.
     """
 
     GROUP: int
@@ -79,7 +83,8 @@ def constants(layout: Layout) -> Constants:
     tail = layout.in_features % layout.group_size
     parts, digits, offset, tail_offset = [], [], 0, 0
     for part in layout.parts:
-        radix, shift, rows = recipe(part)
+        found: Any = recipe(part)  # `supports` has asked for it
+        radix, shift, rows = found
         first = len(digits) // 3
         parts += [part.bits, radix, shift, first, first + len(rows), offset, tail_offset]
         digits += [number for row in rows for number in row]
@@ -89,7 +94,7 @@ def constants(layout: Layout) -> Constants:
 
 
 @triton.jit
-def coefficients(scale_ptrs, FIRST: tl.constexpr, END: tl.constexpr, DIGITS: tl.constexpr):
+def coefficients(scale_ptrs: tl.tensor, FIRST: tl.constexpr, END: tl.constexpr, DIGITS: tl.constexpr):
     """A, B and C of a group for every row; `scale_ptrs` point to its first scale."""
     a = tl.zeros(scale_ptrs.shape, tl.float32)
     b = tl.zeros(scale_ptrs.shape, tl.float32)
@@ -103,7 +108,15 @@ def coefficients(scale_ptrs, FIRST: tl.constexpr, END: tl.constexpr, DIGITS: tl.
 
 
 @triton.jit
-def weights(code, a, b, c, RADIX: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr):
+def weights(
+    code: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    RADIX: tl.constexpr,
+    SHIFT: tl.constexpr,
+    UNIT: tl.constexpr,
+):
     """The weights, float32, of the bits of 2^23 + `UNIT` * code."""
     code = code.to(tl.float32, bitcast=True) - (8388608.0 + SHIFT * UNIT)
     weight = a * (1.0 / UNIT) * code + c

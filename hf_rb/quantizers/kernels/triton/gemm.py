@@ -2,9 +2,9 @@ r"""Multiplication by packed weights, in Triton.
 
 How codes become numbers, `digits.py` says.
 
-**Where a byte's weights are.** Byte j of a group of n weights holds the weights j, j + q, j + 2q, ... with q = ceil(n / codes
-in a byte). One shift of a tile of neighbouring bytes is therefore a tile of neighbouring weights, a *slice*, and its
-activations are neighbours too. The parts of a layout add up: each goes through the same loop by itself.
+**Where a byte's weights are.** Byte j of a group of n weights holds the weights j, j + q, j + 2q, ... with q = ceil(n
+/ codes in a byte). One shift of a tile of neighbouring bytes is therefore a tile of neighbouring weights, a *slice*,
+and its activations are neighbours too. The parts of a layout add up: each goes through the same loop by itself.
 
 Shapes: M rows of activations, N output features, Q bytes that a part has in a group.
 """
@@ -25,8 +25,8 @@ __all__ = ["MAX_GROUP", "MAX_ROWS", "dequantize", "matmul", "multiply"]
 
 # Up to this many rows of activations the weights are decoded as they are multiplied, above it once for all rows.
 MAX_ROWS = 256
-# `tl.dot` takes the weights of a whole group, of at most this length, and 16-bit types: others have no tensor cores. What it does not
-# take is multiplied row by row, up to so many rows.
+# `tl.dot` takes the weights of a whole group, of at most this length, and 16-bit types: others have no tensor cores.
+# What it does not take is multiplied row by row, up to so many rows.
 MAX_TILE = 128
 MAX_VECTORS = 8
 # The longest group that is taken at all.
@@ -34,12 +34,13 @@ MAX_GROUP = 1024
 # Programs for every multiprocessor of the device; with fewer, the groups of a row are divided among several.
 PROGRAMS = 4
 
-# Up to this many rows of bfloat16 activations the weights are not rounded to bfloat16: memory, not arithmetic, takes the time.
+# Up to this many rows of bfloat16 activations the weights are not rounded to bfloat16: memory, not arithmetic, takes
+# the time.
 EXACT_ROWS = 64
 
 
 @triton.jit
-def _load(ptrs, mask, WHOLE: tl.constexpr):
+def _load(ptrs: tl.tensor, mask: tl.tensor, WHOLE: tl.constexpr):
     if WHOLE:
         return tl.load(ptrs)
     else:
@@ -47,7 +48,7 @@ def _load(ptrs, mask, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _dot(x, weight, acc):
+def _dot(x: tl.tensor, weight: tl.tensor, acc: tl.tensor):
     """Adds `x @ weight.T`, with the weight rounded to the type of `x`."""
     if INTERPRETED:
         return tl.dot(x.to(tl.float32), tl.trans(weight), acc)
@@ -56,20 +57,22 @@ def _dot(x, weight, acc):
 
 
 @triton.jit
-def _dot_twice(x, weight, acc):
-    """Adds `x @ weight.T` for bfloat16 `x` in two halves: the 8 leading bits of the weight, and the rest rounded to 8 bits."""
+def _dot_twice(x: tl.tensor, weight: tl.tensor, acc: tl.tensor):
+    """Adds `x @ weight.T` for bfloat16 `x` in two halves: the 8 leading bits of the weight, and the rest rounded to 8
+    bits.
+    """
     high = (weight.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     return _dot(x, weight - high, _dot(x, high, acc))
 
 
 @triton.jit
 def _section(
-    total,
-    x_rows,
-    weight_rows,
-    scale_rows,
-    first,
-    last,
+    total: tl.tensor,
+    x_rows: tl.tensor,
+    weight_rows: tl.tensor,
+    scale_rows: tl.tensor,
+    first: tl.tensor,
+    last: tl.tensor,
     LENGTH: tl.constexpr,
     OFFSET: tl.constexpr,
     PART: tl.constexpr,
@@ -83,8 +86,8 @@ def _section(
     """
     Adds to `total` what one part of the groups `first` to `last`, all of one length, contributes.
 
-    A single row of activations (`VECTOR`, `total` is (N,)) is multiplied in float32, more (`total` is (M, N)) by `tl.dot`.
-    `x_rows`, `weight_rows` and `scale_rows` point to where the rows begin.
+    A single row of activations (`VECTOR`, `total` is (N,)) is multiplied in float32, more (`total` is (M, N)) by
+    `tl.dot`. `x_rows`, `weight_rows` and `scale_rows` point to where the rows begin.
     """
     BITS: tl.constexpr = PARTS[PART]
     BYTES: tl.constexpr = (LENGTH * BITS + 7) // 8
@@ -125,17 +128,17 @@ def _section(
 
 @triton.jit
 def _matmul_kernel(
-    x_ptr,
-    weight_ptr,
-    scale_ptr,
-    out_ptr,
-    M,
-    N,
-    full,
-    per_program,
-    x_stride,
-    weight_stride,
-    scale_stride,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    full: tl.tensor,
+    per_program: tl.tensor,
+    x_stride: tl.tensor,
+    weight_stride: tl.tensor,
+    scale_stride: tl.tensor,
     GROUP: tl.constexpr,
     TAIL: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
@@ -145,7 +148,9 @@ def _matmul_kernel(
     BLOCK_N: tl.constexpr,
     TWICE: tl.constexpr,
 ):
-    """`out[k, m, n]`: the sum over the `per_program` groups that are program k's, out of `full` whole ones in a row."""
+    """`out[k, m, n]`: the sum over the `per_program` groups that are program k's, out of `full` whole ones in a
+    row.
+    """
     VECTOR: tl.constexpr = BLOCK_M == 1
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1)
@@ -184,7 +189,7 @@ def _matmul_kernel(
 
 
 @triton.jit
-def _sum_kernel(partial_ptr, out_ptr, size, programs, BLOCK: tl.constexpr):
+def _sum_kernel(partial_ptr: tl.tensor, out_ptr: tl.tensor, size: tl.tensor, programs: tl.tensor, BLOCK: tl.constexpr):
     """Sums what the programs of a row have found, always in the same order."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
