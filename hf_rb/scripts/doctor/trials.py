@@ -1,4 +1,6 @@
-"""Trials of `hf-rb doctor` on the embedded models: quantize, save, reload, dequantize; adapters on packed layers; a step of training."""
+"""Trials of `hf-rb doctor` on the embedded models: quantize, save, reload, dequantize; adapters on packed layers; a
+step of training.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterator

@@ -56,7 +56,8 @@ class SamplingGKD(GKDBase):
             ) as model,
             own_distribution(model),
         ):
-            # From the step and the prompts, so that processes draw independently and a resumed run as the first one did.
+            # From the step and the prompts, so that processes draw independently and a resumed run as the first one
+            # did.
             key = (self.args.seed, self.state.global_step, [prompt.tolist() for prompt in prompts])
             torch.manual_seed(random.Random(repr(key)).getrandbits(63))
             inputs = {"prompts": ids, "prompt_attention_mask": mask}

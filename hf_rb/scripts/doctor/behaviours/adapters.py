@@ -78,7 +78,9 @@ def train_whole_modules() -> None:
 
 @relies_on("ParamWrapper", "ParamWrapper._activate_lora", "ParamWrapper._get_in_out_features", "_param_ndim")
 def adapt_parameters() -> None:
-    """LoRA on a stack of matrices has one pair of factors for each, and its product counts for the time of a forward pass."""
+    """LoRA on a stack of matrices has one pair of factors for each, and its product counts for the time of a forward
+    pass.
+    """
     plain = _Layers()
     with Recorded(compat.resolve("ParamWrapper"), "_get_in_out_features") as sizes:
         model = get_peft_model(

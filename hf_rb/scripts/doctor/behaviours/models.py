@@ -21,7 +21,9 @@ def _mixture() -> PreTrainedModel:
 
 @relies_on("_apply_gate", "_is_expert_parallel")
 def gated_experts() -> None:
-    """Fused experts gate what their first projection makes by `_apply_gate`, and say whether they are split over processes."""
+    """Fused experts gate what their first projection makes by `_apply_gate`, and say whether they are split over
+    processes.
+    """
     experts = _mixture().model.layers[-1].mlp.experts
     states = torch.randn(3, experts.gate_up_proj.shape[1])
     gate, up = states.chunk(2, -1)
@@ -43,7 +45,9 @@ def recorded_outputs() -> None:
 
 @relies_on("_can_set_experts_implementation", "_auto_class")
 def own_classes() -> None:
-    """Transformers asks a class whether its experts can be run as one product, and saves the code of registered classes."""
+    """Transformers asks a class whether its experts can be run as one product, and saves the code of registered
+    classes.
+    """
     from hf_rb import MPIQwen3MoeForCausalLM
 
     config = AutoConfig.from_pretrained(tiny.path("moe"))

@@ -1,4 +1,6 @@
-"""One step of each of our trainers on the embedded models, and checks of the methods that TRL and transformers called in it."""
+"""One step of each of our trainers on the embedded models, and checks of the methods that TRL and transformers called
+in it.
+"""
 
 import tempfile
 from collections.abc import Callable
@@ -27,7 +29,8 @@ class Run(NamedTuple):
 
     Attributes:
         trainer (`Trainer`): Our trainer.
-        calls (`dict[str, list[tuple[dict, Any]]]`): Arguments and results of the library's own methods, by name in `compat.TABLE`.
+        calls (`dict[str, list[tuple[dict, Any]]]`): Arguments and results of the library's own methods, by name in
+            `compat.TABLE`.
         outputs (`list[Any]`): Outputs of the model, in order.
     """
 
@@ -213,7 +216,9 @@ def know_the_data() -> None:
 
 @relies_on("DistillationTrainer._generate_single_turn", "_get_last_hidden_state", "_buffered_inputs")
 def distil_what_is_sampled() -> None:
-    """DistillationTrainer samples turn by turn, keeps the batches of a step, and returns the hidden states of completions."""
+    """DistillationTrainer samples turn by turn, keeps the batches of a step, and returns the hidden states of
+    completions.
+    """
     trainer, _, _ = found = _live("DistillationTrainer")
     given, sampled = found.call("DistillationTrainer._generate_single_turn")
     expect(len(_rows(sampled)) == len(given["prompt_ids"]), "A prompt gets no completion.")
@@ -232,7 +237,9 @@ def distil_what_is_sampled() -> None:
     "GRPOTrainer._compute_loss",
 )
 def reward() -> None:
-    """GRPOTrainer samples a turn, calculates a reward for each completion and function, scores them, and then takes the loss."""
+    """GRPOTrainer samples a turn, calculates a reward for each completion and function, scores them, and then takes
+    the loss.
+    """
     found = run("GRPOTrainer")
     given, sampled = found.call("GRPOTrainer._generate_single_turn")
     expect(len(_rows(sampled)) == len(given["prompt_ids"]), "A prompt gets no completion.")

@@ -37,10 +37,13 @@ def name_of_a_reward() -> None:
 
 @relies_on("ForwardRedirection", "_forward_redirection")
 def run_inside_the_wrapper() -> None:
-    """`_ForwardRedirection` runs a function as the forward of a wrapped model and puts the model's own forward back."""
+    """`_ForwardRedirection` runs a function as the forward of a wrapped model and puts the model's own forward
+    back.
+    """
     inner = nn.Identity()
     wrapper = nn.Sequential(inner)
-    expect(compat.ForwardRedirection()(wrapper, inner, lambda states: states + 1, torch.zeros(1)).item() == 1, "It does not run.")  # fmt: skip
+    redirected = compat.ForwardRedirection()(wrapper, inner, lambda states: states + 1, torch.zeros(1))
+    expect(redirected.item() == 1, "It does not run.")
     expect(wrapper(torch.zeros(1)).item() == 0, "The model's own forward is lost.")
 
 
@@ -58,7 +61,9 @@ def unwrap_for_generation() -> None:
 
 @relies_on("maybe_gather_lm_head_ctx")
 def gather_the_head() -> None:
-    """`maybe_gather_lm_head_ctx` takes a weight and a bias that may be `None`, and leaves both alone where none is split."""
+    """`maybe_gather_lm_head_ctx` takes a weight and a bias that may be `None`, and leaves both alone where none is
+    split.
+    """
     layer = nn.Linear(2, 2, bias=False)
     with compat.maybe_gather_lm_head_ctx(layer.weight, None):
         expect(layer.weight.shape == (2, 2), "The weight has another shape.")
@@ -117,7 +122,9 @@ def dictionaries_on_the_command_line() -> None:
 
 @relies_on("GKDTrainer.generalized_jsd_loss")
 def jensen_shannon() -> None:
-    """`generalized_jsd_loss` at beta 0 is the mean KL(teacher || student) over labels, and at beta 1 KL(student || teacher)."""
+    """`generalized_jsd_loss` at beta 0 is the mean KL(teacher || student) over labels, and at beta 1 KL(student ||
+    teacher).
+    """
     check_parameters("GKDTrainer.generalized_jsd_loss")
     student, teacher = torch.randn(2, 1, 3, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     labels = torch.tensor([[-100, 1, 1]])
@@ -129,7 +136,9 @@ def jensen_shannon() -> None:
 
 @relies_on("GKDTrainer.generate_on_policy_outputs")
 def sample_completions() -> None:
-    """`generate_on_policy_outputs` returns prompts with completions and a mask that ends with the first end-of-sequence token."""
+    """`generate_on_policy_outputs` returns prompts with completions and a mask that ends with the first
+    end-of-sequence token.
+    """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     check_parameters("GKDTrainer.generate_on_policy_outputs")
@@ -143,7 +152,9 @@ def sample_completions() -> None:
 
 @relies_on("default_config_file", "launch_command", "launch_command_parser")
 def launch() -> None:
-    """Accelerate's launcher reads `--module` and the script's own arguments, and knows where its default configuration lies."""
+    """Accelerate's launcher reads `--module` and the script's own arguments, and knows where its default configuration
+    lies.
+    """
     arguments = compat.launch_command_parser().parse_args(
         ["--num_processes", "1", "--module", "a.b", "--key", "value"]
     )
