@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     else.
     """
     argv = sys.argv[1:] if argv is None else argv
+    verb = ""  # until it is read
     try:
         verb = _overview().parse_args(argv[:1] or ["--help"]).verb
         if verb != "doctor":  # whose work it is to say more

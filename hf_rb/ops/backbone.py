@@ -126,7 +126,8 @@ def head_of(model: PreTrainedModel) -> Head:
 def gathered_head(model: PreTrainedModel) -> AbstractContextManager:
     """Context in which ZeRO-3 holds the whole LM head on every process. Does nothing without ZeRO-3."""
     layer: Any = model.get_output_embeddings()
-    return compat.maybe_gather_lm_head_ctx(layer.weight, getattr(layer, "bias", None))
+    bias: Any = getattr(layer, "bias", None)
+    return compat.maybe_gather_lm_head_ctx(layer.weight, bias)
 
 
 def width_of(model: PreTrainedModel) -> int:

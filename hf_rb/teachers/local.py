@@ -99,7 +99,7 @@ class LocalTeacher(_ModelTeacher):
             )
         super().__init__()
         self.model: Any = tiny.resolve(model) if isinstance(model, str) else model  # a name until `prepare`
-        self._init_kwargs = {"dtype": "auto"} | (init_kwargs or {})
+        self._init_kwargs: dict[str, Any] = {"dtype": "auto"} | (init_kwargs or {})
         self.tokenizer = tokenizer
 
     def prepare(self, trainer: Trainer) -> None:
@@ -118,7 +118,7 @@ class LocalTeacher(_ModelTeacher):
         self.vocabulary = self._shared_vocabulary(trainer.processing_class, width_of(student))
         if isinstance(self.model, str):
             # Between processes a model is not split by a device map; the wrapper places it.
-            placement = {"device_map": None} if trainer.accelerator.num_processes > 1 else {}
+            placement: dict[str, Any] = {"device_map": None} if trainer.accelerator.num_processes > 1 else {}
             self.model = compat.create_model_from_path(self.model, **self._init_kwargs | placement)
         self.model.requires_grad_(False).eval()
         if trainer.is_deepspeed_enabled:

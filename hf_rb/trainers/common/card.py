@@ -182,7 +182,7 @@ class CardMixin(TrainerBelow):
         if busy:
             running.jobs.extend(jobs)
         else:
-            self.push_in_progress = compat.PushInProgress(jobs)
+            self.push_in_progress = compat.PushInProgress(jobs)  # pyrefly: ignore[bad-argument-type]  (it takes a list)
 
 
 def _write_card(

@@ -1,6 +1,7 @@
 """Checks of names of PEFT, on a layer or two."""
 
 import copy
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -83,7 +84,7 @@ def adapt_parameters() -> None:
     """
     plain = _Layers()
     with Recorded(compat.resolve("ParamWrapper"), "_get_in_out_features") as sizes:
-        model = get_peft_model(
+        model: Any = get_peft_model(
             copy.deepcopy(plain),
             LoraConfig(r=1, target_modules=[], target_parameters=["stack.weight"], init_lora_weights=False),
         )

@@ -43,7 +43,7 @@ def merge_loading_attributes() -> None:
     """What a user asks for while loading overrides what the checkpoint stores."""
     from transformers.quantizers import AutoHfQuantizer
 
-    merged = AutoHfQuantizer.merge_quantization_configs({"quant_method": "ptqtp"}, PTQTPConfig(dequantize=True))
+    merged: Any = AutoHfQuantizer.merge_quantization_configs({"quant_method": "ptqtp"}, PTQTPConfig(dequantize=True))
     expect(merged.dequantize, "`dequantize=True` of the user is lost.")
 
 
@@ -206,7 +206,7 @@ def offloaded() -> None:
     """
     from accelerate import cpu_offload
 
-    layer = nn.Sequential(nn.Linear(2, 2))
+    layer: Any = nn.Sequential(nn.Linear(2, 2))
     weight = layer[0].weight.detach().clone()
     cpu_offload(layer, torch.device("cpu"))
     expect(hasattr(layer[0], "_hf_hook") and callable(layer[0]._old_forward), "No hook stands before the forward.")

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -36,7 +37,7 @@ def gated_experts() -> None:
 def recorded_outputs() -> None:
     """A class lists what its models may return besides their output, and a registry holds that for each model."""
     model = fold_mpi(apply_mpi(_mixture()))
-    native = type(model.model)
+    native: Any = type(model.model)
     expect("router_logits" in native._can_record_outputs, f"{native.__name__} does not list its router logits.")
     with torch.no_grad():
         output = model(torch.arange(4)[None], output_router_logits=True)

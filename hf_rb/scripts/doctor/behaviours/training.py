@@ -65,7 +65,8 @@ def gather_the_head() -> None:
     split.
     """
     layer = nn.Linear(2, 2, bias=False)
-    with compat.maybe_gather_lm_head_ctx(layer.weight, None):
+    head: Any = (layer.weight, None)
+    with compat.maybe_gather_lm_head_ctx(*head):
         expect(layer.weight.shape == (2, 2), "The weight has another shape.")
 
 
@@ -87,9 +88,10 @@ def place_with_deepspeed() -> None:
 def pushes() -> None:
     """`PushInProgress` is done when all its jobs are."""
     job = SimpleNamespace(done=lambda: False)
-    expect(not compat.PushInProgress([job]).is_done(), "It is done before its job.")
+    jobs: Any = [job]  # annotated as one
+    expect(not compat.PushInProgress(jobs).is_done(), "It is done before its job.")
     job.done = lambda: True
-    expect(compat.PushInProgress([job]).is_done(), "It is not done after its job.")
+    expect(compat.PushInProgress(jobs).is_done(), "It is not done after its job.")
 
 
 @relies_on("rotate_checkpoints")
