@@ -1,21 +1,21 @@
 """CalibAdv: calibrated advantages for search agents (https://huggingface.co/papers/2604.18235).
 
-A rollout alternates between tokens that the model wrote and tool results. Its m runs of model tokens are m - 1 search steps and,
-last, the answer. With A_i the advantage of rollout i, q_it in [0, 1] the quality of its search step t and L_i the number of
-tokens of its answer, in every group
+A rollout alternates between tokens that the model wrote and tool results. Its m runs of model tokens are m - 1 search
+steps and, last, the answer. With A_i the advantage of rollout i, q_it in [0, 1] the quality of its search step t and
+L_i the number of tokens of its answer, in every group
 
     step t        A_i (1 - q_it) if A_i < 0, else A_i
     answer        A_i            if A_i < 0, else A_i ρ N / P,    P = Σ_{A_i > 0} L_i A_i,  N = Σ_{A_i < 0} L_i |A_i|
 
-so that a useful search is not punished for a wrong answer, and over the answers of a group the positive tokens weigh ρ times
-the negative ones (ρ is `pos_neg_ratio`). If P or N is 0, the group's answers get 0: with advantages that sum to 0 in the group,
-only where one side has no answer. The first line breaks that sum on purpose. P and N count tokens: the balance is that of losses
-that average over tokens, as `dapo` does. For a loss that averages over the tokens of each rollout first, as `grpo` does, a token
-weighs one over the number of its rollout's tokens, in P and in N.
+so that a useful search is not punished for a wrong answer, and over the answers of a group the positive tokens weigh ρ
+times the negative ones (ρ is `pos_neg_ratio`). If P or N is 0, the group's answers get 0: with advantages that sum to
+0 in the group, only where one side has no answer. The first line breaks that sum on purpose. P and N count tokens: the
+balance is that of losses that average over tokens, as `dapo` does. For a loss that averages over the tokens of each
+rollout first, as `grpo` does, a token weighs one over the number of its rollout's tokens, in P and in N.
 
-Without a judge, q_it comes from documents. The silver documents of a group are those that its best rollouts retrieved, if they
-are good enough; q_it is the fraction of step t's documents that are silver and new to the rollout, or 0 if the step repeats an
-earlier one's thought or documents.
+Without a judge, q_it comes from documents. The silver documents of a group are those that its best rollouts retrieved,
+if they are good enough; q_it is the fraction of step t's documents that are silver and new to the rollout, or 0 if the
+step repeats an earlier one's thought or documents.
 
 Shapes: N rollouts in contiguous groups of `group_size`; advantages `(N,)`, runs and quality lists of N lists.
 """
@@ -60,7 +60,8 @@ def calibadv(
         advantages (`torch.Tensor` of shape `(N,)`):
             Advantages. The runs of a NaN stay NaN, and it counts nowhere.
         runs (`Sequence[Sequence[int]]` of length N):
-            Tokens in each of a rollout's runs, the last one the answer: 0 if it has none. A rollout without tokens is empty.
+            Tokens in each of a rollout's runs, the last one the answer: 0 if it has none. A rollout without tokens is
+            empty.
         quality (`Sequence[Sequence[float]]` of length N):
             Quality in `[0, 1]` of each run before the last.
         group_size (`int`):
@@ -68,8 +69,8 @@ def calibadv(
         pos_neg_ratio (`float`, *optional*, defaults to `1.0`):
             ρ, above 0. None leaves the answers as they are.
         max_gain (`float`, *optional*):
-            Bound of ρ N / P, at least 1. One short right answer against long wrong ones gains without bound otherwise. Not in
-            the paper.
+            Bound of ρ N / P, at least 1. One short right answer against long wrong ones gains without bound otherwise.
+            Not in the paper.
         weights (`Sequence[float]` of length N, *optional*):
             What a token of each rollout weighs in P and N. Defaults to 1.
 
@@ -127,13 +128,14 @@ def _check_lengths(
 ) -> None:
     if not len(advantages) == len(runs) == len(quality) or group_size < 1 or len(advantages) % group_size:
         raise ValueError(
-            f"CalibAdv needs one entry a rollout, in whole groups; got {len(advantages)} advantages, {len(runs)} of `runs`, "
-            f"{len(quality)} of `quality` and {group_size=}."
+            f"CalibAdv needs one entry a rollout, in whole groups; got {len(advantages)} advantages, {len(runs)} of "
+            f"`runs`, {len(quality)} of `quality` and {group_size=}."
         )
     for i, (run, q) in enumerate(zip(runs, quality, strict=True)):
         if len(q) != max(len(run) - 1, 0):
             raise ValueError(
-                f"`quality` has one entry for each run but the last; rollout {i} has {len(run)} runs and {len(q)} entries."
+                f"`quality` has one entry for each run but the last; rollout {i} has {len(run)} runs and {len(q)} "
+                "entries."
             )
         if not all(0 <= q_t <= 1 for q_t in q):
             raise ValueError(f"`quality` is between 0 and 1; rollout {i} has {list(q)}.")
@@ -195,7 +197,8 @@ def step_quality(
             A step that shares more documents than this with an earlier one is redundant.
 
     Returns:
-        `list[float]`: the fraction of each step's documents that are silver and new to the rollout; 0 if it is redundant.
+        `list[float]`: the fraction of each step's documents that are silver and new to the rollout; 0 if it is
+        redundant.
     """
     returned = [set(step) for step in documents]
     seen, quality = set(), []
@@ -219,8 +222,8 @@ def word_similarity(first: str, second: str) -> float:
 
 
 def _edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
-    # Myers (1999) in Hyyrö's form: a column of the table of differences is two integers, so that a word costs a few integer
-    # operations instead of a pass over the other text.
+    # Myers (1999) in Hyyrö's form: a column of the table of differences is two integers, so that a word costs a few
+    # integer operations instead of a pass over the other text.
     places: dict[str, int] = {}
     for i, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << i
@@ -263,9 +266,9 @@ def ends_with_tool_call(completion: str | list[dict], runs: int) -> bool:
         completion (`str` or `list[dict]`):
             Messages.
         runs (`int`):
-            Runs of model tokens. Where they are not as many as the assistant's messages, the last message is not the last run: TRL
-            parses all that a `rollout_func` returned as one message, with the calls of every turn. No such completion ends with
-            a call.
+            Runs of model tokens. Where they are not as many as the assistant's messages, the last message is not the
+            last run: TRL parses all that a `rollout_func` returned as one message, with the calls of every turn. No
+            such completion ends with a call.
     """
     if isinstance(completion, str) or sum(message["role"] == "assistant" for message in completion) != runs:
         return False
@@ -278,19 +281,19 @@ class CalibAdvShaper(TokenShaper):
 
     Args:
         step_scorer (`Callable[[ShapingContext], list[list[float]]]`, *optional*):
-            Quality of the search steps of this process's rollouts, in order, zeros for an invalid format. Missing entries are
-            0 and surplus ones are not read. Every process calls it. Needed with `soft`. What it needs of a run, it says in an
-            attribute `requires`, as a shaper does.
+            Quality of the search steps of this process's rollouts, in order, zeros for an invalid format. Missing
+            entries are 0 and surplus ones are not read. Every process calls it. Needed with `soft`. What it needs of a
+            run, it says in an attribute `requires`, as a shaper does.
         soft (`bool`, *optional*, defaults to `True`):
             Whether useful searches of wrong rollouts are punished less.
         pos_neg_ratio (`float`, *optional*, defaults to `1.0`), max_gain (`float`, *optional*):
             As in [`calibadv`].
         answer_must_not_call_tool (`bool`, *optional*, defaults to `True`):
-            Whether a last run that calls a tool is a search step. If false, the last run is the answer whatever it holds, as
-            in the authors' code.
+            Whether a last run that calls a tool is a search step. If false, the last run is the answer whatever it
+            holds, as in the authors' code.
         sequence_mean (`bool`, *optional*, defaults to `False`):
-            Whether answers are balanced for a loss that averages over the tokens of each rollout first, in place of over all
-            tokens, as in the authors' code.
+            Whether answers are balanced for a loss that averages over the tokens of each rollout first, in place of
+            over all tokens, as in the authors' code.
     """
 
     name = "calibadv"
@@ -306,8 +309,8 @@ class CalibAdvShaper(TokenShaper):
     ):
         if soft and step_scorer is None:
             raise ValueError(
-                "CalibAdv needs a `step_scorer` that says how useful each search step was. Give one, or set `calibadv_soft: false` "
-                "to rebalance the answers only."
+                "CalibAdv needs a `step_scorer` that says how useful each search step was. Give one, or set "
+                "`calibadv_soft: false` to rebalance the answers only."
             )
         _check_parameters(pos_neg_ratio, max_gain)
         self.step_scorer, self.soft = step_scorer, soft

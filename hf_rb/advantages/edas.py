@@ -1,8 +1,8 @@
 """EDAS: error-diversity advantage shaping (https://huggingface.co/papers/2605.17333).
 
-In a group of G rollouts let W be the wrong ones, N_w of them, split into K classes by their final answer; class k holds n_k,
-p_k = n_k / N_w. Rollouts outside W keep their advantage; where there is a format score, the authors' code leaves wrong rollouts with
-less than 0.5 of it outside too. For i in W, with natural logarithms,
+In a group of G rollouts let W be the wrong ones, N_w of them, split into K classes by their final answer; class k
+holds n_k, p_k = n_k / N_w. Rollouts outside W keep their advantage; where there is a format score, the authors' code
+leaves wrong rollouts with less than 0.5 of it outside too. For i in W, with natural logarithms,
 
     S   = 1/N_w Σ_{j ∈ W} |A_j|
     Δ_i = 0                                             N_w ≤ 1
@@ -10,8 +10,8 @@ less than 0.5 of it outside too. For i in W, with natural logarithms,
         = α S (-ln p_k(i) - H) / ln N_w                 K > 1, H = -Σ_k p_k ln p_k
     A'_i = A_i + sgn(Δ_i) min(|Δ_i|, |A_i| / κ)
 
-A common error is pushed down harder, a rare one less hard, and no advantage changes its sign. The third line sums to 0 over W,
-so before the clip the mean of the group stays. Where all classes are equally frequent, nothing changes.
+A common error is pushed down harder, a rare one less hard, and no advantage changes its sign. The third line sums to 0
+over W, so before the clip the mean of the group stays. Where all classes are equally frequent, nothing changes.
 
 Shapes: N rollouts in contiguous groups of `group_size`; advantages and correct `(N,)`, answers a list of N.
 """
@@ -62,8 +62,8 @@ def edas(
         kappa (`float`, *optional*, defaults to `2.0`):
             An advantage moves by at most the κ-th part of itself; above 1.
         no_answer (`str`, *optional*, defaults to `"cluster"`):
-            Wrong rollouts without an answer are one error (`"cluster"`, the authors' code), left as they are (`"skip"`), or
-            an error each (`"singleton"`).
+            Wrong rollouts without an answer are one error (`"cluster"`, the authors' code), left as they are
+            (`"skip"`), or an error each (`"singleton"`).
         equivalent (`Callable[[str, str], bool]`, *optional*):
             Whether two different answers mean the same. Called at most once for an answer and a class.
 
@@ -80,7 +80,9 @@ def edas(
 
 
 def edas_warmup(step: int, start: int = 0, steps: int = 0) -> float:
-    """Factor on α and β: 0 before `start`, then linear up to 1 over `steps` optimizer steps, or at once if `steps` is 0."""
+    """Factor on α and β: 0 before `start`, then linear up to 1 over `steps` optimizer steps, or at once if `steps` is
+    0.
+    """
     if step < start:
         return 0.0
     return 1.0 if steps == 0 else min(1.0, (step - start) / steps)
@@ -106,12 +108,12 @@ def error_classes(
         no_answer (`str`, *optional*, defaults to `"cluster"`):
             As in [`edas`].
         equivalent (`Callable[[str, str], bool]`, *optional*):
-            As in [`edas`]. Answers are compared in alphabetical order, each with the first of every class so far, so that the
-            classes do not depend on the order of the rollouts even if `equivalent` is not transitive.
+            As in [`edas`]. Answers are compared in alphabetical order, each with the first of every class so far, so
+            that the classes do not depend on the order of the rollouts even if `equivalent` is not transitive.
 
     Returns:
-        `tuple[list[int], list[str]]`: for each rollout the number of its class, or -1 if it has none; for each class an
-        answer that stands for it. No two groups share a class.
+        `tuple[list[int], list[str]]`: for each rollout the number of its class, or -1 if it has none; for each class
+        an answer that stands for it. No two groups share a class.
     """
     classes, names = [-1] * len(answers), []
     for start in range(0, len(answers), group_size):
@@ -148,8 +150,8 @@ def _wrong_classes(
     n = advantages.numel()
     if advantages.shape != (n,) or correct.shape != (n,) or len(answers) != n or group_size < 1 or n % group_size:
         raise ValueError(
-            f"EDAS needs one entry a rollout, in whole groups; got advantages of shape {tuple(advantages.shape)}, `correct` of "
-            f"shape {tuple(correct.shape)}, {len(answers)} answers and group_size={group_size}."
+            f"EDAS needs one entry a rollout, in whole groups; got advantages of shape {tuple(advantages.shape)}, "
+            f"`correct` of shape {tuple(correct.shape)}, {len(answers)} answers and group_size={group_size}."
         )
     if no_answer not in NO_ANSWER:
         raise ValueError(f"`no_answer={no_answer!r}` is unknown. Choose one of {', '.join(map(repr, NO_ANSWER))}.")
@@ -265,8 +267,8 @@ class EdasShaper(SequenceShaper):
             wrong &= ~(ctx.reward(self.format_reward) < 0.5)  # a NaN is no score, and no reason to leave one out
         wrong, group_size, starts, gather = wrong.tolist(), ctx.group_size, range(len(wrong)), list
         if self.equivalent is not None:
-            # Mathematics takes time, and may run out of it on one process and not on another: each compares the answers of the
-            # groups that begin on it, and tells the others.
+            # Mathematics takes time, and may run out of it on one process and not on another: each compares the
+            # answers of the groups that begin on it, and tells the others.
             starts, gather = range(*ctx.local.indices(len(wrong))), ctx.gather
         found = [
             error_classes(

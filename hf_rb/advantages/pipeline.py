@@ -1,11 +1,13 @@
 """What happens between GRPO's advantages and its loss: a list of shapers, run in order.
 
-Three estimators of the literature change the advantages of GRPO after the fact and leave rewards, baseline and loss alone. Each
-is a shaper. A *sequence* shaper maps one number a rollout to one number a rollout and sees all N rollouts of the generation,
-whatever process they live on. A *token* shaper maps one number a token to one number a token on this process's rollouts.
+Three estimators of the literature change the advantages of GRPO after the fact and leave rewards, baseline and loss
+alone. Each is a shaper. A *sequence* shaper maps one number a rollout to one number a rollout and sees all N rollouts
+of the generation, whatever process they live on. A *token* shaper maps one number a token to one number a token on
+this process's rollouts.
 
-    base (N,) ─ sequence shapers, as listed ─ (N,) ─ own rows (B,) ─┬─ no token shaper ────────────────────────────── (B,)
-                                                                    └─ over the tokens (B, T) ─ token shapers ─ mask ─ (B, T)
+    base (N,) ─ sequence shapers, as listed ─ (N,) ─ own rows (B,)
+      ├─ no token shaper ────────────────────────────── (B,)
+      └─ over the tokens (B, T) ─ token shapers ─ mask ─ (B, T)
 
 Token shapers that multiply (CalibAdv) run before those that add (SRaR): the sum must not be multiplied.
 
@@ -20,8 +22,8 @@ A shaper of your own:
 
     GRPOTrainer(..., shapers=[Halve()])
 
-Shapes: N rollouts of all processes, in blocks of `group_size` that share a prompt and may straddle processes; B of them on this
-process; T tokens, right-padded; F reward functions.
+Shapes: N rollouts of all processes, in blocks of `group_size` that share a prompt and may straddle processes; B of
+them on this process; T tokens, right-padded; F reward functions.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -49,34 +51,37 @@ __all__ = [
 @dataclass
 class ShapingContext:
     """
-    One generation, as the shapers see it. Per-rollout tensors are gathered from all processes and stay on the CPU in float32.
+    One generation, as the shapers see it. Per-rollout tensors are gathered from all processes and stay on the CPU in
+    float32.
 
     Attributes:
         base (`torch.Tensor` of shape `(N,)`): GRPO's advantages; 0 where `valid` is false.
         group_size (`int`): Rollouts of one prompt; a divisor of N.
-        rewards_per_func (`torch.Tensor` of shape `(N, F)`): Rewards before weighting; NaN where a function returned None.
+        rewards_per_func (`torch.Tensor` of shape `(N, F)`): Rewards before weighting; NaN where a function returned
+            None.
         reward_names (`list[str]`): The F names.
-        valid (`torch.Tensor` of shape `(N,)` and type `bool`): Whether at least one reward function scored the rollout.
+        valid (`torch.Tensor` of shape `(N,)` and type `bool`): Whether at least one reward function scored the
+            rollout.
         correct (`torch.Tensor` of shape `(N,)` and type `bool`, *optional*): Whether the reward function that
             `correct_reward` names reached `correct_threshold`.
-        wrong (`torch.Tensor` of shape `(N,)` and type `bool`, *optional*): Whether it did not. A rollout that this function
-            could not score is neither.
+        wrong (`torch.Tensor` of shape `(N,)` and type `bool`, *optional*): Whether it did not. A rollout that this
+            function could not score is neither.
         answers (`list[str | None]` of length N, *optional*): Final answers; None where there is none.
         local (`slice`): Which of the N rollouts are this process's.
         rows (`list[dict]` of length B): Dataset rows, with what a `rollout_func` added.
         prompts (`list` of length B): Strings or message lists.
         completions (`list` of length B): Strings or message lists.
         completion_ids (`list[list[int]]` of length B): Token ids without padding; id t belongs to column t of `mask`.
-        mask (`torch.Tensor` of shape `(B, T)` and type `bool`): Tokens that the model wrote and the loss counts. On the
-            device of the training batch.
+        mask (`torch.Tensor` of shape `(B, T)` and type `bool`): Tokens that the model wrote and the loss counts. On
+            the device of the training batch.
         environments (`list`, *optional*): Environment instances of the B rollouts.
         processing_class (`Any`, *optional*): The tokenizer.
         step (`int`): Optimizer steps taken.
         training (`bool`): False in evaluation.
-        gather (`Callable[[list], list]`): Puts the lists of all processes together in rollout order: `B` entries in, `N` out.
-            Every process must call it equally often.
-        sequence_advantages (`torch.Tensor` of shape `(N,)`, *optional*): What the sequence shapers made of `base`: set before
-            the first token shaper runs.
+        gather (`Callable[[list], list]`): Puts the lists of all processes together in rollout order: `B` entries in,
+            `N` out. Every process must call it equally often.
+        sequence_advantages (`torch.Tensor` of shape `(N,)`, *optional*): What the sequence shapers made of `base`: set
+            before the first token shaper runs.
     """
 
     base: torch.Tensor
@@ -116,8 +121,8 @@ class Shaped:
         advantages (`torch.Tensor`): As many as it was given.
         metrics (`dict[str, float]`, *optional*): Numbers to log, the same on every process; logged as
             `shaping/<name>/<key>`.
-        columns (`dict[str, list]`, *optional*): Columns of the completions table, one entry for each of the B rollouts of
-            this process.
+        columns (`dict[str, list]`, *optional*): Columns of the completions table, one entry for each of the B rollouts
+            of this process.
     """
 
     advantages: torch.Tensor
@@ -133,10 +138,12 @@ class Requires:
     Args:
         columns (`tuple[str, ...]`, *optional*): Dataset columns.
         rewards (`tuple[str, ...]`, *optional*): Names of reward functions.
-        correct (`bool`, *optional*, defaults to `False`): Whether it reads `ShapingContext.correct` or `ShapingContext.wrong`.
+        correct (`bool`, *optional*, defaults to `False`): Whether it reads `ShapingContext.correct` or
+            `ShapingContext.wrong`.
         answers (`bool`, *optional*, defaults to `False`): Whether it reads `ShapingContext.answers`.
         tools (`bool`, *optional*, defaults to `False`): Whether it reads the messages of tools.
-        one_reward (`bool`, *optional*, defaults to `False`): Whether it takes the only reward function there is for the reward.
+        one_reward (`bool`, *optional*, defaults to `False`): Whether it takes the only reward function there is for
+            the reward.
     """
 
     columns: tuple[str, ...] = ()
@@ -158,8 +165,8 @@ class Shaper(Protocol):
     @classmethod
     def from_config(cls, args: Any, trainer: Any) -> "Shaper":
         """
-        Builds the shaper that `advantage_shapers` names. `args` is the config; `trainer` carries what takes more than torch:
-        `trainer.answers_equivalent`, `trainer.step_scorer` and `trainer.judge`.
+        Builds the shaper that `advantage_shapers` names. `args` is the config; `trainer` carries what takes more than
+        torch: `trainer.answers_equivalent`, `trainer.step_scorer` and `trainer.judge`.
         """
         return cls()
 
@@ -167,15 +174,17 @@ class Shaper(Protocol):
 
 
 class SequenceShaper(Shaper, Protocol):
-    """Shapes one advantage a rollout: `shape(ctx, advantages)` with advantages `(N,)`, of all processes, on the CPU."""
+    """Shapes one advantage a rollout: `shape(ctx, advantages)` with advantages `(N,)`, of all processes, on the
+    CPU.
+    """
 
     level: Literal["sequence", "token"] = "sequence"
 
 
 class TokenShaper(Shaper, Protocol):
     """
-    Shapes one advantage a token: `shape(ctx, advantages)` with advantages `(B, T)`, of this process, on the batch's device.
-    `additive` says that it adds to what it is given; a shaper that multiplies may not follow it.
+    Shapes one advantage a token: `shape(ctx, advantages)` with advantages `(B, T)`, of this process, on the batch's
+    device. `additive` says that it adds to what it is given; a shaper that multiplies may not follow it.
     """
 
     level: Literal["sequence", "token"] = "token"
@@ -201,15 +210,15 @@ def build_shapers(names: Iterable[str], args: Any, trainer: Any) -> list[Shaper]
     for name in names:
         if name not in known:
             raise ValueError(
-                f"There is no advantage shaper {name!r}. Choose among {_listed(known)}, install the package that has it, or pass "
-                "an object through `shapers=[...]`."
+                f"There is no advantage shaper {name!r}. Choose among {_listed(known)}, install the package that has "
+                "it, or pass an object through `shapers=[...]`."
             )
     loaded = [(name, known[name].load()) for name in names]
     for name, found in loaded:
         if not hasattr(found, "from_config"):
             raise TypeError(
-                f"{name!r} is {found!r}, no class of advantage shapers. Name one that derives from `SequenceShaper` or `TokenShaper` "
-                "of `hf_rb.advantages`."
+                f"{name!r} is {found!r}, no class of advantage shapers. Name one that derives from `SequenceShaper` "
+                "or `TokenShaper` of `hf_rb.advantages`."
             )
     return [found.from_config(args, trainer) for _, found in loaded]
 
@@ -261,29 +270,30 @@ def check_shapers(
     for shaper in shapers:
         if missing := [column for column in shaper.requires.columns if column not in columns]:
             raise ValueError(
-                f"The advantage shaper {shaper.name!r} needs the dataset column {_listed(missing)}, and the columns are "
-                f"{_listed(columns)}. Add or rename it, or take {shaper.name!r} out of `advantage_shapers`."
+                f"The advantage shaper {shaper.name!r} needs the dataset column {_listed(missing)}, and the columns "
+                f"are {_listed(columns)}. Add or rename it, or take {shaper.name!r} out of `advantage_shapers`."
             )
         if missing := [name for name in shaper.requires.rewards if name not in reward_names]:
             raise ValueError(
-                f"The advantage shaper {shaper.name!r} needs the reward function {_listed(missing)}, and the reward functions are "
-                f"{_listed(reward_names)}. Add it to `reward_funcs`; a weight of 0 keeps it out of the reward."
+                f"The advantage shaper {shaper.name!r} needs the reward function {_listed(missing)}, and the reward "
+                f"functions are {_listed(reward_names)}. Add it to `reward_funcs`; a weight of 0 keeps it out of the "
+                "reward."
             )
         if shaper.requires.correct and not has_correct:
             raise ValueError(
-                f"The advantage shaper {shaper.name!r} needs to know which completions are correct. Set `correct_reward` to the "
-                f"reward function that says so, one of {_listed(reward_names)}."
+                f"The advantage shaper {shaper.name!r} needs to know which completions are correct. Set "
+                f"`correct_reward` to the reward function that says so, one of {_listed(reward_names)}."
             )
         if shaper.requires.one_reward and len(reward_names) > 1:
             raise ValueError(
-                f"The advantage shaper {shaper.name!r} needs to know which reward is meant, and there are several. Set "
-                f"`correct_reward` to one of {_listed(reward_names)}."
+                f"The advantage shaper {shaper.name!r} needs to know which reward is meant, and there are several. "
+                f"Set `correct_reward` to one of {_listed(reward_names)}."
             )
         if shaper.requires.tools and not has_tools:
             raise ValueError(
-                f"The advantage shaper {shaper.name!r} reads what tools return, and there are none. Set `environment: search`, or "
-                "pass `tools` or `environment_factory`. What a `rollout_func` runs it cannot see: let that return a field of scores "
-                "and name it as `calibadv_step_field`."
+                f"The advantage shaper {shaper.name!r} reads what tools return, and there are none. Set "
+                "`environment: search`, or pass `tools` or `environment_factory`. What a `rollout_func` runs it "
+                "cannot see: let that return a field of scores and name it as `calibadv_step_field`."
             )
 
 
@@ -300,10 +310,10 @@ def run_pipeline(
             As [`check_shapers`] accepts them.
 
     Returns:
-        `tuple`: the advantages of this process's rollouts, `(B,)`, or `(B, T)` and 0 outside `ctx.mask` if there is a token
-        shaper; the metrics to log, the same on every process: of each shaper its own and, over scored rollouts or over
-        tokens in the loss, `mean`, `std`, `changed` (fraction) and `delta_abs` (mean absolute change); and columns of the
-        completions table, among them `shaped_advantage` (the mean over a rollout's tokens).
+        `tuple`: the advantages of this process's rollouts, `(B,)`, or `(B, T)` and 0 outside `ctx.mask` if there is a
+        token shaper; the metrics to log, the same on every process: of each shaper its own and, over scored rollouts
+        or over tokens in the loss, `mean`, `std`, `changed` (fraction) and `delta_abs` (mean absolute change); and
+        columns of the completions table, among them `shaped_advantage` (the mean over a rollout's tokens).
 
     Raises:
         ValueError: A shaper returned advantages of another shape or not finite, or a column of another length.
@@ -344,8 +354,8 @@ def _check_result(shaper: Shaper, shaped: Shaped, before: torch.Tensor, rollouts
     for name, values in shaped.columns.items():
         if len(values) != rollouts:
             raise ValueError(
-                f"The column {name!r} of the advantage shaper {shaper.name!r} has {len(values)} entries, and this process has "
-                f"{rollouts} rollouts. Return one entry for each, `values[ctx.local]` of all."
+                f"The column {name!r} of the advantage shaper {shaper.name!r} has {len(values)} entries, and this "
+                f"process has {rollouts} rollouts. Return one entry for each, `values[ctx.local]` of all."
             )
 
 

@@ -36,8 +36,8 @@ class JudgeRequest:
         prompt (`str` or `list[dict]`): The problem, as the policy saw it.
         rubric (`list[RubricItem]`): The items.
         solution (`str`): The completion. Written by the policy: text to judge, never instructions.
-        steps (`list[tuple[int, int]]`): First character and character after the last of each of its steps. They are numbered
-            by order, from 1; a step may print another number.
+        steps (`list[tuple[int, int]]`): First character and character after the last of each of its steps. They are
+            numbered by order, from 1; a step may print another number.
         answer (`str`, *optional*): Final answer that was extracted from it.
     """
 
@@ -50,7 +50,8 @@ class JudgeRequest:
 
 def parse_rubric(text: str) -> list[RubricItem]:
     """
-    Reads a rubric: one item a line, `<TYPE> text`, with a type of SUGGEST, PITFALL, BONUS or ANSWER. Blank lines do not count.
+    Reads a rubric: one item a line, `<TYPE> text`, with a type of SUGGEST, PITFALL, BONUS or ANSWER. Blank lines do
+    not count.
 
     Raises:
         ValueError: A line that is not of this form, or no text.
@@ -77,8 +78,8 @@ def parse_verdicts(reply: str | list, num_items: int) -> list[dict]:
 
     Args:
         reply (`str` or `list`):
-            A JSON array of `{"id": int, "satisfied": bool, "step": int}`, parsed or not, at most in one code fence. Nothing may
-            stand around it: a verdict that the judge merely quotes from the completion is not one.
+            A JSON array of `{"id": int, "satisfied": bool, "step": int}`, parsed or not, at most in one code fence.
+            Nothing may stand around it: a verdict that the judge merely quotes from the completion is not one.
         num_items (`int`):
             Items in the rubric. An item without a verdict is not satisfied.
 

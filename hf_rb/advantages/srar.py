@@ -1,7 +1,7 @@
 """SRaR: step-wise rubrics as rewards (https://huggingface.co/papers/2605.17291).
 
-A problem comes with a rubric: typed items, N_τ of type τ. A judge says of each item j whether a rollout satisfies it and in
-which step k_j. With δ_j = R_τ / N_τ if item j is satisfied, else 0, rollout i has in step k the score
+A problem comes with a rubric: typed items, N_τ of type τ. A judge says of each item j whether a rollout satisfies it
+and in which step k_j. With δ_j = R_τ / N_τ if item j is satisfied, else 0, rollout i has in step k the score
 
     d_ki = Σ_{j: k_j = k} δ_j                           R = 0.8 (SUGGEST), -1 (PITFALL: fallen into), 1 (BONUS)
 
@@ -9,14 +9,14 @@ and over the rollouts G_k of its group that have step k, every token of step k g
 
     z_ki = (d_ki - μ_k) / (σ_k + ε)                     0 if |G_k| ≤ 1 or σ_k ≤ ε
 
-which is added to the outcome's advantage; the outcome's baseline never sees the rubric. G_k are the rollouts with an item
-satisfied in step k ("code", the authors') or attributed to it, satisfied or not ("paper"). The paper's σ is that of a
-population (`ddof=0`), the code's that of a sample (`ddof=1`). A judge's step of 0 is the whole completion, -1 is no step. A step
-that does not exist keeps its number and is compared under it, and every token gets its offset ("code"); the paper does not say, and
-here it is step 0 ("paper").
+which is added to the outcome's advantage; the outcome's baseline never sees the rubric. G_k are the rollouts with an
+item satisfied in step k ("code", the authors') or attributed to it, satisfied or not ("paper"). The paper's σ is that
+of a population (`ddof=0`), the code's that of a sample (`ddof=1`). A judge's step of 0 is the whole completion, -1 is
+no step. A step that does not exist keeps its number and is compared under it, and every token gets its offset
+("code"); the paper does not say, and here it is step 0 ("paper").
 
-Shapes: N rollouts in contiguous groups of `group_size`; per-step quantities are lists of N dicts `{step: value}`; steps count
-from 1 and 0 is the whole completion.
+Shapes: N rollouts in contiguous groups of `group_size`; per-step quantities are lists of N dicts `{step: value}`;
+steps count from 1 and 0 is the whole completion.
 """
 
 import functools
@@ -68,14 +68,15 @@ def srar_step_scores(
         num_steps (`int`):
             Steps of the rollout.
         gk (`str`, *optional*, defaults to `"code"`):
-            `"code"`: a step has a score if an item is satisfied in it, and one that the rollout does not have keeps its number.
-            `"paper"`: a step has a score if an item is attributed to it, and one that the rollout does not have is step 0.
+            `"code"`: a step has a score if an item is satisfied in it, and one that the rollout does not have keeps
+            its number. `"paper"`: a step has a score if an item is attributed to it, and one that the rollout does not
+            have is step 0.
         weights (`Mapping[str, float]`, *optional*):
             R_τ by type, by default the paper's `WEIGHTS`.
 
     Returns:
-        `dict[int, float]`: score of each step; 0, and with `"code"` every number outside 1 to `num_steps`, stands for the whole
-        completion.
+        `dict[int, float]`: score of each step; 0, and with `"code"` every number outside 1 to `num_steps`, stands for
+        the whole completion.
 
     Raises:
         ValueError: An unknown `gk`.
@@ -148,7 +149,8 @@ def find_steps(text: str, pattern: str | re.Pattern = STEP_HEADER) -> list[tuple
             Matches where a step begins, in place of such headers.
 
     Returns:
-        `list[tuple[int, int]]`: first character and character after the last. Without a header the whole text is one step.
+        `list[tuple[int, int]]`: first character and character after the last. Without a header the whole text is one
+        step.
     """
     starts = [match.start() for match in re.finditer(pattern, text)] or [0]
     return list(zip(starts, [*starts[1:], len(text)], strict=True))
@@ -164,13 +166,14 @@ def token_spans(
         ids (`Sequence[int]` of length L):
             Tokens.
         decode (`Callable[[Sequence[int]], str]`):
-            Their text. A prefix of the tokens must decode to a prefix of the text, but for a character that it cuts in two.
+            Their text. A prefix of the tokens must decode to a prefix of the text, but for a character that it cuts in
+            two.
         spans (`Sequence[tuple[int, int]]`):
             First character and character after the last, in ascending order.
 
     Returns:
-        `list[tuple[int, int]]`: first token and token after the last of each span. A token that holds characters of two spans
-        belongs to the later one.
+        `list[tuple[int, int]]`: first token and token after the last of each span. A token that holds characters of
+        two spans belongs to the later one.
     """
 
     @functools.cache
@@ -180,8 +183,9 @@ def token_spans(
 
     @functools.cache
     def token_of(character: int, low: int) -> int:
-        # The first token after which the text is longer than `character`. Decoding is what costs, and text grows almost evenly
-        # with tokens: interpolation takes a few attempts where halving takes ten. Halving ends it when the text is uneven.
+        # The first token after which the text is longer than `character`. Decoding is what costs, and text grows
+        # almost evenly with tokens: interpolation takes a few attempts where halving takes ten. Halving ends it when
+        # the text is uneven.
         high, attempts = len(ids), 0
         while low < high:
             middle = (low + high) // 2
@@ -207,8 +211,9 @@ class SrarShaper(TokenShaper):
 
     Args:
         judge (`Callable[[list[JudgeRequest]], list[str | list | None]]`):
-            Replies to the requests, in order, as [`parse_verdicts`] accepts them; None where there is none. Whatever it raises
-            or returns, training goes on: such a rollout gets no offset, is in no G_k and is counted in `judge_failed`.
+            Replies to the requests, in order, as [`parse_verdicts`] accepts them; None where there is none. Whatever
+            it raises or returns, training goes on: such a rollout gets no offset, is in no G_k and is counted in
+            `judge_failed`.
         coef (`float`, *optional*, defaults to `1.0`):
             Factor on the offsets.
         gk (`str`, *optional*, defaults to `"code"`):
@@ -216,8 +221,8 @@ class SrarShaper(TokenShaper):
         ddof (`int`, *optional*, defaults to `1`):
             As in [`srar_offsets`].
         only_mixed (`bool`, *optional*, defaults to `True`):
-            Whether only groups with correct and wrong rollouts are judged: what remains of the authors' batches after their
-            filter, at a fraction of the calls.
+            Whether only groups with correct and wrong rollouts are judged: what remains of the authors' batches after
+            their filter, at a fraction of the calls.
         rubric_column (`str`, *optional*, defaults to `"rubric"`):
             The dataset's column.
         step_pattern (`str`, *optional*):
@@ -242,12 +247,14 @@ class SrarShaper(TokenShaper):
     ):
         if judge is None:
             raise ValueError(
-                "SRaR needs a `judge`. Set `srar_judge` to the URL of an endpoint, or pass a callable, `judge=Judge(ask)`."
+                "SRaR needs a `judge`. Set `srar_judge` to the URL of an endpoint, or pass a callable, "
+                "`judge=Judge(ask)`."
             )
         if any(map(inspect.iscoroutinefunction, (judge, type(judge).__call__))):
             raise TypeError(
-                "The `judge` of SRaR takes a list of requests and returns a list of replies, and is no coroutine function. Make "
-                "one of `async def ask(request)`, which replies to one request: `judge=hf_rb.rl.judges.Judge(ask)`."
+                "The `judge` of SRaR takes a list of requests and returns a list of replies, and is no coroutine "
+                "function. Make one of `async def ask(request)`, which replies to one request: "
+                "`judge=hf_rb.rl.judges.Judge(ask)`."
             )
         srar_step_scores([], [], 0, gk)  # refuse bad parameters before the first step
         srar_offsets([], 1, ddof, eps)

@@ -51,8 +51,11 @@ BAD_INPUT, INTERRUPTED = 2, 130  # 128 and the number of the signal, as shells h
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line and returns its exit code: 0 is success, 2 is bad input, 130 is Ctrl-C, 1 is anything else."""
+    """Runs one command line and returns its exit code: 0 is success, 2 is bad input, 130 is Ctrl-C, 1 is anything
+    else.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    verb = ""  # until it is read
     try:
         verb = _overview().parse_args(argv[:1] or ["--help"]).verb
         if verb != "doctor":  # whose work it is to say more
@@ -75,7 +78,9 @@ def configure(parser: argparse.ArgumentParser, module: ModuleType, **options: An
 
 
 def run(module: ModuleType, args: argparse.Namespace) -> int:
-    """Runs a verb's module and returns the exit code; what is wrong with the input is said in one line, without a traceback."""
+    """Runs a verb's module and returns the exit code; what is wrong with the input is said in one line, without a
+    traceback.
+    """
     try:
         return module.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:

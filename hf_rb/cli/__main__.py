@@ -1,3 +1,5 @@
+"""`python -m hf_rb.cli` is `hf-rb`."""
+
 import sys
 
 from hf_rb.cli import main

@@ -1,8 +1,8 @@
 """`hf-rb audit`: computes the loss of a distillation recipe in every way that there is, and compares.
 
-Two batches of the recipe's data go through the formulas on all logits, and then through each path that a training run can take.
-The models are the recipe's, in float32; the batches are small. A recipe that trains from a cache is compared with the formulas on
-what the cache holds, and its teacher, where it can be loaded, with a cache of all its tokens.
+Two batches of the recipe's data go through the formulas on all logits, and then through each path that a training run
+can take. The models are the recipe's, in float32; the batches are small. A recipe that trains from a cache is compared
+with the formulas on what the cache holds, and its teacher, where it can be loaded, with a cache of all its tokens.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     verb = check(path, recipe).verb
     if verb not in ("gkd", "distillation"):
         raise ValueError(
-            f"{path} is a recipe for `hf-rb {verb}`. `hf-rb audit` is for those of `hf-rb gkd` and `hf-rb distillation`."
+            f"{path} is a recipe for `hf-rb {verb}`. `hf-rb audit` is for those of `hf-rb gkd` and `hf-rb "
+            "distillation`."
         )
     recipe |= read_overrides(args.overrides, verb)
     # Beside a cache, the model that was captured.
@@ -117,7 +118,9 @@ def _audit(recipe: dict[str, Any], verb: str, batches: int, captured: str | None
 
 
 def _captured_teacher(trainer: Any, name: str | None) -> Any:
-    """Returns the teacher that a cache was made with, as the recipe names it or else the cache; `None` if it is not here."""
+    """Returns the teacher that a cache was made with, as the recipe names it or else the cache; `None` if it is not
+    here.
+    """
     from hf_rb.teachers import LocalTeacher
 
     init_kwargs = {"trust_remote_code": trainer.args.trust_remote_code} | trainer.args.teacher_model_init_kwargs
@@ -128,8 +131,9 @@ def _captured_teacher(trainer: Any, name: str | None) -> Any:
         if name is not None:
             raise
         print(
-            f"The cache is compared with the formulas on what it holds, and not with its teacher {trainer.teacher.model_name!r}, "
-            f"which could not be loaded: pass `--teacher_model_name_or_path`. ({error})",
+            "The cache is compared with the formulas on what it holds, and not with its teacher "
+            f"{trainer.teacher.model_name!r}, which could not be loaded: pass `--teacher_model_name_or_path`. "
+            f"({error})",
             file=sys.stderr,
         )
         return None

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("There is no teacher. Pass `--teacher_model_name_or_path`, or set it in the recipe.")
     if folder is None:
         raise ValueError(
-            "There is no folder for the cache. Write `hf-rb cache-teacher RECIPE FOLDER`, or `teacher_cache` in the recipe."
+            "There is no folder for the cache. Write `hf-rb cache-teacher RECIPE FOLDER`, or `teacher_cache` in the "
+            "recipe."
         )
     # The recipe is checked as one that trains from the cache, so that its faults are told before torch is imported.
     values = recipe | {"teacher_cache": folder} | read_overrides(args.overrides, "gkd")
@@ -105,7 +106,9 @@ def _summary(report: "CacheReport") -> str:
 
 
 def _next_step(args: argparse.Namespace, path: Path, recipe: dict[str, Any], folder: str, has_teacher: bool) -> str:
-    """How to train from the cache. `hf-rb gkd` takes one teacher, and a recipe's key can only be taken away by editing it."""
+    """How to train from the cache. `hf-rb gkd` takes one teacher, and a recipe's key can only be taken away by editing
+    it.
+    """
     from hf_rb.cli.check import read_overrides
 
     step, name = "Train from the cache:", args.recipe

@@ -1,6 +1,7 @@
 """`hf-rb eval`: measures one model.
 
-`--out` keeps everything as JSON; its list `results` is what model cards take (`hf_rb.hub.read_results`, `hf-rb push --results`).
+`--out` keeps everything as JSON; its list `results` is what model cards take (`hf_rb.hub.read_results`,
+`hf-rb push --results`).
 """
 
 import argparse
@@ -155,8 +156,9 @@ def _baseline(args: argparse.Namespace, text: str, folders: Iterable[Path]) -> A
     ours, *others = (tokenizer(text, verbose=False)["input_ids"] for tokenizer in tokenizers)
     if any(other != ours for other in others):
         raise ValueError(
-            f"--baseline {args.baseline} makes other tokens of {args.perplexity} than {args.model}, so their perplexities do not "
-            "compare: give the model that it was made from, or compare the bits per byte of two calls."
+            f"--baseline {args.baseline} makes other tokens of {args.perplexity} than {args.model}, so their "
+            "perplexities do not compare: give the model that it was made from, or compare the bits per byte of two "
+            "calls."
         )
     start = time.perf_counter()
     measured = _perplexity(*_load(source, args.dtype), args, text)
@@ -188,8 +190,9 @@ def _measure(
         window, found = measured["perplexity"].window, measured["perplexity"].perplexity
         if window != baseline.window:
             raise ValueError(
-                f"{folder} has room for windows of {window} tokens and --baseline {args.baseline} for {baseline.window}: write `--window "
-                f"{min(window, baseline.window)}`, so that their perplexities compare."
+                f"{folder} has room for windows of {window} tokens and --baseline {args.baseline} for "
+                f"{baseline.window}: write `--window {min(window, baseline.window)}`, so that their perplexities "
+                "compare."
             )
         measured["quality"] = evaluation.judge(found, baseline.perplexity, _name(args.baseline))
     if args.harness:

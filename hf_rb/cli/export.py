@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     size = export_gptq(args.model, args.destination, overwrite=args.overwrite)
     print(f"Saved in {args.destination}: {size.file_bytes:,} bytes, {size.bits_per_weight:.2f} bits per weight.")
     print(
-        "transformers loads it where `optimum` and `gptqmodel` are installed (tried with 2.3 and 7.7, on a CPU); its card shows how."
+        "transformers loads it where `optimum` and `gptqmodel` are installed (tried with 2.3 and 7.7, on a CPU); its "
+        "card shows how."
     )
     return 0

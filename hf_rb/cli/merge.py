@@ -46,8 +46,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         dest="lam",
         type=_lambdas,
         metavar="X[,X...]",
-        help="in [0, 1], several for a sweep; linear: place between start and end (default 0.5); timber: factor of the tail "
-        "(default 0.2). A negative one after an equals sign: --lambda=-0.5,0",
+        help="in [0, 1], several for a sweep; linear: place between start and end (default 0.5); timber: factor of "
+        "the tail (default 0.2). A negative one after an equals sign: --lambda=-0.5,0",
     )
     parser.add_argument(
         "--rule",
@@ -55,19 +55,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=_rule,
         action="append",
         metavar="PATTERN=X",
-        help="linear: another lambda for some tensors, as layers:0-11=0.8 or attn=0; may be repeated, the first that fits holds",
+        help="linear: another lambda for some tensors, as layers:0-11=0.8 or attn=0; may be repeated, the first that "
+        "fits holds",
     )
     parser.add_argument("--rank", type=int, metavar="R", help="linear, adapters: rank of the result (default: exact)")
     parser.add_argument(
         "--include",
         metavar="PATTERN",
-        help="tensors to change: all, linear, attn, mlp, embed, head, norm, router, layers:0-11 or a regular expression "
-        "(default: linear, with --method linear all)",
+        help="tensors to change: all, linear, attn, mlp, embed, head, norm, router, layers:0-11 or a regular "
+        "expression (default: linear, with --method linear all)",
     )
     parser.add_argument(
         "--files-from",
         choices=["start", "end"],
-        help="linear: whose configuration, tokenizer, chat template and generation config; must be said where they differ",
+        help="linear: whose configuration, tokenizer, chat template and generation config; must be said where they "
+        "differ",
     )
     parser.add_argument(
         "--mismatch", choices=["refuse", "skip"], help="tensors that do not fit: refuse (default), or keep as they are"

@@ -16,8 +16,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         metavar="FOLDER",
-        help="folder of a model, an adapter, GGUF files or a teacher cache (a dataset on the Hub), or the HTML file of a report (a "
-        "static Space)",
+        help="folder of a model, an adapter, GGUF files or a teacher cache (a dataset on the Hub), or the HTML file "
+        "of a report (a static Space)",
     )
     parser.add_argument(
         "repo", metavar="REPO", help="repository on the Hub, as me/my-model; made where it does not exist"

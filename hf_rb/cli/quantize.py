@@ -78,12 +78,13 @@ def _rules(arguments: QuantizeArguments) -> Iterator[str]:
     calibrated = config.get("quant_method") == "d2quant" and config.get("backend") != "rtn"
     if not arguments.resume and not arguments.stream and not calibrated:
         yield (
-            "`resume=False` (`--no-resume`) is for streaming and calibration: add `stream=True` (`--stream`), or leave it out."
+            "`resume=False` (`--no-resume`) is for streaming and calibration: add `stream=True` (`--stream`), or "
+            "leave it out."
         )
     if arguments.stream and calibrated:
         yield (
-            "`stream=True` (`--stream`) quantizes tensor by tensor, which D²Quant can with `backend='rtn'` (`--backend rtn`) only: a "
-            "calibrated run needs the model, and goes on where it was without `--stream`."
+            "`stream=True` (`--stream`) quantizes tensor by tensor, which D²Quant can with `backend='rtn'` "
+            "(`--backend rtn`) only: a calibrated run needs the model, and goes on where it was without `--stream`."
         )
 
 

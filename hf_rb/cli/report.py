@@ -15,7 +15,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "sources",
         metavar="RUN_OR_MODEL",
         nargs="+",
-        help="the output_dir of a run, a model's folder, or a JSON file of `hf-rb eval`, `quantize` or `router-report`",
+        help="the output_dir of a run, a model's folder, or a JSON file of `hf-rb eval`, `quantize` or "
+        "`router-report`",
     )
     parser.add_argument(
         "--out", metavar="FILE", default="report.html", help="HTML file to write (default report.html)"

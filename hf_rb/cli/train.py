@@ -1,4 +1,6 @@
-"""`hf-rb sft` and the verbs like it: checks a recipe, then runs the trainer's script on it through `accelerate launch`."""
+"""`hf-rb sft` and the verbs like it: checks a recipe, then runs the trainer's script on it through
+`accelerate launch`.
+"""
 
 import argparse
 import subprocess

@@ -1,4 +1,6 @@
-"""`hf-rb upcycle`: makes a mixture of experts from a dense model, saves it with its tokenizer, and says what came of it."""
+"""`hf-rb upcycle`: makes a mixture of experts from a dense model, saves it with its tokenizer, and says what came of
+it.
+"""
 
 import argparse
 from dataclasses import dataclass, field

@@ -19,7 +19,9 @@ from hf_rb.utils.versions import UnsupportedVersion
 try:
     from hf_rb.cli import quantize
 except UnsupportedVersion:  # not the concern of optimum's own commands
-    quantize = None
+    _works = False
+else:
+    _works = True
 
 
 __all__ = ["REGISTER_COMMANDS"]
@@ -45,4 +47,4 @@ class D2QuantCommand(_Quantize):
     COMMAND = CommandInfo(name="d2quant", help="Quantize a model to 2 or 3 bits (D²Quant, hf_rb) and save it.")
 
 
-REGISTER_COMMANDS = [PTQTPCommand, D2QuantCommand] if quantize else []
+REGISTER_COMMANDS = [PTQTPCommand, D2QuantCommand] if _works else []

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from hf_rb.utils import compat
 
@@ -13,7 +13,7 @@ __all__ = ["ParameterNames"]
 class ParameterNames:
     """Finds the parameters that a tensor of the files becomes, by transformers' own rules for the model."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         rules = compat.get_model_conversion_mapping(model)
         self.renamings = [rule for rule in rules if isinstance(rule, compat.WeightRenaming)]
         self.converters = [rule for rule in rules if isinstance(rule, compat.WeightConverter)]

@@ -171,6 +171,6 @@ def _nothing(folder: Path, variant: str | None) -> str:
             f"{lacks}, which says how {shards[0]} and the other shards belong together. Copy or download it as well."
         )
     return (
-        f"{lacks}: its weights are missing, or are pickles that were not downloaded. Copy or download them; of a model of the Hub that has "
-        "only pickles, write another one with `from_pretrained` and `save_pretrained`."
+        f"{lacks}: its weights are missing, or are pickles that were not downloaded. Copy or download them; of a "
+        "model of the Hub that has only pickles, write another one with `from_pretrained` and `save_pretrained`."
     )

@@ -33,11 +33,12 @@ class Term(NamedTuple):
 
 class TokenRule(Protocol):
     """
-    A loss by token. `log_q` and `log_p` are `(n, E)`; `log_probs` are the student's over the whole vocabulary, `(n, V)`. Without a
-    teacher `log_p` is `None`.
+    A loss by token. `log_q` and `log_p` are `(n, E)`; `log_probs` are the student's over the whole vocabulary,
+    `(n, V)`. Without a teacher `log_p` is `None`.
 
-    With a cached teacher, `tokens["rest"]` holds the teacher's log-probability of the last event, `(n,)`. That event is all tokens
-    that are not stored: a rule that takes a maximum or an order over the events must not take it for a token.
+    With a cached teacher, `tokens["rest"]` holds the teacher's log-probability of the last event, `(n,)`. That event
+    is all tokens that are not stored: a rule that takes a maximum or an order over the events must not take it for a
+    token.
     """
 
     def __call__(

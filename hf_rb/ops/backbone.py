@@ -1,4 +1,6 @@
-"""A causal language model in two parts: the backbone, which makes the last hidden states, and the LM head as the tile loop takes it."""
+"""A causal language model in two parts: the backbone, which makes the last hidden states, and the LM head as the tile
+loop takes it.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -47,8 +49,8 @@ def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """
     Returns what a model's forward takes of a collated batch.
 
-    Beside `position_ids` there is never an `attention_mask`: models separate the sequences of a packed row by their positions only
-    where no mask is given.
+    Beside `position_ids` there is never an `attention_mask`: models separate the sequences of a packed row by their
+    positions only where no mask is given.
     """
     chosen = {key: inputs[key] for key in _MODEL_INPUTS if inputs.get(key) is not None}
     if "position_ids" in chosen:
@@ -77,8 +79,8 @@ def backbone_output(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs:
 @contextmanager
 def recorded_hidden(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     """
-    Context in which the last hidden states `(B, L, H)` of every forward pass of a causal language model are appended to a list,
-    with their gradient: for a loss on what someone else's forward pass has computed anyway.
+    Context in which the last hidden states `(B, L, H)` of every forward pass of a causal language model are appended
+    to a list, with their gradient: for a loss on what someone else's forward pass has computed anyway.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `PeftModel`):
@@ -124,7 +126,8 @@ def head_of(model: PreTrainedModel) -> Head:
 def gathered_head(model: PreTrainedModel) -> AbstractContextManager:
     """Context in which ZeRO-3 holds the whole LM head on every process. Does nothing without ZeRO-3."""
     layer: Any = model.get_output_embeddings()
-    return compat.maybe_gather_lm_head_ctx(layer.weight, getattr(layer, "bias", None))
+    bias: Any = getattr(layer, "bias", None)
+    return compat.maybe_gather_lm_head_ctx(layer.weight, bias)
 
 
 def width_of(model: PreTrainedModel) -> int:
@@ -145,7 +148,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def own_randomness(devices: Iterable[torch.device]) -> AbstractContextManager:
-    """Context after which the random states of the CPU and of devices are as before. MPS cannot tell its state, and does not keep it."""
+    """Context after which the random states of the CPU and of devices are as before. MPS cannot tell its state, and
+    does not keep it.
+    """
     devices = [device for device in devices if device.type not in ("cpu", "meta", "mps")]
     return torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cpu")
 
@@ -153,9 +158,10 @@ def own_randomness(devices: Iterable[torch.device]) -> AbstractContextManager:
 @contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """
-    Context for forward passes that leave no trace: in evaluation mode and without gradient, after which random states, modes and
-    buffers are as before, and so are the attributes of modules that keep buffers out of their state, such as the length that dynamic
-    rotary positions have seen. Buffers of more than 65,536 numbers, which are tables or packed weights and no counters, are not kept.
+    Context for forward passes that leave no trace: in evaluation mode and without gradient, after which random states,
+    modes and buffers are as before, and so are the attributes of modules that keep buffers out of their state, such as
+    the length that dynamic rotary positions have seen. Buffers of more than 65,536 numbers, which are tables or packed
+    weights and no counters, are not kept.
     """
     attributes = [(module, dict(vars(module))) for module in model.modules() if module._non_persistent_buffers_set]
     kept = [

@@ -1,4 +1,6 @@
-"""Generation from a model's own distribution: of a checkpoint's generation configuration nothing acts but its tokens."""
+"""Generation from a model's own distribution: of a checkpoint's generation configuration nothing acts but its
+tokens.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +21,9 @@ def own_distribution(model: PreTrainedModel) -> Iterator[None]:
     """
     Context in which `generate` inherits nothing from the checkpoint but its special tokens.
 
-    transformers fills every field that a call leaves open from `model.generation_config`: a repetition penalty of a chat model would
-    act on all samples. The model gets another one for as long as the context lasts; what the call itself asks for still acts.
+    transformers fills every field that a call leaves open from `model.generation_config`: a repetition penalty of a
+    chat model would act on all samples. The model gets another one for as long as the context lasts; what the call
+    itself asks for still acts.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `PeftModel`):
@@ -37,7 +40,8 @@ def own_distribution(model: PreTrainedModel) -> Iterator[None]:
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """
-    Returns the ids that end a completion: the checkpoint's, in its order, and the tokenizer's. `None` if there are none.
+    Returns the ids that end a completion: the checkpoint's, in its order, and the tokenizer's. `None` if there are
+    none.
 
     Chat models may end a turn with several tokens, base models with one that their configuration does not know.
     """
@@ -68,7 +72,8 @@ def generation_config(
         samples (`int`, *optional*, defaults to `1`):
             Completions of each prompt.
     """
-    # transformers keeps the 50 most probable tokens unless it is told otherwise, and warns of such fields beside greedy decoding.
+    # transformers keeps the 50 most probable tokens unless it is told otherwise, and warns of such fields beside
+    # greedy decoding.
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(

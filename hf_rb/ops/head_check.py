@@ -1,4 +1,6 @@
-"""Checks on 8 tokens that a model's logits are what the tile loop takes them for: last hidden states through [`Head`]."""
+"""Checks on 8 tokens that a model's logits are what the tile loop takes them for: last hidden states through
+[`Head`].
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +17,11 @@ from hf_rb.ops.rounding import coarsest_eps, smallest_max
 
 __all__ = ["head_difference", "why_not_head"]
 
-# Magnitudes of the logits that are compared, a token each. A cap is seen at large ones only, a missing bias at small ones.
+# Magnitudes of the logits that are compared, a token each. A cap is seen at large ones only, a missing bias at small
+# ones.
 MAGNITUDES = (1.0, 30.0, 300.0, 1.0, 30.0, 300.0, 1.0, 30.0)
-# Roundings between hidden states and logits: of their product, the bias, the scale, and a cap's quotient, tanh and product; under
-# autocast of both factors besides. Each is at most one unit of the coarsest type involved.
+# Roundings between hidden states and logits: of their product, the bias, the scale, and a cap's quotient, tanh and
+# product; under autocast of both factors besides. Each is at most one unit of the coarsest type involved.
 ROUNDINGS = 8
 # float32 products may be made in TF32, which keeps 11 bits.
 SMALLEST_UNIT = 2.0**-11
@@ -28,8 +31,8 @@ def why_not_head(model: PreTrainedModel) -> str | None:
     """
     Returns why a model's logits are not its last hidden states through its LM head, `None` if they are.
 
-    Costs one forward pass of 8 tokens. It runs in evaluation mode and without gradient; random states, modes and buffers are as
-    before. Under FSDP or DeepSpeed, call this inside the wrapper's forward, on all processes.
+    Costs one forward pass of 8 tokens. It runs in evaluation mode and without gradient; random states, modes and
+    buffers are as before. Under FSDP or DeepSpeed, call this inside the wrapper's forward, on all processes.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `PeftModel`):
@@ -63,8 +66,8 @@ def head_difference(model: PreTrainedModel) -> tuple[float, float]:
     Real hidden states would not do: those of an untrained model give logits so small that a cap does not show.
 
     Returns:
-        `tuple[float, float]`: Root mean square of the difference of the logits of a token, relative to that of the logits, the largest
-        of all tokens; and how much of that rounding explains.
+        `tuple[float, float]`: Root mean square of the difference of the logits of a token, relative to that of the
+        logits, the largest of all tokens; and how much of that rounding explains.
 
     Raises:
         Exception: Whatever stands in the way, such as a class that returns no last hidden states.
@@ -88,8 +91,8 @@ def head_difference(model: PreTrainedModel) -> tuple[float, float]:
 
 def _hidden(head: Head, dtype: torch.dtype) -> torch.Tensor:
     """
-    Random hidden states `(8, H)` that give logits of the magnitudes above, exact in bfloat16 and so in every wider type. In float16
-    they give smaller ones where they, or the logits before a small scale, would not be finite.
+    Random hidden states `(8, H)` that give logits of the magnitudes above, exact in bfloat16 and so in every wider
+    type. In float16 they give smaller ones where they, or the logits before a small scale, would not be finite.
     """
     weight: Any = head.weight
     if not weight.is_floating_point() or weight.ndim != 2:
@@ -111,9 +114,12 @@ def _tokens(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Ids that stand for no image, sound or padding."""
     configs = (model.config, model.config.get_text_config())
     special = {
-        value for config in configs for key, value in vars(config).items() if key.endswith(("_token_id", "_token_index"))
+        value
+        for config in configs
+        for key, value in vars(config).items()
+        if key.endswith(("_token_id", "_token_index"))
         if isinstance(value, int)
-    }  # fmt: skip
+    }
     usual = [number for number in range(min(width_of(model), 1000)) if number not in special] or [0]
     ids = torch.tensor([[usual[place % len(usual)] for place in range(len(MAGNITUDES))]])
     embeddings: Any = model.get_input_embeddings()
@@ -122,14 +128,17 @@ def _tokens(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> tuple[torch.Tensor, list[torch.dtype]]:
-    """Returns the logits that a model's own head makes of hidden states `(8, H)`, and the types that it computes in."""
+    """Returns the logits that a model's own head makes of hidden states `(8, H)`, and the types that it computes
+    in.
+    """
     backbone: Any = without_peft(model).base_model
     inputs: dict[str, Any] = _tokens(model) | {"use_cache": False}
     with _giving(backbone, hidden) as types:
         logits = model.forward(**inputs).logits
     if types:
         return logits, types
-    # OPT and Bart's kin run a part of the backbone. Then that part must be all that the backbone does to its last hidden states.
+    # OPT and Bart's kin run a part of the backbone. Then that part must be all that the backbone does to its last
+    # hidden states.
     with _giving(backbone.get_decoder(), hidden) as types:
         logits = model.forward(**inputs).logits
         if not types or not torch.equal(backbone(**inputs).last_hidden_state[0], hidden.to(types[0])):
@@ -139,7 +148,9 @@ def _logits(model: PreTrainedModel, hidden: torch.Tensor) -> tuple[torch.Tensor,
 
 @contextmanager
 def _giving(module: torch.nn.Module, hidden: torch.Tensor) -> Iterator[list[torch.dtype]]:
-    """Context in which a module gives certain last hidden states. Yields a list to which the type is added that they go on in."""
+    """Context in which a module gives certain last hidden states. Yields a list to which the type is added that they
+    go on in.
+    """
     types: list[torch.dtype] = []
 
     def replace(module: torch.nn.Module, args: Any, output: Any) -> Any:
@@ -160,7 +171,9 @@ def _giving(module: torch.nn.Module, hidden: torch.Tensor) -> Iterator[list[torc
 
 
 def _reaching(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Returns those of the parameters that the logits depend on: an auxiliary head gets no gradient from the model's own either."""
+    """Returns those of the parameters that the logits depend on: an auxiliary head gets no gradient from the model's
+    own either.
+    """
     parameters = dict(without_peft(model).named_parameters(remove_duplicate=False))
     with undisturbed(model), torch.enable_grad():
         logits = model.forward(**_tokens(model), use_cache=False).logits
@@ -170,8 +183,8 @@ def _reaching(model: PreTrainedModel, names: list[str]) -> list[str]:
 
 def _other_trained(model: PreTrainedModel) -> list[str]:
     """
-    Names of the trained parameters behind the backbone that are not the head's weight and bias. One that starts at zero, such as
-    LoRA's second factor, changes no logit yet.
+    Names of the trained parameters behind the backbone that are not the head's weight and bias. One that starts at
+    zero, such as LoRA's second factor, changes no logit yet.
     """
     model = without_peft(model)
     layer: Any = model.get_output_embeddings()

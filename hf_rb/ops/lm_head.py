@@ -1,10 +1,12 @@
-"""The one loop over tiles of (hidden states, LM head): losses on next-token distributions without the logits of all tokens.
+"""The one loop over tiles of (hidden states, LM head): losses on next-token distributions without the logits of all
+tokens.
 
-A language model's logits are hidden states times the LM head, `(N, H) @ (V, H).T`; for 4,096 tokens and a vocabulary of 152,000
-one such tensor takes 2.5 GB, and a divergence between two models keeps six or more. Here a tile of rows at a time is projected,
-handed to a *rule* that returns every token's loss with its derivative by the log-probabilities, and turned at once into the
-gradients of the hidden states and of the head. The gradients are therefore ready when the forward pass ends; the backward pass
-only scales them. Every product is made once, as in the dense computation, and what is kept has the size of the inputs.
+A language model's logits are hidden states times the LM head, `(N, H) @ (V, H).T`; for 4,096 tokens and a vocabulary
+of 152,000 one such tensor takes 2.5 GB, and a divergence between two models keeps six or more. Here a tile of rows at
+a time is projected, handed to a *rule* that returns every token's loss with its derivative by the log-probabilities,
+and turned at once into the gradients of the hidden states and of the head. The gradients are therefore ready when the
+forward pass ends; the backward pass only scales them. Every product is made once, as in the dense computation, and
+what is kept has the size of the inputs.
 
     z = h W.T + b          logits of a tile, in the buffer that then takes their gradient
     c = ∂loss/∂(log q)     from the rule
@@ -24,7 +26,8 @@ from hf_rb.objectives.token_rule import Term, TokenRule
 
 __all__ = ["CachedLogits", "Head", "Scored", "TeacherLogits", "lm_head_loss", "logit_blocks", "project"]
 
-# Bytes of one tile of logits, with a frozen and with a trained head: larger tiles make fewer passes over the head's gradient.
+# Bytes of one tile of logits, with a frozen and with a trained head: larger tiles make fewer passes over the head's
+# gradient.
 TILE_BYTES = {"cpu": (12 << 20, 24 << 20), "cuda": (256 << 20, 256 << 20)}
 # The elementwise work on a tile goes through it in blocks that stay in a CPU's cache.
 BLOCK_BYTES = 4 << 20
@@ -236,7 +239,8 @@ def _loop(
             term = rule(events.log_q, events.log_p, log_probs, here)
             total += (term.loss * weights[rows_of]).sum()
             for name, value in {"loss": term.loss, **term.stats}.items():
-                # Allocated once: small tensors left between the blocks' large ones would keep freed memory from being reused.
+                # Allocated once: small tensors left between the blocks' large ones would keep freed memory from being
+                # reused.
                 if name not in stats:
                     stats[name] = total.new_empty(len(hidden))
                 stats[name][rows_of] = value
@@ -265,12 +269,15 @@ def _events(
     rows_of: slice,
     block: slice,
 ) -> _Events:
-    """Puts student and teacher on the same events: the vocabulary, or a cached teacher's ids and the rest as one event."""
+    """Puts student and teacher on the same events: the vocabulary, or a cached teacher's ids and the rest as one
+    event.
+    """
     if not isinstance(teacher, CachedLogits):
         log_p = None if teacher_logits is None else torch.log_softmax(teacher_logits[block], dim=-1)
         return _Events(log_probs, log_p)
     ids, log_p = teacher.ids[rows_of].long(), teacher.log_probs[rows_of].float()
-    # The rest is known by itself on both sides: 1 minus the known would lose all digits, or fall to 0, when it is small.
+    # The rest is known by itself on both sides: 1 minus the known would lose all digits, or fall to 0, when it is
+    # small.
     rest_q = log_probs.exp().scatter_(-1, ids, 0).sum(-1, keepdim=True).log()
     rest_p = teacher.rest[rows_of].float().unsqueeze(-1)
     if ids.shape[-1] == log_probs.shape[-1]:

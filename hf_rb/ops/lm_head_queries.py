@@ -77,8 +77,8 @@ def lm_head_top_k(
         head ([`Head`]):
             LM head.
         k (`int`):
-            Number of tokens. m = min(k + 1, V) are returned: the last one is the label if it is not among the first k, else
-            the next most probable token.
+            Number of tokens. m = min(k + 1, V) are returned: the last one is the label if it is not among the first k,
+            else the next most probable token.
         labels (`torch.Tensor` of shape `(N,)`):
             One token id a row.
         vocabulary (`int`, *optional*):

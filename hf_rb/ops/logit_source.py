@@ -1,4 +1,6 @@
-"""How the tile loop gets a model's logits: as last hidden states and LM head where that is what the model computes, else as its own logits."""
+"""How the tile loop gets a model's logits: as last hidden states and LM head where that is what the model computes,
+else as its own logits.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -27,11 +29,12 @@ class LogitSource:
     How the tile loop gets the logits of one model.
 
     The first use compares the model's own logits with those of [`~hf_rb.ops.lm_head.Head`] on 8 tokens
-    ([`~hf_rb.ops.head_check.why_not_head`]). Where they are the same, the loop multiplies hidden states by the head. Where they are
-    not, or cannot be compared, the model's own logits stand in for hidden states, and one warning says so: the result is the same
-    as with `loss_impl: dense`, for the memory of all logits.
+    ([`~hf_rb.ops.head_check.why_not_head`]). Where they are the same, the loop multiplies hidden states by the head.
+    Where they are not, or cannot be compared, the model's own logits stand in for hidden states, and one warning says
+    so: the result is the same as with `loss_impl: dense`, for the memory of all logits.
 
-    Under DDP, FSDP or DeepSpeed, call everything here inside the wrapper's forward, on all processes: they agree on the outcome.
+    Under DDP, FSDP or DeepSpeed, call everything here inside the wrapper's forward, on all processes: they agree on
+    the outcome.
 
     Attributes:
         outcome (`bool`, *optional*): What the comparison has found, `None` before it.
@@ -41,7 +44,9 @@ class LogitSource:
         self.outcome: bool | None = None
 
     def is_head(self, model: PreTrainedModel) -> bool:
-        """Returns whether a model's logits are its last hidden states through its LM head; compares them in the first call."""
+        """Returns whether a model's logits are its last hidden states through its LM head; compares them in the first
+        call.
+        """
         if self.outcome is None:
             reason = agreed_reason(model)
             self.outcome = reason is None
@@ -64,8 +69,8 @@ class LogitSource:
                 More arguments of the forward, such as `output_router_logits=True`.
 
         Returns:
-            `tuple[torch.Tensor, ModelOutput]`: What the loop takes as hidden states, of shape `(B, L, H)`, or `(B, L, V)` where
-            they are the model's own logits; and all that the model returned.
+            `tuple[torch.Tensor, ModelOutput]`: What the loop takes as hidden states, of shape `(B, L, H)`, or
+            `(B, L, V)` where they are the model's own logits; and all that the model returned.
 
         Raises:
             ValueError: The model's own logits are needed, and it gives none over its vocabulary.
@@ -80,9 +85,9 @@ class LogitSource:
         if logits is None or logits.shape != (*inputs["input_ids"].shape, width_of(model)):
             given = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
             raise ValueError(
-                f"{name_of(model)} gives {given} for input ids of shape {tuple(inputs['input_ids'].shape)} and a vocabulary of "
-                f"{width_of(model):,}, so that no distribution of the next token can be read from it. Use a causal language model "
-                "as student, teacher or reference."
+                f"{name_of(model)} gives {given} for input ids of shape {tuple(inputs['input_ids'].shape)} and a "
+                f"vocabulary of {width_of(model):,}, so that no distribution of the next token can be read from it. "
+                "Use a causal language model as student, teacher or reference."
             )
         return logits, output
 
@@ -104,7 +109,8 @@ def agreed_reason(model: PreTrainedModel) -> str | None:
 
 def _notice(model: PreTrainedModel, reason: str) -> str:
     return (
-        f"The logits of {name_of(model)} are not its last hidden states times its LM head, with a scale and a cap that are known, or it "
-        f"could not be told: {reason}. So its own logits are taken, of all tokens of a batch at once, as with `loss_impl: dense`: the loss is right and "
-        "takes more memory. Where it does not fit, lower `per_device_train_batch_size`."
+        f"The logits of {name_of(model)} are not its last hidden states times its LM head, with a scale and a cap "
+        f"that are known, or it could not be told: {reason}. So its own logits are taken, of all tokens of a batch "
+        "at once, as with `loss_impl: dense`: the loss is right and takes more memory. Where it does not fit, lower "
+        "`per_device_train_batch_size`."
     )

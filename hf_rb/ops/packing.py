@@ -1,4 +1,6 @@
-"""Whether a model keeps the sequences of a packed row apart, measured on a batch: no list of architectures could say it."""
+"""Whether a model keeps the sequences of a packed row apart, measured on a batch: no list of architectures could say
+it.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,7 +18,8 @@ __all__ = ["Leak", "LeakingPacking", "is_packed", "leak_message", "measure_leak"
 
 # How many tokens of a sequence are compared: what comes before it reaches its first tokens most.
 TOKENS = 4
-# Relative difference that float32 may make of one computation in two shapes: 1e-6 after a few layers, 1e-5 after a hundred.
+# Relative difference that float32 may make of one computation in two shapes: 1e-6 after a few layers, 1e-5 after a
+# hundred.
 ROUNDING = 1e-4
 
 
@@ -41,7 +44,9 @@ def is_packed(inputs: Mapping[str, Any]) -> bool:
 
 
 def _behind_another(inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """Returns row, start and end of the longest sequence that is not the first of its row. A token of padding is none."""
+    """Returns row, start and end of the longest sequence that is not the first of its row. A token of padding is
+    none.
+    """
     positions, width = inputs.get("position_ids"), inputs["input_ids"].shape[-1]
     if positions is None or positions.shape != inputs["input_ids"].shape:
         return None
@@ -58,10 +63,11 @@ def measure_leak(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: An
     """
     Compares a sequence in a packed batch with the same sequence alone, in evaluation mode.
 
-    Where the two are the same up to the rounding of float32, one pass over the batch is all. Else half precision or a leak may be
-    why, and two more passes decide: the batch with one token in place of all others outside the sequence, in the same kernels,
-    where nothing of the sequence may change; and the sequence with another row beside it, which says what rounding and the
-    limited capacity of experts change without any packing. A model that gives NaN is not judged.
+    Where the two are the same up to the rounding of float32, one pass over the batch is all. Else half precision or a
+    leak may be why, and two more passes decide: the batch with one token in place of all others outside the sequence,
+    in the same kernels, where nothing of the sequence may change; and the sequence with another row beside it, which
+    says what rounding and the limited capacity of experts change without any packing. A model that gives NaN is not
+    judged.
 
     Modes, buffers and random states are left as they were.
 
@@ -69,7 +75,8 @@ def measure_leak(model: PreTrainedModel, inputs: Mapping[str, Any], **kwargs: An
         model ([`~transformers.PreTrainedModel`] or `PeftModel`):
             Unwrapped model. Under FSDP or DeepSpeed, call this inside the wrapper's forward, on all processes.
         inputs (`Mapping`):
-            Collated batch. One that is not packed has no leak; it is for a process that other processes must not wait for.
+            Collated batch. One that is not packed has no leak; it is for a process that other processes must not wait
+            for.
         **kwargs:
             More arguments of the backbone's forward for the batch.
 
@@ -111,13 +118,16 @@ class LeakingPacking(ValueError):
 def leak_message(model: PreTrainedModel, leak: Leak) -> str:
     """Returns why a model is refused, and the remedy."""
     return (
-        f"{name_of(model)} does not keep the sequences of a packed row apart: the hidden states of one differ by {leak.difference:.2g} "
-        "(relative) from those of the same sequence alone. Set `packing: false` and `padding_free: false`, or use a model or an "
-        "attention implementation that separates them; `allow_leaking_packing: true` trains all the same, as TRL does."
+        f"{name_of(model)} does not keep the sequences of a packed row apart: the hidden states of one differ by "
+        f"{leak.difference:.2g} (relative) from those of the same sequence alone. Set `packing: false` and "
+        "`padding_free: false`, or use a model or an attention implementation that separates them; "
+        "`allow_leaking_packing: true` trains all the same, as TRL does."
     )
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Returns the lower median over tokens (n, H) of the relative difference: one token may have gone to another expert."""
+    """Returns the lower median over tokens (n, H) of the relative difference: one token may have gone to another
+    expert.
+    """
     one, other = one.float(), other.float()
     return ((one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-12)).nan_to_num(torch.inf).median().item()

@@ -10,14 +10,17 @@ _PRODUCTS = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
 
 
 def coarsest_eps(device: torch.device, *types: torch.dtype) -> float:
-    """Returns the distance of 1 from the next number, in the coarsest of the floating-point types given and of what autocast and matrix
-    products use on a device."""
+    """Returns the distance of 1 from the next number, in the coarsest of the floating-point types given and of what
+    autocast and matrix products use on a device.
+    """
     eps = (torch.finfo(kind).eps for kind in _floating(device, types))
     return max(_PRODUCTS[torch.get_float32_matmul_precision()], *eps)
 
 
 def smallest_max(device: torch.device, *types: torch.dtype) -> float:
-    """Returns the largest number that all of the floating-point types given, and the type of autocast on a device, can hold."""
+    """Returns the largest number that all of the floating-point types given, and the type of autocast on a device, can
+    hold.
+    """
     return min(torch.finfo(kind).max for kind in _floating(device, types))
 
 

@@ -1,4 +1,6 @@
-"""The token rules that the tile loop of `hf_rb.ops.lm_head` runs: the loss of each objective, mixed and calibrated as configured."""
+"""The token rules that the tile loop of `hf_rb.ops.lm_head` runs: the loss of each objective, mixed and calibrated as
+configured.
+"""
 
 from dataclasses import dataclass
 
@@ -144,8 +146,8 @@ class HpdRule:
 class GopdRule:
     """G-OPD on sampled tokens.
 
-    Needs `tokens["labels"]` (the sampled ids) and `tokens["teacher_logp"]`; `tokens["reference_logp"]` unless the scale is 1;
-    `tokens["sampler_logp"]` for truncated importance weights.
+    Needs `tokens["labels"]` (the sampled ids) and `tokens["teacher_logp"]`; `tokens["reference_logp"]` unless the
+    scale is 1; `tokens["sampler_logp"]` for truncated importance weights.
 
     Args:
         reward_scale (`float`, *optional*, defaults to `1.0`):

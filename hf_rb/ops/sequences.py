@@ -1,4 +1,6 @@
-"""The sequences of a batch, however it is laid out, and random draws that follow the sequence rather than the batch."""
+"""The sequences of a batch, however it is laid out, and random draws that follow the sequence rather than the
+batch.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,8 +31,8 @@ class Sequences:
         self._is_token = torch.ones_like(self._input_ids) if mask is None else mask
         positions = inputs.get("position_ids")
         self.positions = (self._is_token.cumsum(-1) - 1).clamp(min=0) if positions is None else positions
-        # Padding before a row's first token counts as sequences of its own, which hold no label. A row begins a sequence, also where its
-        # first token is not the first of a text.
+        # Padding before a row's first token counts as sequences of its own, which hold no label. A row begins a
+        # sequence, also where its first token is not the first of a text.
         self._is_start = self.positions == 0
         self._is_start[:, 0] = True
         self._index = self._is_start.flatten().cumsum(0) - 1
@@ -54,8 +56,9 @@ class Sequences:
         """
         Draws a number for every token from [0, 1).
 
-        The draw is a function of the seed, the training step, the token ids of the sequence and the token's position, and of
-        nothing else: no generator has a state, so splitting, padding or packing the batch otherwise changes no draw.
+        The draw is a function of the seed, the training step, the token ids of the sequence and the token's position,
+        and of nothing else: no generator has a state, so splitting, padding or packing the batch otherwise changes no
+        draw.
 
         Returns:
             `torch.Tensor` of shape `(B, L)` and type `float32`.
@@ -81,7 +84,9 @@ _GOLDEN = _signed(0x9E3779B97F4A7C15)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finalizer (Steele, Lea and Flood 2014) on int64, whose products wrap around: every bit depends on all."""
+    """SplitMix64's finalizer (Steele, Lea and Flood 2014) on int64, whose products wrap around: every bit depends on
+    all.
+    """
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shift(x, 31)

@@ -17,8 +17,8 @@ def wide_heads(*models: PreTrainedModel) -> Iterator[None]:
     """
     Context in which LM heads multiply in float32, as the tile loop does ([`~hf_rb.ops.lm_head.lm_head_loss`]).
 
-    In bfloat16 a logit of 20 is rounded to a multiple of 1/8, which a log-probability does not survive. Heads that are no plain
-    `nn.Linear` are left as they are.
+    In bfloat16 a logit of 20 is rounded to a multiple of 1/8, which a log-probability does not survive. Heads that are
+    no plain `nn.Linear` are left as they are.
 
     Args:
         *models ([`~transformers.PreTrainedModel`] or `PeftModel`):

@@ -30,26 +30,28 @@ class RecoverConfig:
     """
     The keys of a recipe for `hf-rb recover`.
 
-    There are problems (`task`, `pool`), text (`train_text`, `eval_text`) or both. Every pair of an objective and a number of examples is
-    trained and measured; the first of each is what the package gets.
+    There are problems (`task`, `pool`), text (`train_text`, `eval_text`) or both. Every pair of an objective and a
+    number of examples is trained and measured; the first of each is what the package gets.
 
     Args:
         model_name_or_path (`str`):
             The model to quantize, which is also the teacher: a folder, a Hub id or an embedded model (`tiny:teacher`).
         output_dir (`str`):
-            Folder for the stages and, in `model`, for the result. A run that was stopped goes on in it, and one whose recipe has changed
-            repeats what that concerns.
+            Folder for the stages and, in `model`, for the result. A run that was stopped goes on in it, and one whose
+            recipe has changed repeats what that concerns.
         quantization_config (`dict`, *optional*):
             `quant_method` and the fields of its config. Defaults to PTQTP as [`PTQTPConfig`] has it.
         baseline (`bool`, *optional*, defaults to `True`):
-            Whether to do the same to the model rounded to 3 bits, group by group, which is what any reader would try first.
+            Whether to do the same to the model rounded to 3 bits, group by group, which is what any reader would try
+            first.
         task (`str`, *optional*):
             Held-out problems whose exact match is measured: `tiny:math`, or a JSON-lines file in the format of GSM8K.
         pool (`str`, *optional*):
-            Other problems, among which what quantization has broken is looked for. Defaults to the training split of an embedded task.
+            Other problems, among which what quantization has broken is looked for. Defaults to the training split of
+            an embedded task.
         eval_text (`str`, *optional*):
-            Held-out text whose perplexity is measured: a text file, a JSON-lines file with the column `text`, or a dataset of the Hub
-            (`NAME:CONFIG`, split `test`). Of it the first 16,384 tokens count.
+            Held-out text whose perplexity is measured: a text file, a JSON-lines file with the column `text`, or a
+            dataset of the Hub (`NAME:CONFIG`, split `test`). Of it the first 16,384 tokens count.
         train_text (`str`, *optional*):
             Text of the same kinds (split `train`), windows of which are the ordinary data of the repair set.
         eval_problems (`int`, *optional*, defaults to `200`), pool_problems (`int`, *optional*, defaults to `1000`):
@@ -59,21 +61,24 @@ class RecoverConfig:
         examples (`list[int]`, *optional*, defaults to `[450]`):
             Budgets: sizes of the repair set. The papers have 332 and 545 examples.
         failing_share (`float`, *optional*, defaults to `0.67`):
-            Part of the repair set that is about problems which quantization has broken, if there are as many. The rest is ordinary
-            data: windows of `train_text`, or else problems of the pool that it has not broken.
+            Part of the repair set that is about problems which quantization has broken, if there are as many. The rest
+            is ordinary data: windows of `train_text`, or else problems of the pool that it has not broken.
         text_tokens (`int`, *optional*, defaults to `256`):
             Tokens of a window of `train_text`.
         objectives (`list[str]`, *optional*, defaults to `["forward_kl"]`):
-            What is trained on the teacher's solutions: `forward_kl`, `akl` or `hpd` towards the teacher's distribution, or plain `sft`.
+            What is trained on the teacher's solutions: `forward_kl`, `akl` or `hpd` towards the teacher's
+            distribution, or plain `sft`.
         cached_teacher (`bool`, *optional*, defaults to `False`):
             Whether the teacher runs once over the repair set, and `forward_kl` and `akl` train without it.
         lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`):
             Rank and scale of the adapter, on all linear layers but the head.
         training (`dict`, *optional*):
-            Fields of [`GKDConfig`] for all runs, such as `learning_rate`, over our defaults: 2e-4, three epochs, batches of 8, cosine.
+            Fields of [`GKDConfig`] for all runs, such as `learning_rate`, over our defaults: 2e-4, three epochs,
+            batches of 8, cosine.
         merge (`bool`, *optional*, defaults to `False`):
-            Whether the package is an ordinary model of the type `dtype` with the adapter merged in, in place of the packed base and its
-            adapter. Merging into packed weights is refused: they would be rounded again, and what the adapter makes up for with them.
+            Whether the package is an ordinary model of the type `dtype` with the adapter merged in, in place of the
+            packed base and its adapter. Merging into packed weights is refused: they would be rounded again, and what
+            the adapter makes up for with them.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type in which the models are measured and trained; `"auto"` is that of the files.
         eval_batch_size (`int`, *optional*, defaults to `64`):
@@ -157,7 +162,10 @@ def recover_rules(config: Any) -> Iterator[str]:
         if number < 1:
             yield f"`examples` cannot have {number}; write 1 or more."
     if config.task is None and config.eval_text is None:
-        yield "there is nothing to measure: write `task: tiny:math` or a file of problems, or `eval_text` and `train_text`."
+        yield (
+            "there is nothing to measure: write `task: tiny:math` or a file of problems, or `eval_text` and "
+            "`train_text`."
+        )
     if config.task and config.pool is None and not config.task.startswith("tiny:"):
         yield f"`task: {config.task}` is held out: write `pool: ...`, a file of other problems to learn from."
     if config.task is None and config.pool is not None:
@@ -166,7 +174,9 @@ def recover_rules(config: Any) -> Iterator[str]:
         yield "`eval_text` is held out: write `train_text: ...`, other text to learn from."
     for name in OWN:
         if name in config.training:
-            yield f"`training` cannot have `{name}`, which the pipeline sets. Remove it, or write the recipe's own key."
+            yield (
+                f"`training` cannot have `{name}`, which the pipeline sets. Remove it, or write the recipe's own key."
+            )
     for name in ("task", "pool"):
         path = getattr(config, name)
         if path and path != "tiny:math" and not Path(path).is_file():

@@ -108,7 +108,8 @@ def compare_failures(problems: Sequence[Mapping[str, Any]], before: ExactMatch, 
     """
     if not len(problems) == before.count == after.count:
         raise ValueError(
-            f"There are {len(problems)} problems and results of {before.count} and {after.count}: solve the same ones with both."
+            f"There are {len(problems)} problems and results of {before.count} and {after.count}: solve the same "
+            "ones with both."
         )
     groups: dict[tuple[bool, bool], list[Answers]] = {}
     for row, first, second, *right in zip(
@@ -124,8 +125,8 @@ def repair_set(
     flipped: Sequence[Any], ordinary: Sequence[Any], size: int, failing_share: float, seed: int
 ) -> tuple[list[Any], list[Any]]:
     """
-    Draws the examples of a repair set without replacement: its share from the failing region, and the rest from ordinary data; where
-    there is less of one, more of the other.
+    Draws the examples of a repair set without replacement: its share from the failing region, and the rest from
+    ordinary data; where there is less of one, more of the other.
 
     Returns:
         `tuple[list, list]`: The two parts, of the same beginning for the same seed whatever the size.
@@ -147,7 +148,9 @@ def problem_rows(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Answers]
 
 
 def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], window: int) -> list[dict[str, list[int]]]:
-    """Returns token ids and labels of the whole windows of texts, which do not overlap and begin as the tokenizer begins a text."""
+    """Returns token ids and labels of the whole windows of texts, which do not overlap and begin as the tokenizer
+    begins a text.
+    """
     rows, added = [], special_tokens(tokenizer)
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -165,8 +168,8 @@ def check_apart(learned: Iterable[str], held_out: Iterable[str], what: str) -> N
     known = set(held_out)
     if common := [text for text in learned if text in known]:
         raise ValueError(
-            f"{len(common)} of the {len(learned)} {what} to learn from are in the evaluation set too, as {common[0][:80]!r}: what "
-            "would be measured is memory. Give others, or take these out."
+            f"{len(common)} of the {len(learned)} {what} to learn from are in the evaluation set too, as "
+            f"{common[0][:80]!r}: what would be measured is memory. Give others, or take these out."
         )
 
 

@@ -40,7 +40,8 @@ class Measured:
     Attributes:
         bytes (`int`): Of all weight files that inference needs, the adapter's too.
         exact_match (`float`, *optional*): Share of the held-out problems that it solves.
-        perplexity (`float`, *optional*): On the held-out text, or else on the worked solutions of the held-out problems.
+        perplexity (`float`, *optional*): On the held-out text, or else on the worked solutions of the held-out
+            problems.
         tokens_per_second (`float`): Greedy decoding of one sequence on this machine.
     """
 
@@ -107,8 +108,8 @@ def load_recovered(
     stored = json.loads((adapter / BASE).read_text(encoding="utf-8"))
     if (found := fingerprint(base)) != stored["sha256"]:
         raise ValueError(
-            f"The adapter in {folder} was trained on weights with the SHA-256 {stored['sha256'][:16]}…, and those in {base} have "
-            f"{found[:16]}…: on them it is noise. Give the base that it was trained on, or train again."
+            f"The adapter in {folder} was trained on weights with the SHA-256 {stored['sha256'][:16]}…, and those in "
+            f"{base} have {found[:16]}…: on them it is noise. Give the base that it was trained on, or train again."
         )
     model, tokenizer = load_model(base, dtype)
     PeftModel.from_pretrained(model, adapter)  # puts its layers into the model itself
@@ -119,7 +120,8 @@ def measure(
     folder: Path, questions: Questions, dtype: str, result: Path, adapter: Path | None = None, pool: bool = False
 ) -> None:
     """
-    Measures a model and writes `measured.json` into the folder `result`; with `pool` its solutions of the pool as well.
+    Measures a model and writes `measured.json` into the folder `result`; with `pool` its solutions of the pool as
+    well.
 
     Args:
         folder (`Path`):
@@ -152,7 +154,9 @@ def measure(
 
 
 def measure_rounded(folder: Path, packed: Path, questions: Questions, dtype: str, result: Path) -> None:
-    """Writes into `result` the perplexity of a model whose layers that are packed in another folder are rounded to 4 bits instead."""
+    """Writes into `result` the perplexity of a model whose layers that are packed in another folder are rounded to 4
+    bits instead.
+    """
     start = time.perf_counter()
     names = packed_weights(load_model(packed, dtype)[0])
     model, tokenizer = load_model(folder, dtype)

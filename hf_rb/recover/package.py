@@ -1,4 +1,6 @@
-"""The folder that is published: packed base, adapter, card and report; or an ordinary model with the adapter merged in."""
+"""The folder that is published: packed base, adapter, card and report; or an ordinary model with the adapter merged
+in.
+"""
 
 import shutil
 from collections.abc import Iterator

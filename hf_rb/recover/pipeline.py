@@ -53,13 +53,14 @@ def recover(config: RecoverConfig, say: Callable[[str], None] = lambda line: Non
             Gets a line about every stage.
 
     Returns:
-        [`RecoverReport`]: the table, also in `model/report.json` and the card. If quantization broke no problem, it says so and there are
-        no recovered rows.
+        [`RecoverReport`]: the table, also in `model/report.json` and the card. If quantization broke no problem, it
+        says so and there are no recovered rows.
 
     Raises:
         FileExistsError: `output_dir` holds something else and `overwrite` is `False`.
         FileNotFoundError: There is no such model, text or file of problems.
-        ValueError: Data to learn from is among the held-out data, the model is quantized already, or its training diverged.
+        ValueError: Data to learn from is among the held-out data, the model is quantized already, or its training
+            diverged.
     """
     return _Pipeline(config, say).run()
 
@@ -166,8 +167,8 @@ class _Pipeline:
             _write_lines(self.output / STAGES / f"{base.name}-failures.jsonl", comparison.rows())
             if not comparison.flipped:
                 self._note(
-                    f"{base.title}: quantization has broken none of the {len(self.questions.pool)} problems of the pool. There is "
-                    "nothing to repair, and nothing was trained."
+                    f"{base.title}: quantization has broken none of the {len(self.questions.pool)} problems of the "
+                    "pool. There is nothing to repair, and nothing was trained."
                 )
                 return None
         else:
@@ -247,7 +248,8 @@ class _Pipeline:
         rest = rest if config.train_text else failures.problem_rows(self.tokenizer, rest)
         if len(failing) + len(rest) < size:
             self._note(
-                f"There are only {len(failing) + len(rest)} of the {size} examples asked for: raise `pool_problems`, or give more text."
+                f"There are only {len(failing) + len(rest)} of the {size} examples asked for: raise `pool_problems`, "
+                "or give more text."
             )
         return failures.problem_rows(self.tokenizer, failing) + rest, len(failing)
 
@@ -265,7 +267,9 @@ class _Pipeline:
 
     @cached_property
     def _special_tokens(self) -> list[list[int]] | None:
-        """What windows of text begin with: an earlier version left it out, so a stage of that version is done again."""
+        """What windows of text begin with: an earlier version left it out, so a stage of that version is done
+        again.
+        """
         head, tail, _ = special_tokens(self.tokenizer)
         return [head, tail] if head or tail else None
 
@@ -291,8 +295,8 @@ class _Pipeline:
             row.regained = (after - worst) / (best - worst)
             if row.regained < 0:
                 self._note(
-                    f"{title} by {row.objective} on {row.examples} examples solves less than without the adapter: do not use it; lower "
-                    "`learning_rate` in `training`, or give more examples."
+                    f"{title} by {row.objective} on {row.examples} examples solves less than without the adapter: do "
+                    "not use it; lower `learning_rate` in `training`, or give more examples."
                 )
         self.report.rows.append(row)
         return row

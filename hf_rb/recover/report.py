@@ -48,7 +48,8 @@ class RecoverReport:
     Attributes:
         task, text (`str`, *optional*): What exact match and perplexity were measured on.
         problems (`int`): Held-out problems.
-        failures (`dict[str, dict]`): Of each quantized model, how many problems of the pool it has broken (see [`Comparison`]).
+        failures (`dict[str, dict]`): Of each quantized model, how many problems of the pool it has broken (see
+            [`Comparison`]).
         rows (`list[Row]`): The table.
         base_sha256 (`str`, *optional*): Fingerprint of the packed weights, which training leaves as they are.
         notes (`list[str]`): What a reader should know.
@@ -73,7 +74,9 @@ class RecoverReport:
         return {"format_version": 1} | asdict(self) | {"quality": quality and quality.to_dict()}
 
     def quality(self) -> Verdict | None:
-        """How much worse the model of the package is than in full precision: the first recovered one, or else the quantized one."""
+        """How much worse the model of the package is than in full precision: the first recovered one, or else the
+        quantized one.
+        """
         if len(self.rows) < 2:
             return None
         return judge(self._result.perplexity, self.rows[0].perplexity, "full precision", self.rounded_perplexity)
@@ -127,7 +130,8 @@ class RecoverReport:
             []
             if before is None or after is None or after >= before
             else [
-                f"Exact match fell from {_percent(before)} to {_percent(after)}, which perplexity need not show: judge by both."
+                f"Exact match fell from {_percent(before)} to {_percent(after)}, which perplexity need not show: "
+                "judge by both."
             ]
         )
         return [str(quality), *fell, *self.notes]

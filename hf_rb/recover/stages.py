@@ -1,4 +1,6 @@
-"""The stages of a long run: each has a folder, and is done again only where something that goes into it has changed."""
+"""The stages of a long run: each has a folder, and is done again only where something that goes into it has
+changed.
+"""
 
 import json
 import shutil
@@ -29,8 +31,9 @@ class Stages:
     """
     Folders of stages below `root`.
 
-    A stage says what goes into it, as JSON. It is complete when `manifest.json`, written last, lists what it has left and all of that is there
-    unchanged. An incomplete one with the same inputs goes on in its folder; one with other inputs begins anew.
+    A stage says what goes into it, as JSON. It is complete when `manifest.json`, written last, lists what it has left
+    and all of that is there unchanged. An incomplete one with the same inputs goes on in its folder; one with other
+    inputs begins anew.
 
     Args:
         root (`Path`):

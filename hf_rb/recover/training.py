@@ -61,7 +61,8 @@ def make_trainer(
         return SFTTrainer(str(base), args, **data)
     if args.teacher_cache is None:
         args.teacher_model_name_or_path = str(teacher)
-        args.teacher_model_init_kwargs = {"dtype": config.dtype} | (args.teacher_model_init_kwargs or {})
+        given: Any = args.teacher_model_init_kwargs or {}  # a string only until the config has read it
+        args.teacher_model_init_kwargs = {"dtype": config.dtype} | given
     return GKDTrainer(str(base), args=args, **data)
 
 

@@ -51,8 +51,8 @@ def build_teacher(
     names = [name for name, value in given.items() if value is not None]
     if not names:
         raise ValueError(
-            "There is no teacher. Set `teacher_model_name_or_path` to a Hub id, a folder or `tiny:teacher`, or with GKD `teacher_cache`; "
-            "or pass `teacher_model`, or `teacher=AdapterOffTeacher()`."
+            "There is no teacher. Set `teacher_model_name_or_path` to a Hub id, a folder or `tiny:teacher`, or with "
+            "GKD `teacher_cache`; or pass `teacher_model`, or `teacher=AdapterOffTeacher()`."
         )
     if len(names) > 1:
         raise ValueError(f"There are several teachers: {', '.join(f'`{name}`' for name in names)}. Keep one of them.")

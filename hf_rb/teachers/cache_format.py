@@ -1,4 +1,5 @@
-"""The files of a teacher cache: what a folder holds, how a sequence is found in it, and what makes a shard unfit to train from.
+"""The files of a teacher cache: what a folder holds, how a sequence is found in it, and what makes a shard unfit to
+train from.
 
 manifest.json            what was captured, and name, size and SHA-256 of every shard
 vocabulary.json          the teacher's tokens, {token: id}
@@ -46,7 +47,8 @@ FORMAT = "hf_rb teacher cache"
 FORMAT_VERSION = 1
 VOCABULARY = "vocabulary.json"
 CACHE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-# How far from 1 rounding may take the sum of the stored probabilities of one prediction: each by half a unit in the last place of its logarithm.
+# How far from 1 rounding may take the sum of the stored probabilities of one prediction: each by half a unit in the
+# last place of its logarithm.
 MASS_TOLERANCE = {"float16": 6e-3, "float32": 1e-4}
 REMEDY = "Capture it again with `hf-rb cache-teacher` and the `--overwrite` flag."
 
@@ -101,7 +103,8 @@ class Identity:
     """What a capture is a capture of. One that was interrupted goes on only where all of it is the same.
 
     Attributes:
-        model, tokenizer, template, data (`str`): SHA-256 of the weights' fingerprint, the vocabulary, the chat template, the data.
+        model, tokenizer, template, data (`str`): SHA-256 of the weights' fingerprint, the vocabulary, the chat
+            template, the data.
         model_name (`str`): What the teacher was loaded as.
         vocabulary (`int`): Leading ids over which the probabilities sum to 1.
         max_length (`int`, *optional*): Where sequences were cut.
@@ -125,7 +128,8 @@ class Identity:
     def __post_init__(self):
         if self.dtype not in CACHE_DTYPES or self.k < 1 or self.vocabulary < 1 or self.temperature != 1:
             raise ValueError(
-                f"no cache has `dtype: {self.dtype}`, `k: {self.k}`, `vocabulary: {self.vocabulary}`, `temperature: {self.temperature}`"
+                f"no cache has `dtype: {self.dtype}`, `k: {self.k}`, `vocabulary: {self.vocabulary}`, `temperature: "
+                f"{self.temperature}`"
             )
 
     @property
@@ -203,7 +207,8 @@ class Manifest:
             raise ValueError(f"{folder} is not a teacher cache: its {MANIFEST} belongs to something else.")
         if contents.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"{path} has format version {contents.get('format_version')}, this hf_rb reads {FORMAT_VERSION}. {REMEDY}"
+                f"{path} has format version {contents.get('format_version')}, this hf_rb reads {FORMAT_VERSION}. "
+                f"{REMEDY}"
             )
         try:
             shards = {int(number): _build(Shard, values) for number, values in contents["shards"].items()}

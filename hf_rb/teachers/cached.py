@@ -37,8 +37,9 @@ class CachedTeacher:
     """
     The teacher's most probable tokens, captured by `hf-rb cache-teacher`.
 
-    A prediction is found by the token ids of its sequence and its place in it, so that shuffling, padding and packing the data
-    otherwise than for the capture does not matter. Cutting the sequences elsewhere or rendering them otherwise does.
+    A prediction is found by the token ids of its sequence and its place in it, so that shuffling, padding and packing
+    the data otherwise than for the capture does not matter. Cutting the sequences elsewhere or rendering them
+    otherwise does.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -60,14 +61,16 @@ class CachedTeacher:
 
         Raises:
             FileNotFoundError: There is no cache in the folder.
-            ValueError: The cache is unfinished, damaged or edited, or was captured for another vocabulary or `max_length`.
+            ValueError: The cache is unfinished, damaged or edited, or was captured for another vocabulary or
+                `max_length`.
         """
         manifest = Manifest.read(self.folder)
         identity = manifest.identity
         if not manifest.is_complete:
             raise ValueError(
-                f"The capture in {self.folder} was interrupted after {len(manifest.shards)} of {manifest.number_of_shards} shards. "
-                "Run the same `hf-rb cache-teacher` command again: it goes on from there."
+                f"The capture in {self.folder} was interrupted after {len(manifest.shards)} of "
+                f"{manifest.number_of_shards} shards. Run the same `hf-rb cache-teacher` command again: it goes on "
+                "from there."
             )
         self._check_student(trainer, identity)
         for shard in tqdm(
@@ -96,18 +99,21 @@ class CachedTeacher:
         shared = shared_vocabulary(tokenizer, json.loads(path.read_bytes()), width, identity.vocabulary)
         if shared < identity.vocabulary:
             raise ValueError(
-                f"The teacher cache in {self.folder} holds probabilities over {identity.vocabulary:,} ids, and this student has "
-                f"{width:,}. Capture it again with this student as `model_name_or_path`."
+                f"The teacher cache in {self.folder} holds probabilities over {identity.vocabulary:,} ids, and this "
+                f"student has {width:,}. Capture it again with this student as `model_name_or_path`."
             )
         max_length = getattr(trainer.args, "max_length", None)
         if max_length != identity.max_length:
             raise ValueError(
-                f"The teacher cache in {self.folder} was captured with `max_length: {identity.max_length}`, and training has "
-                f"`max_length: {max_length}`, which cuts sequences elsewhere. Set the same, or capture again."
+                f"The teacher cache in {self.folder} was captured with `max_length: {identity.max_length}`, and "
+                f"training has `max_length: {max_length}`, which cuts sequences elsewhere. Set the same, or capture "
+                "again."
             )
 
     def _index(self, files: list[str]) -> None:
-        """Keeps, of every sequence in order of its key: the key, its file, and where its predictions start and end there."""
+        """Keeps, of every sequence in order of its key: the key, its file, and where its predictions start and end
+        there.
+        """
         self._files = files
         keys, counts = ([self._open(file).get_tensor(name) for file in files] for name in ("keys", "counts"))
         shards = torch.cat([torch.full_like(part, number) for number, part in enumerate(keys)])
@@ -117,7 +123,8 @@ class CachedTeacher:
 
     def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> CachedLogits:
         """
-        Returns the stored predictions, each a distribution again, which rounding to the stored type has made of it only nearly.
+        Returns the stored predictions, each a distribution again, which rounding to the stored type has made of it
+        only nearly.
 
         Raises:
             ValueError: One of them is not in the cache.
@@ -159,11 +166,12 @@ class CachedTeacher:
         what = f"the sequence of {len(token_ids)} tokens that begins with the ids {beginning}"
         if found:
             return (
-                f"The teacher cache in {self.folder} has {what}, but not all predictions trained on: it was captured with fewer "
-                "labels. Run `hf-rb cache-teacher` with this recipe, its `completion_only_loss` and `assistant_only_loss` included."
+                f"The teacher cache in {self.folder} has {what}, but not all predictions trained on: it was captured "
+                "with fewer labels. Run `hf-rb cache-teacher` with this recipe, its `completion_only_loss` and "
+                "`assistant_only_loss` included."
             )
         template = " The chat template is another one than at the capture." if self._template_differs else ""
         return (
-            f"The teacher cache in {self.folder} does not have {what}.{template} Run `hf-rb cache-teacher` with the data, "
-            "`max_length`, chat template and packing of this recipe."
+            f"The teacher cache in {self.folder} does not have {what}.{template} Run `hf-rb cache-teacher` with the "
+            "data, `max_length`, chat template and packing of this recipe."
         )

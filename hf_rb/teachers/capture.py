@@ -49,8 +49,9 @@ class CacheReport:
         shards, shards_kept (`int`): Shards, and how many of them an earlier, interrupted run had written.
         file_bytes (`int`): Size of all files.
         bytes_per_token (`float`): The same for each prediction.
-        truncation_kl (`float`): Mean KL divergence, in nats, from the teacher to what the cache keeps of it: the stored ids, with
-            the rest of the mass spread evenly over the rest of the vocabulary. The rounding of the log-probabilities is part of it.
+        truncation_kl (`float`): Mean KL divergence, in nats, from the teacher to what the cache keeps of it: the
+            stored ids, with the rest of the mass spread evenly over the rest of the vocabulary. The rounding of the
+            log-probabilities is part of it.
         tail_mass (`float`): Mean probability of the tokens that are not stored.
         seconds (`float`): Time of this run.
     """
@@ -80,8 +81,8 @@ def cache_teacher(
     """
     Captures a trainer's teacher on the trainer's data, so that [`CachedTeacher`] can stand in for it.
 
-    Shards are written one after the other, each in one step. A run that was interrupted goes on behind the last whole one when it
-    is called again with the same arguments.
+    Shards are written one after the other, each in one step. A run that was interrupted goes on behind the last whole
+    one when it is called again with the same arguments.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -104,8 +105,8 @@ def cache_teacher(
 
     Raises:
         FileExistsError: `folder` holds something else, or another cache and `overwrite` is `False`.
-        ValueError: An argument is out of range, the data is streamed, or the teacher is not a local one, gives NaN or lets packed
-            sequences see each other.
+        ValueError: An argument is out of range, the data is streamed, or the teacher is not a local one, gives NaN or
+            lets packed sequences see each other.
 
     Example:
 
@@ -146,12 +147,13 @@ def _check_arguments(trainer: Any, k: int, dtype: str, batch_tokens: int, shard_
     teacher = getattr(trainer, "teacher", None)
     if not isinstance(teacher, LocalTeacher):
         raise ValueError(
-            f"A teacher of type {type(teacher).__name__} cannot be captured. Set `teacher_model_name_or_path` and no `teacher_cache`."
+            f"A teacher of type {type(teacher).__name__} cannot be captured. Set `teacher_model_name_or_path` and no "
+            "`teacher_cache`."
         )
     if trainer.accelerator.num_processes > 1:
         raise ValueError(
-            "The teacher is captured by one process. To use several GPUs, split it over them: `teacher_model_init_kwargs: "
-            "{device_map: auto}`."
+            "The teacher is captured by one process. To use several GPUs, split it over them: "
+            "`teacher_model_init_kwargs: {device_map: auto}`."
         )
 
 
@@ -175,7 +177,9 @@ def _identify(trainer: Any, plan: CapturePlan, k: int, dtype: str, shard_tokens:
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 of every weight's name, type and shape with 256 of its values: another checkpoint differs in some, in seconds."""
+    """SHA-256 of every weight's name, type and shape with 256 of its values: another checkpoint differs in some, in
+    seconds.
+    """
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         values = weight.flatten()[:: max(1, weight.numel() // 256)].float().cpu()
@@ -223,7 +227,10 @@ def _is_ours(name: str) -> bool:
 def _other_cache(folder: Path, found: Identity, wanted: Identity, different: list[str]) -> str:
     name = "model_name" if "model" in different and found.model_name != wanted.model_name else different[0]
     values = f"`{name}: {getattr(found, name)}` where this one has `{name}: {getattr(wanted, name)}`"
-    return f"{folder} holds a teacher cache with {values}. Choose another folder, or pass `--overwrite` to replace the cache."
+    return (
+        f"{folder} holds a teacher cache with {values}. Choose another folder, or pass `--overwrite` to replace the "
+        "cache."
+    )
 
 
 @torch.no_grad()
@@ -249,7 +256,8 @@ def _write_shard(
         top = lm_head_top_k(teacher.hidden, teacher.head, identity.k, labels, identity.vocabulary)
         if not top.entropy.isfinite().all():
             raise ValueError(
-                "The teacher's logits are not numbers (NaN). Load it with another type: `teacher_model_init_kwargs: {dtype: float32}`."
+                "The teacher's logits are not numbers (NaN). Load it with another type: `teacher_model_init_kwargs: "
+                "{dtype: float32}`."
             )
         dtype = CACHE_DTYPES[identity.dtype]
         # A probability of 0 is stored as the smallest there is: exp gives 0 again, and no infinity gets into a loss.
@@ -277,7 +285,9 @@ def _write_shard(
 
 
 def _addresses(batch: dict[str, Any], keep: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Where the predictions of a batch are found again: key and count of every sequence, position of every prediction."""
+    """Where the predictions of a batch are found again: key and count of every sequence, position of every
+    prediction.
+    """
     token_ids, is_kept = batch["input_ids"].flatten().cpu(), pad(keep, (0, 1)).flatten().cpu()
     keys, counts, positions = [], [], []
     for start, stop in Sequences(batch).spans():

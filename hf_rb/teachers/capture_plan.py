@@ -64,12 +64,16 @@ class CapturePlan:
         )
 
     def kept(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Returns the mask `(B, L-1)` of the predictions that are trained on: they have a label, and teacher and student share it."""
+        """Returns the mask `(B, L-1)` of the predictions that are trained on: they have a label, and teacher and
+        student share it.
+        """
         labels = batch["labels"][:, 1:]
         return (labels != -100) & (labels < self._vocabulary)
 
     def check_packing(self, trainer: Any, batch: dict[str, Any]) -> None:
-        """Refuses, at the first packed batch, a teacher that lets packed sequences see each other, as training does."""
+        """Refuses, at the first packed batch, a teacher that lets packed sequences see each other, as training
+        does.
+        """
         if self._is_checked or not is_packed(batch):
             return
         self._is_checked = True

@@ -37,7 +37,9 @@ class _ModelTeacher:
         raise NotImplementedError
 
     def is_head(self) -> bool:
-        """Returns whether the model's logits are its last hidden states through its LM head. See [`~hf_rb.ops.logit_source.LogitSource`]."""
+        """Returns whether the model's logits are its last hidden states through its LM head. See
+        [`~hf_rb.ops.logit_source.LogitSource`].
+        """
         return self._run(self._source.is_head) if self._source.outcome is None else self._source.outcome
 
     def score(self, inputs: Mapping[str, Any], keep: torch.Tensor) -> list[TeacherLogits]:
@@ -73,12 +75,13 @@ class LocalTeacher(_ModelTeacher):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Hub id, folder, embedded model (`tiny:teacher`) or the model itself. It is frozen and put into evaluation mode.
+            Hub id, folder, embedded model (`tiny:teacher`) or the model itself. It is frozen and put into evaluation
+            mode.
         init_kwargs (`dict`, *optional*):
             Keyword arguments of `from_pretrained` when `model` is a name. `dtype` defaults to that of the checkpoint.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The teacher's tokenizer, which must give every id the meaning that the student's gives it. Defaults to the one
-            saved with the model.
+            The teacher's tokenizer, which must give every id the meaning that the student's gives it. Defaults to the
+            one saved with the model.
 
     Raises:
         ValueError: `init_kwargs` for a model that is loaded already.
@@ -96,7 +99,7 @@ class LocalTeacher(_ModelTeacher):
             )
         super().__init__()
         self.model: Any = tiny.resolve(model) if isinstance(model, str) else model  # a name until `prepare`
-        self._init_kwargs = {"dtype": "auto"} | (init_kwargs or {})
+        self._init_kwargs: dict[str, Any] = {"dtype": "auto"} | (init_kwargs or {})
         self.tokenizer = tokenizer
 
     def prepare(self, trainer: Trainer) -> None:
@@ -115,7 +118,7 @@ class LocalTeacher(_ModelTeacher):
         self.vocabulary = self._shared_vocabulary(trainer.processing_class, width_of(student))
         if isinstance(self.model, str):
             # Between processes a model is not split by a device map; the wrapper places it.
-            placement = {"device_map": None} if trainer.accelerator.num_processes > 1 else {}
+            placement: dict[str, Any] = {"device_map": None} if trainer.accelerator.num_processes > 1 else {}
             self.model = compat.create_model_from_path(self.model, **self._init_kwargs | placement)
         self.model.requires_grad_(False).eval()
         if trainer.is_deepspeed_enabled:
@@ -142,17 +145,20 @@ class LocalTeacher(_ModelTeacher):
             )
         if width != student_width:
             raise ValueError(
-                f"The teacher has {width:,} logits, the student {student_width:,}, and no tokenizer is saved with the teacher that "
-                "could tell whether the ids agree. Pass `teacher=LocalTeacher(model, tokenizer=...)`."
+                f"The teacher has {width:,} logits, the student {student_width:,}, and no tokenizer is saved with "
+                "the teacher that could tell whether the ids agree. Pass `teacher=LocalTeacher(model, "
+                "tokenizer=...)`."
             )
         logger.warning(
-            "No tokenizer is saved with the teacher. It is taken to be the student's; pass `teacher=LocalTeacher(model, "
-            "tokenizer=...)` to have the two compared."
+            "No tokenizer is saved with the teacher. It is taken to be the student's; pass "
+            "`teacher=LocalTeacher(model, tokenizer=...)` to have the two compared."
         )
         return width
 
     def measure_leak(self, inputs: Mapping[str, Any]) -> Leak:
-        """Returns how far the model keeps the sequences of a packed batch apart ([`~hf_rb.ops.packing.measure_leak`])."""
+        """Returns how far the model keeps the sequences of a packed batch apart
+        ([`~hf_rb.ops.packing.measure_leak`]).
+        """
         return self._run(lambda model: measure_leak(model, inputs))
 
     @torch.no_grad()
@@ -179,7 +185,8 @@ class AdapterOffTeacher(_ModelTeacher):
         self._student: Any = trainer.accelerator.unwrap_model(trainer.model)
         if not is_peft_model(self._student):
             raise ValueError(
-                "The student has no adapters, so that without them it is its own teacher. Pass a `peft_config`, or another teacher."
+                "The student has no adapters, so that without them it is its own teacher. Pass a `peft_config`, or "
+                "another teacher."
             )
 
     @torch.no_grad()

@@ -16,13 +16,14 @@ class Teacher(Protocol):
     """
     Where the teacher's next-token distributions come from.
 
-    `inputs` is a collated batch with `input_ids` of shape `(B, L)` and `attention_mask` or `position_ids`. `keep` of shape
-    `(B, L-1)` is true at t where the prediction of token t + 1 is trained on; N is the number of such tokens, and what comes back
-    has them in row-major order. Nothing has a gradient.
+    `inputs` is a collated batch with `input_ids` of shape `(B, L)` and `attention_mask` or `position_ids`. `keep` of
+    shape `(B, L-1)` is true at t where the prediction of token t + 1 is trained on; N is the number of such tokens,
+    and what comes back has them in row-major order. Nothing has a gradient.
 
     Attributes:
         vocabulary (`int`, *optional*):
-            Number of leading ids that teacher and student share; `None` stands for all the student has. Known after `prepare`.
+            Number of leading ids that teacher and student share; `None` stands for all the student has. Known after
+            `prepare`.
     """
 
     vocabulary: int | None

@@ -46,15 +46,15 @@ class Comparison:
 
 def audit(trainer: Any, batches: int = 2, captured: LocalTeacher | None = None) -> list[Comparison]:
     """
-    Compares the paths of a trainer on batches of its training data: the loss as the trainer computes it, in small tiles, one
-    sequence at a time, with more padding, and for packed batches unpacked. Last comes a student that is its own teacher and
-    reference, whose loss and gradient must be zero (HPD has no such case, and is left out).
+    Compares the paths of a trainer on batches of its training data: the loss as the trainer computes it, in small
+    tiles, one sequence at a time, with more padding, and for packed batches unpacked. Last comes a student that is its
+    own teacher and reference, whose loss and gradient must be zero (HPD has no such case, and is left out).
 
-    Of a cached teacher, the reference is the formulas on what the cache holds. With the model that was `captured`, prepared, a
-    cache of all its tokens is made for the same batches, and compared with the formulas on its logits.
+    Of a cached teacher, the reference is the formulas on what the cache holds. With the model that was `captured`,
+    prepared, a cache of all its tokens is made for the same batches, and compared with the formulas on its logits.
 
-    The trainer's model keeps its weights; dropout is switched off. The load-balancing loss of a mixture of experts does not add up
-    over sequences: it is compared by itself, on whole batches, with the weight 1.
+    The trainer's model keeps its weights; dropout is switched off. The load-balancing loss of a mixture of experts
+    does not add up over sequences: it is compared by itself, on whole batches, with the weight 1.
 
     Args:
         trainer ([`DistillationTrainer`] or [`GKDTrainer`]):
@@ -283,7 +283,9 @@ class _CachedPaths(_GkdPaths):
 
 
 def _on_events(logits: torch.Tensor, events: lm_head.CachedLogits) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the log-probabilities of student and teacher for each of a cache's events: its ids, and all others together."""
+    """Returns the log-probabilities of student and teacher for each of a cache's events: its ids, and all others
+    together.
+    """
     log_q, ids = logits.float().log_softmax(-1), events.ids.long()
     known = log_q.gather(-1, ids)
     if ids.shape[-1] == log_q.shape[-1]:

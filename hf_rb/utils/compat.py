@@ -1,12 +1,13 @@
 """The one door to names of TRL, transformers and PEFT that are private, experimental or likely to move.
 
-`from hf_rb.utils import compat` and use `compat.<name>`: the name is looked up in `TABLE` and imported on first use, so that
-importing this module costs nothing. Private attributes of objects that these libraries make are used where they are, and listed in
-`ATTRIBUTES`. A name that is gone raises one `ImportError` that says which library moved it, the version that is installed and the
-versions we tested.
+`from hf_rb.utils import compat` and use `compat.<name>`: the name is looked up in `TABLE` and imported on first use,
+so that importing this module costs nothing. Private attributes of objects that these libraries make are used where
+they are, and listed in `ATTRIBUTES`. A name that is gone raises one `ImportError` that says which library moved it,
+the version that is installed and the versions we tested.
 
-`hf-rb doctor` and `tests/test_compat.py` check each name of both tables by behaviour (hf_rb/scripts/doctor/behaviours). The block for
-type checkers imports every name of `TABLE` that is an attribute of this module.
+`hf-rb doctor` and `tests/test_compat.py` check each name of both tables by behaviour
+(hf_rb/scripts/doctor/behaviours). The block for type checkers imports every name of `TABLE` that is an attribute of
+this module.
 """
 
 from importlib import import_module, metadata
@@ -106,7 +107,8 @@ class Entry(NamedTuple):
     Attributes:
         module (`str`): Module to import.
         attribute (`str`): Attribute path inside the module, dots allowed (`"GRPOTrainer._compute_loss"`).
-        parameters (`tuple[str, ...]`): For a callable, the parameters we pass by name or rely on. Checked by the tests.
+        parameters (`tuple[str, ...]`): For a callable, the parameters we pass by name or rely on. Checked by the
+            tests.
     """
 
     module: str
@@ -123,7 +125,8 @@ TABLE: dict[str, Entry] = {
     "AUTO_QUANTIZATION_CONFIG_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING"),
     "AUTO_QUANTIZER_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZER_MAPPING"),
     "LOADING_ATTRIBUTES_CONFIG_TYPES": Entry("transformers.quantizers.auto", "LOADING_ATTRIBUTES_CONFIG_TYPES"),
-    # Where transformers looks up what a model of a class may return besides its output (hf_rb/models/mpi/conversion.py).
+    # Where transformers looks up what a model of a class may return besides its output
+    # (hf_rb/models/mpi/conversion.py).
     "CAN_RECORD_REGISTRY": Entry("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"),
     # Where a model type is registered (hf_rb/integrations/registration.py).
     "CONFIG_MAPPING": Entry("transformers.models.auto.configuration_auto", "CONFIG_MAPPING"),
@@ -183,12 +186,14 @@ TABLE: dict[str, Entry] = {
         "rotate_checkpoints",
         ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
     ),
-    # How a model that is not trained is loaded and placed, and run under its wrapper (hf_rb/teachers, hf_rb/ops/backbone.py).
+    # How a model that is not trained is loaded and placed, and run under its wrapper (hf_rb/teachers,
+    # hf_rb/ops/backbone.py).
     "ForwardRedirection": Entry("trl.models.utils", "_ForwardRedirection"),
     "create_model_from_path": Entry("trl.trainer.utils", "create_model_from_path", ("model_id",)),
     "maybe_gather_lm_head_ctx": Entry("trl.trainer.utils", "maybe_gather_lm_head_ctx"),
     "prepare_deepspeed": Entry("trl.models", "prepare_deepspeed", ("model", "accelerator")),
-    # Where an adapter is made and merged, and the one for parameters (hf_rb/integrations/registration.py, hf_rb/quantizers/loading/adapters.py).
+    # Where an adapter is made and merged, and the one for parameters (hf_rb/integrations/registration.py,
+    # hf_rb/quantizers/loading/adapters.py).
     "BaseTuner._check_merge_allowed": Entry("peft.tuners.tuners_utils", "BaseTuner._check_merge_allowed"),
     "BaseTuner._check_target_module_compatiblity": Entry(
         "peft.tuners.tuners_utils",
@@ -306,12 +311,17 @@ def cache_of(output: Any) -> dict[str, Any]:
 
 
 def native_adapters_problem() -> str | None:
-    """Returns why transformers will not have an adapter added to a model, loaded or saved with the installed PEFT, or `None`."""
+    """Returns why transformers will not have an adapter added to a model, loaded or saved with the installed PEFT, or
+    `None`.
+    """
     # transformers asks for a PEFT of its own choice, which may not be released yet.
     wanted, installed = resolve("MIN_PEFT_VERSION"), metadata.version("peft")
     if release_of(installed) >= release_of(wanted):
         return None
-    return f"transformers {metadata.version('transformers')} takes adapters from peft {wanted} on; peft {installed} is installed."
+    return (
+        f"transformers {metadata.version('transformers')} takes adapters from peft {wanted} on; peft {installed} is "
+        "installed."
+    )
 
 
 def resolve(name: str) -> Any:
@@ -336,8 +346,8 @@ def resolve(name: str) -> Any:
                 f"hf_rb needs `{entry.module}.{entry.attribute}`, and {entry.library} needs {absent}."
             ) from error
         raise ImportError(
-            f"hf_rb needs `{entry.module}.{entry.attribute}`, which {entry.library} {installed} does not have. hf_rb is "
-            f"tested with {entry.library} {TESTED.get(entry.library, '?')}; install that version or a newer hf_rb."
+            f"hf_rb needs `{entry.module}.{entry.attribute}`, which {entry.library} {installed} does not have. hf_rb "
+            f"is tested with {entry.library} {TESTED.get(entry.library, '?')}; install that version or a newer hf_rb."
         ) from error
     return value
 

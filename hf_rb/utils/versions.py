@@ -1,4 +1,6 @@
-"""The ranges of versions of the libraries whose private names we touch, and one sentence where one is outside. Standard library only."""
+"""The ranges of versions of the libraries whose private names we touch, and one sentence where one is outside.
+Standard library only.
+"""
 
 import re
 from importlib import metadata
@@ -19,7 +21,8 @@ class UnsupportedVersion(ImportError):
 
 
 def check_versions() -> None:
-    """Raises one sentence about all libraries of `RANGES` that are missing or outside their range; imports none of them.
+    """Raises one sentence about all libraries of `RANGES` that are missing or outside their range; imports none of
+    them.
 
     Raises:
         UnsupportedVersion: With the ranges, what is installed, and the command that mends it.

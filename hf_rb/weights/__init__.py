@@ -1,4 +1,6 @@
-"""Models made from models, without training: interpolation, Shadow-FT's graft and Timber, file by file over safetensors."""
+"""Models made from models, without training: interpolation, Shadow-FT's graft and Timber, file by file over
+safetensors.
+"""
 
 from typing import TYPE_CHECKING
 

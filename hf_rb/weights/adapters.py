@@ -1,12 +1,12 @@
 """LoRA adapters as deltas: which of them may move to another model, and sums of them.
 
-The delta of a module is  s B A  with A `(r, in)`, B `(out, r)` and s = alpha / r (rank-stabilized: alpha / sqrt(r)). The sum of several is
-again an adapter, exactly, by concatenation:
+The delta of a module is  s B A  with A `(r, in)`, B `(out, r)` and s = alpha / r (rank-stabilized: alpha / sqrt(r)).
+The sum of several is again an adapter, exactly, by concatenation:
 
     sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] [A_1; A_2; ...]
 
-of a rank that is the sum of theirs, or nearly, by the singular value decomposition, of any rank. Adding the As and the Bs by themselves is
-another thing, with cross terms.
+of a rank that is the sum of theirs, or nearly, by the singular value decomposition, of any rank. Adding the As and the
+Bs by themselves is another thing, with cross terms.
 """
 
 import json
@@ -37,23 +37,26 @@ __all__ = ["Adapter", "adapter_problems", "combine_adapters", "factor_svd", "is_
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What an adapter may say without depending on the weights of the model that it was trained on. Its delta is s B A whatever these are.
+# What an adapter may say without depending on the weights of the model that it was trained on. Its delta is s B A
+# whatever these are.
 HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora", "velora_config",
 }  # fmt: skip
 # Initializations with a zero delta: the base model's weights stay what they were.
 ZERO_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 REASONS = {
     "use_dora": "DoRA scales the weights of the model it was trained on; its delta is another one on another model",
     "modules_to_save": "`modules_to_save` holds whole modules of Base, which would replace those of the other model",
-    "trainable_token_indices": "`trainable_token_indices` holds whole rows of Base's embeddings, which would replace the other model's",
+    "trainable_token_indices": "`trainable_token_indices` holds whole rows of Base's embeddings, which would replace "
+    "the other model's",
     "lora_bias": "`lora_bias` trains biases too, for which a merged weight has no place",
     "layer_replication": "`layer_replication` makes a model of other layers",
-    "target_parameters": "`target_parameters` adapts parameters such as fused experts, whose files have other names; merge it in memory with "
-    "`PeftModel.from_pretrained(...).merge_and_unload()`",
+    "target_parameters": "`target_parameters` adapts parameters such as fused experts, whose files have other names; "
+    "merge it in memory with `PeftModel.from_pretrained(...).merge_and_unload()`",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only and cannot be merged",
 }
 REMEDY = "Train a plain LoRA (`init_lora_weights: true`), or tune all weights and graft their delta."
@@ -66,7 +69,8 @@ def is_adapter(folder: Path) -> bool:
 
 def adapter_problems(config: Mapping[str, Any], names: Sequence[str] = ()) -> list[str]:
     """
-    Returns why an adapter means another delta on another model, or cannot be added to weights at all; empty if it is a plain LoRA.
+    Returns why an adapter means another delta on another model, or cannot be added to weights at all; empty if it is a
+    plain LoRA.
 
     Args:
         config (`Mapping`):
@@ -80,8 +84,9 @@ def adapter_problems(config: Mapping[str, Any], names: Sequence[str] = ()) -> li
     start = config.get("init_lora_weights", True)
     if start not in ZERO_STARTS:
         problems.append(
-            f"it began as {start!r}, which changes the weights of Base before training: on another model it changes something without any "
-            "training. Save it with `path_initial_model_for_weight_conversion` to get a plain one"
+            f"it began as {start!r}, which changes the weights of Base before training: on another model it changes "
+            "something without any training. Save it with `path_initial_model_for_weight_conversion` to get a plain "
+            "one"
         )
     if config.get("bias", "none") != "none":
         problems.append(
@@ -168,21 +173,24 @@ class Adapter:
         names = {module: name for module, name in found.items() if name is not None}
         if missing := [f"{module}.weight" for module in self.modules if module not in names]:
             raise ValueError(
-                f"The adapter {self.name} adapts {some(missing)}, which {source.role} ({source.name}) does not have in its files."
+                f"The adapter {self.name} adapts {some(missing)}, which {source.role} ({source.name}) does not have "
+                "in its files."
             )
         for module, name in names.items():
             a, b = (self.entries[f"{PREFIX}{module}.lora_{factor}.weight"].shape for factor in "AB")
             shape = (a[1], b[0]) if self.config.get("fan_in_fan_out") else (b[0], a[1])
             if source.entries[name].shape != shape:
                 raise ValueError(
-                    f"{name} has the shape {source.entries[name].shape} in {source.role} ({source.name}) and {shape} in the adapter."
+                    f"{name} has the shape {source.entries[name].shape} in {source.role} ({source.name}) and {shape} "
+                    "in the adapter."
                 )
         return {name: module for module, name in names.items()}
 
 
 def factor_svd(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Returns U, S and V of `b @ a` = U diag(S) V^T in float64, without the product: by QR of both factors and an SVD of rank r.
+    Returns U, S and V of `b @ a` = U diag(S) V^T in float64, without the product: by QR of both factors and an SVD of
+    rank r.
 
     Args:
         a (`torch.Tensor` of shape `(r, in)`), b (`torch.Tensor` of shape `(out, r)`):
@@ -206,7 +214,8 @@ def combine_adapters(
     overwrite: bool = False,
 ) -> MergeReport:
     """
-    Writes the weighted sum of LoRA adapters of one base model as an adapter: exact by concatenation, or of a given rank.
+    Writes the weighted sum of LoRA adapters of one base model as an adapter: exact by concatenation, or of a given
+    rank.
 
     With the weights 1 - lambda and lambda it is what interpolating the two merged models would give.
 
@@ -236,7 +245,8 @@ def combine_adapters(
     bases = {adapter.config.get("base_model_name_or_path") for adapter in opened}
     if len(bases) > 1:
         raise ValueError(
-            f"The adapters are of different models: {', '.join(sorted(map(str, bases)))}. Their deltas cannot be added."
+            f"The adapters are of different models: {', '.join(sorted(map(str, bases)))}. Their deltas cannot be "
+            "added."
         )
     layouts = {bool(adapter.config.get("fan_in_fan_out")) for adapter in opened}
     if len(layouts) > 1:

@@ -20,14 +20,16 @@ __all__ = ["GraftCallback"]
 
 class GraftCallback(TrainerCallback):
     """
-    Saves the tuned Base model, or its adapter, when training ends, and writes the Instruct model with the delta beside it.
+    Saves the tuned Base model, or its adapter, when training ends, and writes the Instruct model with the delta beside
+    it.
 
-    It works on the saved files, so that sharded training needs nothing of its own. What could go wrong with the two models or the
-    adapter is found when the callback is made, before training.
+    It works on the saved files, so that sharded training needs nothing of its own. What could go wrong with the two
+    models or the adapter is found when the callback is made, before training.
 
     Args:
         trainer ([`~transformers.Trainer`]):
-            The trainer of the Base model. Train in float32 or mixed precision: in 16-bit weights the delta itself is rounded.
+            The trainer of the Base model. Train in float32 or mixed precision: in 16-bit weights the delta itself is
+            rounded.
         onto (`str` or `Path`):
             The Instruct model: an embedded model, a folder or a Hub id.
         destination (`str` or `Path`, *optional*):

@@ -1,12 +1,13 @@
-"""Writes a checkpoint that is made from several, piece by piece: no model is built, and no tensor is in memory as a whole.
+"""Writes a checkpoint that is made from several, piece by piece: no model is built, and no tensor is in memory as a
+whole.
 
-One of the models receives: the result has its tensors, their names, shapes and files. An [`Operation`] says for one tensor
-how its pieces become those of the result, or of several results at a time, one for each lambda of a sweep.
+One of the models receives: the result has its tensors, their names, shapes and files. An [`Operation`] says for one
+tensor how its pieces become those of the result, or of several results at a time, one for each lambda of a sweep.
 
-Every file is written from its beginning to its end, so that its length says how far the work has come. Beside the destination
-lies `.NAME.partial` with the state (see `hf_rb.io.resumable`), the folder `model` that becomes the destination, and
-`journal.jsonl`: a line every 64 MB or 10 seconds, written after the files are on disk, with how many tensors of which file are
-complete and what they measured. A run that was killed goes on behind the last line.
+Every file is written from its beginning to its end, so that its length says how far the work has come. Beside the
+destination lies `.NAME.partial` with the state (see `hf_rb.io.resumable`), the folder `model` that becomes the
+destination, and `journal.jsonl`: a line every 64 MB or 10 seconds, written after the files are on disk, with how many
+tensors of which file are complete and what they measured. A run that was killed goes on behind the last line.
 """
 
 import json
@@ -52,8 +53,8 @@ def merge(operation: Operation, sources: Sequence[Source], destination: str | Pa
 
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
-        ValueError: The models do not fit together, a weight is NaN or infinite, the destination holds one of the models,
-            or the unfinished work beside it is another one.
+        ValueError: The models do not fit together, a weight is NaN or infinite, the destination holds one of the
+            models, or the unfinished work beside it is another one.
     """
     started = time.monotonic()
     destination = Path(destination).resolve()

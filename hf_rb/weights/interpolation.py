@@ -2,9 +2,9 @@
 
     W(lambda) = lambda W_end + (1 - lambda) W_start
 
-With an Instruct model as the start and a Thinking model as the end, a larger lambda thinks longer and more often. It is task arithmetic
-with the weights 1 - lambda and lambda whatever the base, which cancels, and WiSE-FT if start and end are a model before
-and after its fine-tuning.
+With an Instruct model as the start and a Thinking model as the end, a larger lambda thinks longer and more often. It
+is task arithmetic with the weights 1 - lambda and lambda whatever the base, which cancels, and WiSE-FT if start and
+end are a model before and after its fine-tuning.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,8 @@ __all__ = ["interpolate", "interpolate_tensors"]
 
 def interpolate_tensors(start: Tensor, end: Tensor, lam: float) -> Tensor:
     """
-    Returns `lam * end + (1 - lam) * start`, and exactly `start` at 0, exactly `end` at 1 and wherever the two are equal.
+    Returns `lam * end + (1 - lam) * start`, and exactly `start` at 0, exactly `end` at 1 and wherever the two are
+    equal.
 
     Args:
         start, end (`torch.Tensor` of one shape):
@@ -62,8 +63,8 @@ def interpolate(
     """
     Writes models between two models, with the memory of a few pieces of a tensor: in float32, rounded once.
 
-    The folder appears at `destination` in one step when it is complete. Until then the work lies beside it in a hidden folder,
-    from which the same call goes on after it was interrupted or killed.
+    The folder appears at `destination` in one step when it is complete. Until then the work lies beside it in a hidden
+    folder, from which the same call goes on after it was interrupted or killed.
 
     Args:
         start, end (`str` or `Path`):
@@ -75,15 +76,16 @@ def interpolate(
         rules (`dict`, *optional*):
             Other lambdas for some tensors, by pattern (see `hf_rb.weights.patterns`); the first one that fits holds.
         rank (`int`, *optional*):
-            Of two LoRA adapters, the rank of the result; by default both in one, which is exact (see [`combine_adapters`]).
+            Of two LoRA adapters, the rank of the result; by default both in one, which is exact (see
+            [`combine_adapters`]).
         include (`str`, *optional*, defaults to `"all"`):
             Pattern of the tensors to interpolate; the others are the start's.
         files_from (`str`, *optional*):
-            `"start"` or `"end"`: whose configuration, tokenizer, chat template and generation config the result gets. Must be
-            said where they differ.
+            `"start"` or `"end"`: whose configuration, tokenizer, chat template and generation config the result gets.
+            Must be said where they differ.
         mismatch (`str`, *optional*, defaults to `"refuse"`):
-            What happens to tensors that one model lacks or that have other shapes, and to embeddings of another vocabulary:
-            `"refuse"` them, or `"skip"` them, which keeps the start's.
+            What happens to tensors that one model lacks or that have other shapes, and to embeddings of another
+            vocabulary: `"refuse"` them, or `"skip"` them, which keeps the start's.
         extrapolate (`bool`, *optional*, defaults to `False`):
             Whether lambdas outside [0, 1] are meant.
         dtype (`str`, *optional*):
@@ -101,8 +103,8 @@ def interpolate(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model, or a shard is missing.
-        ValueError: The models do not fit together, a lambda is out of range, a pattern means nothing, a weight is NaN, or the
-            unfinished work is another one.
+        ValueError: The models do not fit together, a lambda is out of range, a pattern means nothing, a weight is NaN,
+            or the unfinished work is another one.
     """
     folders = [find_model(str(name), adapter=True) for name in (start, end)]
     if any(map(is_adapter, folders)):

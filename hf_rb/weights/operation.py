@@ -1,11 +1,13 @@
-"""What is done to one tensor of a merge. A method is a subclass of [`Operation`], which [`~hf_rb.weights.engine.merge`] runs.
+"""What is done to one tensor of a merge. A method is a subclass of [`Operation`], which
+[`~hf_rb.weights.engine.merge`] runs.
 
 An operation that averages two models, as a worked example:
 
 ```python
 class Average(Operation):
     method = "interpolation"  # key in `hf_rb.hub.METHODS`: what the card says, and its paper
-    files_from = ("one", "other")  # roles: the user says which model gives configuration and tokenizer, where they differ
+    # roles: the user says which model gives configuration and tokenizer, where they differ
+    files_from = ("one", "other")
 
     def pieces(self, job):
         other = job.others["other"]  # the receiving model's tensor is `job.entry`
@@ -17,12 +19,12 @@ class Average(Operation):
 report = merge(Average(), [Source("one", "a"), Source("other", "b")], "average", Options(include="linear"))
 ```
 
-The first source receives: its tensors, names, shapes and files are those of the result. The engine calls `pieces` for every tensor
-that `include` selects and that both models have, writes the results in the order in which they come, adds up their `sums` and
-takes the root. An operation that makes several results at a time sets `sweep` to their lambdas and yields as many results in each
-piece. One that yields several rows of the report for a tensor, for instance one for each expert of a stack, ends each with
-`Piece.row`. `keeps` copies tensors that the method cannot treat, `dtype` widens the result, and `options` and `notes` go into the
-report.
+The first source receives: its tensors, names, shapes and files are those of the result. The engine calls `pieces` for
+every tensor that `include` selects and that both models have, writes the results in the order in which they come, adds
+up their `sums` and takes the root. An operation that makes several results at a time sets `sweep` to their lambdas and
+yields as many results in each piece. One that yields several rows of the report for a tensor, for instance one for
+each expert of a stack, ends each with `Piece.row`. `keeps` copies tensors that the method cannot treat, `dtype` widens
+the result, and `options` and `notes` go into the report.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,8 +74,8 @@ class Job:
 class Piece:
     """A flat piece of each result, rounded to the job's type, with what was measured on it.
 
-    `sums` are added up over the pieces of a tensor. `row` ends a row of the report: the name it gets, behind the tensor's, and values that are
-    no sums.
+    `sums` are added up over the pieces of a tensor. `row` ends a row of the report: the name it gets, behind the
+    tensor's, and values that are no sums.
     """
 
     results: Sequence[Tensor]
@@ -87,7 +89,8 @@ class Operation:
 
     Attributes:
         method (`str`): Key in `hf_rb.hub.METHODS`.
-        files_from (`tuple[str, ...]`): Roles of the models whose configuration, tokenizer and so on the result may get.
+        files_from (`tuple[str, ...]`): Roles of the models whose configuration, tokenizer and so on the result may
+            get.
         sweep (`tuple[float, ...]`, *optional*): The lambdas of several results; `None` for one result.
     """
 
@@ -151,14 +154,16 @@ def check_lambdas(lam: float | Sequence[float], extrapolate: bool) -> tuple[floa
             raise ValueError(f"lambda is {value}; write a number in [0, 1].")
         if not (extrapolate or 0 <= value <= 1):
             raise ValueError(
-                f"lambda is {value}, which is outside [0, 1] and extrapolates. Write a value in [0, 1], or say that it is "
-                "meant with `extrapolate=True` (`--extrapolate`)."
+                f"lambda is {value}, which is outside [0, 1] and extrapolates. Write a value in [0, 1], or say that "
+                "it is meant with `extrapolate=True` (`--extrapolate`)."
             )
     return lams
 
 
 def pieces(*entries: Entry) -> Iterator[tuple[Tensor, ...]]:
-    """Yields the same flat piece of several tensors in float32 (float64 stays), after having looked for NaN and infinity."""
+    """Yields the same flat piece of several tensors in float32 (float64 stays), after having looked for NaN and
+    infinity.
+    """
     dtype = torch.float64 if any(entry.dtype == torch.float64 for entry in entries) else torch.float32
     for parts in zip(*(entry.chunks(dtype, ELEMENTS) for entry in entries), strict=True):
         for entry, part in zip(entries, parts, strict=True):

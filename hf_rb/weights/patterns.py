@@ -3,7 +3,8 @@
 | pattern | tensors |
 |---|---|
 | `all` | every one |
-| `linear` | projections of attention and MLP, by the names that Shadow-FT's code looks for, their biases and fused forms too |
+| `linear` | projections of attention and MLP, by the names that Shadow-FT's code looks for, their biases and fused
+forms too |
 | `attn`, `mlp`, `embed`, `head`, `norm`, `router` | by their usual names |
 | `layers:A-B` | layers A to B, counted from 0, both included; `layers:A` is one |
 | anything else | a regular expression that is found in the name |
@@ -60,7 +61,7 @@ def select(pattern: str, names: Iterable[str]) -> set[str]:
     found = {name for name in names if match(name)}
     if not found:
         raise ValueError(
-            f"{pattern!r} means none of the {len(names)} tensors ({', '.join(names[:3])}, …). Write a regular expression that is "
-            f"found in their names, layers:A-B, or one of {', '.join(WORDS)}."
+            f"{pattern!r} means none of the {len(names)} tensors ({', '.join(names[:3])}, …). Write a regular "
+            f"expression that is found in their names, layers:A-B, or one of {', '.join(WORDS)}."
         )
     return found

@@ -46,7 +46,9 @@ class MergePlan:
         self._check_loading()
 
     def _refuse(self, problem: str, remedy: str, other: Source | None = None) -> None:
-        """Raises, or notes the problem; `other` is a model in which the receiving one does not find its tensors, or the other way round."""
+        """Raises, or notes the problem; `other` is a model in which the receiving one does not find its tensors, or
+        the other way round.
+        """
         if self.options.mismatch == "refuse":
             raise ValueError(other and difference(self.receiver, other) or f"{problem}. {remedy}")
         self.notes.append(f"{problem}.")
@@ -57,7 +59,8 @@ class MergePlan:
             if (theirs := other.config.get("model_type")) != ours.get("model_type"):
                 self._refuse(
                     f"{self.receiver.role} is a {ours.get('model_type')} model and {other.role} a {theirs} model",
-                    'Give models of one architecture, or `mismatch="skip"` (`--mismatch skip`) to merge the tensors that fit.',
+                    'Give models of one architecture, or `mismatch="skip"` (`--mismatch skip`) to merge the tensors '
+                    "that fit.",
                 )
 
     def _give_head(self) -> None:
@@ -69,8 +72,8 @@ class MergePlan:
                     self.receiver.untie(name)
                     self.untied = True
                     self.notes.append(
-                        f"{self.receiver.role} ties its head to the embedding, {other.role} does not: the result has {name} for a head of "
-                        f"its own, and {self.receiver.role} puts {ours} into it."
+                        f"{self.receiver.role} ties its head to the embedding, {other.role} does not: the result has "
+                        f"{name} for a head of its own, and {self.receiver.role} puts {ours} into it."
                     )
 
     def _extra(self) -> list[str]:
@@ -82,8 +85,8 @@ class MergePlan:
             if names:
                 self._refuse(
                     f"{self.receiver.role} has no {some(names)}, which {other.role} has",
-                    'Give models of one shape, choose tensors with `include` (`--include`), or leave these out with `mismatch="skip"` '
-                    "(`--mismatch skip`).",
+                    "Give models of one shape, choose tensors with `include` (`--include`), or leave these out with "
+                    '`mismatch="skip"` (`--mismatch skip`).',
                     other,
                 )
             extra += names
@@ -101,8 +104,8 @@ class MergePlan:
         if vocabulary and embeddings:
             self._refuse(
                 vocabulary,
-                'Their rows would mix different tokens. Give models with one tokenizer, or `mismatch="skip"` (`--mismatch skip`) to keep '
-                f"the embeddings of {self.receiver.role}.",
+                "Their rows would mix different tokens. Give models with one tokenizer, or "
+                f'`mismatch="skip"` (`--mismatch skip`) to keep the embeddings of {self.receiver.role}.',
             )
             kept |= dict.fromkeys(embeddings, "another vocabulary")
         for other in self.others:
@@ -124,8 +127,8 @@ class MergePlan:
             if shapes:
                 name = next(iter(shapes))
                 self._refuse(
-                    f"{some([*shapes])} differs in shape: {self.receiver.entries[name].shape} in {self.receiver.role}, "
-                    f"{shapes[name]} in {other.role}",
+                    f"{some([*shapes])} differs in shape: {self.receiver.entries[name].shape} in "
+                    f"{self.receiver.role}, {shapes[name]} in {other.role}",
                     padding(self.receiver, other, name)
                     or 'Give models of one shape, or keep what differs with `mismatch="skip"` (`--mismatch skip`).',
                 )
@@ -165,15 +168,15 @@ class MergePlan:
             raise ValueError(f"`files_from` cannot be {chosen!r}; write {' or '.join(map(repr, choices))}.")
         if chosen is None and (different := self._different_files()):
             raise ValueError(
-                f"{' and '.join(choices)} have different {', '.join(different)}. Say whose configuration, tokenizer, chat template "
-                f'and generation config the result gets: `files_from="{choices[-1]}"` (`--files-from {choices[-1]}`) or '
-                f"`{choices[0]}`."
+                f"{' and '.join(choices)} have different {', '.join(different)}. Say whose configuration, tokenizer, "
+                "chat template and generation config the result gets: "
+                f'`files_from="{choices[-1]}"` (`--files-from {choices[-1]}`) or `{choices[0]}`.'
             )
         chosen = chosen or choices[0]
         if self.skipped and chosen != roles[0]:
             raise ValueError(
-                f"The result has the shapes of {roles[0]}, since tensors that do not fit are skipped; it cannot have the files of "
-                f'{chosen}. Write `files_from="{roles[0]}"` (`--files-from {roles[0]}`).'
+                f"The result has the shapes of {roles[0]}, since tensors that do not fit are skipped; it cannot have "
+                f'the files of {chosen}. Write `files_from="{roles[0]}"` (`--files-from {roles[0]}`).'
             )
         return chosen
 
@@ -189,7 +192,9 @@ class MergePlan:
         return (["config.json"] if configs[0] != configs[1] else []) + different
 
     def _check_loading(self) -> None:
-        """Refuses a result that lacks a parameter: where no model has its configuration and its tensors, transformers is asked."""
+        """Refuses a result that lacks a parameter: where no model has its configuration and its tensors, transformers
+        is asked.
+        """
         config = self.config(untied=self.untied)
         for source in self.sources:
             alike = _telling(source.config) == _telling(config)
@@ -197,9 +202,10 @@ class MergePlan:
                 return
         if problem := loading_problem(config, self.receiver.entries):
             raise ValueError(
-                f"The result, with the tensors of {self.receiver.role} and the configuration of {self.files_from}, would be no whole model: "
-                f'{problem}. Write `files_from="{self.receiver.role}"` (`--files-from {self.receiver.role}`), or save both models with one '
-                "version of transformers (`save_pretrained`)."
+                f"The result, with the tensors of {self.receiver.role} and the configuration of {self.files_from}, "
+                f"would be no whole model: {problem}. Write "
+                f'`files_from="{self.receiver.role}"` (`--files-from {self.receiver.role}`), or save both models '
+                "with one version of transformers (`save_pretrained`)."
             )
 
     def state(self) -> dict[str, dict[str, Any]]:
@@ -224,7 +230,9 @@ class MergePlan:
         }
 
     def config(self, untied: bool) -> dict[str, Any]:
-        """The configuration of the result, which ties its head as the receiving model does unless it holds a head of its own."""
+        """The configuration of the result, which ties its head as the receiving model does unless it holds a head of
+        its own.
+        """
         counts = Counter()
         for job in (job for jobs in self.shards for job in jobs if job.dtype.is_floating_point):
             counts[job.dtype] += torch.Size(job.entry.shape).numel()

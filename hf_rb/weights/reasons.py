@@ -20,17 +20,19 @@ def difference(one: Source, other: Source) -> str | None:
     if renamed:
         parameter = renamed[0]
         return (
-            f"{one.role} and {other.role} have the same parameters under other names ({ours[parameter]} and {theirs[parameter]} are both "
-            f"of {parameter}), as two versions of transformers write them. Load each with `from_pretrained` and write it with "
-            "`save_pretrained(folder, save_original_format=False)`: then both have transformers' names."
+            f"{one.role} and {other.role} have the same parameters under other names ({ours[parameter]} and "
+            f"{theirs[parameter]} are both of {parameter}), as two versions of transformers write them. Load each "
+            "with `from_pretrained` and write it with `save_pretrained(folder, save_original_format=False)`: then "
+            "both have transformers' names."
         )
     if one.tied != other.tied:
         tied, own = (one, other) if one.tied else (other, one)
         head = sorted(ours.keys() ^ theirs.keys())
         if len(head) <= 2 and head[0] in (theirs if own is other else ours):  # its weight, perhaps its bias
             return (
-                f"{tied.role} ties its head to the embedding, and {own.role} has one of its own ({', '.join(head)}). Leave the head out with "
-                '`include` (`--include`) or `mismatch="skip"` (`--mismatch skip`), or give two models of one kind.'
+                f"{tied.role} ties its head to the embedding, and {own.role} has one of its own ({', '.join(head)}). "
+                'Leave the head out with `include` (`--include`) or `mismatch="skip"` (`--mismatch skip`), or give '
+                "two models of one kind."
             )
     return None
 
@@ -49,14 +51,16 @@ def padding(one: Source, other: Source, name: str) -> str | None:
     ):
         return None
     return (
-        f"The tokens are the same, the rows behind the {len(vocabulary):,} tokens are padding: give {pair[0].role} as many "
-        f"(`model.resize_token_embeddings({many[0]})`, `save_pretrained`), or keep these tensors of {one.role} with "
-        '`mismatch="skip"` (`--mismatch skip`).'
+        f"The tokens are the same, the rows behind the {len(vocabulary):,} tokens are padding: give {pair[0].role} as "
+        f"many (`model.resize_token_embeddings({many[0]})`, `save_pretrained`), or keep these tensors of {one.role} "
+        'with `mismatch="skip"` (`--mismatch skip`).'
     )
 
 
 def _parameters(config: dict[str, Any], entries: Mapping[str, Entry]) -> dict[str, str] | None:
-    """Returns a tensor's name by each parameter that the tensors become, or nothing where transformers does not know the model."""
+    """Returns a tensor's name by each parameter that the tensors become, or nothing where transformers does not know
+    the model.
+    """
     # By transformers' rules, which merging itself does without.
     from hf_rb.io.parameter_names import ParameterNames
     from hf_rb.io.skeleton import skeleton_of

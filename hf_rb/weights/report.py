@@ -35,10 +35,11 @@ class MergeReport:
     What merging did. `dataclasses.asdict` makes it JSON-able; it is `merge.json` in the folder of the result.
 
     Every merged tensor has, as Frobenius norms, `norm` of the receiving model's tensor, `difference` of the two models
-    that are compared (the two ends; Base and Instruct), and `change` from the receiving model's tensor to the result, in a
-    sweep a list with one value for each lambda; and `sigma`, the sum of |A - B| over that of |A| + |B| for the same
-    two models, with the denominator as `absolute`. Grafting adds `wanted`, the norm of the delta, and `error`, the norm of
-    what was applied minus what was wanted. Timber adds `erank`, `k`, `rank`, `energy`, `erank_base` and `erank_model`.
+    that are compared (the two ends; Base and Instruct), and `change` from the receiving model's tensor to the result,
+    in a sweep a list with one value for each lambda; and `sigma`, the sum of |A - B| over that of |A| + |B| for the
+    same two models, with the denominator as `absolute`. Grafting adds `wanted`, the norm of the delta, and `error`,
+    the norm of what was applied minus what was wanted. Timber adds `erank`, `k`, `rank`, `energy`, `erank_base` and
+    `erank_model`.
 
     Attributes:
         method (`str`): Key of the method in `hf_rb.hub.METHODS`.
@@ -74,7 +75,8 @@ class MergeReport:
     def sigma(self) -> tuple[float, float] | None:
         """
         Similarity of the two compared models: as Shadow-FT's code has it, the mean over tensors of layers that are no
-        norms and no biases, each with the same weight; and the ratio of the sums over all of these. 0 is equal, 1 the farthest.
+        norms and no biases, each with the same weight; and the ratio of the sums over all of these. 0 is equal, 1 the
+        farthest.
         """
         compared = [t for t in self.merged if "sigma" in t.measured]
         chosen = [t for t in compared if LAYER.search(t.name) and "bias" not in t.name and "norm" not in t.name]

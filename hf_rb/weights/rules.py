@@ -23,17 +23,23 @@ def graft_rules(args: Any) -> Iterator[str]:
     for name in ("chat_template_path", "eos_token"):
         if getattr(args, name) is not None:
             yield (
-                f"`{name}` does not go with `graft_onto`, with whose tokenizer and chat template Base is trained: it could add tokens "
-                f"that {args.graft_onto} does not have. Remove `{name}`."
+                f"`{name}` does not go with `graft_onto`, with whose tokenizer and chat template Base is trained: it "
+                f"could add tokens that {args.graft_onto} does not have. Remove `{name}`."
             )
     if not args.use_peft:
         return
     if args.use_dora:
-        yield "`use_dora: true` does not go with `graft_onto`: a DoRA is another delta on another model. Remove `use_dora`."
+        yield (
+            "`use_dora: true` does not go with `graft_onto`: a DoRA is another delta on another model. Remove "
+            "`use_dora`."
+        )
     if args.lora_modules_to_save:
         yield (
-            "`lora_modules_to_save` does not go with `graft_onto`: whole modules of Base would replace the Instruct model's. Remove "
-            "it, or tune all weights."
+            "`lora_modules_to_save` does not go with `graft_onto`: whole modules of Base would replace the Instruct "
+            "model's. Remove it, or tune all weights."
         )
     if args.lora_target_parameters:
-        yield "`lora_target_parameters` does not go with `graft_onto`: such adapters are merged in memory only. Use `lora_target_modules`."
+        yield (
+            "`lora_target_parameters` does not go with `graft_onto`: such adapters are merged in memory only. Use "
+            "`lora_target_modules`."
+        )

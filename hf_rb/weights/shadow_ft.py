@@ -1,8 +1,10 @@
-"""Shadow-FT (https://huggingface.co/papers/2505.12716): fine-tune the Base model, add what it learned to the Instruct model.
+"""Shadow-FT (https://huggingface.co/papers/2505.12716): fine-tune the Base model, add what it learned to the Instruct
+model.
 
     W_I+ = W_I + (W_B+ - W_B)        W_B+ = Tune(W_B)
 
-with LoRA  W_I+ = W_I + s B A  of the adapter that was trained on Base (s = alpha / r). It rests on Base and Instruct being close,
+with LoRA  W_I+ = W_I + s B A  of the adapter that was trained on Base (s = alpha / r). It rests on Base and Instruct
+being close,
 
     sigma(A, B) = sum |A - B| / (sum |A| + sum |B|)        0 for equal tensors, at most 1
 
@@ -56,10 +58,12 @@ def graft(
     progress: bool = True,
 ) -> MergeReport | None:
     """
-    Adds to an Instruct model what its Base model has learned: in float32, rounded once, with the memory of a few pieces of a tensor.
+    Adds to an Instruct model what its Base model has learned: in float32, rounded once, with the memory of a few
+    pieces of a tensor.
 
-    The folder appears at `destination` in one step when it is complete. Until then the work lies beside it in a hidden folder,
-    from which the same call goes on after it was interrupted or killed. Everything but weights is the Instruct model's.
+    The folder appears at `destination` in one step when it is complete. Until then the work lies beside it in a hidden
+    folder, from which the same call goes on after it was interrupted or killed. Everything but weights is the Instruct
+    model's.
 
     Args:
         tuned (`str` or `Path`):
@@ -73,11 +77,11 @@ def graft(
         keep_adapter (`bool`, *optional*, defaults to `False`):
             Whether an adapter stays one, of the Instruct model, which loses nothing by rounding. Returns `None` then.
         include (`str`, *optional*):
-            Pattern of the tensors that get their delta. Defaults to `"linear"`, as in the authors' code, and for an adapter to all
-            that it has.
+            Pattern of the tensors that get their delta. Defaults to `"linear"`, as in the authors' code, and for an
+            adapter to all that it has.
         mismatch (`str`, *optional*, defaults to `"refuse"`):
-            What happens to tensors that one model lacks or that have other shapes, and to embeddings of another vocabulary:
-            `"refuse"` them, or `"skip"` them, which keeps the Instruct model's.
+            What happens to tensors that one model lacks or that have other shapes, and to embeddings of another
+            vocabulary: `"refuse"` them, or `"skip"` them, which keeps the Instruct model's.
         dtype (`str`, *optional*):
             Type of all floating tensors. Defaults to that of the Instruct model; float32 loses nothing of the delta.
         overwrite, resume, progress:
@@ -89,8 +93,8 @@ def graft(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model, or a shard is missing.
-        ValueError: The models do not fit together, the adapter depends on the model it was trained on, a weight is NaN, or the
-            unfinished work is another one.
+        ValueError: The models do not fit together, the adapter depends on the model it was trained on, a weight is
+            NaN, or the unfinished work is another one.
     """
     folder = find_model(str(tuned), adapter=True)
     if is_adapter(folder):
@@ -108,7 +112,8 @@ def graft(
         raise ValueError(f"{tuned} is a model, not an adapter: leave out `keep_adapter` (`--keep-adapter`).")
     if base is None:
         raise ValueError(
-            f"{tuned} is a model: give the Base model it was tuned from as well, `base=...` (`--base MODEL`), to know what it learned."
+            f"{tuned} is a model: give the Base model it was tuned from as well, `base=...` (`--base MODEL`), to "
+            "know what it learned."
         )
     options = Options(include or "linear", mismatch, None, dtype, overwrite, resume, progress)
     sources = Source("onto", onto), Source("base", base), Source("tuned", tuned)
@@ -127,8 +132,8 @@ class _Graft(Operation):
         if error < LOSS * wanted:
             return []
         return [
-            f'Rounding lost {error / wanted:.1%} of the delta. `dtype="float32"` (`--dtype float32`) keeps all of it, and so does an '
-            "adapter that stays one (`--keep-adapter`)."
+            f'Rounding lost {error / wanted:.1%} of the delta. `dtype="float32"` (`--dtype float32`) keeps all of it, '
+            "and so does an adapter that stays one (`--keep-adapter`)."
         ]
 
 

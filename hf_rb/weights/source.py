@@ -49,8 +49,9 @@ class Source:
         if stored := self.config.get("quantization_config"):
             method = stored.get("quant_method", "something")
             raise ValueError(
-                f"{role} ({name}) is quantized with {method}: its weights cannot be added to others. Give the model it was made "
-                "from, write an ordinary one first (`hf-rb dequantize` for hf_rb's), or use adapters alone."
+                f"{role} ({name}) is quantized with {method}: its weights cannot be added to others. Give the model "
+                "it was made from, write an ordinary one first (`hf-rb dequantize` for hf_rb's), or use adapters "
+                "alone."
             )
         check_plain(self.folder)
         checkpoint = Checkpoint(self.folder)
@@ -74,8 +75,8 @@ class Source:
 
     def name_of(self, name: str) -> str | None:
         """
-        Returns what these files call a tensor of another checkpoint: the same; with or without the prefix of a model with a head; or,
-        where embedding and head are tied and the files hold one of them, the other.
+        Returns what these files call a tensor of another checkpoint: the same; with or without the prefix of a model
+        with a head; or, where embedding and head are tied and the files hold one of them, the other.
         """
         names = name, name.removeprefix("model."), f"model.{name}"
         if found := next((name for name in names if name in self.entries), None):
@@ -140,7 +141,9 @@ def says_tied(config: dict[str, Any]) -> bool | None:
 
 
 def with_ties_of(config: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns a configuration with what another one says about tying the head to the embedding; `None` says that it is not tied."""
+    """Returns a configuration with what another one says about tying the head to the embedding; `None` says that it is
+    not tied.
+    """
     result = {key: value for key, value in config.items() if key != TIE}
     if other is None:
         result[TIE] = False
@@ -153,7 +156,9 @@ def with_ties_of(config: dict[str, Any], other: dict[str, Any] | None) -> dict[s
 
 
 def vocabulary_problem(one: Source, other: Source) -> str | None:
-    """Returns which id stands for two tokens in two models, if any. A token that only one of them has is no problem."""
+    """Returns which id stands for two tokens in two models, if any. A token that only one of them has is no
+    problem.
+    """
     files = [source.folder / "tokenizer.json" for source in (one, other)]
     if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
         return None

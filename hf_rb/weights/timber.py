@@ -4,10 +4,11 @@
     pi_i = S_i / sum_j S_j        eRank(D) = exp(-sum_i pi_i log pi_i)        k = ceil(eRank(D))
     W = W_B + sum_{i <= k} S_i u_i v_i^T + lambda sum_{i > k} S_i u_i v_i^T
 
-so that lambda = 1 is the Instruct model and lambda = 0 cuts the tail off. With T the tail, W = W_I - (1 - lambda) T, which is how it is
-computed here, in float64 by the eigenvectors of the smaller Gram matrix: T = (1 - U_k U_k^T) D.
+so that lambda = 1 is the Instruct model and lambda = 0 cuts the tail off. With T the tail, W = W_I - (1 - lambda) T,
+which is how it is computed here, in float64 by the eigenvectors of the smaller Gram matrix: T = (1 - U_k U_k^T) D.
 
-The released code calls lambda gamma, rounds the rank up from float32 (a flat spectrum of 6 gives 7), and treats fused experts as one matrix.
+The released code calls lambda gamma, rounds the rank up from float32 (a flat spectrum of 6 gives 7), and treats fused
+experts as one matrix.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,7 +61,9 @@ class Spectrum:
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """Returns exp of the entropy of the normalized singular values, `(r,)` and not negative; 0 if all of them are 0."""
+    """Returns exp of the entropy of the normalized singular values, `(r,)` and not negative; 0 if all of them are
+    0.
+    """
     values = singular_values.double()
     values = values[values > 0]
     if not len(values):
@@ -137,11 +140,12 @@ def refine(
     progress: bool = True,
 ) -> MergeReport:
     """
-    Refines an Instruct model by its Base model, matrix by matrix, in the memory of one matrix in float64; without training and data.
+    Refines an Instruct model by its Base model, matrix by matrix, in the memory of one matrix in float64; without
+    training and data.
 
-    The folder appears at `destination` in one step when it is complete. Until then the work lies beside it in a hidden folder,
-    from which the same call goes on after it was interrupted or killed. Everything but weights is the Instruct model's, and so is every
-    tensor that is no matrix. The matrices of fused experts are refined one by one.
+    The folder appears at `destination` in one step when it is complete. Until then the work lies beside it in a hidden
+    folder, from which the same call goes on after it was interrupted or killed. Everything but weights is the Instruct
+    model's, and so is every tensor that is no matrix. The matrices of fused experts are refined one by one.
 
     Args:
         base (`str` or `Path`, *optional*):
@@ -153,10 +157,11 @@ def refine(
         lam (`float` or sequence of `float`, *optional*, defaults to `0.2`):
             Factor of the tail in [0, 1]: 1 changes nothing, 0 cuts it off.
         include (`str`, *optional*, defaults to `"linear"`):
-            Pattern of the tensors to refine. `"all"` is what the released code does; embeddings then take most of the time.
+            Pattern of the tensors to refine. `"all"` is what the released code does; embeddings then take most of the
+            time.
         mismatch (`str`, *optional*, defaults to `"refuse"`):
-            What happens to tensors that Base lacks or that have other shapes there, and to embeddings of another vocabulary:
-            `"refuse"` them, or `"skip"` them, which keeps the Instruct model's.
+            What happens to tensors that Base lacks or that have other shapes there, and to embeddings of another
+            vocabulary: `"refuse"` them, or `"skip"` them, which keeps the Instruct model's.
         extrapolate (`bool`, *optional*, defaults to `False`):
             Whether lambdas outside [0, 1] are meant.
         spectra (`bool`, *optional*, defaults to `True`):
@@ -174,8 +179,8 @@ def refine(
     Raises:
         FileExistsError: The destination is not empty and `overwrite` is `False`.
         FileNotFoundError: There is no such model, or a shard is missing.
-        ValueError: The models do not fit together, a lambda is out of range, a pattern means nothing, a weight is NaN, or the
-            unfinished work is another one.
+        ValueError: The models do not fit together, a lambda is out of range, a pattern means nothing, a weight is NaN,
+            or the unfinished work is another one.
     """
     lams = check_lambdas(lam, extrapolate)
     folder = find_model(str(model), adapter=True)
@@ -195,7 +200,8 @@ def refine_adapter(
     folder: Path, name: str, destination: str | Path, lam: float, overwrite: bool = False
 ) -> MergeReport:
     """
-    Refines the deltas of a LoRA adapter, which are again of its rank. Not in the paper: there D is the whole difference of two models.
+    Refines the deltas of a LoRA adapter, which are again of its rank. Not in the paper: there D is the whole
+    difference of two models.
     """
     adapter = Adapter(folder, name)
     report = MergeReport("timber", {"model": adapter.public_name}, "model", {"lambda": lam})

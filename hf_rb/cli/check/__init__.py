@@ -1,8 +1,8 @@
 """`hf-rb check`: everything wrong with a recipe that can be known without loading anything, in one pass.
 
-Keys, types, choices and ranges come from the schemas, and combinations from the rules that the configs themselves run. What
-a recipe is for follows from its keys: it is for the verb that knows the most of them, the first in `schemas.RECIPES` where
-two know equally many; `--for` says it outright.
+Keys, types, choices and ranges come from the schemas, and combinations from the rules that the configs themselves run.
+What a recipe is for follows from its keys: it is for the verb that knows the most of them, the first in
+`schemas.RECIPES` where two know equally many; `--for` says it outright.
 """
 
 import argparse
@@ -74,7 +74,8 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Findin
     Args:
         path (`Path`): Where the recipe came from, for the messages.
         recipe (`dict`): Key to value, as YAML gives them; strings are converted as the command line's parser does.
-        verb (`str`, *optional*): What the recipe is for, one of `schemas.RECIPES`; by default it follows from the keys.
+        verb (`str`, *optional*): What the recipe is for, one of `schemas.RECIPES`; by default it follows from the
+            keys.
     """
     recipe = {key: value for key, value in recipe.items() if key != "env"}
     likely = _verb_of(recipe)
@@ -90,8 +91,8 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Findin
         if not isinstance(error.obj, SimpleNamespace):
             raise
         findings.errors.append(
-            f"hf_rb reads the key `{error.name}`, which the installed TRL or transformers does not have any more: `pip install hf_rb` "
-            "brings versions that it works with."
+            f"hf_rb reads the key `{error.name}`, which the installed TRL or transformers does not have any more: "
+            "`pip install hf_rb` brings versions that it works with."
         )
     return findings
 

@@ -20,7 +20,8 @@ class Findings:
         errors (`list[str]`): Messages about what would stop the run.
         warnings (`list[str]`): Messages about what could not be decided, or may not be what one thinks.
         notes (`list[str]`): What the recipe does.
-        plan ([`~hf_rb.cli.check.plan.Plan`], *optional*): Device, steps, tokens and memory of a good recipe for training.
+        plan ([`~hf_rb.cli.check.plan.Plan`], *optional*): Device, steps, tokens and memory of a good recipe for
+            training.
     """
 
     recipe: str

@@ -23,8 +23,8 @@ def fix(text: str, recipe: dict[str, Any], known: Collection[str]) -> tuple[str,
             Keys that there are.
 
     Returns:
-        `tuple[str, list[str]]`: YAML with renamed keys, where the meaning is the same, and with keys that are gone as comments below
-        the reason; and one line for each change.
+        `tuple[str, list[str]]`: YAML with renamed keys, where the meaning is the same, and with keys that are gone as
+        comments below the reason; and one line for each change.
 
     Raises:
         ValueError: The recipe is written in braces.

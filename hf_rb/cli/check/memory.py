@@ -1,13 +1,14 @@
 """The memory of a training run by what it is for, from the recipe, `config.json` and the headers of the weight files.
 
-The peak of a step is what is always there (weights, teacher, optimizer) plus the larger of two moments: the end of the forward
-pass, when every activation is kept and the LM head works on a tile of logits, and the end of the backward pass, when every
-gradient is there. Gradients of accumulated steps are there at both. Generation, where a run has it, is a third moment, and loading a
-fourth: files are mapped into memory, and of a mixture the experts are there one by one before they are joined.
+The peak of a step is what is always there (weights, teacher, optimizer) plus the larger of two moments: the end of the
+forward pass, when every activation is kept and the LM head works on a tile of logits, and the end of the backward
+pass, when every gradient is there. Gradients of accumulated steps are there at both. Generation, where a run has it,
+is a third moment, and loading a fourth: files are mapped into memory, and of a mixture the experts are there one by
+one before they are joined.
 
-Activations are what autograd keeps of a decoder layer (H hidden size, A width of the attention heads, F width of the MLP, for
-every token): two norms with their input, normalized and output values, the attention's query, key, value and output, and four
-values of width F of a gated MLP, three of a plain one. Standard library only.
+Activations are what autograd keeps of a decoder layer (H hidden size, A width of the attention heads, F width of the
+MLP, for every token): two norms with their input, normalized and output values, the attention's query, key, value and
+output, and four values of width F of a gated MLP, three of a plain one. Standard library only.
 """
 
 import json
@@ -24,9 +25,11 @@ __all__ = ["Architecture", "Run", "estimate", "estimate_audit", "peak"]
 
 MEBI = 1 << 20
 # Of an element, by the names of safetensors' headers and of transformers' configurations.
-TENSOR_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
+TENSOR_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+                "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
 WEIGHT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-# Bytes of optimizer state for every trained weight; Adam in 32 bit, with two moments, where an optimizer is not listed.
+# Bytes of optimizer state for every trained weight; Adam in 32 bit, with two moments, where an optimizer is not
+# listed.
 OPTIMIZER = {"sgd": 0, "adafactor": 0, "adagrad": 4, "rmsprop": 4, "lion_32bit": 4, "lion_8bit": 1, "adamw_8bit": 2,
              "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adamw_torch_8bit": 2, "adamw_torch_4bit": 1}  # fmt: skip
 # What PEFT adapts when a recipe does not say; nearly all decoders that it knows have these two.
@@ -37,8 +40,8 @@ TRL_TILE, TRL_COPIES = (4096, 32768), {"cpu": 8, "cuda": 1}
 OUR_TILES = {"cpu": 128 * MEBI, "cuda": 1024 * MEBI}
 # On a CPU the interpreter with torch, transformers and TRL (440 MiB), tokenizer and data; on a GPU, its libraries.
 RUNTIME = {"cpu": 540 * MEBI, "cuda": 600 * MEBI}
-# The share of what a layer frees again that a CPU's allocator does not give to the next layer (measured with glibc, whose aligned
-# blocks do not fit into the holes that blocks of their own size have left).
+# The share of what a layer frees again that a CPU's allocator does not give to the next layer (measured with glibc,
+# whose aligned blocks do not fit into the holes that blocks of their own size have left).
 UNUSABLE = {"cpu": 0.2, "cuda": 0.0}
 # The share of freed memory that stays unusable after experts were joined (measured: 0.6 to 0.9).
 UNUSABLE_EXPERTS = 0.75
@@ -131,13 +134,16 @@ class Architecture:
     def linear(self, name: str) -> tuple[int, int]:
         """Inputs and outputs of a linear layer of the decoder, by the last part of its name."""
         h, a, kv, f = self.hidden, self.attention, self.key_value, self.mlp
-        shapes = {"q_proj": (h, a), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (a, h), "gate_proj": (h, f), "up_proj": (h, f),
-                  "down_proj": (f, h), "c_attn": (h, a + 2 * kv), "c_fc": (h, f), "c_proj": (f, h)}  # fmt: skip
+        shapes = {"q_proj": (h, a), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (a, h), "gate_proj": (h, f),
+                  "up_proj": (h, f), "down_proj": (f, h), "c_attn": (h, a + 2 * kv),
+                  "c_fc": (h, f), "c_proj": (f, h)}  # fmt: skip
         return shapes.get(name.rpartition(".")[2], (0, 0))
 
 
 def _tensors(folder: Path) -> list[tuple[str, str, int]]:
-    """Returns name, type and number of elements of every tensor of the model. The list is empty for a folder without safetensors."""
+    """Returns name, type and number of elements of every tensor of the model. The list is empty for a folder without
+    safetensors.
+    """
     try:
         files = weight_files(folder).files
     except (FileNotFoundError, ValueError):
@@ -213,15 +219,17 @@ def estimate(model: Architecture, run: Run, frozen: Sequence[tuple[Architecture,
     Args:
         model ([`Architecture`]): The model in training.
         run ([`Run`]): The recipe.
-        frozen (`Sequence[tuple[Architecture, int]]`, *optional*): Teachers and references, with the bytes of their weights' type.
+        frozen (`Sequence[tuple[Architecture, int]]`, *optional*): Teachers and references, with the bytes of their
+            weights' type.
 
     Returns:
-        `dict[str, int]`: Bytes of `weights`, `gradients`, `optimizer`, `activations`, `logits`, `teacher` (and reference), `cache` (of
-        generation), `loading` (beside what is loaded) and `runtime` (interpreter, libraries, data, and what the allocator cannot use
-        again).
+        `dict[str, int]`: Bytes of `weights`, `gradients`, `optimizer`, `activations`, `logits`, `teacher` (and
+        reference), `cache` (of generation), `loading` (beside what is loaded) and `runtime` (interpreter, libraries,
+        data, and what the allocator cannot use again).
     """
     trained = _adapted(model, run) if run.targets is not None else model.weights
-    # Adapters are trained in 32 bit; the head and the embedding, when they are one, have a gradient each before these are added.
+    # Adapters are trained in 32 bit; the head and the embedding, when they are one, have a gradient each before these
+    # are added.
     gradients = trained * (4 if run.targets is not None else run.weight_bytes)
     if run.targets is None and model.tied:
         gradients += model.vocabulary * model.hidden * run.weight_bytes
@@ -243,8 +251,9 @@ def estimate(model: Architecture, run: Run, frozen: Sequence[tuple[Architecture,
 
 def estimate_audit(model: Architecture, run: Run, frozen: Sequence[tuple[Architecture, int]] = ()) -> dict[str, int]:
     """
-    Estimates the bytes of `hf-rb audit`. It makes all logits and has no optimizer. `comparison` is what it holds besides: the gradients
-    of the two paths that it compares, and at the end a copy of the student, which then is the teacher.
+    Estimates the bytes of `hf-rb audit`. It makes all logits and has no optimizer. `comparison` is what it holds
+    besides: the gradients of the two paths that it compares, and at the end a copy of the student, which then is the
+    teacher.
     """
     parts = estimate(model, replace(run, head="dense", optimizer="sgd", accumulates=False), frozen)
     return parts | {"comparison": 2 * parts["gradients"] + model.weights * run.weight_bytes}
@@ -260,7 +269,9 @@ def peak(parts: dict[str, int], accumulates: bool) -> int:
 
 @dataclass(frozen=True)
 class _Load:
-    """Bytes of a model (`weights`), of what loading needs in addition (`beside`), and of what stays unusable afterwards (`unusable`)."""
+    """Bytes of a model (`weights`), of what loading needs in addition (`beside`), and of what stays unusable
+    afterwards (`unusable`).
+    """
 
     weights: int
     beside: int
@@ -280,7 +291,9 @@ class _Load:
 
 
 def _loading(loads: list[_Load]) -> int:
-    """Returns by how many bytes loading exceeds the sum of all models. They are loaded in turn, so the later ones are not there yet."""
+    """Returns by how many bytes loading exceeds the sum of all models. They are loaded in turn, so the later ones are
+    not there yet.
+    """
     later = sum(load.weights for load in loads)
     highest = 0
     for load in loads:

@@ -82,7 +82,10 @@ class Plan:
         if self.memory:
             parts = sorted(self.memory, key=self.memory.__getitem__, reverse=True)
             listed = ", ".join(f"{part} {_size(self.memory[part])}" for part in parts if self.memory[part])
-            yield f"memory: about {_size(self.peak or 0)} a process, without sharding; the largest part is {self.largest} ({listed})"
+            yield (
+                f"memory: about {_size(self.peak or 0)} a process, without sharding; the largest part is "
+                f"{self.largest} ({listed})"
+            )
         elif self.missing:
             verb = "is" if len(self.missing) == 1 else "are"
             yield f"memory: not estimated, as {' and '.join(self.missing)} {verb} not on this machine"
@@ -93,8 +96,8 @@ class Plan:
             parts = self.memory or {}
             part = max(_REMEDIES, key=lambda name: parts.get(name, 0))
             yield (
-                f"the run needs about {_size(self.peak)} and this machine has {_size(memory)}. The largest part that a recipe decides is "
-                f"{part}: {_REMEDIES[part]}."
+                f"the run needs about {_size(self.peak)} and this machine has {_size(memory)}. The largest part that "
+                f"a recipe decides is {part}: {_REMEDIES[part]}."
             )
 
 
@@ -160,7 +163,10 @@ def recover_lines(args: Any) -> Iterator[str]:
     for size in args.examples:
         steps = given["max_steps"] if given["max_steps"] > 0 else math.ceil(size / batch) * given["num_train_epochs"]
         bases = " on both bases, quantized and 3 bits" if args.baseline else ""
-        yield f"plan: {' and '.join(args.objectives)} on {size:,} examples, {math.ceil(steps):,} steps of {batch:,} sequences each{bases}"
+        yield (
+            f"plan: {' and '.join(args.objectives)} on {size:,} examples, {math.ceil(steps):,} steps of {batch:,} "
+            f"sequences each{bases}"
+        )
 
 
 def _run(args: Any, verb: str, device: str, half: bool, model: Architecture) -> Run:

@@ -124,19 +124,22 @@ def group_warnings(args: Any) -> Iterator[str]:
     for number, batch, what in batches:
         if number and (processes := number // math.gcd(number, batch)) > 1:
             yield (
-                f"groups of {number} do not fill the {batch} completions that a process generates at a time in {what}: this will run "
-                f"with {processes} processes or a multiple of them, and with no other number."
+                f"groups of {number} do not fill the {batch} completions that a process generates at a time in "
+                f"{what}: this will run with {processes} processes or a multiple of them, and with no other number."
             )
 
 
 def _shaper_rules(args: Any) -> Iterator[str]:
     """What a trainer takes as an object too, and a recipe can only name."""
     if "srar" in args.advantage_shapers and args.srar_judge is None:
-        yield "`advantage_shapers: [srar]` needs a judge of steps: write `srar_judge: ...`, the URL of an endpoint or `tiny`."
+        yield (
+            "`advantage_shapers: [srar]` needs a judge of steps: write `srar_judge: ...`, the URL of an endpoint or "
+            "`tiny`."
+        )
     if "srar" in args.advantage_shapers and args.srar_only_mixed and args.correct_reward is None:
         yield (
-            "`advantage_shapers: [srar]` judges groups with correct and wrong completions. Set `correct_reward`, or `srar_only_mixed: "
-            "false`."
+            "`advantage_shapers: [srar]` judges groups with correct and wrong completions. Set `correct_reward`, or "
+            "`srar_only_mixed: false`."
         )
     if (
         "calibadv" in args.advantage_shapers
@@ -144,13 +147,15 @@ def _shaper_rules(args: Any) -> Iterator[str]:
         and not (args.environment or args.calibadv_step_field)
     ):
         yield (
-            "`advantage_shapers: [calibadv]` reads what tools return, and there are none: write `environment: search`, or "
-            "`calibadv_soft: false` to balance answers only."
+            "`advantage_shapers: [calibadv]` reads what tools return, and there are none: write `environment: "
+            "search`, or `calibadv_soft: false` to balance answers only."
         )
 
 
 def training_rules(args: Any) -> Iterator[str]:
-    """The fields of `training` go with every objective of `hf-rb recover`; plain fine-tuning takes those that it has."""
+    """The fields of `training` go with every objective of `hf-rb recover`; plain fine-tuning takes those that it
+    has.
+    """
     defaults = {key: entry.get("default") for key, entry in schemas.load("training").items()}
     for objective in (one for one in args.objectives if one != "sft"):
         config = SimpleNamespace(**defaults | args.training | {"objective": objective, "lmbda": 0.0})
@@ -160,9 +165,15 @@ def training_rules(args: Any) -> Iterator[str]:
 def upcycle_rules(args: Any) -> Iterator[str]:
     """The numbers of experts fit together."""
     if args.top_k > args.num_experts:
-        yield f"`top_k: {args.top_k}` is more than `num_experts: {args.num_experts}`. A token uses a part of the experts."
+        yield (
+            f"`top_k: {args.top_k}` is more than `num_experts: {args.num_experts}`. A token uses a part of the "
+            "experts."
+        )
     if args.num_experts % args.splits:
-        yield f"`splits: {args.splits}` must divide `num_experts: {args.num_experts}`: every split becomes as many experts."
+        yield (
+            f"`splits: {args.splits}` must divide `num_experts: {args.num_experts}`: every split becomes as many "
+            "experts."
+        )
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -176,7 +187,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 TRAINED = ("sft", "gkd", "distillation", "grpo")
 TRACKERS = (
-    "all none azure_ml clearml codecarbon comet_ml dagshub dvclive flyte kubeflow mlflow neptune swanlab tensorboard trackio wandb"
+    "all none azure_ml clearml codecarbon comet_ml dagshub dvclive flyte kubeflow mlflow neptune swanlab tensorboard "
+    "trackio wandb"
 ).split()
 _COMMON: tuple[Rule, ...] = (_precision_rules, _tracker_rules, _source_rules, dataset_rules, _name_rules)
 QUANTIZATION_RULES: dict[str, Rule] = {"d2quant": _calibration_rules, "ptqtp": ptqtp_rules}

@@ -58,8 +58,8 @@ class ValueChecker:
         owners = [] if prefix else [f"`hf-rb {verb}`" for verb in schemas.RECIPES if key in schemas.load(verb)]
         if owners:
             self.findings.errors.append(
-                f"`{key}` is a key of {' and '.join(owners)}, and this recipe is for `hf-rb {self.findings.verb}`. Remove it, or use "
-                "that verb."
+                f"`{key}` is a key of {' and '.join(owners)}, and this recipe is for `hf-rb {self.findings.verb}`. "
+                "Remove it, or use that verb."
             )
         else:
             self.findings.errors.append(message)
@@ -83,7 +83,9 @@ class ValueChecker:
         return value
 
     def _quantization(self, key: str, config: Any) -> None:
-        """Checks a quantization config, if it is one of ours. It reaches its class as YAML gives it: no text is converted."""
+        """Checks a quantization config, if it is one of ours. It reaches its class as YAML gives it: no text is
+        converted.
+        """
         method = config.get("quant_method") if isinstance(config, dict) else None
         if isinstance(method, str) and method in schemas.QUANTIZATION:
             before = len(self.findings.errors)

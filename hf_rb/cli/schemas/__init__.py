@@ -1,9 +1,9 @@
 """What each configuration accepts, for `hf-rb check` and `--help`, without importing torch.
 
-Our own keys are the JSON files beside this one, which `make schemas` writes. The keys of TRL and transformers are read from their
-installed sources, so that they are those of the installed versions. An entry has `types`, `default`, `choices`, `range` and
-`help`. A type is one of `null bool int float str dict any` or `list[...]` of one; a key whose values are dataclasses has their
-`keys` too.
+Our own keys are the JSON files beside this one, which `make schemas` writes. The keys of TRL and transformers are read
+from their installed sources, so that they are those of the installed versions. An entry has `types`, `default`,
+`choices`, `range` and `help`. A type is one of `null bool int float str dict any` or `list[...]` of one; a key whose
+values are dataclasses has their `keys` too.
 """
 
 import json
@@ -18,8 +18,8 @@ from hf_rb.cli.schemas.libraries import Missing, class_fields
 
 __all__ = ["PARTS", "QUANTIZATION", "RECIPES", "listing", "load", "own_keys"]
 
-# What a recipe may be for, the verb that runs it, and where its keys come from: a dataclass, or a function that makes a
-# parser of dataclasses. Where two know a recipe's keys equally well, the first wins.
+# What a recipe may be for, the verb that runs it, and where its keys come from: a dataclass, or a function that makes
+# a parser of dataclasses. Where two know a recipe's keys equally well, the first wins.
 RECIPES = {
     "sft": "hf_rb.scripts.sft:make_parser",
     "gkd": "hf_rb.scripts.gkd:make_parser",
@@ -40,8 +40,8 @@ PARTS = {"training": "hf_rb:GKDConfig"}
 
 def load(name: str) -> dict[str, dict[str, Any]]:
     """
-    Returns the entries of all keys of a recipe (`"sft"`), of a quantization config (`"ptqtp"`) or of a part (`"training"`). They are
-    shared: nobody changes them.
+    Returns the entries of all keys of a recipe (`"sft"`), of a quantization config (`"ptqtp"`) or of a part
+    (`"training"`). They are shared: nobody changes them.
 
     Raises:
         ValueError: The installed version of a library has no class that the configuration stands on.

@@ -37,8 +37,8 @@ def configs_of(name: str) -> list[type]:
 
 def libraries_of(config: type) -> list[str]:
     """
-    Returns the library's class that a config class stands on, by its public name. TRL may drop an experimental one: what stands in
-    for it and the next base follow it, for a version without.
+    Returns the library's class that a config class stands on, by its public name. TRL may drop an experimental one:
+    what stands in for it and the next base follow it, for a version without.
     """
     found = []
     for base in config.__mro__:

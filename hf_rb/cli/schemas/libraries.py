@@ -1,8 +1,8 @@
 """Reads the fields of the libraries' config classes from their installed sources, without importing a library.
 
-`class_fields("trl:SFTConfig")` finds the class as an import of that name does: it follows the imports of the sources, also those
-for type checkers alone, and then the base classes. Values are read where the source states them: constants, members of
-enumerations, names of constants. Any other default reads as `None`.
+`class_fields("trl:SFTConfig")` finds the class as an import of that name does: it follows the imports of the sources,
+also those for type checkers alone, and then the base classes. Values are read where the source states them: constants,
+members of enumerations, names of constants. Any other default reads as `None`.
 """
 
 import ast
@@ -109,7 +109,9 @@ def _remedy(module: str) -> str:
 
 
 def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str, Any]]:
-    """Returns the entry of a field by its name; nothing for a variable of the class, and for a field that no call can set."""
+    """Returns the entry of a field by its name; nothing for a variable of the class, and for a field that no call can
+    set.
+    """
     if "ClassVar" in ast.unparse(node.annotation):
         return {}
     given: dict[str, ast.expr] = {}

@@ -14,7 +14,9 @@ __all__ = ["environment", "examination"]
 
 
 def examination() -> Iterator[Verdict]:
-    """Yields verdicts as they are found, and stops at a version that is not supported or a part that does not import."""
+    """Yields verdicts as they are found, and stops at a version that is not supported or a part that does not
+    import.
+    """
     for group, name, check in (
         ("versions", "ranges of transformers, TRL, PEFT and accelerate", versions.check_versions),
         ("imports", "the libraries", lambda: _import("torch", *versions.RANGES)),

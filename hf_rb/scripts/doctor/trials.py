@@ -1,11 +1,15 @@
-"""Trials of `hf-rb doctor` on the embedded models: quantize, save, reload, dequantize; adapters on packed layers; a step of training."""
+"""Trials of `hf-rb doctor` on the embedded models: quantize, save, reload, dequantize; adapters on packed layers; a
+step of training.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_rb import D2QuantConfig, PTQTPConfig, tiny
@@ -18,7 +22,7 @@ __all__ = ["adapter_trials", "quantization_trials", "training_trials"]
 
 CONFIGS: dict[str, Callable[..., Any]] = {
     "ptqtp": PTQTPConfig,
-    "d2quant": lambda **options: D2QuantConfig(**{"bits": 3, "backend": "rtn"} | options),
+    "d2quant": partial(D2QuantConfig, bits=3, backend="rtn"),
 }
 Trials = Iterator[tuple[str, Callable[[], str | None]]]
 
@@ -70,7 +74,7 @@ def _load(folder: str | Path, **options: Any) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel) -> torch.Tensor:
+def _logits(model: nn.Module) -> torch.Tensor:
     return model(torch.arange(2, 34).reshape(2, 16)).logits
 
 
@@ -81,7 +85,7 @@ def _adapted(folder: Path) -> tuple[PreTrainedModel, torch.Tensor]:
     model = _load(tiny.path("student"), quantization_config=PTQTPConfig())
     model.save_pretrained(folder / "model")
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
-    adapted.save_pretrained(folder / "adapter")
+    adapted.save_pretrained(str(folder / "adapter"))
     return _load(folder / "model"), _logits(adapted)
 
 

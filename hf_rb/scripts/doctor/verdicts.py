@@ -23,7 +23,8 @@ class Verdict:
     """One check.
 
     Attributes:
-        group (`str`): `"versions"`, `"names"`, `"imports"`, `"registration"`, `"quantization"`, `"adapters"`, `"training"` or `"behaviour"`.
+        group (`str`): `"versions"`, `"names"`, `"imports"`, `"registration"`, `"quantization"`, `"adapters"`,
+            `"training"` or `"behaviour"`.
         name (`str`): Subject of the check.
         state (`str`): `"passed"`, `"failed"` or `"skipped"`.
         detail (`str`): Reason of a failure or a skip, or a finding.

@@ -1,4 +1,6 @@
-"""What the mixins expect of the classes that they are mixed into. Type checkers read it; at run time both are `object`."""
+"""What the mixins expect of the classes that they are mixed into. Type checkers read it; at run time both are
+`object`.
+"""
 
 from typing import TYPE_CHECKING, Any
 

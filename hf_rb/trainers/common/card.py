@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 class CardMixin(TrainerBelow):
     """
-    The model card is ours ([`~hf_rb.hub.write_model_card`]), and an upload holds a model and its card. The class says in `_methods`
-    which methods its flags switch on.
+    The model card is ours ([`~hf_rb.hub.write_model_card`]), and an upload holds a model and its card. The class says
+    in `_methods` which methods its flags switch on.
     """
 
     @property
@@ -104,9 +104,9 @@ class CardMixin(TrainerBelow):
         **kwargs: Any,
     ) -> CommitInfo | Future | None:
         """
-        Saves the model, writes its card and uploads what a model repository holds ([`~hf_rb.hub.plan_upload`]): no optimizer state, no
-        checkpoints, caches or pickled arguments, which [`~transformers.Trainer.push_to_hub`] takes along when they lie in
-        `args.output_dir`.
+        Saves the model, writes its card and uploads what a model repository holds ([`~hf_rb.hub.plan_upload`]): no
+        optimizer state, no checkpoints, caches or pickled arguments, which [`~transformers.Trainer.push_to_hub`] takes
+        along when they lie in `args.output_dir`.
 
         Args:
             commit_message (`str`, *optional*, defaults to `"End of training"`):
@@ -142,8 +142,8 @@ class CardMixin(TrainerBelow):
 
     def _push_checkpoint(self, folder: Path) -> None:
         """
-        Uploads the model of a checkpoint in the background, and no more than [`~hf_rb.hub.plan_upload`] lists. A `hub_strategy` that asks for
-        checkpoints gets the checkpoint too, with optimizer state and all.
+        Uploads the model of a checkpoint in the background, and no more than [`~hf_rb.hub.plan_upload`] lists. A
+        `hub_strategy` that asks for checkpoints gets the checkpoint too, with optimizer state and all.
         """
         args, running = self.args, getattr(self, "push_in_progress", None)
         busy = running is not None and not running.is_done()
@@ -182,7 +182,7 @@ class CardMixin(TrainerBelow):
         if busy:
             running.jobs.extend(jobs)
         else:
-            self.push_in_progress = compat.PushInProgress(jobs)
+            self.push_in_progress = compat.PushInProgress(jobs)  # pyrefly: ignore[bad-argument-type]  (it takes a list)
 
 
 def _write_card(

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 class CheckpointsMixin(TrainerBelow):
     """
-    A checkpoint ends with a manifest of its files, written last. `train(resume_from_checkpoint=True)` takes the newest checkpoint
-    that agrees with its manifest.
+    A checkpoint ends with a manifest of its files, written last. `train(resume_from_checkpoint=True)` takes the newest
+    checkpoint that agrees with its manifest.
     """
 
     if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class CheckpointsMixin(TrainerBelow):
         folder = Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             start_manifest(folder)
-        # The parent ends by deleting old checkpoints. They must outlive the moment at which this one is known to be whole.
+        # The parent ends by deleting old checkpoints. They must outlive the moment at which this one is known to be
+        # whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -60,8 +61,8 @@ class CheckpointsMixin(TrainerBelow):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                `True` takes the newest checkpoint in `args.output_dir` that agrees with its manifest and warns of each newer
-                one, naming its bad file. A path is checked against its manifest, if it has one.
+                `True` takes the newest checkpoint in `args.output_dir` that agrees with its manifest and warns of each
+                newer one, naming its bad file. A path is checked against its manifest, if it has one.
 
         Raises:
             ValueError: The checkpoint, or every one of them, is incomplete.
@@ -89,8 +90,8 @@ def complete_checkpoint(output_dir: str, resume: str | Literal[True]) -> str:
         output_dir (`str`):
             Folder of the `checkpoint-<step>` folders.
         resume (`str` or `bool`):
-            Path of a checkpoint, or `True` for the newest complete one. A checkpoint without a manifest, such as TRL's own,
-            counts as incomplete then, since an interrupted save looks no different; it is accepted by path.
+            Path of a checkpoint, or `True` for the newest complete one. A checkpoint without a manifest, such as TRL's
+            own, counts as incomplete then, since an interrupted save looks no different; it is accepted by path.
 
     Raises:
         ValueError: Nothing complete was found.
@@ -118,8 +119,8 @@ def complete_checkpoint(output_dir: str, resume: str | Literal[True]) -> str:
         logger.warning(f"Not resuming from {path}, which is incomplete: {_listed(problems)}.")
     if newest_first:
         raise ValueError(
-            f"None of the {len(newest_first)} checkpoints in {output_dir} is complete; the warnings above name their bad "
-            "files. To resume from a checkpoint that another trainer has written, give its path."
+            f"None of the {len(newest_first)} checkpoints in {output_dir} is complete; the warnings above name their "
+            "bad files. To resume from a checkpoint that another trainer has written, give its path."
         )
     raise ValueError(f"There is no checkpoint in {output_dir} to resume from. Train without `resume_from_checkpoint`.")
 

@@ -33,8 +33,8 @@ def own_config(
     """
     Returns `args` as our config class. Where `args` is TRL's or missing, our flags are off.
 
-    A config that a user derives from TRL's keeps its class and its fields: the result is an instance of both classes, with the values
-    of `args` as they are.
+    A config that a user derives from TRL's keeps its class and its fields: the result is an instance of both classes,
+    with the values of `args` as they are.
 
     Raises:
         TypeError: `args` is a config of another trainer.

@@ -45,7 +45,8 @@ def dense_losses(
     rule: ObjectiveRule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """
-    Returns the loss of every token by the formulas on all logits, for autograd: what a rule in the tile loop must equal.
+    Returns the loss of every token by the formulas on all logits, for autograd: what a rule in the tile loop must
+    equal.
 
     Args:
         rule (`ObjectiveRule`):
@@ -82,7 +83,9 @@ def dense_losses(
 def dense_stats(
     rule: ObjectiveRule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Returns what a rule reports of every token, its loss among them, from all logits. Arguments as for [`dense_losses`]."""
+    """Returns what a rule reports of every token, its loss among them, from all logits. Arguments as for
+    [`dense_losses`].
+    """
     log_q, log_p = (logits.float().log_softmax(-1) for logits in (student_logits, teacher_logits))
     term = rule(log_q, log_p, log_q, tokens)
     return {"loss": term.loss, **term.stats}
@@ -92,8 +95,8 @@ def compared_rows(
     args: Any, teacher_logits: torch.Tensor, reference_logits: torch.Tensor | None, tokens: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """
-    Returns the logits `(N, V)` that a config's objective compares the student's with, those of the teacher or G-OPD's mixture, and
-    adds to `tokens` what the sampled G-OPD reads of teacher and reference.
+    Returns the logits `(N, V)` that a config's objective compares the student's with, those of the teacher or G-OPD's
+    mixture, and adds to `tokens` what the sampled G-OPD reads of teacher and reference.
     """
     if args.objective != "gopd":
         return teacher_logits
@@ -110,8 +113,8 @@ def sampled_stats(
     rule: ObjectiveRule, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """
-    Returns the numbers of [`~hf_rb.trainers.common.token_samples.TokenStats`]: what the rule reports of every token, how sure the student
-    is of it, and as `top10` which share of their ten most probable tokens the two have in common.
+    Returns the numbers of [`~hf_rb.trainers.common.token_samples.TokenStats`]: what the rule reports of every token,
+    how sure the student is of it, and as `top10` which share of their ten most probable tokens the two have in common.
     """
     count = min(10, student_logits.shape[-1])
     top, teacher_top = (logits.topk(count).indices for logits in (student_logits, teacher_logits))

@@ -1,4 +1,6 @@
-"""The check that a run makes of TRL's fused LM head: whether the log-probabilities that TRL trains on are the model's own."""
+"""The check that a run makes of TRL's fused LM head: whether the log-probabilities that TRL trains on are the model's
+own.
+"""
 
 import logging
 from typing import Any
@@ -18,13 +20,15 @@ logger = logging.getLogger(__name__)
 
 def why_not_fused(trainer: Any, model: torch.nn.Module) -> str | None:
     """
-    Returns why the logits of a wrapped model are not what TRL takes them for, last hidden states times LM head; `None` if they are.
+    Returns why the logits of a wrapped model are not what TRL takes them for, last hidden states times LM head; `None`
+    if they are.
 
     Costs one forward pass of 8 tokens. All processes call this together, and all get a reason if one of them has one.
     """
     unwrapped: PreTrainedModel = trainer.accelerator.unwrap_model(model)
     with trainer.accelerator.autocast():
-        # Inside the forward of the wrapper, where FSDP and DeepSpeed have the weights in place. DeepSpeed takes no text as an output.
+        # Inside the forward of the wrapper, where FSDP and DeepSpeed have the weights in place. DeepSpeed takes no
+        # text as an output.
         return compat.ForwardRedirection()(model, unwrapped, lambda: (agreed_reason(without_peft(unwrapped)),))[0]
 
 
@@ -49,7 +53,8 @@ def check_fused_head(trainer: Any, model: torch.nn.Module, remedy: str) -> None:
     reason = why_not_fused(trainer, model)
     if reason and trainer.accelerator.is_main_process:
         logger.warning(
-            f"TRL's loss takes the logits of {name_of(trainer.accelerator.unwrap_model(model))} to be its last hidden states times "
-            f"its LM head, with a scale and a cap that TRL knows. They are not, or it could not be told: {reason}. The run goes on as "
-            f"TRL's does, perhaps on other probabilities than the model's own. {remedy}"
+            f"TRL's loss takes the logits of {name_of(trainer.accelerator.unwrap_model(model))} to be its last "
+            "hidden states times its LM head, with a scale and a cap that TRL knows. They are not, or it could not "
+            f"be told: {reason}. The run goes on as TRL's does, perhaps on other probabilities than the model's own. "
+            f"{remedy}"
         )

@@ -12,8 +12,8 @@ __all__ = ["OwnDistributionMixin", "SamplerLogProbs"]
 
 class OwnDistributionMixin(TrainerBelow):
     """
-    Comes before a TRL trainer that generates: completions are drawn from the model's distribution, as the trainer's config and its
-    `generation_kwargs` ask, and of the checkpoint's generation configuration its tokens alone act.
+    Comes before a TRL trainer that generates: completions are drawn from the model's distribution, as the trainer's
+    config and its `generation_kwargs` ask, and of the checkpoint's generation configuration its tokens alone act.
     """
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,8 +42,8 @@ class SamplerLogProbs:
             _, completions, log_probs, _ = result
             if log_probs is None:
                 raise ValueError(
-                    "`gopd_tis_cap` needs the log-probabilities of the sampler, and vLLM has reported none. Remove `gopd_tis_cap`, "
-                    "or use a vLLM server of `trl vllm-serve`, which reports them."
+                    "`gopd_tis_cap` needs the log-probabilities of the sampler, and vLLM has reported none. Remove "
+                    "`gopd_tis_cap`, or use a vLLM server of `trl vllm-serve`, which reports them."
                 )
             # vLLM's NaN comes as None.
             values = [[float("nan") if top[0] is None else top[0] for top in row] for row in log_probs]
@@ -56,8 +56,8 @@ class SamplerLogProbs:
         """
         Returns the log-probabilities of the tokens of whole completions, given with their prompts.
 
-        A completion with tool calls has several turns, each sampled after everything before it, and cut where it was too long;
-        what the tools have said was not sampled and gets NaN.
+        A completion with tool calls has several turns, each sampled after everything before it, and cut where it was
+        too long; what the tools have said was not sampled and gets NaN.
         """
         result = []
         for prompt, completion in rows:

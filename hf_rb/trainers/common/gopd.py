@@ -1,4 +1,6 @@
-"""What G-OPD needs beside its rule: the mean over tokens, the reference, and one of several teachers for each example."""
+"""What G-OPD needs beside its rule: the mean over tokens, the reference, and one of several teachers for each
+example.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -37,11 +39,11 @@ def token_weights(
         mask (`torch.Tensor` of shape `(B, C)`):
             Whether a token is trained on, one completion a row.
         aggregation (`str`):
-            `"seq-mean-token-mean"`: the mean over completions of each one's mean; `"token-mean"`; or `"seq-mean-token-sum"`:
-            the mean over completions of each one's sum.
+            `"seq-mean-token-mean"`: the mean over completions of each one's mean; `"token-mean"`; or
+            `"seq-mean-token-sum"`: the mean over completions of each one's sum.
         tokens, sequences (`torch.Tensor` or `float`, *optional*):
-            Trained tokens, and completions with any, in the whole batch (accumulation steps and processes) divided by the
-            number of processes. By default those of `mask`.
+            Trained tokens, and completions with any, in the whole batch (accumulation steps and processes) divided by
+            the number of processes. By default those of `mask`.
 
     Returns:
         `torch.Tensor` of shape `(B, C)`: Weights in float32, 0 outside the mask.
@@ -66,8 +68,9 @@ def given_reference(args: Any, model: str | PreTrainedModel | None) -> str | Pre
         return args.reference_model_name_or_path
     if args.objective != "gopd" or args.reward_scale == 1:
         raise ValueError(
-            "`reference_model` acts with `objective: gopd` and a `reward_scale` other than 1, where it does not cancel; got "
-            f"`objective: {args.objective}` and `reward_scale: {args.reward_scale}`. Set them, or pass no reference."
+            "`reference_model` acts with `objective: gopd` and a `reward_scale` other than 1, where it does not "
+            f"cancel; got `objective: {args.objective}` and `reward_scale: {args.reward_scale}`. Set them, or pass "
+            "no reference."
         )
     if args.reference_model_name_or_path is not None:
         raise ValueError("`reference_model` and `reference_model_name_or_path` are two references. Give one.")
@@ -75,7 +78,9 @@ def given_reference(args: Any, model: str | PreTrainedModel | None) -> str | Pre
 
 
 def make_reference(trainer: Any, model: str | PreTrainedModel | None, **init_kwargs: Any) -> ModelTeacher | None:
-    """Returns the reference of a trainer, not prepared yet; `None` where nothing reads one. The kwargs are for a model's name."""
+    """Returns the reference of a trainer, not prepared yet; `None` where nothing reads one. The kwargs are for a
+    model's name.
+    """
     args = trainer.args
     if args.objective != "gopd" or args.reward_scale == 1:
         return None
@@ -89,29 +94,33 @@ def start_reference(trainer: Any) -> ModelTeacher:
     Returns a trainer's student as it is now, as a frozen model: itself without its adapters, or a copy of it.
 
     Raises:
-        ValueError: The adapters already do something, so that without them it is another model; or its weights are spread over
-            processes, where they cannot be copied.
+        ValueError: The adapters already do something, so that without them it is another model; or its weights are
+            spread over processes, where they cannot be copied.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(model):
         if not _adapters_are_neutral(model):
             raise ValueError(
-                "The reference of G-OPD is the student at its start, and with LoRA that is the model without its adapters: but "
-                "the adapters given here already change the model. Merge them into it first (`merge_and_unload()`), start "
-                "from new ones with LoRA's default initialisation, or set `reference_model_name_or_path`."
+                "The reference of G-OPD is the student at its start, and with LoRA that is the model without its "
+                "adapters: but the adapters given here already change the model. Merge them into it first "
+                "(`merge_and_unload()`), start from new ones with LoRA's default initialisation, or set "
+                "`reference_model_name_or_path`."
             )
         return AdapterOffTeacher()
     if any(hasattr(parameter, "ds_id") or parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
-            "The reference of G-OPD is a copy of the student at its start, and this process does not have all of the student "
-            "(DeepSpeed ZeRO-3, or FSDP with `fsdp_cpu_ram_efficient_loading`). Use LoRA, whose reference is the model without its "
-            "adapters, or set `reference_model_name_or_path` to the model that the student starts from."
+            "The reference of G-OPD is a copy of the student at its start, and this process does not have all of the "
+            "student (DeepSpeed ZeRO-3, or FSDP with `fsdp_cpu_ram_efficient_loading`). Use LoRA, whose reference is "
+            "the model without its adapters, or set `reference_model_name_or_path` to the model that the student "
+            "starts from."
         )
     return LocalTeacher(copy_of(model), tokenizer=trainer.processing_class)
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a copy of a trainer's model. Without the `forward` that TRL patches for its own loss, and which runs the first model."""
+    """Returns a copy of a trainer's model. Without the `forward` that TRL patches for its own loss, and which runs the
+    first model.
+    """
     copied = copy.deepcopy(model)
     for one in (copied, without_peft(copied)):
         one.__dict__.pop("forward", None)
@@ -132,8 +141,8 @@ def _adapters_are_neutral(model: PreTrainedModel) -> bool:
 def share_vocabulary(trainer: Any) -> int | None:
     """
     Cuts a trainer's prepared teacher and reference to the leading ids that all its models have, over which each one's
-    probabilities then sum to 1: what is compared must be normalised alike. No other id is generated, since not every model could
-    read it. Returns the number of ids, `None` for all that the student has.
+    probabilities then sum to 1: what is compared must be normalised alike. No other id is generated, since not every
+    model could read it. Returns the number of ids, `None` for all that the student has.
     """
     sources = [source for source in (trainer.teacher, trainer.reference) if source is not None]
     number = min((one.vocabulary for one in sources if one.vocabulary is not None), default=None)
@@ -149,8 +158,8 @@ def share_vocabulary(trainer: Any) -> int | None:
 
 class RoutedTeacher:
     """
-    Several teachers, each scoring the examples that name it. A [`~hf_rb.teachers.Teacher`] for log-probabilities of tokens; a
-    batch says in `inputs["route"]`, of shape (B,), which teacher a row is for, as an index into `names`.
+    Several teachers, each scoring the examples that name it. A [`~hf_rb.teachers.Teacher`] for log-probabilities of
+    tokens; a batch says in `inputs["route"]`, of shape (B,), which teacher a row is for, as an index into `names`.
 
     Args:
         teachers (`dict[str, Teacher]`):
@@ -165,7 +174,8 @@ class RoutedTeacher:
         for teacher in self.teachers.values():
             teacher.prepare(trainer)
             if isinstance(teacher, LocalTeacher):
-                teacher.is_head()  # of which all processes have to agree, and later not each of them runs every teacher
+                # of which all processes have to agree, and later not each of them runs every teacher
+                teacher.is_head()
         # Where processes hold parts of a teacher, all of them must take part in each of its forward passes.
         self._in_step = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
 

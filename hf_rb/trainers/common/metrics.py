@@ -15,8 +15,8 @@ __all__ = ["MetricsMixin", "check_finite", "log_token_metrics"]
 
 class MetricsMixin(TrainerBelow):
     """
-    `_add_metric` averages over tokens, accumulation steps and processes, `_add_extremes` finds the smallest and the largest value,
-    each with one reduction when the trainer logs.
+    `_add_metric` averages over tokens, accumulation steps and processes, `_add_extremes` finds the smallest and the
+    largest value, each with one reduction when the trainer logs.
     """
 
     @cached_property
@@ -35,7 +35,8 @@ class MetricsMixin(TrainerBelow):
 
         Args:
             name (`str`):
-                Name in the logs, where evaluation puts `eval_` before it. A metric whose denominator is zero is left out.
+                Name in the logs, where evaluation puts `eval_` before it. A metric whose denominator is zero is left
+                out.
             numerator, denominator (`torch.Tensor`):
                 Scalars of this process. All processes must add the same metrics in the same order.
         """
@@ -44,7 +45,8 @@ class MetricsMixin(TrainerBelow):
 
     def _add_extremes(self, name: str, values: torch.Tensor) -> None:
         """
-        Adds to a metric that is logged as `<name>_min` and `<name>_max` over everything since the last log and all processes.
+        Adds to a metric that is logged as `<name>_min` and `<name>_max` over everything since the last log and all
+        processes.
 
         Args:
             name (`str`):
@@ -88,10 +90,10 @@ def check_finite(objective: str, step: int, loss: torch.Tensor, losses: torch.Te
         return
     where = "" if losses is None else f" ({int((~torch.isfinite(losses)).sum())} of {len(losses)} tokens)"
     raise ValueError(
-        f"`objective: {objective}` gave a loss of {loss.item()} at step {step}{where}; the weights have "
-        "not been changed. Either the teacher excludes tokens (logits of -inf) or overflows: `forward_kl` and `hpd` can take the "
-        "first, and `teacher_model_init_kwargs: {dtype: bfloat16}` avoids the second. Or the student has diverged: lower "
-        "`learning_rate`."
+        f"`objective: {objective}` gave a loss of {loss.item()} at step {step}{where}; the weights have not been "
+        "changed. Either the teacher excludes tokens (logits of -inf) or overflows: `forward_kl` and `hpd` can take "
+        "the first, and `teacher_model_init_kwargs: {dtype: bfloat16}` avoids the second. Or the student has "
+        "diverged: lower `learning_rate`."
     )
 
 
@@ -121,7 +123,8 @@ def _fractions(args: Any, stats: Mapping[str, torch.Tensor]) -> Iterator[tuple[s
     if "loca_scale" in stats:
         yield "loca/corrected_fraction", stats["loca_scale"] < 1
     if "hpd_w_label" in stats:
-        # The branches of HPD: the label's probability is too high; so is that of the drawn token; what is taken goes to the label.
+        # The branches of HPD: the label's probability is too high; so is that of the drawn token; what is taken goes
+        # to the label.
         yield "hpd/overestimated_fraction", stats["hpd_w_label"] < 0
         if args.hpd_sample:
             suppressed = stats["hpd_w_sample"] < 0

@@ -14,8 +14,8 @@ __all__ = ["TrainerMixin"]
 
 class TrainerMixin(CheckpointsMixin, MetricsMixin, CardMixin):
     """
-    Comes before a TRL trainer among a class's bases. A mixture of experts gets the auxiliary loss of its configuration, and MPI
-    routers their steps.
+    Comes before a TRL trainer among a class's bases. A mixture of experts gets the auxiliary loss of its
+    configuration, and MPI routers their steps.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -36,6 +36,6 @@ class TrainerMixin(CheckpointsMixin, MetricsMixin, CardMixin):
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(
-                f"{name} does not support context or sequence parallelism, which cut sequences over processes. Set `cp_size: 1` "
-                "and `sp_size: 1`."
+                f"{name} does not support context or sequence parallelism, which cut sequences over processes. Set "
+                "`cp_size: 1` and `sp_size: 1`."
             )

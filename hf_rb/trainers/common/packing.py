@@ -1,4 +1,6 @@
-"""The check that a run makes of its first packed batch: models that let packed sequences see each other are refused."""
+"""The check that a run makes of its first packed batch: models that let packed sequences see each other are
+refused.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -45,8 +47,9 @@ def check_packing(trainer: Any, model: torch.nn.Module, inputs: Mapping[str, Any
     unwrapped = trainer.accelerator.unwrap_model(model)
     if has_prompt_learning(unwrapped):  # of which no hidden states of the model alone tell
         raise LeakingPacking(
-            "Prompt-learning adapters do not keep the sequences of a packed row apart: PEFT drops their `position_ids`. Set `packing: "
-            "false` and `padding_free: false`, or use LoRA; `allow_leaking_packing: true` trains all the same, as TRL does."
+            "Prompt-learning adapters do not keep the sequences of a packed row apart: PEFT drops their "
+            "`position_ids`. Set `packing: false` and `padding_free: false`, or use LoRA; `allow_leaking_packing: "
+            "true` trains all the same, as TRL does."
         )
     with trainer.accelerator.autocast():
         # Inside the forward of the wrapper, where FSDP and DeepSpeed have the weights in place.

@@ -1,4 +1,6 @@
-"""What mixtures of experts ask of a trainer: the auxiliary loss that their configuration names, and MPI's steps after the optimizer's."""
+"""What mixtures of experts ask of a trainer: the auxiliary loss that their configuration names, and MPI's steps after
+the optimizer's.
+"""
 
 import functools
 import types
@@ -35,16 +37,18 @@ def prepare_routers(trainer: Any) -> None:
             _use_own_auxiliary_loss(model)
         else:
             logger.warning(
-                f"{type(trainer).__name__} has no auxiliary loss, as its TRL parent: nothing balances the experts of this "
-                "mixture. Watch their load (`router_doctor: mean`), or use a trainer that has one (SFT, GKD, GRPO)."
+                f"{type(trainer).__name__} has no auxiliary loss, as its TRL parent: nothing balances the experts of "
+                "this mixture. Watch their load (`router_doctor: mean`), or use a trainer that has one (SFT, GKD, "
+                "GRPO)."
             )
 
 
 def _check_auxiliary_loss(model: PreTrainedModel, config: Any) -> None:
     if not hasattr(config, "router_aux_loss_coef"):
         raise ValueError(
-            f"{type(model).__name__} has no auxiliary loss, so `lb_type` and `z_loss_coef` of its configuration cannot act: remove "
-            "them. Routers with a bias, as DeepSeek-V3's, are balanced by `hf_rb.models.mpi.callbacks.LossFreeBalanceCallback`."
+            f"{type(model).__name__} has no auxiliary loss, so `lb_type` and `z_loss_coef` of its configuration "
+            "cannot act: remove them. Routers with a bias, as DeepSeek-V3's, are balanced by "
+            "`hf_rb.models.mpi.callbacks.LossFreeBalanceCallback`."
         )
     check_z_loss(config)
 
@@ -66,7 +70,8 @@ def add_router_doctor(trainer: Any, per_layer: bool = False) -> None:
     """
     if not any(True for _ in routers(trainer.model)):
         raise ValueError(
-            f"`router_doctor` looks at the routers of a mixture of experts, and {type(trainer.model).__name__} has none. Remove it."
+            f"`router_doctor` looks at the routers of a mixture of experts, and {type(trainer.model).__name__} has "
+            "none. Remove it."
         )
     trainer.callback_handler.callbacks.insert(0, RouterDoctorCallback(per_layer=per_layer))
 
@@ -80,8 +85,8 @@ def _use_own_auxiliary_loss(model: PreTrainedModel) -> None:
     """
     Replaces `aux_loss` in what the forward pass returns, and its part of `loss`.
 
-    A class's own forward pass is not enough: TRL's trainers put one in its place that scores tokens without the logits, and computes
-    transformers' auxiliary loss itself.
+    A class's own forward pass is not enough: TRL's trainers put one in its place that scores tokens without the
+    logits, and computes transformers' auxiliary loss itself.
     """
     forward = model.forward
 

@@ -1,5 +1,6 @@
-"""Rules for the fields that several trainer configs share, each of which yields what is wrong with them. Standard library only: `hf-rb check` runs these without
-torch."""
+"""Rules for the fields that several trainer configs share, each of which yields what is wrong with them. Standard
+library only: `hf-rb check` runs these without torch.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,12 +10,15 @@ __all__ = ["objective_rules", "packing_rules"]
 
 
 def packing_rules(config: Any) -> Iterator[str]:
-    """Yields what makes packed sequences see each other in every model: rows of evaluation whose collator keeps no positions."""
+    """Yields what makes packed sequences see each other in every model: rows of evaluation whose collator keeps no
+    positions.
+    """
     if config.eval_packing and not config.packing and config.packing_strategy != "wrapped":
         if not config.allow_leaking_packing:
             yield (
-                "`eval_packing: true` without `packing: true`: TRL's collator then keeps no positions, and the packed sequences of "
-                "the evaluation see each other in every model. Set `packing: true` too, or remove `eval_packing`."
+                "`eval_packing: true` without `packing: true`: TRL's collator then keeps no positions, and the "
+                "packed sequences of the evaluation see each other in every model. Set `packing: true` too, or "
+                "remove `eval_packing`."
             )
 
 
@@ -38,16 +42,16 @@ def objective_rules(config: Any, beta: float) -> Iterator[str]:
     """Yields what is wrong with the fields that the distillation configs share; `beta` is the config's default."""
     if config.objective != "jsd" and config.beta != beta:
         yield (
-            f"`beta: {config.beta}` acts on `objective: jsd` only, and the objective is {config.objective!r}. Remove `beta`, or "
-            "set `objective: jsd`."
+            f"`beta: {config.beta}` acts on `objective: jsd` only, and the objective is {config.objective!r}. Remove "
+            "`beta`, or set `objective: jsd`."
         )
     for objective, defaults in _FIELDS_OF.items():
         for name, default in defaults.items():
             value = getattr(config, name, default)
             if objective != config.objective and value != default:
                 yield (
-                    f"`{name}: {value}` acts on `objective: {objective}` only, and the objective is {config.objective!r}. "
-                    f"Remove `{name}`, or set `objective: {objective}`."
+                    f"`{name}: {value}` acts on `objective: {objective}` only, and the objective is "
+                    f"{config.objective!r}. Remove `{name}`, or set `objective: {objective}`."
                 )
     if config.objective == "gopd":
         yield from _gopd_rules(config)
@@ -66,14 +70,14 @@ def _gopd_rules(config: Any) -> Iterator[str]:
         value = getattr(config, name, values[0])
         if value not in values:
             yield (
-                f"`objective: gopd` needs `{name}: {values[0]}`: its loss is about the distribution that completions are drawn "
-                f"from; got `{name}: {value}`."
+                f"`objective: gopd` needs `{name}: {values[0]}`: its loss is about the distribution that completions "
+                f"are drawn from; got `{name}: {value}`."
             )
     overridden = getattr(config, "generation_kwargs", None) or {}
     for name in sorted({*neutral, "do_sample", "num_beams"} & {*overridden} if isinstance(overridden, dict) else ()):
         yield (
-            f"`generation_kwargs: {{{name}: {overridden[name]}}}` replaces plain draws from the student, which `objective: gopd` "
-            f"is about. Remove `{name}`."
+            f"`generation_kwargs: {{{name}: {overridden[name]}}}` replaces plain draws from the student, which "
+            f"`objective: gopd` is about. Remove `{name}`."
         )
     if config.reward_scale == 1 and config.reference_model_name_or_path is not None:
         yield (
@@ -83,6 +87,6 @@ def _gopd_rules(config: Any) -> Iterator[str]:
     for name in ("gopd_tis_cap", "gopd_logratio_clamp"):
         if config.gopd_full_vocab and getattr(config, name) is not None:
             yield (
-                f"`{name}: {getattr(config, name)}` acts on sampled tokens, and `gopd_full_vocab: true` is about all of them. "
-                "Remove one of the two."
+                f"`{name}: {getattr(config, name)}` acts on sampled tokens, and `gopd_full_vocab: true` is about all "
+                "of them. Remove one of the two."
             )

@@ -25,7 +25,8 @@ TOKEN_SAMPLES = "token_samples.json"
 class TokenStats:
     """
     Attributes:
-        input_ids (`torch.Tensor` of shape `(B, L)`): Tokens, the student's own completions among them where it trains on those.
+        input_ids (`torch.Tensor` of shape `(B, L)`): Tokens, the student's own completions among them where it trains
+            on those.
         is_label (`torch.Tensor` of shape `(B, L-1)`): Which of the tokens from the second on are trained on.
         values (`dict[str, torch.Tensor]`): Numbers `(N,)` of those tokens, by what they are.
     """
@@ -37,9 +38,9 @@ class TokenStats:
 
 class TokenSamplesCallback(TrainerCallback):
     """
-    Writes `token_samples.json` into `args.output_dir`: the first sequences of the training data and what the trainer's `token_stats`
-    says of their tokens, when training begins and when it ends. No random number is drawn and no gradient computed: training is
-    the same with it.
+    Writes `token_samples.json` into `args.output_dir`: the first sequences of the training data and what the trainer's
+    `token_stats` says of their tokens, when training begins and when it ends. No random number is drawn and no
+    gradient computed: training is the same with it.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -100,8 +101,8 @@ class TokenSamplesCallback(TrainerCallback):
 
 class CompletionSamplesCallback(TokenSamplesCallback):
     """
-    The same for trainers on the student's own completions: of those that the first optimizer step is made from, before it is made,
-    and of those of the last step, when training ends. Nothing is generated for it.
+    The same for trainers on the student's own completions: of those that the first optimizer step is made from, before
+    it is made, and of those of the last step, when training ends. Nothing is generated for it.
 
     Args:
         trainer, rows:
@@ -159,7 +160,9 @@ def _row(stats: TokenStats, tokenizer: Any) -> dict[str, Any]:
 
 
 def add_token_samples(trainer: Any) -> None:
-    """Adds the fitting callback to a trainer that has something to say of tokens, which depends on its flags. For before it trains."""
+    """Adds the fitting callback to a trainer that has something to say of tokens, which depends on its flags. For
+    before it trains.
+    """
     if getattr(trainer, "has_token_stats", False):
         generates = hasattr(trainer, "_buffered_inputs")
         trainer.add_callback((CompletionSamplesCallback if generates else TokenSamplesCallback)(trainer))
@@ -167,8 +170,8 @@ def add_token_samples(trainer: Any) -> None:
 
 def certainty(logits: torch.Tensor, labels: torch.Tensor) -> Mapping[str, torch.Tensor]:
     """
-    Returns what a calibration curve is made of: `prob`, the probability of the label, `top_prob`, that of the most probable token,
-    and `correct`, whether they are the same. `logits` are `(N, V)`, `labels` `(N,)`.
+    Returns what a calibration curve is made of: `prob`, the probability of the label, `top_prob`, that of the most
+    probable token, and `correct`, whether they are the same. `logits` are `(N, V)`, `labels` `(N,)`.
     """
     probs = logits.float().softmax(-1)
     top_prob, top = probs.max(-1)

@@ -1,4 +1,6 @@
-"""On-policy distillation: TRL's trainer with other objectives, among them G-OPD with its reference and its teachers."""
+"""On-policy distillation: TRL's trainer with other objectives, among them G-OPD with its reference and its
+teachers.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -34,24 +36,26 @@ _DTYPE = {"dtype": None}  # of a model given by name, TRL's default
 class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTrainer):
     """
     Trainer for distillation on the student's own completions. Takes what [`~trl.DistillationTrainer`] takes; with
-    `objective="jsd"` it is that trainer, unless the logits of student or teacher are not hidden states times LM head, which TRL's
-    loss takes them for: the first step compares the two, and such a model gets its own logits, with a warning. Generation
-    (transformers or vLLM), tools, masks and batches are the parent's in every case.
+    `objective="jsd"` it is that trainer, unless the logits of student or teacher are not hidden states times LM head,
+    which TRL's loss takes them for: the first step compares the two, and such a model gets its own logits, with a
+    warning. Generation (transformers or vLLM), tools, masks and batches are the parent's in every case.
 
-    `DistillationConfig(objective="gopd", reward_scale=1.25)` trains with ExOPD, generalized on-policy distillation with an
-    extrapolated reward (https://huggingface.co/papers/2602.12125): of the tokens that the student has drawn, those that the
-    teacher likes better than the reference does are made more probable. With `reward_scale=1` it is on-policy distillation by
-    sampled tokens. A teacher whose chat template is another than the student's reads prompts in its own.
+    `DistillationConfig(objective="gopd", reward_scale=1.25)` trains with ExOPD, generalized on-policy distillation
+    with an extrapolated reward (https://huggingface.co/papers/2602.12125): of the tokens that the student has drawn,
+    those that the teacher likes better than the reference does are made more probable. With `reward_scale=1` it is
+    on-policy distillation by sampled tokens. A teacher whose chat template is another than the student's reads prompts
+    in its own.
 
-    Also logged, over all trained tokens since the last log (`eval_` before them in evaluation), unless the loss is TRL's own:
+    Also logged, over all trained tokens since the last log (`eval_` before them in evaluation), unless the loss is
+    TRL's own:
 
     - `kept_fraction`, the share of tokens that are trained on
-    - with every other objective than `"gopd"`: `forward_kl`, `reverse_kl` (with `gopd_full_vocab`, from the mixture of teacher
-      and reference that the loss is about), and for `"akl"` `akl/weight` and `akl/head_size`
-    - with `"gopd"`: `gopd/advantage` with its extremes; `gopd/teacher_log_ratio`, whose mean estimates KL(student ‖ teacher),
-      which the mean of the loss does not unless the scale is 1; with a reference `gopd/reward`, log(teacher / reference), with
-      its extremes, and `gopd/reference_log_ratio`, whose mean estimates KL(student ‖ reference); with `gopd_tis_cap`
-      `gopd/tis_weight`
+    - with every other objective than `"gopd"`: `forward_kl`, `reverse_kl` (with `gopd_full_vocab`, from the mixture of
+      teacher and reference that the loss is about), and for `"akl"` `akl/weight` and `akl/head_size`
+    - with `"gopd"`: `gopd/advantage` with its extremes; `gopd/teacher_log_ratio`, whose mean estimates KL(student ‖
+      teacher), which the mean of the loss does not unless the scale is 1; with a reference `gopd/reward`, log(teacher
+      / reference), with its extremes, and `gopd/reference_log_ratio`, whose mean estimates KL(student ‖ reference);
+      with `gopd_tis_cap` `gopd/tis_weight`
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, **kwargs:
@@ -65,8 +69,8 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
             Reference of `objective="gopd"`, in place of `args.reference_model_name_or_path`.
 
     Raises:
-        ValueError: No teacher or two, a teacher on another tokenizer, or a reference that cannot act or cannot be made. In
-            training, a loss that is not finite.
+        ValueError: No teacher or two, a teacher on another tokenizer, or a reference that cannot act or cannot be
+            made. In training, a loss that is not finite.
         TypeError: A teacher that knows only what it has stored, such as a cache.
     """
 
@@ -120,8 +124,8 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         output = super()._generate_and_score_completions(inputs)
         if self.args.objective != "jsd" and "num_images" in output:
             raise ValueError(
-                f"`objective: {self.args.objective}` reads text, and the dataset has images. Set `objective: jsd`, or remove the "
-                "images."
+                f"`objective: {self.args.objective}` reads text, and the dataset has images. Set `objective: jsd`, "
+                "or remove the images."
             )
         if self._vocabulary is not None and width_of(self.model) > self._vocabulary:
             self._check_ids(output["completion_ids"], self._vocabulary)
@@ -133,9 +137,9 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         """Refuses what vLLM may sample, which is not told to leave the padding of the vocabulary out."""
         if (ids >= vocabulary).any():
             raise ValueError(
-                f"The student has written the id {ids.max()}, and student, teacher and reference share {vocabulary:,}: the "
-                "others cannot read it. Generate without vLLM (`use_vllm: false`), which leaves such ids out, or cut the student "
-                f"to size first (`resize_token_embeddings({vocabulary})`)."
+                f"The student has written the id {ids.max()}, and student, teacher and reference share "
+                f"{vocabulary:,}: the others cannot read it. Generate without vLLM (`use_vllm: false`), which leaves "
+                f"such ids out, or cut the student to size first (`resize_token_embeddings({vocabulary})`)."
             )
 
     def _add_gopd(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
@@ -167,13 +171,15 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         column, names = str(self.args.gopd_teacher_column), self.teacher.names
         if row.get(column) not in names:
             raise ValueError(
-                f"`gopd_teacher_column: {column}` names a teacher for each example, and an example has {row.get(column)!r}. The "
-                f"teachers are {', '.join(map(repr, names))}."
+                f"`gopd_teacher_column: {column}` names a teacher for each example, and an example has "
+                f"{row.get(column)!r}. The teachers are {', '.join(map(repr, names))}."
             )
         return row[column]
 
     def _teacher_prompts(self, prompts: list, names: Sequence[str | None]) -> list[list[int]] | None:
-        """Prompts in the chat template of each one's teacher, or `None` if no teacher's template differs from the student's."""
+        """Prompts in the chat template of each one's teacher, or `None` if no teacher's template differs from the
+        student's.
+        """
         if not is_conversational({"prompt": prompts[0]}):
             return None
         own: Any = self._tokenizer
@@ -206,15 +212,18 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
             return self._our_loss(unwrapped_student, inputs, num_items_in_batch)
 
     def _can_be_trl(self, student: Any, inputs: Mapping[str, Any]) -> bool:
-        """Returns whether TRL's loss, which multiplies hidden states by LM heads, has the logits of student and teacher right."""
+        """Returns whether TRL's loss, which multiplies hidden states by LM heads, has the logits of student and
+        teacher right.
+        """
         with self.accelerator.autocast():
             # Both, as all processes have to take part.
             is_head = [self._student_logits.is_head(student), self.teacher.is_head()]
         if not all(is_head) and any(key.startswith(("pixel_", "image_")) for key in inputs):
             model = student if not is_head[0] else self.teacher.model
             raise ValueError(
-                f"The logits of {name_of(model)} are not its last hidden states times its LM head, and for such a model "
-                "`DistillationTrainer` reads text alone, while the dataset has images. Remove the images, or use another model."
+                f"The logits of {name_of(model)} are not its last hidden states times its LM head, and for such a "
+                "model `DistillationTrainer` reads text alone, while the dataset has images. Remove the images, or "
+                "use another model."
             )
         return all(is_head)
 
@@ -263,7 +272,9 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
     def _score(
         self, inputs: Mapping[str, Any], mask: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor], list[TeacherLogits] | None]:
-        """Returns what the rule reads about each trained token, and the teacher's logits, in two parts with a reference."""
+        """Returns what the rule reads about each trained token, and the teacher's logits, in two parts with a
+        reference.
+        """
         (seen, keep), (seen_by_reference, reference_keep) = self._seen(inputs, mask)
         if self.args.objective != "gopd":
             return {}, self.teacher.score(seen, keep)
@@ -296,7 +307,9 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         return hasattr(self.teacher, "logits")  # not several teachers
 
     def token_stats(self, inputs: Mapping[str, Any]) -> TokenStats:
-        """Returns of every token that is trained on what the objective reports of it, and how alike student and teacher are there."""
+        """Returns of every token that is trained on what the objective reports of it, and how alike student and
+        teacher are there.
+        """
         mask, own = loss_mask(inputs), whole_sequences(inputs, "prompt")
         keep = _keep(mask, own["input_ids"].shape[1])
         (seen, seen_keep), (seen_by_reference, reference_keep) = self._seen(inputs, mask)
@@ -325,13 +338,15 @@ def _teacher(teacher: Any, model: Any, args: DistillationConfig) -> Any:
     teacher = build_teacher(teacher, model, init_kwargs=_init_kwargs(model, args))
     if not hasattr(teacher, "log_probs"):
         raise TypeError(
-            f"`teacher` is a {type(teacher).__name__}, which knows what it has stored, and the student's completions are new. Pass "
-            "a model, or use `GKDTrainer` with `lmbda=0`, which trains on the completions of the dataset."
+            f"`teacher` is a {type(teacher).__name__}, which knows what it has stored, and the student's completions "
+            "are new. Pass a model, or use `GKDTrainer` with `lmbda=0`, which trains on the completions of the "
+            "dataset."
         )
     if isinstance(teacher, RoutedTeacher) != (args.gopd_teacher_column is not None):
         raise ValueError(
-            f"`gopd_teacher_column: {args.gopd_teacher_column}` names the column that chooses among several teachers: it goes with "
-            "teachers by name, `teacher_model_name_or_path: {math: ..., code: ...}`, and they with it."
+            f"`gopd_teacher_column: {args.gopd_teacher_column}` names the column that chooses among several "
+            "teachers: it goes with teachers by name, `teacher_model_name_or_path: {math: ..., code: ...}`, and "
+            "they with it."
         )
     return teacher
 

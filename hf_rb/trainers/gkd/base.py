@@ -1,4 +1,6 @@
-"""What our GKD trainer derives from: TRL's without its set-up, or the two functions that it uses of TRL's where TRL has none."""
+"""What our GKD trainer derives from: TRL's without its set-up, or the two functions that it uses of TRL's where TRL
+has none.
+"""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -33,7 +35,8 @@ class GKDFunctions(trl.SFTTrainer):
         num_items_in_batch: torch.Tensor,
     ) -> torch.Tensor:
         """
-        Generalized JSD, summed over all labels and divided by a number. See [`~hf_rb.objectives.jsd`], whose rounding is another.
+        Generalized JSD, summed over all labels and divided by a number. See [`~hf_rb.objectives.jsd`], whose rounding
+        is another.
 
         Args:
             student_logits, teacher_logits (`torch.Tensor` of shape `(B, L, V)`):
@@ -73,8 +76,8 @@ class GKDFunctions(trl.SFTTrainer):
                 How to sample, and which tokens end a completion.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Prompts with completions (B, P + C); a mask of what is neither padding
-            nor behind a completion's first end token; and the completions' labels.
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Prompts with completions (B, P + C); a mask of what is
+            neither padding nor behind a completion's first end token; and the completions' labels.
         """
         prompts, prompt_mask = inputs["prompts"], inputs["prompt_attention_mask"]
         sequences = model.generate(
@@ -103,10 +106,11 @@ else:
 
 class GKDBase(_Parent):
     """
-    TRL's `GKDTrainer`, constructed and stepped as its parent, so that `super()` reaches every class between ours and it.
+    TRL's `GKDTrainer`, constructed and stepped as its parent, so that `super()` reaches every class between ours and
+    it.
 
-    Its own constructor would replace the preparation of the data and attach a teacher of the student's exact width. Its own step
-    samples after the labels are counted.
+    Its own constructor would replace the preparation of the data and attach a teacher of the student's exact width.
+    Its own step samples after the labels are counted.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

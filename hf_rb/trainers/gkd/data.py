@@ -1,4 +1,6 @@
-"""GKD's prompts and completions: the layouts of data that it takes beside SFT's, and the prompts of a collated batch."""
+"""GKD's prompts and completions: the layouts of data that it takes beside SFT's, and the prompts of a collated
+batch.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +15,8 @@ __all__ = ["in_layout_of_sft", "prompts_of"]
 
 def in_layout_of_sft(dataset: Dataset | IterableDataset, args: Any, name: str) -> tuple[Any, bool]:
     """
-    Returns a dataset with `prompt` and `completion` where SFT would label other tokens than GKD trains on, and whether it has prompts
-    alone.
+    Returns a dataset with `prompt` and `completion` where SFT would label other tokens than GKD trains on, and whether
+    it has prompts alone.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
@@ -25,7 +27,8 @@ def in_layout_of_sft(dataset: Dataset | IterableDataset, args: Any, name: str) -
             Name of the dataset in messages.
 
     Raises:
-        ValueError: Prompts alone, where `args.lmbda` asks for the completions of the dataset; an example without anything to train on.
+        ValueError: Prompts alone, where `args.lmbda` asks for the completions of the dataset; an example without
+            anything to train on.
     """
     example: Any = next(iter(dataset))
     has_prompt, has_messages = "prompt" in example, "messages" in example or "conversations" in example
@@ -62,8 +65,8 @@ def _require_completion(example: dict[str, Any]) -> dict[str, Any]:
     """
     if not example["completion"]:
         raise ValueError(
-            "An example has a prompt and an empty `completion`, in which there is nothing to train on. Remove it, or set `lmbda: "
-            "1.0` and drop the column `completion`, so that the student writes all of them."
+            "An example has a prompt and an empty `completion`, in which there is nothing to train on. Remove it, or "
+            "set `lmbda: 1.0` and drop the column `completion`, so that the student writes all of them."
         )
     _require_prompt(example["prompt"], example["completion"][0].get("content"))
     return {}
@@ -80,8 +83,8 @@ def _last_turn_as_completion(example: dict[str, Any]) -> dict[str, Any]:
     if not messages or messages[-1]["role"] != "assistant":
         last = messages[-1]["role"] if messages else "missing"
         raise ValueError(
-            f"The last turn of every conversation is trained on and must be the assistant's; one is {last}. Remove that example, "
-            "or set `assistant_only_loss: true` to train on every assistant turn."
+            f"The last turn of every conversation is trained on and must be the assistant's; one is {last}. Remove "
+            "that example, or set `assistant_only_loss: true` to train on every assistant turn."
         )
     _require_prompt(messages[:-1], messages[-1].get("content"))
     return {"prompt": messages[:-1], "completion": messages[-1:]}
@@ -90,14 +93,15 @@ def _last_turn_as_completion(example: dict[str, Any]) -> dict[str, Any]:
 def _require_prompt(prompt: list[dict[str, Any]] | str, completion: Any) -> None:
     if not isinstance(prompt, str) and not prompt:
         raise ValueError(
-            f"A conversation has no turn before the assistant's {str(completion or '')[:60]!r}, and without a prompt there is nothing that "
-            "it completes. Put a user's turn before it, or remove that example."
+            f"A conversation has no turn before the assistant's {str(completion or '')[:60]!r}, and without a prompt "
+            "there is nothing that it completes. Put a user's turn before it, or remove that example."
         )
 
 
 def prompts_of(inputs: Mapping[str, Any]) -> list[torch.Tensor]:
     """
-    Returns the prompt of each row of a padded batch: what comes before its last run of labels, or all of it without any.
+    Returns the prompt of each row of a padded batch: what comes before its last run of labels, or all of it without
+    any.
 
     Raises:
         ValueError: A row has no prompt.
@@ -111,8 +115,8 @@ def prompts_of(inputs: Mapping[str, Any]) -> list[torch.Tensor]:
         end = int(starts.nonzero()[-1]) if starts.any() else len(ids)
         if end == 0:
             raise ValueError(
-                "An example has no prompt to sample a completion of: all its tokens are labels, as in plain text. Give prompts with "
-                "`prompt` or `messages`, or set `lmbda: 0.0` without `seq_kd`."
+                "An example has no prompt to sample a completion of: all its tokens are labels, as in plain text. "
+                "Give prompts with `prompt` or `messages`, or set `lmbda: 0.0` without `seq_kd`."
             )
         prompts.append(ids[:end])
     return prompts

@@ -1,5 +1,6 @@
-"""Rules for the fields of `GKDConfig`, each of which yields what is wrong with them. Standard library only: `hf-rb check` runs these without
-torch."""
+"""Rules for the fields of `GKDConfig`, each of which yields what is wrong with them. Standard library only:
+`hf-rb check` runs these without torch.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -27,8 +28,8 @@ def gkd_rules(config: Any) -> Iterator[str]:
         )
     if objective == "gopd" and config.gopd_tis_cap is not None:
         yield (
-            f"`gopd_tis_cap: {config.gopd_tis_cap}` needs the sampler's log-probabilities, and the sampler of GKD is the model "
-            "in training itself. Remove it, or use `DistillationTrainer` with `use_vllm: true`."
+            f"`gopd_tis_cap: {config.gopd_tis_cap}` needs the sampler's log-probabilities, and the sampler of GKD is "
+            "the model in training itself. Remove it, or use `DistillationTrainer` with `use_vllm: true`."
         )
     if objective == "gopd" and config.gopd_teacher_column is not None:
         yield (
@@ -40,28 +41,28 @@ def gkd_rules(config: Any) -> Iterator[str]:
         value = getattr(config, name)
         if lmbda > 0:
             yield (
-                f"`{name}: {value}` needs `lmbda: 0.0`: it reads the labels of the dataset, which sampled completions do not "
-                f"have; got `lmbda: {lmbda}`."
+                f"`{name}: {value}` needs `lmbda: 0.0`: it reads the labels of the dataset, which sampled "
+                f"completions do not have; got `lmbda: {lmbda}`."
             )
         if objective not in _DIVERGENCES:
             yield (
-                f"`{name}: {value}` acts on a divergence from the teacher, and `objective: {objective}` is none. Choose one of "
-                f"{', '.join(_DIVERGENCES)}, or remove `{name}`."
+                f"`{name}: {value}` acts on a divergence from the teacher, and `objective: {objective}` is none. "
+                f"Choose one of {', '.join(_DIVERGENCES)}, or remove `{name}`."
             )
     if lmbda == 0 and not config.seq_kd and config.temperature not in (0.9, 1.0):
         yield (
-            f"`temperature: {config.temperature}` has no effect with `lmbda: 0.0`: it is that of sampling, nothing is sampled, and the "
-            "loss is at temperature 1, as in TRL. Remove it."
+            f"`temperature: {config.temperature}` has no effect with `lmbda: 0.0`: it is that of sampling, nothing "
+            "is sampled, and the loss is at temperature 1, as in TRL. Remove it."
         )
     if config.seq_kd and lmbda == 1:
         yield (
-            "`seq_kd: true` has no effect with `lmbda: 1.0`, where every completion is the student's. Set `lmbda` below 1, or "
-            "remove `seq_kd`."
+            "`seq_kd: true` has no effect with `lmbda: 1.0`, where every completion is the student's. Set `lmbda` "
+            "below 1, or remove `seq_kd`."
         )
     if config.seq_kd and config.loca_alpha is not None:
         yield (
-            f"`loca_alpha: {config.loca_alpha}` corrects the teacher by the labels of the dataset, and with `seq_kd: true` the "
-            "labels are the teacher's own. Remove one of the two."
+            f"`loca_alpha: {config.loca_alpha}` corrects the teacher by the labels of the dataset, and with `seq_kd: "
+            "true` the labels are the teacher's own. Remove one of the two."
         )
     if config.teacher_cache is not None:
         yield from cache_rules(config)
@@ -69,15 +70,18 @@ def gkd_rules(config: Any) -> Iterator[str]:
         name = "packing" if config.packing else "padding_free"
         reason = "seq_kd: true" if lmbda == 0 else f"lmbda: {lmbda}"
         yield (
-            f"`{name}: true` needs completions from the dataset, and `{reason}` generates them from one prompt a row. Set "
-            f"`{name}: false`, or `lmbda: 0.0` without `seq_kd`."
+            f"`{name}: true` needs completions from the dataset, and `{reason}` generates them from one prompt a "
+            f"row. Set `{name}: false`, or `lmbda: 0.0` without `seq_kd`."
         )
     if config.loss_type != "nll":
-        yield f"`loss_type: {config.loss_type}` is a loss of SFT, and `objective: {objective}` replaces it. Remove `loss_type`."
+        yield (
+            f"`loss_type: {config.loss_type}` is a loss of SFT, and `objective: {objective}` replaces it. Remove "
+            "`loss_type`."
+        )
     if config.label_smoothing_factor > 0:
         yield (
-            f"`label_smoothing_factor: {config.label_smoothing_factor}` acts on SFT's loss, which `objective: {objective}` "
-            "replaces. Remove it."
+            f"`label_smoothing_factor: {config.label_smoothing_factor}` acts on SFT's loss, which `objective: "
+            f"{objective}` replaces. Remove it."
         )
 
 
@@ -85,13 +89,14 @@ def cache_rules(config: Any) -> Iterator[str]:
     """Yields what a [`GKDConfig`] may not say with a cached teacher."""
     if config.objective not in ("forward_kl", "akl"):
         yield (
-            f"`teacher_cache` holds the teacher's most probable tokens, and `objective: {config.objective}` needs all of them. "
-            "Set `objective: forward_kl` or `objective: akl`, or give `teacher_model_name_or_path` instead of the cache."
+            f"`teacher_cache` holds the teacher's most probable tokens, and `objective: {config.objective}` needs "
+            "all of them. Set `objective: forward_kl` or `objective: akl`, or give `teacher_model_name_or_path` "
+            "instead of the cache."
         )
     if config.lmbda > 0:
         yield (
-            "`teacher_cache` needs `lmbda: 0.0`: it holds the completions of the dataset, not those that the student will "
-            f"sample; got `lmbda: {config.lmbda}`."
+            "`teacher_cache` needs `lmbda: 0.0`: it holds the completions of the dataset, not those that the student "
+            f"will sample; got `lmbda: {config.lmbda}`."
         )
     for name, wrong, remedy in (
         ("seq_kd", True, "seq_kd: false"),
@@ -99,8 +104,8 @@ def cache_rules(config: Any) -> Iterator[str]:
     ):
         if getattr(config, name) == wrong:
             yield (
-                f"`{name}: {str(wrong).lower()}` needs the teacher itself, and `teacher_cache` is there to leave it out. Set "
-                f"`{remedy}`, or give `teacher_model_name_or_path` instead of the cache."
+                f"`{name}: {str(wrong).lower()}` needs the teacher itself, and `teacher_cache` is there to leave it "
+                f"out. Set `{remedy}`, or give `teacher_model_name_or_path` instead of the cache."
             )
     if config.teacher_model_name_or_path is not None:
         yield "`teacher_cache` and `teacher_model_name_or_path` are two teachers. Remove one."

@@ -47,16 +47,18 @@ class SamplingGKD(GKDBase):
         """Samples a completion of each prompt; it ends with its first end-of-sequence token."""
         ids = pad_sequence(prompts, batch_first=True, padding_value=self._tokenizer.pad_token_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs  # a string only until the config has read it
         with (
             own_randomness([self.accelerator.device]),
             compat.unwrap_model_for_generation(
                 writer,
                 self.accelerator,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                gradient_checkpointing_kwargs=checkpointing,
             ) as model,
-            own_distribution(model),
+            own_distribution(model),  # pyrefly: ignore[bad-argument-type]  (TRL says Module)
         ):
-            # From the step and the prompts, so that processes draw independently and a resumed run as the first one did.
+            # From the step and the prompts, so that processes draw independently and a resumed run as the first one
+            # did.
             key = (self.args.seed, self.state.global_step, [prompt.tolist() for prompt in prompts])
             torch.manual_seed(random.Random(repr(key)).getrandbits(63))
             inputs = {"prompts": ids, "prompt_attention_mask": mask}

@@ -1,4 +1,6 @@
-"""Distillation on dataset completions, the student's own, or a mixture: TRL's GKD with more objectives, teachers and data."""
+"""Distillation on dataset completions, the student's own, or a mixture: TRL's GKD with more objectives, teachers and
+data.
+"""
 
 import logging
 import random
@@ -57,20 +59,23 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
 
     It differs from TRL's trainer where that one is wrong or wasteful:
 
-    - The loss is divided by the tokens that are trained on, over accumulation steps and processes: completions for a whole step are
-      sampled before its tokens are counted, and the gradient does not depend on the number of processes.
+    - The loss is divided by the tokens that are trained on, over accumulation steps and processes: completions for a
+      whole step are sampled before its tokens are counted, and the gradient does not depend on the number of
+      processes.
     - No logits are kept; see `loss_impl`. With `loss_impl="dense"`, `lmbda=0` and one process, losses and gradients of
       `objective="jsd"` are TRL's, bit for bit.
-    - Whether a step trains on the dataset, the student's or (with `seq_kd`) the teacher's completions is drawn once an optimizer step
-      from the seed and the step, the same on all processes.
-    - `messages` are labelled as TRL's collator does, the last turn; with `assistant_only_loss=True` every assistant turn.
-      Prompt-completion and tokenized data, packing and padding-free batches work too; and with `lmbda=1` prompts alone.
+    - Whether a step trains on the dataset, the student's or (with `seq_kd`) the teacher's completions is drawn once an
+      optimizer step from the seed and the step, the same on all processes.
+    - `messages` are labelled as TRL's collator does, the last turn; with `assistant_only_loss=True` every assistant
+      turn. Prompt-completion and tokenized data, packing and padding-free batches work too; and with `lmbda=1` prompts
+      alone.
     - Teacher and student may differ in the padding of their vocabulary. Labels outside the shared ids are left out.
 
-    These are logged, over all tokens since the last log (`eval_` before them in evaluation, where `loss` is the objective on the
-    evaluation data): `forward_kl`, `reverse_kl`, `entropy` of the student, `ce`, its cross-entropy on the labels, `kd`, the
-    divergence before `kd_alpha` mixes it, `kept_fraction`, the share of tokens that are trained on, and what belongs to the
-    objective, as `akl/weight`, `loca/corrected_fraction`, `hpd/suppressed_fraction` or `gopd/advantage`.
+    These are logged, over all tokens since the last log (`eval_` before them in evaluation, where `loss` is the
+    objective on the evaluation data): `forward_kl`, `reverse_kl`, `entropy` of the student, `ce`, its cross-entropy on
+    the labels, `kd`, the divergence before `kd_alpha` mixes it, `kept_fraction`, the share of tokens that are trained
+    on, and what belongs to the objective, as `akl/weight`, `loca/corrected_fraction`, `hpd/suppressed_fraction` or
+    `gopd/advantage`.
 
     Args:
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
@@ -78,12 +83,14 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         teacher ([`~hf_rb.teachers.Teacher`], *optional*):
             Another source of the teacher's distributions, in its place.
         reference_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Reference of `objective="gopd"`. Defaults to `args.reference_model_name_or_path`, and that to the student at its start.
+            Reference of `objective="gopd"`. Defaults to `args.reference_model_name_or_path`, and that to the student
+            at its start.
 
     Raises:
-        ValueError: No teacher, or more than one; a teacher with other tokens; a reference that cannot act; a prompt-learning adapter,
-            context or sequence parallelism, a `compute_loss_func`; images; data without anything to train on. In training: a loss that is not
-            finite, or a model that lets packed sequences see each other.
+        ValueError: No teacher, or more than one; a teacher with other tokens; a reference that cannot act; a
+            prompt-learning adapter, context or sequence parallelism, a `compute_loss_func`; images; data without
+            anything to train on. In training: a loss that is not finite, or a model that lets packed sequences see
+            each other.
     """
 
     args: GKDConfig  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -129,9 +136,9 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         ours = self._tokenizer.chat_template
         if theirs is not None and ours is not None and theirs != ours:
             logger.warning(
-                "Teacher and student have different chat templates, and the teacher reads the tokens of the student's. Where that "
-                "is not what it was trained on, set `chat_template_path` to the teacher, or use `DistillationTrainer`, which "
-                "renders prompts for each."
+                "Teacher and student have different chat templates, and the teacher reads the tokens of the "
+                "student's. Where that is not what it was trained on, set `chat_template_path` to the teacher, or "
+                "use `DistillationTrainer`, which renders prompts for each."
             )
 
     def _check_supported(self) -> None:
@@ -167,8 +174,9 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if next(iter(prepared), None) is None:
             raise ValueError(
-                f"No example of the {dataset_name} dataset has a token to train on: every completion is empty or lies beyond "
-                f"`max_length: {args.max_length}`. Raise `max_length`, or set `truncation_mode: keep_end`."
+                f"No example of the {dataset_name} dataset has a token to train on: every completion is empty or "
+                f"lies beyond `max_length: {args.max_length}`. Raise `max_length`, or set `truncation_mode: "
+                "keep_end`."
             )
         return prepared
 
@@ -178,7 +186,9 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         return labels if vocabulary is None else labels.masked_fill(labels >= vocabulary, -100)
 
     def _tokens(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns the labels (B, L), which of their predictions (B, L-1) are trained on, and what the rule reads about those."""
+        """Returns the labels (B, L), which of their predictions (B, L-1) are trained on, and what the rule reads about
+        those.
+        """
         labels = self._trained_labels(inputs)
         keep = labels[:, 1:] != -100
         tokens = {"labels": labels[:, 1:][keep]}
@@ -193,7 +203,9 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         )
 
     def _counted_labels(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Returns labels (B, L-1) as many as what the loss is divided by: trained tokens, or completions that have any."""
+        """Returns labels (B, L-1) as many as what the loss is divided by: trained tokens, or completions that have
+        any.
+        """
         labels = self._trained_labels(inputs)[:, 1:]
         if self.args.objective != "gopd" or self.args.gopd_aggregation == "token-mean":
             return labels
@@ -248,7 +260,8 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
             loss, stats, aux_loss = self._dense_loss(model, inputs, labels, keep, tokens, items)
         else:
             student = self.accelerator.unwrap_model(model)
-            # Inside the forward of the wrapper, where DDP's hooks fire and FSDP and DeepSpeed have the weights in place.
+            # Inside the forward of the wrapper, where DDP's hooks fire and FSDP and DeepSpeed have the weights in
+            # place.
             loss, stats, aux_loss = self._forward_redirection(
                 model, student, self._chunked_loss, student, inputs, keep, tokens, items
             )
@@ -356,7 +369,9 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         return hasattr(self.teacher, "logits")  # not a cache, which has no more than a part of them
 
     def token_stats(self, inputs: Mapping[str, Any]) -> TokenStats:
-        """Returns of every token that is trained on what the objective reports of it, and how alike student and teacher are there."""
+        """Returns of every token that is trained on what the objective reports of it, and how alike student and
+        teacher are there.
+        """
         if self._has_prompts_only or self.args.lmbda == 1:
             inputs = self._with_completions(inputs, self.model_wrapped)
         (_, keep, tokens), shared = self._tokens(inputs), slice(self.teacher.vocabulary)
@@ -389,7 +404,7 @@ def _teacher(args: GKDConfig, teacher: Teacher | None, teacher_model: Any) -> Te
         validate(args, cache_rules)
     elif args.seq_kd and not hasattr(teacher, "model"):
         raise ValueError(
-            f"`seq_kd: true` lets the teacher write completions, which {type(teacher).__name__} cannot. Pass a `teacher_model`, or "
-            "set `seq_kd: false`."
+            f"`seq_kd: true` lets the teacher write completions, which {type(teacher).__name__} cannot. Pass a "
+            "`teacher_model`, or set `seq_kd: false`."
         )
     return teacher

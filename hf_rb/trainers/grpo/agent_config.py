@@ -15,19 +15,19 @@ class AgentArguments:
 
     Args:
         environment (`str`, *optional*):
-            What the policy may act on: `"search"`, a search tool over passages (`pip install 'hf_rb[rl]'`). The trainer's
-            `environment_factory` takes any other.
+            What the policy may act on: `"search"`, a search tool over passages (`pip install 'hf_rb[rl]'`). The
+            trainer's `environment_factory` takes any other.
         environment_kwargs (`dict`, *optional*):
-            Of `environment="search"`: `corpus`, a JSONL file with `text` and, if there are, `id` and `title` in every line, or
-            `tiny:facts` (the default); `top_k`, passages a search returns (3, of the facts 2).
+            Of `environment="search"`: `corpus`, a JSONL file with `text` and, if there are, `id` and `title` in every
+            line, or `tiny:facts` (the default); `top_k`, passages a search returns (3, of the facts 2).
         calibadv_step_field (`str`, *optional*):
-            Field of the rollouts that holds the quality of each search step, as a `rollout_func` returns it. By default
-            quality comes from silver documents.
+            Field of the rollouts that holds the quality of each search step, as a `rollout_func` returns it. By
+            default quality comes from silver documents.
         srar_step_pattern (`str`, *optional*):
             Regular expression that matches where a step begins. Defaults to headers such as `### Step 1:`.
         srar_judge (`str`, *optional*):
-            Who judges steps: the base URL of an OpenAI-compatible endpoint (`http://localhost:8000/v1`), or `"tiny"`, an
-            offline judge for `tiny:math`. The trainer's `judge` takes any callable.
+            Who judges steps: the base URL of an OpenAI-compatible endpoint (`http://localhost:8000/v1`), or `"tiny"`,
+            an offline judge for `tiny:math`. The trainer's `judge` takes any callable.
         srar_judge_model (`str`, *optional*):
             Model that the endpoint serves.
         srar_judge_api_key_env (`str`, *optional*):
@@ -52,14 +52,15 @@ class AgentArguments:
     environment_kwargs: dict | str | None = field(
         default=None,
         metadata=described(
-            "Of `environment: search`: `corpus`, a JSONL file with `text` and, if there are, `id` and `title` in every line, or "
-            "`tiny:facts`; `top_k`, passages a search returns."
+            "Of `environment: search`: `corpus`, a JSONL file with `text` and, if there are, `id` and `title` in "
+            "every line, or `tiny:facts`; `top_k`, passages a search returns."
         ),
     )
     calibadv_step_field: str | None = field(
         default=None,
         metadata=described(
-            "Field of the rollouts that holds the quality of each search step. By default it comes from silver documents."
+            "Field of the rollouts that holds the quality of each search step. By default it comes from silver "
+            "documents."
         ),
     )
     srar_step_pattern: str | None = field(
@@ -71,8 +72,8 @@ class AgentArguments:
     srar_judge: str | None = field(
         default=None,
         metadata=described(
-            "Who judges steps: the base URL of an OpenAI-compatible endpoint (`http://localhost:8000/v1`), or `tiny`, an offline "
-            "judge for `tiny:math`."
+            "Who judges steps: the base URL of an OpenAI-compatible endpoint (`http://localhost:8000/v1`), or "
+            "`tiny`, an offline judge for `tiny:math`."
         ),
     )
     srar_judge_model: str | None = field(
@@ -95,6 +96,7 @@ class AgentArguments:
     srar_judge_kwargs: dict | str | None = field(
         default=None,
         metadata=described(
-            "More fields of the request to the judge, such as `max_tokens`. The temperature is 0 unless it is among them."
+            "More fields of the request to the judge, such as `max_tokens`. The temperature is 0 unless it is among "
+            "them."
         ),
     )

@@ -23,9 +23,9 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     Parameters:
         advantage_shapers (`list[str]`, *optional*, defaults to `[]`):
             Shapers of the advantages, in the order in which they run: `"edas"`
-            (https://huggingface.co/papers/2605.17333), `"calibadv"` (https://huggingface.co/papers/2604.18235), `"srar"`
-            (https://huggingface.co/papers/2605.17291), or a name that an installed package registers under the entry-point
-            group `hf_rb.shapers`.
+            (https://huggingface.co/papers/2605.17333), `"calibadv"` (https://huggingface.co/papers/2604.18235),
+            `"srar"` (https://huggingface.co/papers/2605.17291), or a name that an installed package registers under
+            the entry-point group `hf_rb.shapers`.
         correct_reward (`str`, *optional*):
             Reward function that says which completions are correct. Its weight may be 0.
         correct_threshold (`float`, *optional*, defaults to `0.5`):
@@ -36,21 +36,22 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
         edas_alpha (`float`, *optional*, defaults to `0.4`):
             Strength on groups with several different errors; 0 or more.
         edas_beta (`float`, *optional*, defaults to `0.3`):
-            Strength on groups whose wrong answers are all the same; 0 or more. The paper: 0.3 with DAPO, 0.2 with GRPO.
+            Strength on groups whose wrong answers are all the same; 0 or more. The paper: 0.3 with DAPO, 0.2 with
+            GRPO.
         edas_kappa (`float`, *optional*, defaults to `2.0`):
             An advantage moves by at most the κ-th part of itself; above 1.
         edas_no_answer (`str`, *optional*, defaults to `"cluster"`):
-            Wrong completions without an answer are one error (`"cluster"`, the authors' code), left alone (`"skip"`), or an
-            error each (`"singleton"`).
+            Wrong completions without an answer are one error (`"cluster"`, the authors' code), left alone (`"skip"`),
+            or an error each (`"singleton"`).
         edas_equivalence (`str`, *optional*, defaults to `"auto"`):
-            When two answers are the same: as rewards and evaluation compare them ([`~hf_rb.rl.answers.same_answer`]), with
-            `math-verify` where it is installed (`"auto"`) or not without it (`"math"`; needs `pip install 'hf_rb[math]'`); or
-            where their texts are, up to case and surrounding blanks (`"string"`).
+            When two answers are the same: as rewards and evaluation compare them ([`~hf_rb.rl.answers.same_answer`]),
+            with `math-verify` where it is installed (`"auto"`) or not without it (`"math"`; needs
+            `pip install 'hf_rb[math]'`); or where their texts are, up to case and surrounding blanks (`"string"`).
         edas_warmup_start (`int`, *optional*, defaults to `0`), edas_warmup_steps (`int`, *optional*, defaults to `0`):
             Optimizer step at which EDAS starts, and number of steps over which its strengths grow to their values.
         edas_format_reward (`str`, *optional*):
-            Reward function that scores the format. Wrong completions to which it gives less than 0.5 are left alone, as in the
-            authors' code.
+            Reward function that scores the format. Wrong completions to which it gives less than 0.5 are left alone,
+            as in the authors' code.
         calibadv_soft (`bool`, *optional*, defaults to `True`):
             Whether search steps that found good documents are penalised less for a wrong answer.
         calibadv_pos_neg_ratio (`float`, *optional*, defaults to `1.0`):
@@ -58,8 +59,9 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
         calibadv_max_gain (`float`, *optional*):
             Largest factor by which rebalancing multiplies an advantage. Not in the paper, where it is unbounded.
         calibadv_weighting (`str`, *optional*, defaults to `"token"`):
-            What a token weighs in that sum: each the same (`"token"`, the authors' code), or as much as in the loss (`"loss"`),
-            which differs with `loss_type="grpo"` and `"sapo"`, means over the tokens of each completion first.
+            What a token weighs in that sum: each the same (`"token"`, the authors' code), or as much as in the loss
+            (`"loss"`), which differs with `loss_type="grpo"` and `"sapo"`, means over the tokens of each completion
+            first.
         calibadv_qualify (`float`, *optional*, defaults to `0.7`):
             Reward from which on the documents of a completion count as good.
         calibadv_answer_must_not_call_tool (`bool`, *optional*, defaults to `True`):
@@ -68,19 +70,20 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
         srar_coef (`float`, *optional*, defaults to `1.0`):
             Weight of the step scores, which are added to the advantages; 0 or more.
         srar_gk (`str`, *optional*, defaults to `"code"`):
-            Which completions the score of a step is compared with: those with a criterion that is met in it (`"code"`, the
-            authors'), or with a criterion that the judge places in it, met or not (`"paper"`). Also what becomes of steps that
-            do not exist, see [`~hf_rb.advantages.srar_step_scores`].
+            Which completions the score of a step is compared with: those with a criterion that is met in it (`"code"`,
+            the authors'), or with a criterion that the judge places in it, met or not (`"paper"`). Also what becomes
+            of steps that do not exist, see [`~hf_rb.advantages.srar_step_scores`].
         srar_ddof (`int`, *optional*, defaults to `1`):
             1 divides by the unbiased standard deviation, 0 by that of the population.
         srar_eps (`float`, *optional*, defaults to `1e-4`):
-            Added to that deviation, 0 or more; a step whose scores deviate no more than this has no offset. 1e-4 is TRL's for
-            advantages; the authors' code uses 1e-6.
+            Added to that deviation, 0 or more; a step whose scores deviate no more than this has no offset. 1e-4 is
+            TRL's for advantages; the authors' code uses 1e-6.
         srar_only_mixed (`bool`, *optional*, defaults to `True`):
             Whether only groups with correct and wrong completions are judged.
         hidden_align_coef (`float`, *optional*, defaults to `0.0`):
-            Weight of an auxiliary loss that aligns the hidden states before the answers of the correct completions of a
-            prompt; 0 is off. A reconstruction of https://huggingface.co/papers/2606.03234, without code to compare with.
+            Weight of an auxiliary loss that aligns the hidden states before the answers of the correct completions of
+            a prompt; 0 is off. A reconstruction of https://huggingface.co/papers/2606.03234, without code to compare
+            with.
         hidden_align_marker (`str`, *optional*):
             Text before which the hidden state is taken. Defaults to what `answer_extractor` looks for.
         hidden_align_all_correct (`bool`, *optional*, defaults to `False`):
@@ -88,13 +91,15 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
         environment (`str`, *optional*), environment_kwargs (`dict`, *optional*):
             What the policy may act on: `"search"`, a search tool over passages, with its `corpus` and `top_k`.
         calibadv_step_field (`str`, *optional*):
-            Field of the rollouts that holds the quality of each search step. By default it comes from silver documents.
+            Field of the rollouts that holds the quality of each search step. By default it comes from silver
+            documents.
         srar_judge (`str`, *optional*), srar_judge_model (`str`, *optional*):
-            Who judges steps: the base URL of an OpenAI-compatible endpoint and the model that it serves, or `"tiny"`, an offline
-            judge for `tiny:math`.
+            Who judges steps: the base URL of an OpenAI-compatible endpoint and the model that it serves, or `"tiny"`,
+            an offline judge for `tiny:math`.
         srar_judge_api_key_env (`str`, *optional*):
             Name of the environment variable that holds the endpoint's key.
-        srar_judge_timeout (`float`, *optional*, defaults to `60.0`), srar_judge_retries (`int`, *optional*, defaults to `2`),
+        srar_judge_timeout (`float`, *optional*, defaults to `60.0`), srar_judge_retries (`int`, *optional*, defaults
+            to `2`),
         srar_judge_concurrency (`int`, *optional*, defaults to `32`), srar_judge_kwargs (`dict`, *optional*):
             Seconds an answer may take, further attempts, open requests of a process, and more fields of a request.
 
@@ -108,8 +113,8 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     advantage_shapers: list[str] = field(
         default_factory=list,
         metadata=described(
-            "Shapers of the advantages, in the order in which they run: `edas`, `calibadv`, `srar`, or a name that an installed "
-            "package registers under `hf_rb.shapers`."
+            "Shapers of the advantages, in the order in which they run: `edas`, `calibadv`, `srar`, or a name that "
+            "an installed package registers under `hf_rb.shapers`."
         ),
     )
     correct_reward: str | None = field(
@@ -122,8 +127,8 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     answer_extractor: str = field(
         default="boxed",
         metadata=described(
-            "Where the final answer of a completion is: in its last \\boxed{} (`boxed`), after its last #### (`hashes`), or in "
-            "its last <answer></answer> (`tag`).",
+            "Where the final answer of a completion is: in its last \\boxed{} (`boxed`), after its last #### "
+            "(`hashes`), or in its last <answer></answer> (`tag`).",
             choices=["boxed", "hashes", "tag"],
         ),
     )
@@ -134,7 +139,8 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     edas_beta: float = field(
         default=0.3,
         metadata=described(
-            "Strength of EDAS on groups whose wrong answers are all the same. The paper: 0.3 with DAPO, 0.2 with GRPO.",
+            "Strength of EDAS on groups whose wrong answers are all the same. The paper: 0.3 with DAPO, 0.2 with "
+            "GRPO.",
             range="[0, inf)",
         ),
     )
@@ -145,16 +151,17 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     edas_no_answer: str = field(
         default="cluster",
         metadata=described(
-            "Wrong completions without an answer are one error (`cluster`, the authors' code), left alone (`skip`), or an error "
-            "each (`singleton`).",
+            "Wrong completions without an answer are one error (`cluster`, the authors' code), left alone (`skip`), "
+            "or an error each (`singleton`).",
             choices=["cluster", "skip", "singleton"],
         ),
     )
     edas_equivalence: str = field(
         default="auto",
         metadata=described(
-            "When two answers are the same: as rewards and evaluation compare them, with math-verify where it is installed "
-            "(`auto`) or not without it (`math`; needs `pip install 'hf_rb[math]'`); or where their texts are (`string`).",
+            "When two answers are the same: as rewards and evaluation compare them, with math-verify where it is "
+            "installed (`auto`) or not without it (`math`; needs `pip install 'hf_rb[math]'`); or where their texts "
+            "are (`string`).",
             choices=["auto", "math", "string"],
         ),
     )
@@ -168,8 +175,8 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     edas_format_reward: str | None = field(
         default=None,
         metadata=described(
-            "Reward function that scores the format. EDAS leaves wrong completions alone to which it gives less than 0.5, as the "
-            "authors' code does."
+            "Reward function that scores the format. EDAS leaves wrong completions alone to which it gives less than "
+            "0.5, as the authors' code does."
         ),
     )
     calibadv_soft: bool = field(
@@ -179,8 +186,8 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     calibadv_pos_neg_ratio: float | None = field(
         default=1.0,
         metadata=described(
-            "Positive over negative advantage of the answers of a group, summed over tokens, after rebalancing; null does not "
-            "rebalance.",
+            "Positive over negative advantage of the answers of a group, summed over tokens, after rebalancing; null "
+            "does not rebalance.",
             range="(0, inf)",
         ),
     )
@@ -194,8 +201,8 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     calibadv_weighting: str = field(
         default="token",
         metadata=described(
-            "What a token weighs where the answers of a group are balanced: each the same (`token`, the authors' code), or as much "
-            "as in the loss (`loss`), which differs with `loss_type: grpo` and `sapo`.",
+            "What a token weighs where the answers of a group are balanced: each the same (`token`, the authors' "
+            "code), or as much as in the loss (`loss`), which differs with `loss_type: grpo` and `sapo`.",
             choices=["token", "loss"],
         ),
     )
@@ -206,8 +213,8 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     calibadv_answer_must_not_call_tool: bool = field(
         default=True,
         metadata=described(
-            "Whether a last turn that calls a tool is a search step, and such a completion has no answer; false is the authors' "
-            "code."
+            "Whether a last turn that calls a tool is a search step, and such a completion has no answer; false is "
+            "the authors' code."
         ),
     )
     srar_coef: float = field(
@@ -217,8 +224,8 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     srar_gk: str = field(
         default="code",
         metadata=described(
-            "Which completions the score of a step is compared with: those with a criterion that is met in it (`code`, the "
-            "authors'), or with a criterion that the judge places in it, met or not (`paper`).",
+            "Which completions the score of a step is compared with: those with a criterion that is met in it "
+            "(`code`, the authors'), or with a criterion that the judge places in it, met or not (`paper`).",
             choices=["code", "paper"],
         ),
     )
@@ -241,15 +248,16 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
     hidden_align_coef: float = field(
         default=0.0,
         metadata=described(
-            "Weight of an auxiliary loss that aligns the hidden states before the answers of the correct completions of a "
-            "prompt; 0 is off. A reconstruction from the paper's abstract.",
+            "Weight of an auxiliary loss that aligns the hidden states before the answers of the correct completions "
+            "of a prompt; 0 is off. A reconstruction from the paper's abstract.",
             range="[0, inf)",
         ),
     )
     hidden_align_marker: str | None = field(
         default=None,
         metadata=described(
-            "Text before which `hidden_align_coef` takes the hidden state. Defaults to what `answer_extractor` looks for."
+            "Text before which `hidden_align_coef` takes the hidden state. Defaults to what `answer_extractor` looks "
+            "for."
         ),
     )
     hidden_align_all_correct: bool = field(

@@ -49,8 +49,8 @@ def anchor_of(tokenizer: Any, ids: list[int], mask: list[bool], marker: str) -> 
 @torch.no_grad()
 def add_targets(trainer: Any, output: dict[str, Any], context: ShapingContext) -> None:
     """
-    Adds to a generation batch where each rollout's anchor is, the direction that it is aligned with and its weight. Takes one
-    forward pass without gradient. Every process must call it.
+    Adds to a generation batch where each rollout's anchor is, the direction that it is aligned with and its weight.
+    Takes one forward pass without gradient. Every process must call it.
 
     Args:
         trainer ([`GRPOTrainer`]):
@@ -111,15 +111,17 @@ def _states(trainer: Any, output: dict[str, Any], positions: torch.Tensor) -> to
 
 
 def _at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One position of each row, (B, H) in float32. With the model split by `device_map`, the two may be on different devices."""
+    """One position of each row, (B, H) in float32. With the model split by `device_map`, the two may be on different
+    devices.
+    """
     rows = torch.arange(len(hidden), device=hidden.device)
     return hidden[rows, positions.to(hidden.device)].float()
 
 
 def auxiliary_loss(trainer: Any, inputs: dict[str, Any], hidden: torch.Tensor) -> torch.Tensor:
     """
-    Returns what a micro-batch adds to TRL's loss. Processes average their losses, and the micro-batches of a step add theirs up;
-    over a generation the terms add up to the loss of each of its optimizer steps, however it is split.
+    Returns what a micro-batch adds to TRL's loss. Processes average their losses, and the micro-batches of a step add
+    theirs up; over a generation the terms add up to the loss of each of its optimizer steps, however it is split.
 
     Args:
         trainer ([`GRPOTrainer`]):

@@ -1,5 +1,6 @@
-"""Rules for the fields of `GRPOConfig`, each of which yields what is wrong with them. Standard library only: `hf-rb check` runs these without
-torch."""
+"""Rules for the fields of `GRPOConfig`, each of which yields what is wrong with them. Standard library only:
+`hf-rb check` runs these without torch.
+"""
 
 import re
 from collections.abc import Iterator
@@ -48,42 +49,52 @@ def grpo_rules(config: Any) -> Iterator[str]:
         for name, default in defaults.items():
             if shaper not in names and getattr(config, name) != default:
                 yield (
-                    f"`{name}: {getattr(config, name)}` has no effect without the shaper {shaper!r}. Write `advantage_shapers: "
-                    f"[{', '.join([*names, shaper])}]`, or remove `{name}`."
+                    f"`{name}: {getattr(config, name)}` has no effect without the shaper {shaper!r}. Write "
+                    f"`advantage_shapers: [{', '.join([*names, shaper])}]`, or remove `{name}`."
                 )
     if "edas" in names and config.correct_reward is None:
         yield (
-            "`advantage_shapers: [edas]` needs to know which completions are wrong. Set `correct_reward` to the name of a reward "
-            "function, such as `correct_reward: exact_answer_reward`."
+            "`advantage_shapers: [edas]` needs to know which completions are wrong. Set `correct_reward` to the name "
+            "of a reward function, such as `correct_reward: exact_answer_reward`."
         )
     if config.hidden_align_coef > 0 and config.correct_reward is None:
         yield (
-            f"`hidden_align_coef: {config.hidden_align_coef}` aligns correct completions. Set `correct_reward` to the name of the "
-            "reward function that says which are."
+            f"`hidden_align_coef: {config.hidden_align_coef}` aligns correct completions. Set `correct_reward` to "
+            "the name of the reward function that says which are."
         )
     if config.correct_reward is None and config.correct_threshold != 0.5:
-        yield f"`correct_threshold: {config.correct_threshold}` has no effect without `correct_reward`. Set it, or remove the threshold."
+        yield (
+            f"`correct_threshold: {config.correct_threshold}` has no effect without `correct_reward`. Set it, or "
+            "remove the threshold."
+        )
     if config.hidden_align_marker == "":
-        yield "`hidden_align_marker` is empty, and a hidden state is taken before it. Write the text with which answers begin."
+        yield (
+            "`hidden_align_marker` is empty, and a hidden state is taken before it. Write the text with which "
+            "answers begin."
+        )
     if "calibadv" in names:
         yield from _calibadv_rules(config)
     if "calibadv" in names and config.calibadv_pos_neg_ratio is not None:
         if config.multi_objective_aggregation == "normalize_then_sum":
             yield (
-                "`multi_objective_aggregation: normalize_then_sum` centres advantages over the batch, and CalibAdv balances positive "
-                "with negative ones in each group, which may have one kind only. Set `multi_objective_aggregation: "
-                "sum_then_normalize`, or `calibadv_pos_neg_ratio: null`."
+                "`multi_objective_aggregation: normalize_then_sum` centres advantages over the batch, and CalibAdv "
+                "balances positive with negative ones in each group, which may have one kind only. Set "
+                "`multi_objective_aggregation: sum_then_normalize`, or `calibadv_pos_neg_ratio: null`."
             )
     for name, default in (("hidden_align_marker", None), ("hidden_align_all_correct", False)):
         if config.hidden_align_coef == 0 and getattr(config, name) != default:
-            yield f"`{name}: {getattr(config, name)}` has no effect with `hidden_align_coef: 0.0`. Set the weight, or remove it."
+            yield (
+                f"`{name}: {getattr(config, name)}` has no effect with `hidden_align_coef: 0.0`. Set the weight, or "
+                "remove it."
+            )
 
 
 def _calibadv_rules(config: Any) -> Iterator[str]:
     """Fields of CalibAdv that another of its fields has switched off."""
     if not config.calibadv_soft and config.calibadv_pos_neg_ratio is None:
         yield (
-            "`calibadv_soft: false` and `calibadv_pos_neg_ratio: null` leave CalibAdv nothing to do. Remove one of them, or `calibadv`."
+            "`calibadv_soft: false` and `calibadv_pos_neg_ratio: null` leave CalibAdv nothing to do. Remove one of "
+            "them, or `calibadv`."
         )
     without = {
         "calibadv_pos_neg_ratio: null": (
@@ -106,8 +117,8 @@ def _shaper_name_rules(names: list[str]) -> Iterator[str]:
             continue
         if ":" in name:
             yield (
-                f"`advantage_shapers` names code, {name!r}. Code in a recipe is imported only if the command line says so too: add "
-                f"`--allow_local_code {name}` if you trust it."
+                f"`advantage_shapers` names code, {name!r}. Code in a recipe is imported only if the command line "
+                f"says so too: add `--allow_local_code {name}` if you trust it."
             )
             continue
         close = get_close_matches(name, known, n=1)
@@ -119,8 +130,8 @@ def _shaper_name_rules(names: list[str]) -> Iterator[str]:
         yield f"`advantage_shapers: [{', '.join(names)}]` has a shaper twice. Each runs once."
     elif ours != ordered:
         yield (
-            "Advantage shapers run in the order sequence, token-wise factors, token-wise offsets. Write `advantage_shapers: "
-            f"[{', '.join(ordered)}]` instead of [{', '.join(ours)}]."
+            "Advantage shapers run in the order sequence, token-wise factors, token-wise offsets. Write "
+            f"`advantage_shapers: [{', '.join(ordered)}]` instead of [{', '.join(ours)}]."
         )
 
 
@@ -144,13 +155,13 @@ def grpo_warnings(config: Any, token_shapers: bool | None = None) -> Iterator[st
         }
         for name in (name for name, is_set in why.items() if is_set):
             yield (
-                f"`{name}` is defined with one advantage a completion, and the shapers make one a token: what depends on its sign "
-                "is decided token by token."
+                f"`{name}` is defined with one advantage a completion, and the shapers make one a token: what "
+                "depends on its sign is decided token by token."
             )
     if "edas" in config.advantage_shapers and config.mask_truncated_completions and config.edas_no_answer == "cluster":
         yield (
-            "`mask_truncated_completions` takes truncated completions out of the loss, and to EDAS they remain one error, that of "
-            "no answer. `edas_no_answer: skip` leaves them out there too."
+            "`mask_truncated_completions` takes truncated completions out of the loss, and to EDAS they remain one "
+            "error, that of no answer. `edas_no_answer: skip` leaves them out there too."
         )
     if (
         "calibadv" in config.advantage_shapers
@@ -159,14 +170,15 @@ def grpo_warnings(config: Any, token_shapers: bool | None = None) -> Iterator[st
         and config.loss_type in ("grpo", "sapo")
     ):
         yield (
-            f"`loss_type: {config.loss_type}` averages over the tokens of each completion first, and CalibAdv balances answers token by "
-            "token, as in its paper's loss. `calibadv_weighting: loss` balances what this loss adds up."
+            f"`loss_type: {config.loss_type}` averages over the tokens of each completion first, and CalibAdv "
+            "balances answers token by token, as in its paper's loss. `calibadv_weighting: loss` balances what this "
+            "loss adds up."
         )
     once = config.steps_per_generation in (None, config.gradient_accumulation_steps)
     if config.hidden_align_coef > 0 and (config.num_iterations > 1 or not once):
         yield (
-            "`hidden_align_coef` aligns with states of the policy that wrote the completions, and here it takes several steps on "
-            "them: the gradient is exact in the first only."
+            "`hidden_align_coef` aligns with states of the policy that wrote the completions, and here it takes "
+            "several steps on them: the gradient is exact in the first only."
         )
 
 
@@ -187,7 +199,9 @@ def agent_rules(config: Any) -> Iterator[str]:
     if config.environment_kwargs and config.environment is None:
         yield "`environment_kwargs` needs an environment: set `environment: search`."
     elif unknown:
-        yield f"`environment_kwargs` has {', '.join(sorted(unknown))}. `environment: search` knows `corpus` and `top_k`."
+        yield (
+            f"`environment_kwargs` has {', '.join(sorted(unknown))}. `environment: search` knows `corpus` and `top_k`."
+        )
     top_k = (config.environment_kwargs or {}).get("top_k")
     if top_k is not None and (type(top_k) is not int or top_k < 1):
         yield f"`environment_kwargs: {{top_k: {top_k}}}`: write a whole number of 1 or more."
@@ -216,8 +230,8 @@ def _judge_rules(config: Any) -> Iterator[str]:
         )
     if is_url and (urlsplit(judge).username or urlsplit(judge).query):
         yield (
-            "`srar_judge` holds a user name or a query. Write the bare base URL, and the name of the environment variable that "
-            "holds the key as `srar_judge_api_key_env`."
+            "`srar_judge` holds a user name or a query. Write the bare base URL, and the name of the environment "
+            "variable that holds the key as `srar_judge_api_key_env`."
         )
     if is_url and not config.srar_judge_model:
         yield "`srar_judge` is an endpoint: set `srar_judge_model` to the model that it serves."
@@ -228,11 +242,11 @@ def _judge_rules(config: Any) -> Iterator[str]:
     # By convention names are in capitals, and keys are not.
     if config.srar_judge_api_key_env and not re.fullmatch("[A-Z][A-Z0-9_]*", config.srar_judge_api_key_env):
         yield (
-            "`srar_judge_api_key_env` is the name of an environment variable, such as JUDGE_API_KEY, in capitals. If a key "
-            "stands there, take it out and revoke it."
+            "`srar_judge_api_key_env` is the name of an environment variable, such as JUDGE_API_KEY, in capitals. If "
+            "a key stands there, take it out and revoke it."
         )
     if {"api_key", "authorization", "headers"} & {str(key).lower() for key in config.srar_judge_kwargs or {}}:
         yield (
-            "`srar_judge_kwargs` is part of the request's body and no place for a key. Name the environment variable that holds "
-            "it as `srar_judge_api_key_env`."
+            "`srar_judge_kwargs` is part of the request's body and no place for a key. Name the environment variable "
+            "that holds it as `srar_judge_api_key_env`."
         )

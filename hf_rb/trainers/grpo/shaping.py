@@ -19,7 +19,8 @@ __all__ = ["ScoredGeneration", "add_columns", "columns_of", "make_context", "nam
 @dataclass
 class ScoredGeneration:
     """
-    What TRL's trainer knows while it scores a generation and does not return: B rollouts of this process, rewards of all N.
+    What TRL's trainer knows while it scores a generation and does not return: B rollouts of this process, rewards of
+    all N.
     """
 
     rows: list[dict[str, Any]]
@@ -79,8 +80,8 @@ def add_columns(trainer: Any, columns: dict[str, list], count: int) -> None:
     """
     Adds columns to TRL's table of completions, after it has added a generation's rows. Every process must call it.
 
-    The table is made of columns of equal length, which keep as many last rows as a generation has. What is missing, because a column
-    is new or this generation does not have it, is `None`.
+    The table is made of columns of equal length, which keep as many last rows as a generation has. What is missing,
+    because a column is new or this generation does not have it, is `None`.
 
     Args:
         trainer ([`GRPOTrainer`]):
@@ -104,7 +105,9 @@ def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
 
 
 def names_of_rewards(reward_funcs: Any) -> list[str]:
-    """Returns the names under which TRL's trainer will know reward functions and reward models, before it loads any."""
+    """Returns the names under which TRL's trainer will know reward functions and reward models, before it loads
+    any.
+    """
     functions = (
         reward_funcs if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str) else [reward_funcs]
     )

@@ -34,26 +34,29 @@ logger = logging.getLogger(__name__)
 
 class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
     r"""
-    Trainer for GRPO with shaped advantages. Takes what [`~trl.GRPOTrainer`] takes; without shapers and auxiliary loss it is that
-    trainer. Generation, tools, rewards, baselines and losses are the parent's in every case.
+    Trainer for GRPO with shaped advantages. Takes what [`~trl.GRPOTrainer`] takes; without shapers and auxiliary loss
+    it is that trainer. Generation, tools, rewards, baselines and losses are the parent's in every case.
 
     `GRPOConfig(advantage_shapers=["edas"], correct_reward="exact_answer_reward")` trains with EDAS
-    (https://huggingface.co/papers/2605.17333): of the wrong answers to a prompt, the common ones are pushed down harder than the
-    rare ones. [`~hf_rb.advantages.Shaper`] says how to write a shaper.
+    (https://huggingface.co/papers/2605.17333): of the wrong answers to a prompt, the common ones are pushed down
+    harder than the rare ones. [`~hf_rb.advantages.Shaper`] says how to write a shaper.
 
     Also logged (`eval_` before them in evaluation):
 
-    - of every shaper what it reports, and the `mean` and `std` of the advantages after it, the fraction that it `changed` and
-      the mean absolute change, `delta_abs`: `shaping/<name>/...`
+    - of every shaper what it reports, and the `mean` and `std` of the advantages after it, the fraction that it
+      `changed` and the mean absolute change, `delta_abs`: `shaping/<name>/...`
     - `shaping/answered`, the fraction of completions with an answer, where a shaper reads answers
-    - with `hidden_align_coef`: `hidden_align/cosine`, between the completions of a prompt, whose distance from 1 is the loss;
-      `hidden_align/cosine_across`, between those of different prompts; `hidden_align/aligned`, the fraction of completions
+    - with `hidden_align_coef`: `hidden_align/cosine`, between the completions of a prompt, whose distance from 1 is
+      the loss; `hidden_align/cosine_across`, between those of different prompts; `hidden_align/aligned`, the fraction
+      of completions
 
-    With `log_completions` the table of completions has the columns `shaped_advantage` (the mean over the completion's tokens) and
-    those of the shapers, beside `advantage`, TRL's own. Evaluation shapes too, unless it writes one completion a prompt.
+    With `log_completions` the table of completions has the columns `shaped_advantage` (the mean over the completion's
+    tokens) and those of the shapers, beside `advantage`, TRL's own. Evaluation shapes too, unless it writes one
+    completion a prompt.
 
     Args:
-        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+            optimizers,
         rollout_func, **kwargs:
             As for [`~trl.GRPOTrainer`].
         environment_factory (`Callable` or `dict`, *optional*):
@@ -69,8 +72,8 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
             Judges the steps of `srar`, in place of `args.srar_judge`.
 
     Raises:
-        ValueError: A shaper needs a dataset column or a reward function that is not there, the order of the shapers would
-            change the result, or a column of right answers holds neither texts nor numbers.
+        ValueError: A shaper needs a dataset column or a reward function that is not there, the order of the shapers
+            would change the result, or a column of right answers holds neither texts nor numbers.
         ImportError: `edas_equivalence="math"` without `math-verify`.
     """
 
@@ -102,8 +105,8 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
         self._extractor_name = repr(args.answer_extractor if answer_extractor is None else answer_extractor)
         if answer_extractor is not None and args.hidden_align_coef and args.hidden_align_marker is None:
             raise ValueError(
-                "`hidden_align_coef` takes hidden states before the answer, and with an `answer_extractor` of your own it does not "
-                "know the text with which answers begin. Set `hidden_align_marker`."
+                "`hidden_align_coef` takes hidden states before the answer, and with an `answer_extractor` of your "
+                "own it does not know the text with which answers begin. Set `hidden_align_marker`."
             )
         self.answers_equivalent = _equivalence(args)
         self.step_scorer = step_scorer or _step_scorer(args)
@@ -198,8 +201,9 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
         if names and not self._has_warned_of_infinite and self.accelerator.is_main_process:
             self._has_warned_of_infinite = True
             logger.warning(
-                f"The reward function {names[0]} returned infinity at step {self.state.global_step}, so its group has no advantages: TRL "
-                "trains with 0 or the largest number in place of them. Return a finite number, or `None` for no reward."
+                f"The reward function {names[0]} returned infinity at step {self.state.global_step}, so its group "
+                "has no advantages: TRL trains with 0 or the largest number in place of them. Return a finite "
+                "number, or `None` for no reward."
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -231,8 +235,8 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
         answered = sum(answer is not None for answer in answers) / len(answers)
         if answered == 0 and self.accelerator.is_main_process:
             logger.warning(
-                f"No completion of step {self.state.global_step} has an answer for the answer extractor {self._extractor_name}: "
-                "to the shapers all are the same."
+                f"No completion of step {self.state.global_step} has an answer for the answer extractor "
+                f"{self._extractor_name}: to the shapers all are the same."
             )
         return answered
 

@@ -19,19 +19,19 @@ class SFTConfig(ConfigMixin, PackingArguments, trl.SFTConfig):
     r"""
     Configuration class for the [`SFTTrainer`].
 
-    Everything in [`~trl.SFTConfig`], and the fields below. Without `profit_threshold` the trainer is TRL's, but for models that mix
-    packed sequences, see `allow_leaking_packing`.
+    Everything in [`~trl.SFTConfig`], and the fields below. Without `profit_threshold` the trainer is TRL's, but for
+    models that mix packed sequences, see `allow_leaking_packing`.
 
     Parameters:
         profit_threshold (`float`, *optional*):
-            Switches ProFit (https://huggingface.co/papers/2601.09195) on: only labels to which the model in training gives
-            a probability above this threshold, in `[0, 1]`, enter the loss. The authors' code recommends `0.1`; `0` keeps every
-            label, `None` is off.
+            Switches ProFit (https://huggingface.co/papers/2601.09195) on: only labels to which the model in training
+            gives a probability above this threshold, in `[0, 1]`, enter the loss. The authors' code recommends `0.1`;
+            `0` keeps every label, `None` is off.
         profit_mode (`str`, *optional*, defaults to `"higher"`):
             Which labels are kept: `"higher"`, those above the threshold (the method), or one of the paper's ablations:
             `"lower"`, those below it; `"middle"`, those between it and `profit_threshold_high`; `"random"`, each with
-            probability `1 - profit_threshold`, drawn from the seed, the step and the example, so that the draw does not
-            depend on how examples are batched.
+            probability `1 - profit_threshold`, drawn from the seed, the step and the example, so that the draw does
+            not depend on how examples are batched.
         profit_threshold_high (`float`, *optional*):
             Upper threshold in `[0, 1]` of `profit_mode="middle"`.
         profit_inclusive (`bool`, *optional*, defaults to `False`):
@@ -39,17 +39,17 @@ class SFTConfig(ConfigMixin, PackingArguments, trl.SFTConfig):
         profit_normalize (`str`, *optional*, defaults to `"all"`):
             What the sum over kept labels is divided by. `"all"`: the number of labels, kept or not, in the whole batch
             (over accumulation steps and processes), as in the authors' code. `"sequence"`: the number of labels of the
-            label's own sequence, and then the number of sequences in the whole batch, as in the paper's equation 5; with
-            packing, every packed document is a sequence, unless `packing_strategy="wrapped"` has lost where they end:
-            then every row is. `"kept"`: the number of kept labels (another method, with larger
-            steps); needs one process and no gradient accumulation.
+            label's own sequence, and then the number of sequences in the whole batch, as in the paper's equation 5;
+            with packing, every packed document is a sequence, unless `packing_strategy="wrapped"` has lost where they
+            end: then every row is. `"kept"`: the number of kept labels (another method, with larger steps); needs one
+            process and no gradient accumulation.
         allow_leaking_packing (`bool`, *optional*, defaults to `False`):
-            Whether to train a model that lets the sequences of a packed row see each other, as TRL does. By default such a model is
-            refused at the first packed batch, which is compared with one of its sequences alone.
+            Whether to train a model that lets the sequences of a packed row see each other, as TRL does. By default
+            such a model is refused at the first packed batch, which is compared with one of its sequences alone.
 
     Raises:
-        ValueError: A value out of its range, or fields that exclude one another; ProFit also refuses `loss_type="dft"` and
-            `label_smoothing_factor > 0`.
+        ValueError: A value out of its range, or fields that exclude one another; ProFit also refuses `loss_type="dft"`
+            and `label_smoothing_factor > 0`.
     """
 
     _rules = (profit_rules, packing_rules)
@@ -57,16 +57,17 @@ class SFTConfig(ConfigMixin, PackingArguments, trl.SFTConfig):
     profit_threshold: float | None = field(
         default=None,
         metadata=described(
-            "Switches ProFit (https://huggingface.co/papers/2601.09195) on: only labels to which the model in training gives "
-            "a probability above this threshold enter the loss. The authors' code recommends 0.1; 0 keeps every label.",
+            "Switches ProFit (https://huggingface.co/papers/2601.09195) on: only labels to which the model in "
+            "training gives a probability above this threshold enter the loss. The authors' code recommends 0.1; 0 "
+            "keeps every label.",
             range="[0, 1]",
         ),
     )
     profit_mode: str = field(
         default="higher",
         metadata=described(
-            "Which labels ProFit keeps: those above the threshold (`higher`, the method), below it (`lower`), between it and "
-            "`profit_threshold_high` (`middle`), or each with probability 1 - threshold (`random`).",
+            "Which labels ProFit keeps: those above the threshold (`higher`, the method), below it (`lower`), "
+            "between it and `profit_threshold_high` (`middle`), or each with probability 1 - threshold (`random`).",
             choices=["higher", "lower", "middle", "random"],
         ),
     )
@@ -81,8 +82,8 @@ class SFTConfig(ConfigMixin, PackingArguments, trl.SFTConfig):
     profit_normalize: str = field(
         default="all",
         metadata=described(
-            "What ProFit divides by: all labels of the batch (`all`), the labels of each sequence and then the sequences "
-            "(`sequence`), or the kept labels (`kept`; one process, no gradient accumulation).",
+            "What ProFit divides by: all labels of the batch (`all`), the labels of each sequence and then the "
+            "sequences (`sequence`), or the kept labels (`kept`; one process, no gradient accumulation).",
             choices=["all", "sequence", "kept"],
         ),
     )
@@ -91,6 +92,6 @@ class SFTConfig(ConfigMixin, PackingArguments, trl.SFTConfig):
         super().__post_init__()
         if self.profit_normalize == "kept" and self.world_size > 1:
             raise ValueError(
-                f"`profit_normalize: kept` needs one process, and there are {self.world_size}: no process knows how many "
-                "labels the others keep before its own backward pass. Use `profit_normalize: all`."
+                f"`profit_normalize: kept` needs one process, and there are {self.world_size}: no process knows how "
+                "many labels the others keep before its own backward pass. Use `profit_normalize: all`."
             )

@@ -31,26 +31,28 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     """
     Trainer for supervised fine-tuning. Takes what [`~trl.SFTTrainer`] takes; without flags it is that trainer.
 
-    `SFTConfig(profit_threshold=0.1)` trains with ProFit (https://huggingface.co/papers/2601.09195): labels that the model
-    in training finds improbable stay in the context and leave the loss. It changes one thing, the log-probabilities that
-    the parent sums: the forward pass, the denominator, the scaling over processes, the MoE auxiliary loss, the metrics and the
-    evaluation loss, which is the negative log-likelihood of every label, stay the parent's.
+    `SFTConfig(profit_threshold=0.1)` trains with ProFit (https://huggingface.co/papers/2601.09195): labels that the
+    model in training finds improbable stay in the context and leave the loss. It changes one thing, the
+    log-probabilities that the parent sums: the forward pass, the denominator, the scaling over processes, the MoE
+    auxiliary loss, the metrics and the evaluation loss, which is the negative log-likelihood of every label, stay the
+    parent's.
 
     With ProFit these are logged too, over all labels since the last log (`eval_` before them in evaluation):
 
     - `profit/loss`, the gated loss, and `profit/nll`, the loss without the gate
     - `profit/kept_fraction`, the share of labels that pass the gate
     - `profit/kept_prob` and `profit/dropped_prob`, the mean probability of those that pass and of the others
-    - `profit/eos_kept_rate`, the share of end-of-sequence labels that pass. A base model may give its end-of-turn token a
-      probability below the threshold: the gate then hides it forever, and the model does not learn to stop.
+    - `profit/eos_kept_rate`, the share of end-of-sequence labels that pass. A base model may give its end-of-turn
+      token a probability below the threshold: the gate then hides it forever, and the model does not learn to stop.
 
-    A model that lets the sequences of a packed row see each other is refused at the first packed batch, with or without flags, unless
-    `allow_leaking_packing` is set.
+    A model that lets the sequences of a packed row see each other is refused at the first packed batch, with or
+    without flags, unless `allow_leaking_packing` is set.
 
     Raises:
-        ValueError: In training, a model that leaks between packed sequences. With ProFit: a `compute_loss_func`, a prompt-learning
-            adapter, context or sequence parallelism, a model that TRL trains without a token count when
-            `profit_normalize="sequence"`, or, in training, one with logits that are not last hidden states times LM head.
+        ValueError: In training, a model that leaks between packed sequences. With ProFit: a `compute_loss_func`, a
+            prompt-learning adapter, context or sequence parallelism, a model that TRL trains without a token count
+            when `profit_normalize="sequence"`, or, in training, one with logits that are not last hidden states times
+            LM head.
     """
 
     args: SFTConfig  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -82,8 +84,9 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         self._check_sequences("ProFit")
         if self.args.profit_normalize == "sequence" and not self.model_accepts_loss_kwargs:
             raise ValueError(
-                f"`profit_normalize: sequence` needs the size of the whole batch, which {type(self.model).__name__} makes the "
-                "trainer leave out because its forward takes no keyword arguments. Use `profit_normalize: all`."
+                f"`profit_normalize: sequence` needs the size of the whole batch, which {type(self.model).__name__} "
+                "makes the trainer leave out because its forward takes no keyword arguments. Use `profit_normalize: "
+                "all`."
             )
 
     @property
@@ -119,15 +122,17 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         return super().compute_loss(gated_model, inputs, return_outputs, num_items_in_batch)
 
     def _check_head(self, model: torch.nn.Module) -> None:
-        """Refuses a model with other logits than TRL's loss takes it to have, once a run: the gate would read wrong probabilities."""
+        """Refuses a model with other logits than TRL's loss takes it to have, once a run: the gate would read wrong
+        probabilities.
+        """
         if self._head_is_checked:
             return
         reason, unwrapped = why_not_fused(self, model), cast(PreTrainedModel, self.accelerator.unwrap_model(model))
         if reason is not None:
             raise ValueError(
-                f"`profit_threshold` reads the probabilities that TRL's loss makes of last hidden states and LM head, and the logits of "
-                f"{name_of(unwrapped)} are not that: {reason}. Train it without `profit_threshold`, or another "
-                "model."
+                "`profit_threshold` reads the probabilities that TRL's loss makes of last hidden states and LM head, "
+                f"and the logits of {name_of(unwrapped)} are not that: {reason}. Train it without "
+                "`profit_threshold`, or another model."
             )
         self._head_is_checked = True
 
@@ -140,7 +145,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         kept = is_label & self._passes(log_probs, sequences)
         gated = torch.where(kept, log_probs, 0.0)
 
-        # What the sum of `gated` is divided by. The parent divides by `num_items_in_batch`, the labels of the whole batch.
+        # What the sum of `gated` is divided by. The parent divides by `num_items_in_batch`, the labels of the whole
+        # batch.
         items = is_label.sum()
         if args.profit_normalize == "sequence":  # `_get_num_items_in_batch` counts sequences
             lengths = sequences.total(pad(is_label, (1, 0)).long())
@@ -173,7 +179,9 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         return self.args.profit_threshold is not None
 
     def token_stats(self, inputs: Mapping[str, Any]) -> TokenStats:
-        """Returns of every label its probability, the model's most probable token's, and whether it passes the gate."""
+        """Returns of every label its probability, the model's most probable token's, and whether it passes the
+        gate.
+        """
         logits, labels = self.model_wrapped(**model_inputs(inputs)).logits[:, :-1], inputs["labels"][:, 1:]
         is_label = labels != -100
         log_probs = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -203,8 +211,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         super().log(logs, start_time)
         if logs.get("profit/kept_fraction") == 0:
             logger.warning(
-                f"`profit_threshold: {self.args.profit_threshold}` has let no label pass since the last log, so the model has "
-                "learnt nothing. Lower the threshold, or start from a model that knows the task."
+                f"`profit_threshold: {self.args.profit_threshold}` has let no label pass since the last log, so the "
+                "model has learnt nothing. Lower the threshold, or start from a model that knows the task."
             )
 
     def _eos_token_ids(self, device: torch.device) -> torch.Tensor:
@@ -214,8 +222,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         if self.args.profit_threshold is None or self.args.profit_normalize != "sequence":
             return super()._get_num_items_in_batch(batch_samples, device)
-        # One label for each sequence that has any, so that the parent, which adds up over accumulation steps and processes,
-        # counts sequences.
+        # One label for each sequence that has any, so that the parent, which adds up over accumulation steps and
+        # processes, counts sequences.
         return super()._get_num_items_in_batch(
             [{**batch, "shift_labels": _one_label_each(batch)} for batch in batch_samples], device
         )

@@ -1,7 +1,7 @@
 """Checks of the names in `hf_rb.utils.compat` by behaviour, each on something small.
 
-Every name of `compat.TABLE` and `compat.ATTRIBUTES` is tried by one function at least, which raises where the installed library does
-something else. `hf-rb doctor` runs all of them, and `tests/test_compat.py` one a test.
+Every name of `compat.TABLE` and `compat.ATTRIBUTES` is tried by one function at least, which raises where the
+installed library does something else. `hf-rb doctor` runs all of them, and `tests/test_compat.py` one a test.
 """
 
 import inspect
@@ -35,10 +35,11 @@ class Behaviour(NamedTuple):
 
 
 def relies_on(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Registers a function as the check of some names; the first line of its docstring describes the behaviour."""
+    """Registers a function as the check of some names; the first paragraph of its docstring says the behaviour."""
 
     def register(check: Callable[[], None]) -> Callable[[], None]:
-        _FOUND.append(Behaviour(names, str(check.__doc__).split("\n")[0].rstrip("."), check))
+        sentence = " ".join(str(check.__doc__).split("\n\n")[0].split()).rstrip(".")
+        _FOUND.append(Behaviour(names, sentence, check))
         return check
 
     return register

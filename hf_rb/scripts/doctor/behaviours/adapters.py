@@ -1,6 +1,7 @@
 """Checks of names of PEFT, on a layer or two."""
 
 import copy
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -78,10 +79,12 @@ def train_whole_modules() -> None:
 
 @relies_on("ParamWrapper", "ParamWrapper._activate_lora", "ParamWrapper._get_in_out_features", "_param_ndim")
 def adapt_parameters() -> None:
-    """LoRA on a stack of matrices has one pair of factors for each, and its product counts for the time of a forward pass."""
+    """LoRA on a stack of matrices has one pair of factors for each, and its product counts for the time of a forward
+    pass.
+    """
     plain = _Layers()
     with Recorded(compat.resolve("ParamWrapper"), "_get_in_out_features") as sizes:
-        model = get_peft_model(
+        model: Any = get_peft_model(
             copy.deepcopy(plain),
             LoraConfig(r=1, target_modules=[], target_parameters=["stack.weight"], init_lora_weights=False),
         )

@@ -43,7 +43,7 @@ def merge_loading_attributes() -> None:
     """What a user asks for while loading overrides what the checkpoint stores."""
     from transformers.quantizers import AutoHfQuantizer
 
-    merged = AutoHfQuantizer.merge_quantization_configs({"quant_method": "ptqtp"}, PTQTPConfig(dequantize=True))
+    merged: Any = AutoHfQuantizer.merge_quantization_configs({"quant_method": "ptqtp"}, PTQTPConfig(dequantize=True))
     expect(merged.dequantize, "`dequantize=True` of the user is lost.")
 
 
@@ -65,7 +65,9 @@ def find_model_types() -> None:
     "ConversionOps",
 )
 def load_and_dequantize() -> None:
-    """A quantizer is called before and after loading and to dequantize; the conversions to save with stay on the model."""
+    """A quantizer is called before and after loading and to dequantize; the conversions to save with stay on the
+    model.
+    """
     model = _quantized()
     conversions = model._weight_conversions
     expect(isinstance(conversions, list), f"`_weight_conversions` is a {type(conversions).__name__}.")
@@ -85,7 +87,9 @@ def load_and_dequantize() -> None:
     "_original_target_patterns",
 )
 def convert_experts() -> None:
-    """The experts of a mixture are stacked by `MergeModulelist`, and their gate and up projections joined by `Concatenate`."""
+    """The experts of a mixture are stacked by `MergeModulelist`, and their gate and up projections joined by
+    `Concatenate`.
+    """
     config = AutoConfig.from_pretrained(tiny.path("moe"))
     rules = compat.get_model_conversion_mapping(_empty())
     converters = [rule for rule in rules if isinstance(rule, compat.WeightConverter)]
@@ -114,8 +118,12 @@ def rename_keys() -> None:
     renamings = [rule for rule in rules if isinstance(rule, compat.WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, compat.WeightConverter)]
     name, pattern = compat.rename_source_key(
-        "model.layers.0.mlp.experts.0.gate_proj.weight", renamings, converters, model.base_model_prefix, model.state_dict()
-    )  # fmt: skip
+        "model.layers.0.mlp.experts.0.gate_proj.weight",
+        renamings,
+        converters,
+        model.base_model_prefix,
+        model.state_dict(),
+    )
     expect(name.endswith("experts.gate_up_proj") and pattern, f"An expert's gate projection goes to {name}.")
 
 
@@ -142,7 +150,9 @@ def leave_modules_out() -> None:
 
 @relies_on("PreTrainedModel._from_config", "PreTrainedModel.num_parameters")
 def models_from_configs() -> None:
-    """`_from_config` makes a model of the class it is called on, and `num_parameters` counts the weights of packed layers."""
+    """`_from_config` makes a model of the class it is called on, and `num_parameters` counts the weights of packed
+    layers.
+    """
     config = AutoConfig.from_pretrained(tiny.path("student"))
     plain = AutoModelForCausalLM.from_config(config)
     again = type(plain)._from_config(copy.deepcopy(config))
@@ -164,7 +174,9 @@ def keep_in_fp32() -> None:
     "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_save", "_name_or_path"
 )
 def ignored_keys() -> None:
-    """A model has lists of tensors that a file may lack or have beside, or `None`; its configuration knows its name."""
+    """A model has lists of tensors that a file may lack or have beside, or `None`; its configuration knows its
+    name.
+    """
     model = _empty("student")
     for name in ("load_missing", "load_unexpected", "save"):
         value = getattr(model, f"_keys_to_ignore_on_{name}")
@@ -189,10 +201,12 @@ def mark_quantized() -> None:
 
 @relies_on("load_offloaded_parameter", "_hf_hook", "_old_forward")
 def offloaded() -> None:
-    """A layer that accelerate offloads is run by its hook, which calls the forward put aside and knows where the weight is."""
+    """A layer that accelerate offloads is run by its hook, which calls the forward put aside and knows where the
+    weight is.
+    """
     from accelerate import cpu_offload
 
-    layer = nn.Sequential(nn.Linear(2, 2))
+    layer: Any = nn.Sequential(nn.Linear(2, 2))
     weight = layer[0].weight.detach().clone()
     cpu_offload(layer, torch.device("cpu"))
     expect(hasattr(layer[0], "_hf_hook") and callable(layer[0]._old_forward), "No hook stands before the forward.")

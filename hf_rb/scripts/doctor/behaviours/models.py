@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -21,7 +22,9 @@ def _mixture() -> PreTrainedModel:
 
 @relies_on("_apply_gate", "_is_expert_parallel")
 def gated_experts() -> None:
-    """Fused experts gate what their first projection makes by `_apply_gate`, and say whether they are split over processes."""
+    """Fused experts gate what their first projection makes by `_apply_gate`, and say whether they are split over
+    processes.
+    """
     experts = _mixture().model.layers[-1].mlp.experts
     states = torch.randn(3, experts.gate_up_proj.shape[1])
     gate, up = states.chunk(2, -1)
@@ -34,7 +37,7 @@ def gated_experts() -> None:
 def recorded_outputs() -> None:
     """A class lists what its models may return besides their output, and a registry holds that for each model."""
     model = fold_mpi(apply_mpi(_mixture()))
-    native = type(model.model)
+    native: Any = type(model.model)
     expect("router_logits" in native._can_record_outputs, f"{native.__name__} does not list its router logits.")
     with torch.no_grad():
         output = model(torch.arange(4)[None], output_router_logits=True)
@@ -43,7 +46,9 @@ def recorded_outputs() -> None:
 
 @relies_on("_can_set_experts_implementation", "_auto_class")
 def own_classes() -> None:
-    """Transformers asks a class whether its experts can be run as one product, and saves the code of registered classes."""
+    """Transformers asks a class whether its experts can be run as one product, and saves the code of registered
+    classes.
+    """
     from hf_rb import MPIQwen3MoeForCausalLM
 
     config = AutoConfig.from_pretrained(tiny.path("moe"))

@@ -1,4 +1,6 @@
-"""One step of each of our trainers on the embedded models, and checks of the methods that TRL and transformers called in it."""
+"""One step of each of our trainers on the embedded models, and checks of the methods that TRL and transformers called
+in it.
+"""
 
 import tempfile
 from collections.abc import Callable
@@ -27,11 +29,12 @@ class Run(NamedTuple):
 
     Attributes:
         trainer (`Trainer`): Our trainer.
-        calls (`dict[str, list[tuple[dict, Any]]]`): Arguments and results of the library's own methods, by name in `compat.TABLE`.
+        calls (`dict[str, list[tuple[dict, Any]]]`): Arguments and results of the library's own methods, by name in
+            `compat.TABLE`.
         outputs (`list[Any]`): Outputs of the model, in order.
     """
 
-    trainer: Trainer
+    trainer: Any  # of classes whose private attributes are checked
     calls: dict[str, list[tuple[dict[str, Any], Any]]]
     outputs: list[Any]
 
@@ -83,7 +86,7 @@ def _path(member: str) -> str:
     return str(tiny.path(member))
 
 
-TRAINERS: dict[str, Callable[[dict], Trainer]] = {
+TRAINERS: dict[str, Callable[[dict], Any]] = {
     "SFTTrainer": _sft,
     "GKDTrainer": _gkd,
     "DistillationTrainer": _distillation,
@@ -145,7 +148,8 @@ def fused_outputs() -> None:
     check_parameters("FusedCausalLMOutput")
     fused = [one for one in run("SFTTrainer").outputs if isinstance(one, compat.FusedCausalLMOutput)]
     expect(fused, "The model returns other outputs in training.")
-    expect(fused[0].log_probs.shape == fused[0].label_mask.shape, "The mask has another shape.")
+    first: Any = fused[0]  # whose fields may be `None` in general
+    expect(first.log_probs.shape == first.label_mask.shape, "The mask has another shape.")
 
 
 @relies_on("Trainer._get_num_items_in_batch", "_prepare_inputs")
@@ -213,7 +217,9 @@ def know_the_data() -> None:
 
 @relies_on("DistillationTrainer._generate_single_turn", "_get_last_hidden_state", "_buffered_inputs")
 def distil_what_is_sampled() -> None:
-    """DistillationTrainer samples turn by turn, keeps the batches of a step, and returns the hidden states of completions."""
+    """DistillationTrainer samples turn by turn, keeps the batches of a step, and returns the hidden states of
+    completions.
+    """
     trainer, _, _ = found = _live("DistillationTrainer")
     given, sampled = found.call("DistillationTrainer._generate_single_turn")
     expect(len(_rows(sampled)) == len(given["prompt_ids"]), "A prompt gets no completion.")
@@ -232,7 +238,9 @@ def distil_what_is_sampled() -> None:
     "GRPOTrainer._compute_loss",
 )
 def reward() -> None:
-    """GRPOTrainer samples a turn, calculates a reward for each completion and function, scores them, and then takes the loss."""
+    """GRPOTrainer samples a turn, calculates a reward for each completion and function, scores them, and then takes
+    the loss.
+    """
     found = run("GRPOTrainer")
     given, sampled = found.call("GRPOTrainer._generate_single_turn")
     expect(len(_rows(sampled)) == len(given["prompt_ids"]), "A prompt gets no completion.")

@@ -37,10 +37,13 @@ def name_of_a_reward() -> None:
 
 @relies_on("ForwardRedirection", "_forward_redirection")
 def run_inside_the_wrapper() -> None:
-    """`_ForwardRedirection` runs a function as the forward of a wrapped model and puts the model's own forward back."""
+    """`_ForwardRedirection` runs a function as the forward of a wrapped model and puts the model's own forward
+    back.
+    """
     inner = nn.Identity()
     wrapper = nn.Sequential(inner)
-    expect(compat.ForwardRedirection()(wrapper, inner, lambda states: states + 1, torch.zeros(1)).item() == 1, "It does not run.")  # fmt: skip
+    redirected = compat.ForwardRedirection()(wrapper, inner, lambda states: states + 1, torch.zeros(1))
+    expect(redirected.item() == 1, "It does not run.")
     expect(wrapper(torch.zeros(1)).item() == 0, "The model's own forward is lost.")
 
 
@@ -58,9 +61,12 @@ def unwrap_for_generation() -> None:
 
 @relies_on("maybe_gather_lm_head_ctx")
 def gather_the_head() -> None:
-    """`maybe_gather_lm_head_ctx` takes a weight and a bias that may be `None`, and leaves both alone where none is split."""
+    """`maybe_gather_lm_head_ctx` takes a weight and a bias that may be `None`, and leaves both alone where none is
+    split.
+    """
     layer = nn.Linear(2, 2, bias=False)
-    with compat.maybe_gather_lm_head_ctx(layer.weight, None):
+    head: Any = (layer.weight, None)
+    with compat.maybe_gather_lm_head_ctx(*head):
         expect(layer.weight.shape == (2, 2), "The weight has another shape.")
 
 
@@ -82,9 +88,10 @@ def place_with_deepspeed() -> None:
 def pushes() -> None:
     """`PushInProgress` is done when all its jobs are."""
     job = SimpleNamespace(done=lambda: False)
-    expect(not compat.PushInProgress([job]).is_done(), "It is done before its job.")
+    jobs: Any = [job]  # annotated as one
+    expect(not compat.PushInProgress(jobs).is_done(), "It is done before its job.")
     job.done = lambda: True
-    expect(compat.PushInProgress([job]).is_done(), "It is not done after its job.")
+    expect(compat.PushInProgress(jobs).is_done(), "It is not done after its job.")
 
 
 @relies_on("rotate_checkpoints")
@@ -117,7 +124,9 @@ def dictionaries_on_the_command_line() -> None:
 
 @relies_on("GKDTrainer.generalized_jsd_loss")
 def jensen_shannon() -> None:
-    """`generalized_jsd_loss` at beta 0 is the mean KL(teacher || student) over labels, and at beta 1 KL(student || teacher)."""
+    """`generalized_jsd_loss` at beta 0 is the mean KL(teacher || student) over labels, and at beta 1 KL(student ||
+    teacher).
+    """
     check_parameters("GKDTrainer.generalized_jsd_loss")
     student, teacher = torch.randn(2, 1, 3, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     labels = torch.tensor([[-100, 1, 1]])
@@ -129,7 +138,9 @@ def jensen_shannon() -> None:
 
 @relies_on("GKDTrainer.generate_on_policy_outputs")
 def sample_completions() -> None:
-    """`generate_on_policy_outputs` returns prompts with completions and a mask that ends with the first end-of-sequence token."""
+    """`generate_on_policy_outputs` returns prompts with completions and a mask that ends with the first
+    end-of-sequence token.
+    """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     check_parameters("GKDTrainer.generate_on_policy_outputs")
@@ -143,7 +154,9 @@ def sample_completions() -> None:
 
 @relies_on("default_config_file", "launch_command", "launch_command_parser")
 def launch() -> None:
-    """Accelerate's launcher reads `--module` and the script's own arguments, and knows where its default configuration lies."""
+    """Accelerate's launcher reads `--module` and the script's own arguments, and knows where its default configuration
+    lies.
+    """
     arguments = compat.launch_command_parser().parse_args(
         ["--num_processes", "1", "--module", "a.b", "--key", "value"]
     )
