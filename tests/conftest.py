@@ -24,7 +24,8 @@ from hypothesis import settings
 
 
 # `HYPOTHESIS_PROFILE=nightly make test`, or `pytest --hypothesis-profile nightly`. No deadline: test machines are busy.
-settings.register_profile("fast", max_examples=30, deadline=None)
+# The same examples in every fast run, so that a failure is of the change; new ones every night.
+settings.register_profile("fast", max_examples=30, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
