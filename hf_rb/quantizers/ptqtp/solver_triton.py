@@ -29,7 +29,7 @@ TOL, RIDGE_INIT, RIDGE_MAX, KAPPA, REACH, DIRECTION, STARTS = (tl.constexpr(i) f
 
 
 @triton.jit
-def _nearest(w: Any, a0: Any, a1: Any, a2: Any, PLANES: tl.constexpr):
+def _nearest(w: tl.tensor, a0: tl.tensor, a1: tl.tensor, a2: tl.tensor, PLANES: tl.constexpr):
     """The first combination of trits, in lexicographic order, with the smallest distance; and that distance."""
     distance = tl.abs(w + (a0 + a1 + a2)[:, None])
     code = tl.zeros(w.shape, tl.int32)
@@ -46,12 +46,12 @@ def _nearest(w: Any, a0: Any, a1: Any, a2: Any, PLANES: tl.constexpr):
 
 
 @triton.jit
-def _signed_sum(w: Any, trit: Any):
+def _signed_sum(w: tl.tensor, trit: tl.tensor):
     return tl.sum(tl.where(trit > 0, w, tl.where(trit < 0, -w, 0.0)), axis=1)
 
 
 @triton.jit
-def _trit_sums(w: Any, there: Any, a0: Any, a1: Any, a2: Any, PLANES: tl.constexpr):
+def _trit_sums(w: tl.tensor, there: tl.tensor, a0: tl.tensor, a1: tl.tensor, a2: tl.tensor, PLANES: tl.constexpr):
     """S'S and S'w of the nearest trits: s00, s01, s02, s11, s12, s22, b0, b1, b2 (zeros where there is no such
     plane).
     """
@@ -77,16 +77,16 @@ def _trit_sums(w: Any, there: Any, a0: Any, a1: Any, a2: Any, PLANES: tl.constex
 
 @triton.jit
 def _solve(
-    s00: Any,
-    s01: Any,
-    s02: Any,
-    s11: Any,
-    s12: Any,
-    s22: Any,
-    b0: Any,
-    b1: Any,
-    b2: Any,
-    ridge: Any,
+    s00: tl.tensor,
+    s01: tl.tensor,
+    s02: tl.tensor,
+    s11: tl.tensor,
+    s12: tl.tensor,
+    s22: tl.tensor,
+    b0: tl.tensor,
+    b1: tl.tensor,
+    b2: tl.tensor,
+    ridge: tl.tensor,
     PLANES: tl.constexpr,
 ):
     """Solves (S'S + ridge I) a = S'w through the adjugate, the ridge in terms of its own; returns a and the condition
@@ -124,24 +124,24 @@ def _solve(
 
 
 @triton.jit
-def _squares(m00: Any, m01: Any, m02: Any, m11: Any, m12: Any, m22: Any):
+def _squares(m00: tl.tensor, m01: tl.tensor, m02: tl.tensor, m11: tl.tensor, m12: tl.tensor, m22: tl.tensor):
     return m00 * m00 + m11 * m11 + m22 * m22 + 2 * (m01 * m01 + m02 * m02 + m12 * m12)
 
 
 @triton.jit
-def _norm(a0: Any, a1: Any, a2: Any):
+def _norm(a0: tl.tensor, a1: tl.tensor, a2: tl.tensor):
     return tl.sqrt(a0 * a0 + a1 * a1 + a2 * a2)
 
 
 @triton.jit
 def _fit_kernel(
-    weight_ptr: Any,
-    scale_ptr: Any,
-    params_ptr: Any,
-    size: Any,
-    groups: Any,
-    stride: Any,
-    max_iter: Any,
+    weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    params_ptr: tl.tensor,
+    size: tl.tensor,
+    groups: tl.tensor,
+    stride: tl.tensor,
+    max_iter: tl.tensor,
     LENGTH: tl.constexpr,
     PLANES: tl.constexpr,
     TIED: tl.constexpr,
@@ -208,17 +208,17 @@ def _fit_kernel(
 
 @triton.jit
 def _ridge_step(
-    s00: Any,
-    s01: Any,
-    s02: Any,
-    s11: Any,
-    s12: Any,
-    s22: Any,
-    b0: Any,
-    b1: Any,
-    b2: Any,
-    ridge: Any,
-    params_ptr: Any,
+    s00: tl.tensor,
+    s01: tl.tensor,
+    s02: tl.tensor,
+    s11: tl.tensor,
+    s12: tl.tensor,
+    s22: tl.tensor,
+    b0: tl.tensor,
+    b1: tl.tensor,
+    b2: tl.tensor,
+    ridge: tl.tensor,
+    params_ptr: tl.tensor,
     PLANES: tl.constexpr,
     TIED: tl.constexpr,
 ):
@@ -240,12 +240,12 @@ def _ridge_step(
 
 @triton.jit
 def _encode_part(
-    weight_rows: Any,
-    packed_rows: Any,
-    inside: Any,
-    a0: Any,
-    a1: Any,
-    a2: Any,
+    weight_rows: tl.tensor,
+    packed_rows: tl.tensor,
+    inside: tl.tensor,
+    a0: tl.tensor,
+    a1: tl.tensor,
+    a2: tl.tensor,
     LENGTH: tl.constexpr,
     BITS: tl.constexpr,
     PLANE: tl.constexpr,
@@ -273,21 +273,21 @@ def _encode_part(
 
 
 @triton.jit
-def _digit(code: Any, scale: Any, there: Any, PLANE: tl.constexpr, PLANES: tl.constexpr):
+def _digit(code: tl.tensor, scale: tl.tensor, there: tl.tensor, PLANE: tl.constexpr, PLANES: tl.constexpr):
     """A plane's trit plus one: 1 outside the group, and in a plane whose scale is zero."""
     return tl.where(there & (scale != 0)[:, None], code // 3 ** (PLANES - 1 - PLANE) % 3, 1)
 
 
 @triton.jit
 def _encode_kernel(
-    weight_ptr: Any,
-    scale_ptr: Any,
-    packed_ptr: Any,
-    sums_ptr: Any,
-    size: Any,
-    groups: Any,
-    stride: Any,
-    packed_stride: Any,
+    weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    packed_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
+    size: tl.tensor,
+    groups: tl.tensor,
+    stride: tl.tensor,
+    packed_stride: tl.tensor,
     LENGTH: tl.constexpr,
     PLANES: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
