@@ -178,7 +178,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         return labels if vocabulary is None else labels.masked_fill(labels >= vocabulary, -100)
 
     def _tokens(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns labels (B, L), which of their predictions (B, L-1) are trained on, and what the rule reads of those."""
+        """Returns labels (B, L), which of their predictions (B, L-1) count, and what the rule reads of them."""
         labels = self._trained_labels(inputs)
         keep = labels[:, 1:] != -100
         tokens = {"labels": labels[:, 1:][keep]}
