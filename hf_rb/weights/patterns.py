@@ -3,8 +3,7 @@
 | pattern | tensors |
 |---|---|
 | `all` | every one |
-| `linear` | projections of attention and MLP, by the names that Shadow-FT's code looks for, their biases and fused
-forms too |
+| `linear` | projections of attention and MLP, as Shadow-FT's code names them, their biases and fused forms too |
 | `attn`, `mlp`, `embed`, `head`, `norm`, `router` | by their usual names |
 | `layers:A-B` | layers A to B, counted from 0, both included; `layers:A` is one |
 | anything else | a regular expression that is found in the name |

@@ -1,6 +1,4 @@
-"""Distillation on dataset completions, the student's own, or a mixture: TRL's GKD with more objectives, teachers and
-data.
-"""
+"""Distillation on dataset completions, the student's own, or both: TRL's GKD with more objectives, teachers, data."""
 
 import logging
 import random
@@ -10,13 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import (
-    DataCollator,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    TrainingArguments,
-)
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
 from hf_rb.ops.backbone import model_inputs, width_of
 from hf_rb.ops.generation import generation_config
@@ -186,9 +178,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         return labels if vocabulary is None else labels.masked_fill(labels >= vocabulary, -100)
 
     def _tokens(self, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns the labels (B, L), which of their predictions (B, L-1) are trained on, and what the rule reads about
-        those.
-        """
+        """Returns labels (B, L), which of their predictions (B, L-1) count, and what the rule reads of them."""
         labels = self._trained_labels(inputs)
         keep = labels[:, 1:] != -100
         tokens = {"labels": labels[:, 1:][keep]}
@@ -203,9 +193,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         )
 
     def _counted_labels(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Returns labels (B, L-1) as many as what the loss is divided by: trained tokens, or completions that have
-        any.
-        """
+        """Returns labels (B, L-1) as many as what divides the loss: trained tokens, or completions that have any."""
         labels = self._trained_labels(inputs)[:, 1:]
         if self.args.objective != "gopd" or self.args.gopd_aggregation == "token-mean":
             return labels
@@ -260,8 +248,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
             loss, stats, aux_loss = self._dense_loss(model, inputs, labels, keep, tokens, items)
         else:
             student = self.accelerator.unwrap_model(model)
-            # Inside the forward of the wrapper, where DDP's hooks fire and FSDP and DeepSpeed have the weights in
-            # place.
+            # Inside the wrapper's forward, where DDP's hooks fire and FSDP and DeepSpeed have the weights in place.
             loss, stats, aux_loss = self._forward_redirection(
                 model, student, self._chunked_loss, student, inputs, keep, tokens, items
             )
@@ -369,9 +356,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         return hasattr(self.teacher, "logits")  # not a cache, which has no more than a part of them
 
     def token_stats(self, inputs: Mapping[str, Any]) -> TokenStats:
-        """Returns of every token that is trained on what the objective reports of it, and how alike student and
-        teacher are there.
-        """
+        """Returns what the objective reports of every trained token, and how alike student and teacher are there."""
         if self._has_prompts_only or self.args.lmbda == 1:
             inputs = self._with_completions(inputs, self.model_wrapped)
         (_, keep, tokens), shared = self._tokens(inputs), slice(self.teacher.vocabulary)

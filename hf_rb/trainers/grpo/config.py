@@ -98,8 +98,8 @@ class GRPOConfig(ConfigMixin, AgentArguments, trl.GRPOConfig):
             an offline judge for `tiny:math`.
         srar_judge_api_key_env (`str`, *optional*):
             Name of the environment variable that holds the endpoint's key.
-        srar_judge_timeout (`float`, *optional*, defaults to `60.0`), srar_judge_retries (`int`, *optional*, defaults
-            to `2`),
+        srar_judge_timeout (`float`, *optional*, defaults to `60.0`),
+        srar_judge_retries (`int`, *optional*, defaults to `2`),
         srar_judge_concurrency (`int`, *optional*, defaults to `32`), srar_judge_kwargs (`dict`, *optional*):
             Seconds an answer may take, further attempts, open requests of a process, and more fields of a request.
 

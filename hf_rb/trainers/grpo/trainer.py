@@ -56,8 +56,7 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
 
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-            optimizers,
-        rollout_func, **kwargs:
+        optimizers, rollout_func, **kwargs:
             As for [`~trl.GRPOTrainer`].
         environment_factory (`Callable` or `dict`, *optional*):
             As for [`~trl.GRPOTrainer`], in place of `args.environment`.
