@@ -73,7 +73,16 @@ def test_akl_lies_between_both_divergences_in_any_order(pair, mu, rule, seed):
 def test_a_head_of_one_gives_at_most_half_the_weight(pair, rule):
     student, teacher = pair
     mu = 0.9 * teacher.softmax(-1).amax(-1).min().item()  # the most probable token alone reaches it
-    assert (adaptive_kl_weight(student, teacher, mu, "paper") <= 0.5 + 1e-5).all()
+    # Its gap is at most that of all others, for both distributions have the sum 1: in float32, up to half a rounding for each token.
+    total = (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1)
+    rounding = 2 * student.shape[-1] * torch.finfo(torch.float32).eps / total
+    assert (adaptive_kl_weight(student, teacher, mu, "paper") <= 0.5 + rounding).all()
+
+
+def test_a_head_of_one_where_the_distributions_are_nearly_equal():
+    generator = torch.Generator().manual_seed(589)
+    student, teacher = 2 * torch.randn(2, 5, 2, generator=generator)
+    test_a_head_of_one_gives_at_most_half_the_weight.hypothesis.inner_test((student, teacher), "paper")
 
 
 def test_mu_one_is_forward_kl():
