@@ -18,7 +18,7 @@ SOURCES = [path for path in (ROOT / "hf_rb").rglob("*.py")]
 
 def test_contributing_lists_folders_in_their_order():
     rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert tuple(rows) == ORDERS[""]
+    assert rows == [name for name in ORDERS[""] if (ROOT / "hf_rb" / name).is_dir()]
 
 
 def test_contributing_lists_make_targets_that_exist():
