@@ -1,5 +1,4 @@
-"""PTQTP's solver (`hf_rb/quantizers/ptqtp/solver.py`) in Triton: every group of weights in the registers of a few
-threads.
+"""PTQTP's solver in Triton: every group of weights in the registers of a few threads.
 
 The literal algorithm: all 3^K sums of scales are tried for every weight. There is no sorted order to set up, and a
 GPU's arithmetic is cheaper than its memory. Scales, sums and distances are float64 and multiplications are not fused
@@ -52,9 +51,7 @@ def _signed_sum(w: tl.tensor, trit: tl.tensor):
 
 @triton.jit
 def _trit_sums(w: tl.tensor, there: tl.tensor, a0: tl.tensor, a1: tl.tensor, a2: tl.tensor, PLANES: tl.constexpr):
-    """S'S and S'w of the nearest trits: s00, s01, s02, s11, s12, s22, b0, b1, b2 (zeros where there is no such
-    plane).
-    """
+    """S'S and S'w of the nearest trits: s00, s01, s02, s11, s12, s22, b0, b1, b2 (zeros for planes that are none)."""
     code, _ = _nearest(w, a0, a1, a2, PLANES)
     t0 = tl.where(there, code // 3 ** (PLANES - 1) - 1, 0)
     s00 = tl.sum(t0 * t0, axis=1).to(tl.float64)
@@ -89,9 +86,7 @@ def _solve(
     ridge: tl.tensor,
     PLANES: tl.constexpr,
 ):
-    """Solves (S'S + ridge I) a = S'w through the adjugate, the ridge in terms of its own; returns a and the condition
-    number.
-    """
+    """Solves (S'S + ridge I) a = S'w through the adjugate, the ridge apart; returns a and the condition number."""
     none = tl.zeros_like(b0)
     if PLANES == 1:
         return b0 / (s00 + ridge), none, none, none + 1
