@@ -1,9 +1,8 @@
 """`optimum-cli ptqtp` and `optimum-cli d2quant`: `hf-rb quantize` where optimum's users look for it.
 
-The wheel puts this file into optimum's namespace, as `optimum/commands/register/register_hf_rb.py`, whose files
-optimum imports for its `REGISTER_COMMANDS`; an editable installation has `hf-rb quantize` alone. Imported by every
-`optimum-cli`, so nothing heavy here. There the file also makes a package `optimum` out of nothing, so the real one is
-a dependency of ours.
+An installation puts this file into optimum's namespace, as `optimum/commands/register/register_hf_rb.py`, whose files
+optimum imports for its `REGISTER_COMMANDS`. Imported by every `optimum-cli`, so nothing heavy here. There the file
+also makes a package `optimum` out of nothing, so the real one is a dependency of ours.
 """
 
 import sys
