@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,3 +207,14 @@ def test_the_field_of_each_config():
     with pytest.raises(ValueError, match="`allow_leaking_packing` must be True or False"):
         SFTConfig("run", allow_leaking_packing=2, use_cpu=True, bf16=False)
     assert not GKDConfig("run", use_cpu=True, bf16=False).allow_leaking_packing
+
+
+@pytest.mark.parametrize("kind", ["cp_enabled", "sp_enabled"])
+def test_sequences_that_processes_share_are_not_checked(kind):
+    """The shard of the second process begins inside a sequence, and no process alone can tell packed rows."""
+    parallelism = SimpleNamespace(**{"cp_enabled": False, "sp_enabled": False, kind: True})
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(allow_leaking_packing=False), accelerator=SimpleNamespace(parallelism_config=parallelism)
+    )
+    positions = torch.tensor([[4, 5, 0, 1]])
+    packing.check_packing(trainer, torch.nn.Identity(), {"input_ids": positions, "position_ids": positions})

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_rb.ops.backbone import name_of, without_peft
 from hf_rb.ops.logit_source import agreed_reason
+from hf_rb.trainers.common.parallelism import cuts_sequences
 from hf_rb.utils import compat
 
 
@@ -47,9 +48,8 @@ def check_fused_head(trainer: Any, model: torch.nn.Module, remedy: str) -> None:
     if getattr(trainer, "_fused_head_is_checked", False):
         return
     trainer._fused_head_is_checked = True
-    parallelism = trainer.accelerator.parallelism_config
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        return  # they cut every sequence over processes, also the 8 tokens that each process would compare
+    if cuts_sequences(trainer):
+        return  # also the 8 tokens that each process would compare
     reason = why_not_fused(trainer, model)
     if reason and trainer.accelerator.is_main_process:
         logger.warning(

@@ -6,6 +6,7 @@ from hf_rb.ops.backbone import has_prompt_learning
 from hf_rb.trainers.common.card import CardMixin
 from hf_rb.trainers.common.checkpoints import CheckpointsMixin
 from hf_rb.trainers.common.metrics import MetricsMixin
+from hf_rb.trainers.common.parallelism import cuts_sequences
 from hf_rb.trainers.common.routers import prepare_routers
 
 
@@ -33,8 +34,7 @@ class TrainerMixin(CheckpointsMixin, MetricsMixin, CardMixin):
             raise ValueError(
                 f"{name} does not support prompt-learning adapters, whose virtual tokens shift the labels. Use LoRA."
             )
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        if cuts_sequences(self):
             raise ValueError(
                 f"{name} does not support context or sequence parallelism, which cut sequences over processes. Set "
                 "`cp_size: 1` and `sp_size: 1`."

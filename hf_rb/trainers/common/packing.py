@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_rb.ops.backbone import has_prompt_learning
 from hf_rb.ops.packing import Leak, LeakingPacking, is_packed, leak_message, measure_leak
 from hf_rb.ops.processes import on_any_process
+from hf_rb.trainers.common.parallelism import cuts_sequences
 from hf_rb.utils import compat
 
 
@@ -38,11 +39,8 @@ def check_packing(trainer: Any, model: torch.nn.Module, inputs: Mapping[str, Any
     """
     if trainer.args.allow_leaking_packing or getattr(trainer, "_packing_is_checked", False):
         return
-    if not on_any_process(is_packed(inputs)):
+    if cuts_sequences(trainer) or not on_any_process(is_packed(inputs)):
         return
-    parallelism = trainer.accelerator.parallelism_config
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        return  # they cut every sequence over processes; TRL refuses packing with them
     device = inputs["input_ids"].device
     unwrapped = trainer.accelerator.unwrap_model(model)
     if has_prompt_learning(unwrapped):  # of which no hidden states of the model alone tell

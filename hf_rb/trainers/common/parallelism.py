@@ -1,0 +1,12 @@
+"""Whether a run cuts sequences over processes."""
+
+from typing import Any
+
+
+__all__ = ["cuts_sequences"]
+
+
+def cuts_sequences(trainer: Any) -> bool:
+    """Returns whether context or sequence parallelism is on, where a process holds a part of every sequence."""
+    parallelism = trainer.accelerator.parallelism_config
+    return parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)
