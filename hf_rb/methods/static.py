@@ -1,0 +1,153 @@
+"""Evaluates a name of a module without importing the module: only the statements that it needs are run.
+
+Records of methods stand in files that import torch. `hf-rb check` needs the record in a few milliseconds, so it parses
+the file, keeps the statements that the record refers to, and leaves out the rest.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+__all__ = ["evaluate", "is_torch_free", "source_file", "targets"]
+
+# Modules that are imported as they are: no torch, and classes that must be the same everywhere.
+_IMPORTED = (*sys.stdlib_module_names, "hf_rb.methods", "hf_rb.utils")
+
+
+def source_file(module: str) -> Path | None:
+    """Returns the source of a module, importing no more than the finder of its outermost package."""
+    top, *inner = module.split(".")
+    spec = find_spec(top)
+    if spec is not None and not inner and spec.origin and spec.origin.endswith(".py"):
+        return Path(spec.origin)
+    for location in (spec and spec.submodule_search_locations) or ():
+        folder = Path(location, *inner)
+        for path in (folder / "__init__.py", folder.parent / f"{folder.name}.py"):
+            if path.is_file():
+                return path
+    return None
+
+
+@cache
+def evaluate(module: str, name: str) -> Any:
+    """
+    Returns the value of a name of a module.
+
+    Args:
+        module (`str`):
+            Full name of the module.
+        name (`str`):
+            Name of a constant, a function or a dataclass; with a dot, `"Class.attribute"`.
+
+    Raises:
+        ImportError: There is no such module, or no such name in it.
+        NameError: The value needs more than the standard library and `hf_rb.methods`.
+    """
+    source = _read(module)
+    outer, _, attribute = name.partition(".")
+    if outer not in source.defined:
+        raise ImportError(f"{source.path} does not define `{outer}`.")
+    namespace: dict[str, Any] = {"__name__": module, "__file__": str(source.path)}
+    if not attribute:
+        _run(source, namespace, {outer})
+        return namespace[outer]
+    expression = _attribute(source.defined[outer], attribute)
+    if expression is None:
+        raise ImportError(f"`{outer}` of {source.path} has no attribute `{attribute}`.")
+    _run(source, namespace, _names(expression))
+    return eval(compile(ast.Expression(expression), str(source.path), "eval"), namespace)
+
+
+def targets(module: str, attribute: str, constant: str) -> Iterator[str]:
+    """Yields what a module defines under these names: `"Class.attribute"` of each class, and the constant."""
+    for name, node in _read(module).defined.items():
+        if name == constant:
+            yield name
+        elif isinstance(node, ast.ClassDef) and _attribute(node, attribute) is not None:
+            yield f"{name}.{attribute}"
+
+
+def is_torch_free(module: str) -> bool:
+    """Whether a module is imported as it is."""
+    return any(module == one or module.startswith(f"{one}.") for one in _IMPORTED)
+
+
+class _Source:
+    def __init__(self, module: str, path: Path):
+        self.module, self.path = module, path
+        self.package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        self.body = ast.parse(path.read_text(encoding="utf-8"), str(path)).body
+        self.defined = {name: node for node in self.body for name in _defines(node)}
+
+
+@cache
+def _read(module: str) -> _Source:
+    path = source_file(module)
+    if path is None:
+        raise ImportError(f"There is no module `{module}`.")
+    return _Source(module, path)
+
+
+def _defines(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    if isinstance(node, ast.Import):
+        return [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [alias.asname or alias.name for alias in node.names]
+    given = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [name.id for target in given for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def _attribute(node: ast.AST, name: str) -> ast.expr | None:
+    """Returns what the body of a class assigns to a name."""
+    for one in node.body if isinstance(node, ast.ClassDef) else ():
+        if isinstance(one, ast.Assign | ast.AnnAssign) and name in _defines(one):
+            return one.value
+    return None
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
+
+
+def _run(source: _Source, namespace: dict[str, Any], wanted: set[str]) -> None:
+    """Runs the statements that define the wanted names, and what these refer to, in the order of the source."""
+    needed: set[int] = set()
+    pending = [*wanted]
+    while pending:
+        node = source.defined.get(pending.pop())
+        if node is not None and id(node) not in needed:
+            needed.add(id(node))
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                pending += _names(node)
+    for node in source.body:
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            continue
+        if id(node) not in needed:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            namespace |= _imported(source, node)
+        elif not isinstance(node, ast.Import) or all(is_torch_free(alias.name) for alias in node.names):
+            exec(compile(ast.Module([node], []), str(source.path), "exec"), namespace)
+
+
+def _imported(source: _Source, node: ast.ImportFrom) -> dict[str, Any]:
+    """Returns what `from module import names` gives. Of a module that may import torch, the names are evaluated."""
+    parts = source.package.split(".")
+    base = [*parts[: len(parts) - node.level + 1]] if node.level else []
+    module = ".".join([*base, *filter(None, [node.module])])
+    found = {}
+    for alias in node.names:
+        if is_torch_free(module):
+            value = getattr(import_module(module), alias.name)
+        else:
+            value = evaluate(module, alias.name)
+        found[alias.asname or alias.name] = value
+    return found
