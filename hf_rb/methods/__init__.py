@@ -1,1 +1,26 @@
-"""What a method is, and the table of all methods."""
+"""What a method is, and which methods there are: ours and those of installed packages. Standard library only."""
+
+from hf_rb.methods.record import (
+    MergeMethod,
+    Method,
+    Metric,
+    ModelMethod,
+    ObjectiveMethod,
+    Paper,
+    QuantizerMethod,
+    ShaperMethod,
+    flag,
+)
+
+
+__all__ = [
+    "MergeMethod",
+    "Method",
+    "Metric",
+    "ModelMethod",
+    "ObjectiveMethod",
+    "Paper",
+    "QuantizerMethod",
+    "ShaperMethod",
+    "flag",
+]

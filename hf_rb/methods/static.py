@@ -65,11 +65,11 @@ def evaluate(module: str, name: str) -> Any:
 
 
 def targets(module: str, attribute: str, constant: str) -> Iterator[str]:
-    """Yields what a module defines under these names: `"Class.attribute"` of each class, and the constant."""
+    """Yields what a module makes by a call under these names: `"Class.attribute"` of each class, and the constant."""
     for name, node in _read(module).defined.items():
         if name == constant:
             yield name
-        elif isinstance(node, ast.ClassDef) and _attribute(node, attribute) is not None:
+        elif isinstance(node, ast.ClassDef) and isinstance(_attribute(node, attribute), ast.Call):
             yield f"{name}.{attribute}"
 
 
@@ -119,35 +119,31 @@ def _names(node: ast.AST) -> set[str]:
 
 def _run(source: _Source, namespace: dict[str, Any], wanted: set[str]) -> None:
     """Runs the statements that define the wanted names, and what these refer to, in the order of the source."""
-    needed: set[int] = set()
-    pending = [*wanted]
+    needed, pending = set(), [*wanted]
     while pending:
-        node = source.defined.get(pending.pop())
-        if node is not None and id(node) not in needed:
-            needed.add(id(node))
-            if not isinstance(node, ast.Import | ast.ImportFrom):
-                pending += _names(node)
+        name = pending.pop()
+        if name in source.defined and name not in needed:
+            needed.add(name)
+            node = source.defined[name]
+            pending += () if isinstance(node, ast.Import | ast.ImportFrom) else _names(node)
     for node in source.body:
-        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-            continue
-        if id(node) not in needed:
-            continue
+        names = needed & set(_defines(node))
         if isinstance(node, ast.ImportFrom):
-            namespace |= _imported(source, node)
-        elif not isinstance(node, ast.Import) or all(is_torch_free(alias.name) for alias in node.names):
+            namespace |= _imported(source, node, names)
+        elif names and (not isinstance(node, ast.Import) or all(is_torch_free(alias.name) for alias in node.names)):
             exec(compile(ast.Module([node], []), str(source.path), "exec"), namespace)
 
 
-def _imported(source: _Source, node: ast.ImportFrom) -> dict[str, Any]:
+def _imported(source: _Source, node: ast.ImportFrom, names: set[str]) -> dict[str, Any]:
     """Returns what `from module import names` gives. Of a module that may import torch, the names are evaluated."""
     parts = source.package.split(".")
     base = [*parts[: len(parts) - node.level + 1]] if node.level else []
     module = ".".join([*base, *filter(None, [node.module])])
     found = {}
     for alias in node.names:
-        if is_torch_free(module):
-            value = getattr(import_module(module), alias.name)
-        else:
-            value = evaluate(module, alias.name)
-        found[alias.asname or alias.name] = value
+        known = alias.asname or alias.name
+        if known in names and is_torch_free(module):
+            found[known] = getattr(import_module(module), alias.name)
+        elif known in names:
+            found[known] = evaluate(module, alias.name)
     return found
