@@ -27,6 +27,7 @@ from typing import Any, cast
 import torch
 
 from hf_rb.advantages.pipeline import Requires, Shaped, ShapingContext, TokenShaper
+from hf_rb.methods import Paper, ShaperMethod
 
 
 __all__ = [
@@ -296,7 +297,28 @@ class CalibAdvShaper(TokenShaper):
             over all tokens, as in the authors' code.
     """
 
-    name = "calibadv"
+    method = ShaperMethod(
+        key="calibadv",
+        name="CalibAdv",
+        paper=Paper(
+            "2604.18235",
+            "Negative Advantages Is a Double-Edged Sword: Calibrating advantages in GRPO for Search Agents",
+            (
+                "Jiayi Wu",
+                "Ruobing Xie",
+                "Zeqian Huang",
+                "Lei Jiang",
+                "Can Xu",
+                "Kangyang Luo",
+                "Bochen Lin",
+                "Ming Gao",
+                "Xiang Li",
+            ),
+        ),
+        summary="GRPO for search agents that spares the searches of a wrong rollout which found what the best "
+        "rollouts found, and balances the right and the wrong answers of a group.",
+        level="token",
+    )
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 
 from hf_rb.advantages.pipeline import Requires, SequenceShaper, Shaped, ShapingContext
+from hf_rb.methods import Paper, ShaperMethod
 
 
 __all__ = ["NO_ANSWER", "EdasShaper", "edas", "edas_warmup", "error_classes"]
@@ -199,7 +200,29 @@ class EdasShaper(SequenceShaper):
             Name of a reward function. Wrong rollouts to which it gives less than 0.5 are left as they are.
     """
 
-    name = "edas"
+    method = ShaperMethod(
+        key="edas",
+        name="EDAS",
+        paper=Paper(
+            "2605.17333",
+            "Leveraging Error Diversity in Group Rollouts for Reinforcement Learning",
+            (
+                "Wenpu Liu",
+                "Yuqi Xu",
+                "Weichu Xie",
+                "Yongfu Zhu",
+                "Shuai Dong",
+                "Ziyue Wang",
+                "Wenqi Shao",
+                "Xiaoying Zhang",
+                "Tong Yang",
+                "Nan Duan",
+                "Jiaqi Wang",
+            ),
+        ),
+        summary="GRPO that, among the wrong completions of a prompt, punishes the error which most of them share "
+        "harder and rare errors less.",
+    )
 
     def __init__(
         self,

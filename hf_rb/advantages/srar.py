@@ -33,6 +33,7 @@ import torch
 
 from hf_rb.advantages.pipeline import Requires, Shaped, ShapingContext, TokenShaper
 from hf_rb.advantages.rubrics import WEIGHTS, JudgeRequest, RubricItem, parse_rubric, parse_verdicts
+from hf_rb.methods import Paper, ShaperMethod
 
 
 __all__ = [
@@ -231,8 +232,38 @@ class SrarShaper(TokenShaper):
             As in [`srar_offsets`].
     """
 
-    name = "srar"
-    additive = True
+    method = ShaperMethod(
+        key="srar",
+        name="SRaR",
+        paper=Paper(
+            "2605.17291",
+            "Step-wise Rubric Rewards for LLM Reasoning",
+            (
+                "Weichu Xie",
+                "Haozhe Zhao",
+                "Wenpu Liu",
+                "Yongfu Zhu",
+                "Liang Chen",
+                "Minghao Ye",
+                "Zirong Chen",
+                "Yuqi Xu",
+                "Shuai Dong",
+                "Ziyue Wang",
+                "Xinbo Xu",
+                "Kean Shi",
+                "Ruoyu Wu",
+                "Xiaoying Zhang",
+                "Wenqi Shao",
+                "Baobao Chang",
+                "Nan Duan",
+                "Jiaqi Wang",
+            ),
+        ),
+        summary="GRPO with a judge that finds the items of a rubric in the steps of a solution; steps better than"
+        " the same step of the other completions gain, worse ones lose.",
+        level="token",
+        additive=True,
+    )
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from hf_rb.io.files import check_replaceable
 from hf_rb.io.model_folder import find_model
 from hf_rb.io.resources import find_recipe
 from hf_rb.utils.dtypes import WEIGHT_TYPES_OR_AUTO
-from hf_rb.utils.fields import described, validate
+from hf_rb.utils.fields import described, documented, flag, validate
 from hf_rb.utils.output import json_text
 
 
@@ -24,6 +24,7 @@ __all__ = ["QuantizeArguments"]
 EXAMPLE = "hf-rb quantize tiny:student outputs/student-ptqtp --packing dense"
 
 
+@documented
 @dataclass
 class QuantizeArguments:
     """
@@ -34,36 +35,31 @@ class QuantizeArguments:
             Model folder, Hub id or embedded model (`tiny:student`).
         output_dir (`str`):
             Folder for the quantized model.
-        quantization_config (`dict`, *optional*):
-            `quant_method` and the fields of its config. Defaults to PTQTP as [`PTQTPConfig`] has it.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type in which the weights are read and what is not quantized gets saved.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace a folder that is not empty.
-        stream (`bool`, *optional*, defaults to `False`):
-            Whether to quantize tensor by tensor, with the memory of one; an interrupted run goes on where it was.
-        resume (`bool`, *optional*, defaults to `True`):
-            Whether streaming and calibration go on with unfinished work; otherwise it is thrown away.
-        eval_data (`str`, *optional*):
-            Text on which the perplexity is measured before and after: a text file, a JSON-lines file with the column
-            `text`, a dataset of the Hub (`NAME` or `NAME:CONFIG`), or `tiny:math`, the default for embedded models.
     """
 
     model_name_or_path: str = field(metadata=described("Model folder, Hub id or embedded model (tiny:student)."))
     output_dir: str = field(metadata=described("Folder for the quantized model."))
-    quantization_config: dict[str, Any] = field(
-        default_factory=dict, metadata=described("`quant_method` and the fields of its config.")
+    quantization_config: dict[str, Any] = flag(
+        {}, "`quant_method` and the fields of its config. Defaults to PTQTP as [`PTQTPConfig`] has it."
     )
-    dtype: str = field(
-        default="auto", metadata=described("Type of what is not quantized.", choices=WEIGHT_TYPES_OR_AUTO)
+    dtype: str = flag(
+        "auto",
+        "Type in which the models are measured and trained; `auto` is that of the files.",
+        choices=WEIGHT_TYPES_OR_AUTO,
     )
-    overwrite: bool = field(default=False, metadata=described("Whether to replace a folder that is not empty."))
-    stream: bool = field(
-        default=False, metadata=described("Whether to quantize tensor by tensor, with the memory of one.")
+    overwrite: bool = flag(
+        False, "Whether a model and checkpoints that `output_dir` already holds are deleted when training starts."
     )
-    resume: bool = field(default=True, metadata=described("Whether to go on with unfinished work."))
-    eval_data: str | None = field(
-        default=None, metadata=described("Text file or dataset on which the perplexity is measured before and after.")
+    stream: bool = flag(
+        False, "Whether to quantize tensor by tensor, with the memory of one; an interrupted run goes on where it was."
+    )
+    resume: bool = flag(
+        True, "Whether streaming and calibration go on with unfinished work; otherwise it is thrown away."
+    )
+    eval_data: str | None = flag(
+        None,
+        "Text on which the perplexity is measured before and after: a text file, a JSON-lines file with the column"
+        " `text`, a dataset of the Hub (`NAME` or `NAME:CONFIG`), or `tiny:math`, the default for embedded models.",
     )
 
     def __post_init__(self):

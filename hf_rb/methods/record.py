@@ -142,6 +142,11 @@ class Method:
     kind: ClassVar[Kind] = "trainer"
 
     @property
+    def paper_url(self) -> str:
+        """Address of the paper; empty without one."""
+        return "" if self.paper is None else self.paper.url
+
+    @property
     def citation(self) -> str:
         """BibTeX entry; empty without a paper."""
         return "" if self.paper is None else self.paper.bibtex(self.key)
@@ -149,7 +154,9 @@ class Method:
     @property
     def paper_of_trl(self) -> dict[str, str]:
         """The form of the `_paper` attribute of TRL's trainers."""
-        return {} if self.paper is None else {"title": self.paper.title, "id": self.paper.id, "citation": self.citation}
+        return (
+            {} if self.paper is None else {"title": self.paper.title, "id": self.paper.id, "citation": self.citation}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,14 @@ allows. Standard library only: nothing is imported until a method is used.
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hf_rb.methods import static
 from hf_rb.methods.record import Kind, Method
@@ -54,8 +54,9 @@ class Entry:
 
 
 def catalog() -> dict[str, Method]:
-    """Returns the records of all methods of this package, by key."""
-    return {entry.method.key: entry.method for entry in _built_in()}
+    """Returns the records of all methods that can be used, by key."""
+    others = [entry for kind in GROUPS for entry in methods(cast(Kind, kind)).values()]
+    return {entry.method.key: entry.method for entry in (*_built_in(), *others)}
 
 
 def methods(kind: Kind) -> dict[str, Entry]:
@@ -120,10 +121,10 @@ def _built_in() -> tuple[Entry, ...]:
 
 
 def _records(module: str, package: str) -> Iterator[Entry]:
-    for target in static.targets(module, "method", "METHOD"):
-        method = static.evaluate(module, target)
+    for name in static.record_names(module):
+        method = static.record(module, name)
         if isinstance(method, Method):
-            yield Entry(method, module, target.partition(".")[0], package)
+            yield Entry(method, module, name, package)
 
 
 @cache
@@ -155,9 +156,9 @@ def _installed(kind: Kind) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _entry(kind: Kind, module: str, attribute: str, package: str) -> Entry:
-    method = static.evaluate(module, f"{attribute}.method")
+    method = static.record(module, attribute)
     if not isinstance(method, Method) or method.kind != kind:
-        raise TypeError(f"`{attribute}.method` is no record of {'an' if kind[0] in 'aeiou' else 'a'} {kind}")
+        raise TypeError(f"`{attribute}` has no record of {'an' if kind[0] in 'aeiou' else 'a'} {kind}")
     return Entry(method, module, attribute, package)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["evaluate", "is_torch_free", "source_file", "targets"]
+__all__ = ["evaluate", "is_torch_free", "record", "record_names", "source_file"]
 
 # Modules that are imported as they are: no torch, and classes that must be the same everywhere.
 _IMPORTED = (*sys.stdlib_module_names, "hf_rb.methods", "hf_rb.utils")
@@ -61,16 +61,20 @@ def evaluate(module: str, name: str) -> Any:
     if expression is None:
         raise ImportError(f"`{outer}` of {source.path} has no attribute `{attribute}`.")
     _run(source, namespace, _names(expression))
-    return eval(compile(ast.Expression(expression), str(source.path), "eval"), namespace)
+    return eval(compile(ast.Expression(expression), str(source.path), "eval"), namespace)  # noqa: S307 (an import would too)
 
 
-def targets(module: str, attribute: str, constant: str) -> Iterator[str]:
-    """Yields what a module makes by a call under these names: `"Class.attribute"` of each class, and the constant."""
+def record_names(module: str) -> Iterator[str]:
+    """Yields the names in a module that hold a record: classes with a `method`, and the constant `METHOD`."""
     for name, node in _read(module).defined.items():
-        if name == constant:
+        if name == "METHOD" or isinstance(_attribute(node, "method"), ast.Call):
             yield name
-        elif isinstance(node, ast.ClassDef) and isinstance(_attribute(node, attribute), ast.Call):
-            yield f"{name}.{attribute}"
+
+
+def record(module: str, name: str) -> Any:
+    """Returns the record that a class of a module has as `method`, or that a constant is."""
+    node = _read(module).defined.get(name)
+    return evaluate(module, f"{name}.method" if isinstance(node, ast.ClassDef) else name)
 
 
 def is_torch_free(module: str) -> bool:
@@ -131,7 +135,7 @@ def _run(source: _Source, namespace: dict[str, Any], wanted: set[str]) -> None:
         if isinstance(node, ast.ImportFrom):
             namespace |= _imported(source, node, names)
         elif names and (not isinstance(node, ast.Import) or all(is_torch_free(alias.name) for alias in node.names)):
-            exec(compile(ast.Module([node], []), str(source.path), "exec"), namespace)
+            exec(compile(ast.Module([node], []), str(source.path), "exec"), namespace)  # noqa: S102 (an import would too)
 
 
 def _imported(source: _Source, node: ast.ImportFrom, names: set[str]) -> dict[str, Any]:

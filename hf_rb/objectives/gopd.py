@@ -42,8 +42,8 @@ class GopdFlags:
     reference_model_name_or_path: str | None = flag(
         None,
         "The reference of `objective: gopd`. By default the student at its start, which reads the student's prompts: "
-        "with LoRA the model without its adapters, else a frozen copy. The teacher's own base gives the paper's reward "
-        "correction. Not read when `reward_scale` is 1, where the reference cancels.",
+        "with LoRA the model without its adapters, else a frozen copy. The teacher's own base gives the paper's "
+        "reward correction. Not read when `reward_scale` is 1, where the reference cancels.",
     )
     gopd_aggregation: str = flag(
         "seq-mean-token-mean",
@@ -54,8 +54,8 @@ class GopdFlags:
     )
     gopd_tis_cap: float | None = flag(
         None,
-        "Cap of the truncated importance weight between trainer and sampler (the authors' scripts: 5). Needs a sampler "
-        "that reports log-probabilities: `DistillationTrainer` with `use_vllm: true`.",
+        "Cap of the truncated importance weight between trainer and sampler (the authors' scripts: 5). Needs a "
+        "sampler that reports log-probabilities: `DistillationTrainer` with `use_vllm: true`.",
         range="(0, inf)",
     )
     gopd_logratio_clamp: float | None = flag(
@@ -65,8 +65,8 @@ class GopdFlags:
     )
     gopd_full_vocab: bool = flag(
         False,
-        "Whether `objective: gopd` minimises, at every state, the reverse KL of which its sampled loss is an estimate, "
-        "over the whole vocabulary: less variance, another LM-head product. Not in the paper.",
+        "Whether `objective: gopd` minimises, at every state, the reverse KL of which its sampled loss is an "
+        "estimate, over the whole vocabulary: less variance, another LM-head product. Not in the paper.",
     )
     gopd_teacher_column: str | None = flag(
         None,

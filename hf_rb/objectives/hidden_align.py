@@ -17,8 +17,36 @@ Shapes: N rollouts in contiguous groups of `group_size`; H hidden size; float32.
 import torch
 from torch.nn.functional import normalize
 
+from hf_rb.methods import Method, Paper
+
 
 __all__ = ["alignment_targets", "cross_group_cosine", "hidden_align", "target_loss"]
+
+METHOD = Method(
+    key="hidden_align",
+    name="Hidden-Align",
+    paper=Paper(
+        "2606.03234",
+        "Right Makes Might: Aligning Verified Hidden States Empowers RL Reasoning",
+        (
+            "Ziyue Wang",
+            "Aomufei Yuan",
+            "Yongfu Zhu",
+            "Shuai Dong",
+            "Wenpu Liu",
+            "Yiran Yao",
+            "Weichu Xie",
+            "Yuqi Xu",
+            "Caoyuan Ma",
+            "Wenqi Shao",
+            "Xiaoying Zhang",
+            "Nan Duan",
+            "Jiaqi Wang",
+        ),
+    ),
+    summary="An auxiliary loss beside GRPO that pulls together the hidden states from which the correct "
+    "completions of a prompt go on to their answer; reconstructed from the abstract.",
+)
 
 
 def hidden_align(states: torch.Tensor, aligned: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -38,9 +38,11 @@ _FLOOR = -87.0
 class HpdFlags:
     """Flags of `objective: hpd`."""
 
-    hpd_sample: bool = flag(True, "Whether HPD draws a token from the student at every position; false is an ablation.")
+    hpd_sample: bool = flag(
+        True, "Whether HPD draws a token from the student at every position; `False` is the paper's ablation."
+    )
     hpd_reinforce: bool = flag(
-        True, "Whether HPD sends the mass taken from the drawn token to the label; false is an ablation."
+        True, "Whether HPD sends the mass taken from the drawn token to the label; `False` is the paper's ablation."
     )
 
 
@@ -181,16 +183,18 @@ class HPD(Objective):
             "Hybrid Policy Distillation for LLMs",
             ("Wenhong Zhu", "Ruobing Xie", "Rui Wang", "Pengfei Liu"),
         ),
-        summary="Distillation on fixed text that also draws one token from the student at every position and lowers it "
-        "where the student overrates it.",
+        summary="Distillation on fixed text that also draws one token from the student at every position and lowers "
+        "it where the student overrates it.",
         flags=HpdFlags,
         completions="dataset",
         because="it trains on the completions of the dataset",
         metrics=(
             Metric("hpd/label_weight", "HPD weight of the label", stat="hpd_w_label", extremes=True),
             Metric("hpd/sample_weight", "HPD weight of the draw", "(-inf, 0]", stat="hpd_w_sample", extremes=True),
-            Metric("hpd/overestimated_fraction", "share of labels that HPD lowers", "[0, 1]", stat="hpd_overestimated"),
-            Metric("hpd/suppressed_fraction", "share of draws that HPD lowers", "[0, 1]", stat="hpd_suppressed"),
+            Metric(
+                "hpd/overestimated_fraction", "share of labels that HPD lowers", "[0, 1]", stat="hpd_overestimated"
+            ),
+            Metric("hpd/suppressed_fraction", "share of lowered draws", "[0, 1]", stat="hpd_suppressed"),
             Metric(
                 "hpd/reinforced_fraction",
                 "share of tokens where the label gets what is taken from the draw",
@@ -207,9 +211,7 @@ class HPD(Objective):
         super().__init__(**flags)
         self.monitor = monitor
 
-    def __call__(
-        self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: Tokens
-    ) -> Term:
+    def __call__(self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: Tokens) -> Term:
         labels, flags = tokens["labels"], self.flags
         more = monitored(log_q, log_p, log_probs) if self.monitor else {}
         samples = inverse_cdf_sample(log_q.exp(), tokens["uniforms"])

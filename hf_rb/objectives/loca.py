@@ -34,8 +34,9 @@ class LocaFlags:
 
     loca_alpha: float | None = flag(
         None,
-        "Switches LoCa (https://huggingface.co/papers/2409.04778) on: where the teacher prefers another token to the "
-        "label, its distribution is calibrated so that the label wins by 1 - loca_alpha. Needs `lmbda: 0.0`.",
+        "Switches LoCa (https://huggingface.co/papers/2409.04778) on: where the teacher prefers another token to "
+        "the label, its distribution is calibrated so that the label wins by `1 - loca_alpha`. In `(0, 1]`; needs "
+        "`lmbda=0`.",
         range="(0, 1]",
     )
 
@@ -66,7 +67,9 @@ METHOD = Method(
     metrics=(
         Metric("loca/scale", "LoCa scale", "(0, 1]", stat="loca_scale"),
         Metric(
-            "loca/corrected_fraction", "share of tokens where LoCa calibrates the teacher", "[0, 1]",
+            "loca/corrected_fraction",
+            "share of tokens where LoCa calibrates the teacher",
+            "[0, 1]",
             stat="loca_corrected",
         ),
     ),

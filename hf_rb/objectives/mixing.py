@@ -20,8 +20,8 @@ class MixtureFlags:
 
     kd_alpha: float = flag(
         1.0,
-        "Share of the divergence in the loss; the rest is cross-entropy. Below 1 it needs `lmbda: 0.0`. LLM-Neo "
-        "(https://huggingface.co/papers/2411.06839) is `objective: forward_kl` with this and LoRA.",
+        "The loss is `(1 - kd_alpha) · cross-entropy + kd_alpha · divergence`. Below 1 it needs `lmbda=0`. LLM-Neo"
+        ' (https://huggingface.co/papers/2411.06839) is `objective="forward_kl"` with this and LoRA.',
         range="[0, 1]",
     )
 

@@ -46,7 +46,7 @@ class Objective:
         needs_reference (`bool`): Whether it reads a reference model.
         mixture (`tuple[float, float]`): Factors of the logits of teacher and reference in what it compares with.
         aggregation (`str`): How token losses are put together, see
-            [`~hf_rb.trainers.common.aggregation.token_weights`].
+            [`~hf_rb.trainers.common.gopd.token_weights`].
         vanishes (`bool`): Whether its gradient is 0 where the student is its own teacher.
     """
 
@@ -72,9 +72,7 @@ class Objective:
         """Returns the objective that a config describes."""
         return cls(**cls.options(args))
 
-    def __call__(
-        self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: Tokens
-    ) -> Term:
+    def __call__(self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: Tokens) -> Term:
         raise NotImplementedError
 
     def dense(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -145,9 +143,7 @@ class Divergence(Objective):
             (derivative,) = torch.autograd.grad(loss.sum(), student)
         return loss.detach(), derivative, {}
 
-    def __call__(
-        self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: Tokens
-    ) -> Term:
+    def __call__(self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: Tokens) -> Term:
         labels, has_rest, stats, target = tokens.get("labels"), "rest" in tokens, {}, log_p
         if self.loca_alpha is not None:
             label_event = tokens.get("label_event", tokens["labels"])

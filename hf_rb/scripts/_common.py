@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,7 +28,7 @@ from hf_rb.trainers.common.routers import add_router_doctor
 from hf_rb.trainers.common.token_samples import add_token_samples
 from hf_rb.trainers.distillation.rules import only_gkd
 from hf_rb.utils.devices import cpu_arguments
-from hf_rb.utils.fields import described
+from hf_rb.utils.fields import documented, flag
 from hf_rb.utils.renamed import former_key, nearest_key
 
 
@@ -46,42 +46,26 @@ __all__ = [
 ]
 
 
+@documented
 @dataclass
 class ScriptArguments(trl.ScriptArguments):
     """
     TRL's script arguments, and:
-
-    Args:
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether a model and checkpoints that `output_dir` already holds are deleted when training starts.
-        token_samples (`bool`, *optional*, defaults to `True`):
-            Whether to write what a method does to the tokens of the first 16 sequences of the training data into
-            `output_dir`, as text and numbers, for `hf-rb report`.
-        router_doctor (`str`, *optional*):
-            What is logged of a mixture's routers, for `hf-rb report` and the trackers: `"mean"`, the mean over the
-            layers of load, dead experts, entropies and λ, or `"layers"`, every layer's too.
     """
 
-    overwrite: bool = field(
-        default=False,
-        metadata=described(
-            "Whether a model and checkpoints that `output_dir` already holds are deleted when training starts."
-        ),
+    overwrite: bool = flag(
+        False, "Whether a model and checkpoints that `output_dir` already holds are deleted when training starts."
     )
-    token_samples: bool = field(
-        default=True,
-        metadata=described(
-            "Whether to write what a method does to the tokens of the first 16 sequences of the training data into "
-            "`output_dir`, as text and numbers, for `hf-rb report`."
-        ),
+    token_samples: bool = flag(
+        True,
+        "Whether to write what a method does to the tokens of the first 16 sequences of the training data into "
+        "`output_dir`, as text and numbers, for `hf-rb report`.",
     )
-    router_doctor: str | None = field(
-        default=None,
-        metadata=described(
-            "What is logged of a mixture's routers, for `hf-rb report` and the trackers: `mean`, the mean over the "
-            "layers of load, dead experts, entropies and λ, or `layers`, every layer's too.",
-            choices=["mean", "layers"],
-        ),
+    router_doctor: str | None = flag(
+        None,
+        "What is logged of a mixture's routers, for `hf-rb report` and the trackers: `mean`, the mean over the "
+        "layers of load, dead experts, entropies and λ, or `layers`, every layer's too.",
+        choices=["mean", "layers"],
     )
 
 

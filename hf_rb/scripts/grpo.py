@@ -25,7 +25,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import trl
@@ -34,36 +34,27 @@ from hf_rb import GRPOConfig, GRPOTrainer
 from hf_rb.methods.registry import LOCAL
 from hf_rb.rl.rewards import build_reward, reward_problem
 from hf_rb.scripts import _common
-from hf_rb.utils.fields import described
+from hf_rb.utils.fields import documented, flag
 
 
 __all__ = ["GRPOScriptArguments", "build", "main", "make_parser", "prepare"]
 
 
+@documented
 @dataclass
 class GRPOScriptArguments(_common.ScriptArguments):
     """
     The script arguments of every trainer, and:
-
-    Args:
-        reward_funcs (`list[str]`, *optional*):
-            Reward functions: keys of `hf_rb.rl.rewards.REWARDS`, or `module:attribute` of code that
-            `--allow_local_code` allows.
-        reward_model_name_or_path (`str`, *optional*):
-            Reward model, a Hub id or a folder. It comes before the functions.
     """
 
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata=described(
-            "Reward functions: `exact_answer_reward`, `math_accuracy_reward`, `answer_format_reward`, "
-            "`step_format_reward`, `search_f1`, those of TRL's script, or `module:attribute` of code that "
-            "`--allow_local_code` allows."
-        ),
+    reward_funcs: list[str] | None = flag(
+        None,
+        "Reward functions: `exact_answer_reward`, `math_accuracy_reward`, `answer_format_reward`, "
+        "`step_format_reward`, `search_f1`, those of TRL's script, or `module:attribute` of code that "
+        "`--allow_local_code` allows.",
     )
-    reward_model_name_or_path: str | None = field(
-        default=None,
-        metadata=described("Reward model, a Hub id or a folder. It comes before the functions of `reward_funcs`."),
+    reward_model_name_or_path: str | None = flag(
+        None, "Reward model, a Hub id or a folder. It comes before the functions of `reward_funcs`."
     )
 
 

@@ -32,8 +32,8 @@ class _Metadata(dict):
 
 
 def described(help: str, *, choices: Sequence | None = None, range: str | None = None) -> dict[str, Any]:
-    """Returns the metadata of a dataclass field; `%` in the help is written `%%`, as argparse wants it."""
-    given = {"help": help, "choices": choices, "range": range}
+    """Returns the metadata of a dataclass field."""
+    given = {"help": help.replace("%", "%%"), "choices": choices, "range": range}  # argparse formats the help
     return _Metadata({key: value for key, value in given.items() if value is not None})
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_rb.io.model_folder import find_model
 from hf_rb.io.safetensors import Entry
+from hf_rb.methods import MergeMethod, Paper
 from hf_rb.weights.adapters import combine_adapters, is_adapter
 from hf_rb.weights.engine import merge
 from hf_rb.weights.operation import Job, Operation, Options, Piece, check_lambdas, measure, pieces
@@ -25,6 +26,19 @@ from hf_rb.weights.source import Source
 
 
 __all__ = ["interpolate", "interpolate_tensors"]
+
+METHOD = MergeMethod(
+    key="interpolation",
+    name="Model interpolation",
+    paper=Paper(
+        "2510.10977",
+        "Revisiting Model Interpolation for Efficient Reasoning",
+        ("Taiqiang Wu", "Runming Yang", "Tao Liu", "Jiahao Wang", "Ngai Wong"),
+    ),
+    summary="Every weight on the straight line between two models, such as an Instruct and a Thinking model, "
+    "whose place on it sets how long the result thinks.",
+    models={},
+)
 
 
 def interpolate_tensors(start: Tensor, end: Tensor, lam: float) -> Tensor:

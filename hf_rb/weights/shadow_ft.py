@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_rb.io.model_folder import find_model
 from hf_rb.io.safetensors import Entry
+from hf_rb.methods import MergeMethod, Paper
 from hf_rb.weights.adapters import Adapter, is_adapter, retarget
 from hf_rb.weights.engine import merge
 from hf_rb.weights.operation import ELEMENTS, Job, Operation, Options, Piece, check_finite, measure, pieces, square
@@ -27,6 +28,18 @@ from hf_rb.weights.source import Source
 
 
 __all__ = ["graft", "graft_tensors", "sigma"]
+
+METHOD = MergeMethod(
+    key="shadow_ft",
+    name="Shadow-FT",
+    paper=Paper(
+        "2505.12716",
+        "Shadow-FT: Tuning Instruct Model via Training on Paired Base Model",
+        ("Taiqiang Wu", "Runming Yang", "Jiayi Li", "Pengfei Hu", "Yik-Chung Wu", "Ngai Wong", "Yujiu Yang"),
+    ),
+    summary="Fine-tunes the Base model and adds what its weights have learned to those of the Instruct model.",
+    models={},
+)
 
 LOSS = 0.05  # of the delta: from here on a note says so
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hf_rb.io.model_folder import find_model
 from hf_rb.io.safetensors import Entry
+from hf_rb.methods import MergeMethod, Paper
 from hf_rb.weights.adapters import Adapter, factor_svd, is_adapter, write_adapter
 from hf_rb.weights.engine import merge
 from hf_rb.weights.operation import Job, Operation, Options, Piece, check_finite, check_lambdas, measure
@@ -30,6 +31,19 @@ from hf_rb.weights.source import Source
 
 
 __all__ = ["Spectrum", "effective_rank", "kept_rank", "refine", "refine_tensors", "singular_values"]
+
+METHOD = MergeMethod(
+    key="timber",
+    name="Timber",
+    paper=Paper(
+        "2509.23595",
+        "Timber: Training-free Instruct Model Refining with Base via Effective Rank",
+        ("Taiqiang Wu", "Runming Yang", "Tao Liu", "Jiahao Wang", "Zenan Xu", "Ngai Wong"),
+    ),
+    summary="Weakens, in every weight matrix of an Instruct model, the part of its difference from Base that "
+    "lies behind the difference's effective rank; without training.",
+    models={},
+)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_rb.objectives.gopd import gopd_advantage
+from hf_rb.objectives.gopd import GOPD, gopd_advantage
 from hf_rb.ops.lm_head import Head, lm_head_loss
-from hf_rb.ops.rules import GopdRule
 
 
 STUDENT, TEACHER, REFERENCE = (
@@ -38,7 +37,7 @@ def tiled(tokens, scale, weights=None, **extra):
         "reference_logp": REFERENCE[tokens],
         **extra,
     }
-    rule = GopdRule(scale, tis_cap=5.0 if "sampler_logp" in extra else None)
+    rule = GOPD(reward_scale=scale, gopd_tis_cap=5.0 if "sampler_logp" in extra else None)
     scored = lm_head_loss(logits, Head(torch.eye(3)), rule, given, weights=weights)
     scored.loss.backward()
     return scored, logits.grad
