@@ -14,7 +14,7 @@ Token shapers that multiply (CalibAdv) run before those that add (SRaR): the sum
 A shaper of your own:
 
     class Halve(SequenceShaper):
-        name = "halve"
+        method = ShaperMethod(key="halve", name="Halve", summary="Halves the advantages of wrong completions.")
         requires = Requires(correct=True)
 
         def shape(self, ctx, advantages):
@@ -28,11 +28,12 @@ them on this process; T tokens, right-padded; F reward functions.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
-from hf_rb.methods.registry import registered_shapers
+from hf_rb.methods import ShaperMethod
+from hf_rb.methods.registry import find
 
 
 __all__ = [
@@ -157,10 +158,16 @@ class Requires:
 class Shaper(Protocol):
     """What the two kinds of shaper share. Subclass [`SequenceShaper`] or [`TokenShaper`]."""
 
+    method: ClassVar[ShaperMethod]
     name: str
     level: Literal["sequence", "token"]
     additive: bool = False
     requires: Requires = Requires()
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "method" in vars(cls):
+            cls.name, cls.level, cls.additive = cls.method.key, cls.method.level, cls.method.additive
 
     @classmethod
     def from_config(cls, args: Any, trainer: Any) -> "Shaper":
@@ -203,24 +210,9 @@ def build_shapers(names: Iterable[str], args: Any, trainer: Any) -> list[Shaper]
             The trainer they will shape for.
 
     Raises:
-        TypeError: A name that stands for something else.
-        ValueError: An unknown name.
+        ValueError: An unknown name, or one that stands for something else.
     """
-    known = registered_shapers()
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"There is no advantage shaper {name!r}. Choose among {_listed(known)}, install the package that has "
-                "it, or pass an object through `shapers=[...]`."
-            )
-    loaded = [(name, known[name].load()) for name in names]
-    for name, found in loaded:
-        if not hasattr(found, "from_config"):
-            raise TypeError(
-                f"{name!r} is {found!r}, no class of advantage shapers. Name one that derives from `SequenceShaper` "
-                "or `TokenShaper` of `hf_rb.advantages`."
-            )
-    return [found.from_config(args, trainer) for _, found in loaded]
+    return [find("shaper", name).load().from_config(args, trainer) for name in names]
 
 
 def check_shapers(

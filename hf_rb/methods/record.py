@@ -50,12 +50,12 @@ class Paper:
     Args:
         id (`str`): arXiv identifier.
         title (`str`): Title.
-        authors (`tuple[str, ...]`): Authors in the paper's order.
+        authors (`str`): Authors in the paper's order, with commas between them.
     """
 
     id: str
     title: str
-    authors: tuple[str, ...]
+    authors: str
 
     @property
     def url(self) -> str:
@@ -66,7 +66,7 @@ class Paper:
         year = f"20{self.id[:2]}"
         fields = {
             "title        ": self.title,
-            "author       ": " and ".join(self.authors),
+            "author       ": self.authors.replace(", ", " and "),
             "year         ": year,
             "eprint       ": self.id,
             "archivePrefix": "arXiv",

@@ -21,7 +21,12 @@ __all__ = ["GROUPS", "LOCAL", "Entry", "broken", "catalog", "find", "methods", "
 
 logger = logging.getLogger(__name__)
 
-GROUPS = {kind: f"hf_rb.{kind}s" for kind in ("objective", "shaper", "quantizer", "merge")}
+GROUPS: dict[Kind, str] = {
+    "objective": "hf_rb.objectives",
+    "shaper": "hf_rb.shapers",
+    "quantizer": "hf_rb.quantizers",
+    "merge": "hf_rb.merges",
+}
 """Entry-point groups by kind of method, in which another package registers `key = "module:Class"`."""
 
 LOCAL: set[str] = set()
@@ -55,7 +60,7 @@ class Entry:
 
 def catalog() -> dict[str, Method]:
     """Returns the records of all methods that can be used, by key."""
-    others = [entry for kind in GROUPS for entry in methods(cast(Kind, kind)).values()]
+    others = [entry for kind in GROUPS for entry in methods(kind).values()]
     return {entry.method.key: entry.method for entry in (*_built_in(), *others)}
 
 

@@ -190,7 +190,7 @@ class AKL(Divergence):
         paper=Paper(
             "2404.02657",
             "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
-            ("Taiqiang Wu", "Chaofan Tao", "Jiahao Wang", "Runming Yang", "Zhe Zhao", "Ngai Wong"),
+            "Taiqiang Wu, Chaofan Tao, Jiahao Wang, Runming Yang, Zhe Zhao, Ngai Wong",
         ),
         summary="Distillation that weighs forward and reverse KL at every token by where student and teacher differ: "
         "among the teacher's most probable tokens or in its tail.",

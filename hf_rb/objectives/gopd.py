@@ -183,7 +183,7 @@ class GOPD(Objective):
         paper=Paper(
             "2602.12125",
             "Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation",
-            ("Wenkai Yang", "Weijie Liu", "Ruobing Xie", "Kai Yang", "Saiyong Yang", "Yankai Lin"),
+            "Wenkai Yang, Weijie Liu, Ruobing Xie, Kai Yang, Saiyong Yang, Yankai Lin",
         ),
         summary="On-policy distillation with a reference model and a scale of the reward log(teacher / reference); "
         "above 1 (ExOPD) the student extrapolates past the teacher.",

@@ -181,7 +181,7 @@ class HPD(Objective):
         paper=Paper(
             "2604.20244",
             "Hybrid Policy Distillation for LLMs",
-            ("Wenhong Zhu", "Ruobing Xie", "Rui Wang", "Pengfei Liu"),
+            "Wenhong Zhu, Ruobing Xie, Rui Wang, Pengfei Liu",
         ),
         summary="Distillation on fixed text that also draws one token from the student at every position and lowers "
         "it where the student overrates it.",

@@ -58,7 +58,7 @@ METHOD = Method(
     paper=Paper(
         "2409.04778",
         "LoCa: Logit Calibration for Knowledge Distillation",
-        ("Runming Yang", "Taiqiang Wu", "Yujiu Yang"),
+        "Runming Yang, Taiqiang Wu, Yujiu Yang",
     ),
     summary="Distillation from a teacher that is calibrated wherever it prefers another token to the label, so that "
     "the label wins by a small margin.",

@@ -53,7 +53,7 @@ METHOD = Method(
     paper=Paper(
         "2411.06839",
         "LLM-Neo: Parameter Efficient Knowledge Distillation for Large Language Models",
-        ("Runming Yang", "Taiqiang Wu", "Jiahao Wang", "Pengfei Hu", "Yik-Chung Wu", "Ngai Wong", "Yujiu Yang"),
+        "Runming Yang, Taiqiang Wu, Jiahao Wang, Pengfei Hu, Yik-Chung Wu, Ngai Wong, Yujiu Yang",
     ),
     summary="Distillation into LoRA: the mean of cross-entropy and forward KL from a larger teacher, with only the "
     "adapters trained.",

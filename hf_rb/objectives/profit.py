@@ -26,7 +26,7 @@ METHOD = Method(
     paper=Paper(
         "2601.09195",
         "ProFit: Leveraging High-Value Signals in SFT via Probability-Guided Token Selection",
-        ("Tao Liu", "Taiqiang Wu", "Runming Yang", "Shaoning Sun", "Junjie Wang", "Yujiu Yang"),
+        "Tao Liu, Taiqiang Wu, Runming Yang, Shaoning Sun, Junjie Wang, Yujiu Yang",
     ),
     summary="Supervised fine-tuning that takes no gradient from target tokens to which the model being "
     "trained gives a probability of at most a threshold.",

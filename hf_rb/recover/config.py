@@ -18,16 +18,7 @@ METHOD = Method(
     paper=Paper(
         "2501.03035",
         "Quantization Meets Reasoning: Exploring LLM Low-Bit Quantization Degradation for Mathematical Reasoning",
-        (
-            "Zhen Li",
-            "Yupeng Su",
-            "Runming Yang",
-            "Congkai Xie",
-            "Zheng Wang",
-            "Zhongwei Xie",
-            "Ngai Wong",
-            "Hongxia Yang",
-        ),
+        "Zhen Li, Yupeng Su, Runming Yang, Congkai Xie, Zheng Wang, Zhongwei Xie, Ngai Wong, Hongxia Yang",
     ),
     summary="A small repair set from the problems that quantization has broken; here the full-precision "
     "model's own solutions, towards which an adapter on the packed weights is trained.",

@@ -33,7 +33,7 @@ METHOD = MergeMethod(
     paper=Paper(
         "2510.10977",
         "Revisiting Model Interpolation for Efficient Reasoning",
-        ("Taiqiang Wu", "Runming Yang", "Tao Liu", "Jiahao Wang", "Ngai Wong"),
+        "Taiqiang Wu, Runming Yang, Tao Liu, Jiahao Wang, Ngai Wong",
     ),
     summary="Every weight on the straight line between two models, such as an Instruct and a Thinking model, "
     "whose place on it sets how long the result thinks.",

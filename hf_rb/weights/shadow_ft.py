@@ -35,7 +35,7 @@ METHOD = MergeMethod(
     paper=Paper(
         "2505.12716",
         "Shadow-FT: Tuning Instruct Model via Training on Paired Base Model",
-        ("Taiqiang Wu", "Runming Yang", "Jiayi Li", "Pengfei Hu", "Yik-Chung Wu", "Ngai Wong", "Yujiu Yang"),
+        "Taiqiang Wu, Runming Yang, Jiayi Li, Pengfei Hu, Yik-Chung Wu, Ngai Wong, Yujiu Yang",
     ),
     summary="Fine-tunes the Base model and adds what its weights have learned to those of the Instruct model.",
     models={},

@@ -38,7 +38,7 @@ METHOD = MergeMethod(
     paper=Paper(
         "2509.23595",
         "Timber: Training-free Instruct Model Refining with Base via Effective Rank",
-        ("Taiqiang Wu", "Runming Yang", "Tao Liu", "Jiahao Wang", "Zenan Xu", "Ngai Wong"),
+        "Taiqiang Wu, Runming Yang, Tao Liu, Jiahao Wang, Zenan Xu, Ngai Wong",
     ),
     summary="Weakens, in every weight matrix of an Instruct model, the part of its difference from Base that "
     "lies behind the difference's effective rank; without training.",

@@ -20,8 +20,8 @@ from hf_rb.cli.check.rules import RULES, TRAINED, group_warnings, training_rules
 from hf_rb.cli.check.values import ValueChecker
 from hf_rb.io.data_files import column_rules
 from hf_rb.io.resources import find_recipe
-from hf_rb.methods.registry import LOCAL, pipeline_line
-from hf_rb.trainers.grpo.rules import grpo_warnings
+from hf_rb.methods.registry import LOCAL
+from hf_rb.trainers.grpo.rules import grpo_warnings, pipeline_line
 from hf_rb.utils.output import json_text
 
 

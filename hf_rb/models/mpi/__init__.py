@@ -15,7 +15,7 @@ METHOD = ModelMethod(
     paper=Paper(
         "2606.12397",
         "Redesign Mixture-of-Experts Routers with Manifold Power Iteration",
-        ("Songhao Wu", "Ang Lv", "Ruobing Xie", "Yankai Lin"),
+        "Songhao Wu, Ang Lv, Ruobing Xie, Yankai Lin",
     ),
     summary="Routers of a mixture of experts whose rows take one step of power iteration with the gate matrix"
     " of their expert, and a fixed length, in every forward pass.",

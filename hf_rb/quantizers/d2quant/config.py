@@ -23,16 +23,7 @@ METHOD = QuantizerMethod(
     paper=Paper(
         "2602.02546",
         "D²Quant: Accurate Low-bit Post-Training Weight Quantization for LLMs",
-        (
-            "Xianglong Yan",
-            "Chengzhu Bao",
-            "Zhiteng Li",
-            "Tianao Zhang",
-            "Shaoqiu Zhang",
-            "Ruobing Xie",
-            "Xingwu Sun",
-            "Yulun Zhang",
-        ),
+        "Xianglong Yan, Chengzhu Bao, Zhiteng Li, Tianao Zhang, Shaoqiu Zhang, Ruobing Xie, Xingwu Sun, Yulun Zhang",
     ),
     summary="Quantization to 2 or 3 bits, with a second, absorbed scale for the columns of down projections "
     "and, where it is calibrated on text, a correction of the mean shift behind attention.",

@@ -17,17 +17,7 @@ METHOD = QuantizerMethod(
     paper=Paper(
         "2509.16989",
         "PTQTP: Post-Training Quantization to Trit-Planes for Large Language Models",
-        (
-            "He Xiao",
-            "Runming Yang",
-            "Qingyao Yang",
-            "Wendong Xu",
-            "Zhen Li",
-            "Yupeng Su",
-            "Zhengwu Liu",
-            "Hongxia Yang",
-            "Ngai Wong",
-        ),
+        "He Xiao, Runming Yang, Qingyao Yang, Wendong Xu, Zhen Li, Yupeng Su, Zhengwu Liu, Hongxia Yang, Ngai Wong",
     ),
     summary="Post-training quantization, without calibration data, of every group of 128 weights to a sum of "
     "two ternary planes, each with its own scale.",

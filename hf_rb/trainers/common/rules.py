@@ -5,11 +5,12 @@ library only: `hf-rb check` runs these without torch.
 from collections.abc import Iterator
 from typing import Any
 
+from hf_rb.methods import Method
 from hf_rb.methods.registry import catalog, methods, name_problem
 from hf_rb.methods.rules import defaults_of, flag_rules
 
 
-__all__ = ["objective_rules", "packing_rules", "trainer_rules"]
+__all__ = ["objective_rules", "packing_rules", "trainer_methods", "trainer_rules"]
 
 
 def packing_rules(config: Any) -> Iterator[str]:
@@ -44,10 +45,14 @@ def _remedy(config: Any, name: str, field: str) -> str:
     )
 
 
-def trainer_rules(config: Any) -> Iterator[str]:
-    """Yields what is wrong with the flags of methods that are no objective and no shaper, of those that a config
-    has.
-    """
+def trainer_methods(config: Any) -> Iterator[Method]:
+    """Yields the methods that are no objective and no shaper, of which a config has the flags."""
     for method in catalog().values():
         if method.kind == "trainer" and method.flags and all(hasattr(config, name) for name in defaults_of(method)):
-            yield from method.rules(config)
+            yield method
+
+
+def trainer_rules(config: Any) -> Iterator[str]:
+    """Yields what is wrong with the flags of [`trainer_methods`]."""
+    for method in trainer_methods(config):
+        yield from method.rules(config)
