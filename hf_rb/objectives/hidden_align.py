@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from hf_rb.methods import Method, Paper, flag
+from hf_rb.methods import Method, Metric, Paper, flag
 
 
 __all__ = ["alignment_targets", "cross_group_cosine", "hidden_align", "target_loss"]
