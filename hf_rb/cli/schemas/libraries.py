@@ -1,4 +1,4 @@
-"""Reads the fields of the libraries' config classes from their installed sources, without importing a library.
+"""Reads the fields of config classes from their sources, without importing a library.
 
 `class_fields("trl:SFTConfig")` finds the class as an import of that name does: it follows the imports of the sources,
 also those for type checkers alone, and then the base classes. Values are read where the source states them: constants,
@@ -19,6 +19,10 @@ from hf_rb.cli.schemas.entry import TYPE_NAMES, make_entry
 
 
 __all__ = ["Missing", "class_fields"]
+
+
+# Our own class by the one of TRL that it stands in for, which TRL may drop without notice.
+STAND_INS = {"hf_rb.trainers.gkd.base_config:GKDArguments": "trl.experimental.gkd:GKDConfig"}
 
 
 class Missing(ValueError):
@@ -43,6 +47,11 @@ class _Module:
                     known = alias.asname or alias.name
                     self.names.setdefault(known, node)
                     self.renamed.setdefault(known, alias.name)
+
+    def full_name(self, name: str) -> str:
+        """Returns the full name of a module by the name that this one has for it."""
+        node = self.names.get(name)
+        return f"{self.source_of(node)}.{self.renamed[name]}" if isinstance(node, ast.ImportFrom) else name
 
     def source_of(self, node: ast.ImportFrom) -> str:
         """Returns the full name of the module that an import names."""
@@ -75,12 +84,15 @@ def class_fields(source: str) -> dict[str, dict[str, Any]]:
 @cache
 def _fields(module: str, name: str) -> dict[str, dict[str, Any]]:
     found = _find(module, name)
+    if isinstance(found, _Class) and (wanted := STAND_INS.get(f"{found.module.name}:{found.node.name}")):
+        original = _find(*wanted.split(":"))
+        found = original if isinstance(original, _Class) else found
     if not isinstance(found, _Class):
         raise Missing(f"{_installed(module)} has no class `{module}.{name}`.{_remedy(module)}")
     entries: dict[str, dict[str, Any]] = {}
     for base in reversed(found.node.bases):
         if isinstance(base, ast.Attribute):
-            entries |= _fields(ast.unparse(base.value), base.attr)
+            entries |= _fields(found.module.full_name(ast.unparse(base.value)), base.attr)
         elif isinstance(base, ast.Name) and not hasattr(builtins, base.id):
             entries |= _fields(found.module.name, base.id)
     if any("dataclass" in ast.unparse(decorator) for decorator in found.node.decorator_list):
@@ -115,13 +127,20 @@ def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str,
     if "ClassVar" in ast.unparse(node.annotation):
         return {}
     given: dict[str, ast.expr] = {}
-    if isinstance(node.value, ast.Call) and ast.unparse(node.value.func).endswith("field"):
+    about: dict[str, Any] = {}
+    function = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
+    if isinstance(node.value, ast.Call) and function == "flag":  # ours
+        given["default"], text = node.value.args
+        about = {str(keyword.arg): _value(keyword.value, owner) for keyword in node.value.keywords}
+        about |= {"help": _value(text, owner)}
+    elif isinstance(node.value, ast.Call) and function.endswith("field"):
         given = {str(keyword.arg): keyword.value for keyword in node.value.keywords}
     elif node.value is not None:
         given = {"default": node.value}
     if "init" in given and _value(given["init"], owner) is False:
         return {}
-    about = _parts(given.get("metadata"), owner)
+    about = about or _parts(given.get("metadata"), owner)
+    is_own = function == "flag" or ast.unparse(given.get("metadata", ast.Constant(None))).startswith("described(")
     default = {}
     if "default_factory" in given:
         default = {"default": _made(given["default_factory"], owner)}
@@ -136,6 +155,7 @@ def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str,
             range=about.get("range"),
             help=about.get("help") or "",
             keys=_nested(options, owner),
+            own=is_own,
             **default,
         )
     }
@@ -171,6 +191,8 @@ def _find(module: str, name: str) -> "_Class | tuple[_Module, ast.Assign] | None
         return _find(source.source_of(node), source.renamed[name])
     if isinstance(node, ast.ClassDef):
         return _Class(source, node)
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):  # another name
+        return _find(module, node.value.id) or (source, node)
     return (source, node) if isinstance(node, ast.Assign) else None
 
 
@@ -187,7 +209,16 @@ def _value(node: ast.AST, owner: _Class) -> Any:
         if stated:  # the last: the first is for older versions of a library
             return _value(stated[-1].value, owner)
         found = _find(owner.module.name, node.id)
-        return None if found is None or isinstance(found, _Class) else _value(found[1].value, owner)
+        return (
+            None
+            if found is None or isinstance(found, _Class)
+            else _value(found[1].value, owner._replace(module=found[0]))
+        )
+    if isinstance(node, ast.List | ast.Tuple):
+        parts = (
+            _value(one.value, owner) if isinstance(one, ast.Starred) else [_value(one, owner)] for one in node.elts
+        )
+        return [value for part in parts for value in part or ()]
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         return _members(node.value.id, owner).get(node.attr)
     return None
