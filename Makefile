@@ -13,7 +13,7 @@ TORCH_FITS := from importlib.metadata import version; assert tuple(map(int, vers
 # Files of the repository that have a public schema.
 SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema
 
-.PHONY: demo test test-first test-slow coverage check format types hooks schemas bench
+.PHONY: demo test test-first test-slow coverage check format types hooks bench
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-rb demo --output runs/demo --overwrite
@@ -53,9 +53,6 @@ format: $(VENV)/.installed-dev
 
 hooks: $(VENV)/.installed-dev
 	$(BIN)/pre-commit install
-
-schemas: $(VENV)/.installed
-	$(BIN)/python -m hf_rb.cli.schemas
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -15,6 +14,7 @@ from typing import Any
 
 from hf_rb.methods import static
 from hf_rb.methods.record import Kind, Method
+from hf_rb.utils.fields import value_problem
 
 
 __all__ = ["GROUPS", "LOCAL", "Entry", "broken", "catalog", "find", "methods", "name_problem"]
@@ -92,27 +92,25 @@ def find(kind: Kind, name: str) -> Entry:
     return methods(kind)[name]
 
 
-def name_problem(kind: Kind, name: str, where: str = "") -> str | None:
-    """Returns what is wrong with the name of a method, if anything; `where` is the key of the recipe that has it."""
+def name_problem(kind: Kind, name: str, key: str | None = None) -> str | None:
+    """Returns what is wrong with the name of a method, if anything; `key` is the key of the recipe that has it."""
     known = methods(kind)
     if name in known:
         return None
     if name in broken(kind):
         return broken(kind)[name]
-    where = where or f"the {kind}"
+    key = key or kind
     if name in LOCAL:
         try:
             _local(kind, name)
         except Exception as error:  # whatever stands in a user's file
-            return f"{where} names {name!r}, which cannot be used: {type(error).__name__}: {error}."
+            return f"`{key}` names {name!r}, which cannot be used: {type(error).__name__}: {error}."
     if ":" in name:
         return (
-            f"{where} names code, {name!r}. Code in a recipe is imported only if the command line says so too: add "
+            f"`{key}` names code, {name!r}. Code in a recipe is imported only if the command line says so too: add "
             f"`--allow_local_code {name}` if you trust it."
         )
-    close = get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(map(repr, known))}."
-    return f"{where} cannot be {name!r}; {hint}"
+    return value_problem(key, name, choices=[*known])
 
 
 @cache

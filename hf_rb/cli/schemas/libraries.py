@@ -21,8 +21,8 @@ from hf_rb.cli.schemas.entry import TYPE_NAMES, make_entry
 __all__ = ["Missing", "class_fields"]
 
 
-# Our own class by the one of TRL that it stands in for, which TRL may drop without notice.
-STAND_INS = {"hf_rb.trainers.gkd.base_config:GKDArguments": "trl.experimental.gkd:GKDConfig"}
+# A class that TRL may drop without notice, and ours that then stands in for it, by the name that is either.
+STAND_INS = {"GKDBaseConfig": ("trl.experimental.gkd:GKDConfig", "hf_rb.trainers.gkd.base_config:GKDArguments")}
 
 
 class Missing(ValueError):
@@ -39,7 +39,8 @@ class _Module:
         self.renamed: dict[str, str] = {}
         for node in _statements(ast.parse(path.read_text(encoding="utf-8")).body):
             if isinstance(node, ast.ClassDef):
-                self.names[node.name] = node
+                if not isinstance(self.names.get(node.name), ast.Assign):
+                    self.names[node.name] = node
             elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 self.names.setdefault(node.targets[0].id, node)
             elif isinstance(node, ast.ImportFrom):
@@ -83,10 +84,14 @@ def class_fields(source: str) -> dict[str, dict[str, Any]]:
 
 @cache
 def _fields(module: str, name: str) -> dict[str, dict[str, Any]]:
+    for original in STAND_INS.get(name, ()):
+        try:
+            return class_fields(original)
+        except Missing:
+            continue
     found = _find(module, name)
-    if isinstance(found, _Class) and (wanted := STAND_INS.get(f"{found.module.name}:{found.node.name}")):
-        original = _find(*wanted.split(":"))
-        found = original if isinstance(original, _Class) else found
+    if found and not isinstance(found, _Class) and hasattr(builtins, ast.unparse(found[1].value)):
+        return {}
     if not isinstance(found, _Class):
         raise Missing(f"{_installed(module)} has no class `{module}.{name}`.{_remedy(module)}")
     entries: dict[str, dict[str, Any]] = {}
@@ -162,10 +167,12 @@ def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str,
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yields statements and those inside `if`, `else` and `try`."""
+    """Yields statements and those inside `if`, `else` and `try`; those for type checkers come last."""
     for node in body:
         yield node
-        for part in ("body", "orelse") if isinstance(node, ast.If | ast.Try) else ():
+        is_typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        parts = ("orelse", "body") if is_typing else ("body", "orelse")
+        for part in parts if isinstance(node, ast.If | ast.Try) else ():
             yield from _statements(getattr(node, part))
 
 
@@ -209,16 +216,14 @@ def _value(node: ast.AST, owner: _Class) -> Any:
         if stated:  # the last: the first is for older versions of a library
             return _value(stated[-1].value, owner)
         found = _find(owner.module.name, node.id)
-        return (
-            None
-            if found is None or isinstance(found, _Class)
-            else _value(found[1].value, owner._replace(module=found[0]))
-        )
+        if found is None or isinstance(found, _Class):
+            return None
+        return _value(found[1].value, owner._replace(module=found[0]))
     if isinstance(node, ast.List | ast.Tuple):
-        parts = (
-            _value(one.value, owner) if isinstance(one, ast.Starred) else [_value(one, owner)] for one in node.elts
-        )
-        return [value for part in parts for value in part or ()]
+        values = []
+        for one in node.elts:
+            values += _value(one.value, owner) or () if isinstance(one, ast.Starred) else [_value(one, owner)]
+        return values
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         return _members(node.value.id, owner).get(node.attr)
     return None
