@@ -3,8 +3,10 @@ allows. Standard library only: nothing is imported until a method is used.
 """
 
 import logging
+import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -17,7 +19,7 @@ from hf_rb.methods.record import Kind, Method
 from hf_rb.utils.fields import value_problem
 
 
-__all__ = ["GROUPS", "LOCAL", "Entry", "broken", "catalog", "find", "methods", "name_problem"]
+__all__ = ["GROUPS", "LOCAL", "Entry", "allow", "broken", "catalog", "find", "methods", "name_problem"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,23 @@ GROUPS: dict[Kind, str] = {
 
 LOCAL: set[str] = set()
 """Code that the command line allows to be imported, `module:attribute`: its own name in a recipe."""
+
+
+def allow(names: Iterable[str]) -> None:
+    """
+    Allows code to be imported that a recipe names.
+
+    Raises:
+        ValueError: A name is not of the form `module:attribute`.
+    """
+    for name in names:
+        module, _, attribute = name.partition(":")
+        if not module or not attribute:
+            raise ValueError(f"`--allow_local_code {name}` is not of the form `module:attribute`.")
+        LOCAL.add(name)
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+
 
 PACKAGE = "hf_rb"
 _FOLDERS = ("objectives", "advantages", "quantizers", "weights", "models", "recover")

@@ -68,7 +68,7 @@ REFUSED = {
     "gopd, temperature": ({"objective": "gopd", "lmbda": 1.0}, "needs `temperature: 1.0`"),
     "gopd, tis": (
         {"objective": "gopd", "lmbda": 1.0, "temperature": 1.0, "gopd_tis_cap": 5.0},
-        "or use `DistillationTrainer` with `use_vllm: true`",
+        "Set `use_vllm: true` with `DistillationTrainer`",
     ),
     "gopd, routing": (
         {"objective": "gopd", "lmbda": 1.0, "temperature": 1.0, "gopd_teacher_column": "kind"},
@@ -96,7 +96,7 @@ REFUSED = {
     "loca, hpd": ({"objective": "hpd", "loca_alpha": 0.9, "lmbda": 0.0}, "`objective: hpd` is none"),
     "loca, seq_kd": ({"loca_alpha": 0.9, "lmbda": 0.0, "seq_kd": True}, "the labels are the teacher's own"),
     "seq_kd, on-policy": ({"lmbda": 1.0, "seq_kd": True}, "`seq_kd: true` has no effect"),
-    "cache, objective": ({"teacher_cache": "x", "lmbda": 0.0}, "Set `objective: forward_kl` or `objective: akl`"),
+    "cache, objective": ({"teacher_cache": "x", "lmbda": 0.0}, "Set `objective: akl` or `objective: forward_kl`"),
     "cache, mixed": ({"teacher_cache": "x", "objective": "akl"}, "`teacher_cache` needs `lmbda: 0.0`"),
     "cache, on-policy": ({"teacher_cache": "x", "objective": "akl", "lmbda": 1.0}, "`teacher_cache` needs `lmbda"),
     "cache, dense": (
@@ -549,7 +549,7 @@ def test_teachers_are_one(student, config, data, teacher):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({}, "Set `objective: forward_kl` or `objective: akl`"),
+        ({}, "Set `objective: akl` or `objective: forward_kl`"),
         ({"objective": "akl", "lmbda": 0.5}, "`teacher_cache` needs `lmbda: 0.0`"),
         ({"objective": "akl", "loss_impl": "dense"}, "Set `loss_impl: chunked`"),
         ({"objective": "akl", "seq_kd": True}, "Set `seq_kd: false`"),
