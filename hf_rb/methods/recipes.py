@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from hf_rb.methods.record import Kind
-from hf_rb.methods.registry import Entry, methods
+from hf_rb.methods.registry import PACKAGE, Entry, methods
 from hf_rb.methods.rules import defaults_of
 
 
@@ -70,12 +70,14 @@ def _field(key: str, kind: Kind, name: str, flag: str) -> str:
 
 
 def foreign(values: Mapping[str, Any], fields: Collection[str]) -> list[Entry]:
-    """Returns the methods that flat values name and that have flags which are not among the fields of a config."""
+    """Returns the methods of other packages that flat values name and whose flags are not among the fields of a
+    config.
+    """
     found = {}
     for key, kind in KEYS.items():
         names = values.get(key)
         for name in names if isinstance(names, list) else [names]:
             entry = methods(kind).get(name) if isinstance(name, str) else None
-            if entry and not defaults_of(entry.method).keys() <= {*fields}:
+            if entry and entry.package != PACKAGE and not defaults_of(entry.method).keys() <= {*fields}:
                 found[entry.method.key] = entry
     return [*found.values()]

@@ -19,7 +19,7 @@ from hf_rb.methods.record import Kind, Method
 from hf_rb.utils.fields import value_problem
 
 
-__all__ = ["GROUPS", "LOCAL", "Entry", "allow", "broken", "catalog", "find", "methods", "name_problem"]
+__all__ = ["GROUPS", "LOCAL", "PACKAGE", "Entry", "allow", "broken", "catalog", "find", "methods", "name_problem"]
 
 logger = logging.getLogger(__name__)
 

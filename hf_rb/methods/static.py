@@ -81,7 +81,9 @@ def record(module: str, name: str) -> Any:
     """
     node = _read(module).defined.get(name)
     if isinstance(node, ast.ClassDef) and _attribute(node, "method") is None:
-        raise TypeError(f"`{name}` has no record, a class attribute `method`")
+        raise TypeError(
+            f"`{name}` has no record: a class attribute `method`, such as `ShaperMethod(...)` of `hf_rb.methods`"
+        )
     return evaluate(module, f"{name}.method" if isinstance(node, ast.ClassDef) else name)
 
 
