@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from hf_rb.methods.record import Kind
-from hf_rb.methods.registry import PACKAGE, Entry, methods
+from hf_rb.methods.registry import PACKAGE, Entry, find, methods
 from hf_rb.methods.rules import defaults_of
 
 
@@ -39,7 +39,7 @@ def flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(item, Mapping):
                 if len(item) != 1 or not isinstance(next(iter(item.values())), Mapping | None):
                     raise ValueError(
-                        f"`{key}: {item}` must be a name, or one name with flags: `{{name: {{flag: 1}}}}`."
+                        f"`{key}: {item}` must be a name, or a name with flags: `{{name: {{flag: 1}}}}`."
                     )
                 [(name, flags)] = item.items()
             names.append(name)
@@ -56,9 +56,7 @@ def flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _field(key: str, kind: Kind, name: str, flag: str) -> str:
     """Returns the field of a flag that a recipe writes under a method."""
-    entry = methods(kind).get(name)
-    if entry is None:  # the rules say what is wrong with the name
-        return f"{name}_{flag}"
+    entry = find(kind, name, key)
     known = defaults_of(entry.method)
     for field in (f"{entry.method.key}_{flag}", flag):
         if field in known:

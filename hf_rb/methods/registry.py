@@ -98,14 +98,14 @@ def broken(kind: Kind) -> dict[str, str]:
     return _installed(kind)[1]
 
 
-def find(kind: Kind, name: str) -> Entry:
+def find(kind: Kind, name: str, key: str | None = None) -> Entry:
     """
-    Returns a method by its name.
+    Returns a method by its name, which the key of a recipe has given.
 
     Raises:
         ValueError: There is none; the message names the nearest, or says what is wrong with it.
     """
-    problem = name_problem(kind, name)
+    problem = name_problem(kind, name, key)
     if problem:
         raise ValueError(problem)
     return methods(kind)[name]
