@@ -1,4 +1,5 @@
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -209,6 +210,15 @@ def test_more_memory_than_there_is_comes_with_a_remedy(monkeypatch):
     monkeypatch.setattr(plan, "_machine_memory", lambda: 1 << 20)
     (problem,) = planned("profit/tiny-cpu").problems()
     assert "this machine has 1 MB" in problem and "lower `per_device_train_batch_size`" in problem
+
+
+def test_without_sysconf_as_on_windows_memory_is_no_problem(monkeypatch):
+    monkeypatch.delattr(os, "sysconf")
+    path = find_recipe("profit/tiny-cpu")
+    findings = check(path, read_recipe(path))
+    assert findings.errors == findings.warnings == [] and findings.plan.peak
+    findings.plan.peak = 1 << 60
+    assert list(findings.plan.problems()) == []
 
 
 def test_rows_of_files(tmp_path, monkeypatch):
