@@ -35,6 +35,7 @@ TESTS = Path(__file__).parent
 # fails when one of them has imported torch. `tests/test_habits.py` runs it, since other tests import torch before them.
 TORCH_FREE = (
     "cli/test_check",
+    "cli/test_library_sources",
     "cli/test_main",
     "cli/test_malformed_recipes",
     "cli/test_plan",
@@ -106,7 +107,9 @@ def pytest_runtest_call(item: pytest.Item):
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if only_torch_free(session.config) and "torch" in sys.modules:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        print("\nA test that is marked torch_free, or its file, has imported torch: see TORCH_FREE in tests/conftest.py.")
+        print(
+            "\nA test that is marked torch_free, or its file, has imported torch: see TORCH_FREE in tests/conftest.py."
+        )
 
 
 @pytest.fixture(scope="module")
