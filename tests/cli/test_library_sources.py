@@ -7,7 +7,6 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-import yaml
 
 from hf_rb.cli.check import check, read_recipe
 from hf_rb.cli.schemas import libraries
