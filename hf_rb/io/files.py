@@ -21,6 +21,7 @@ __all__ = [
     "fsync_folder",
     "publish_folder",
     "sha256_file",
+    "start_manifest",
     "verify_manifest",
     "write_manifest",
 ]

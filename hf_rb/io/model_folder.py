@@ -17,6 +17,7 @@ from hf_rb.io.files import check_replaceable
 __all__ = [
     "ADAPTER_CONFIG",
     "COMPANIONS",
+    "PACKED",
     "adapter_beside",
     "check_apart",
     "check_model",

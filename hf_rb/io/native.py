@@ -27,7 +27,7 @@ from pathlib import Path
 from filelock import FileLock
 
 
-__all__ = ["VARIANTS", "load", "supported", "variant"]
+__all__ = ["VARIANTS", "compiler", "load", "supported", "variant"]
 
 # Flags of /proc/cpuinfo that an instruction set needs, and those that the compiler gets, the best first.
 VARIANTS = {

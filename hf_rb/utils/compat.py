@@ -91,6 +91,7 @@ __all__ = [
     "load_offloaded_parameter",
     "load_state_dict",
     "maybe_gather_lm_head_ctx",
+    "native_adapters_problem",
     "prepare_deepspeed",
     "rename_source_key",
     "resolve",

@@ -33,7 +33,16 @@ from hf_rb.weights.source import Source, some
 from hf_rb.weights.sweep import REPORT
 
 
-__all__ = ["Adapter", "adapter_problems", "combine_adapters", "factor_svd", "is_adapter", "retarget", "write_adapter"]
+__all__ = [
+    "REMEDY",
+    "Adapter",
+    "adapter_problems",
+    "combine_adapters",
+    "factor_svd",
+    "is_adapter",
+    "retarget",
+    "write_adapter",
+]
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

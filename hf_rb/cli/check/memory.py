@@ -21,7 +21,7 @@ from pathlib import Path
 from hf_rb.io.weight_files import weight_files
 
 
-__all__ = ["Architecture", "Run", "estimate", "estimate_audit", "peak"]
+__all__ = ["WEIGHT_BYTES", "Architecture", "Run", "estimate", "estimate_audit", "peak"]
 
 MEBI = 1 << 20
 # Of an element, by the names of safetensors' headers and of transformers' configurations.
