@@ -47,7 +47,9 @@ def put_in_place(
     if result.shift is not None:
         added += _set_shift(model, result.shift, cast(tuple[str, ...], shifted), norm, result.codes)
     if result.final_shift is not None:
-        head: Any = model.get_output_embeddings()
+        head: nn.Module | None = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no head, so nothing reads the correction of its final norm.")
         has_weight = getattr(final_norm, "weight", None) is not None
         keeper = final_norm if config.dac_mode == "norm_bias" and has_weight else None
         keeps = None if keeper is None else name_of(model, keeper)
