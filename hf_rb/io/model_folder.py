@@ -40,7 +40,7 @@ _NOWHERE = (
     "model folder or a Hub id."
 )
 
-# What a model folder holds besides its configuration and weights.
+# Files of a model folder besides its configuration and weights.
 COMPANIONS = (
     "tokenizer*",
     "vocab*",

@@ -128,7 +128,9 @@ def compiler() -> list[str]:
 
 
 def _identity(word: str) -> tuple:
-    """What changes when a word of the compiler's command means another program (`gcc` in `ccache gcc`)."""
+    """Returns a value that changes when a word of the compiler's command means another program (`gcc` in `ccache
+    gcc`).
+    """
     if (program := shutil.which(word)) is None:
         return (word,)
     found = os.stat(program)

@@ -130,7 +130,7 @@ def group_warnings(args: Any) -> Iterator[str]:
 
 
 def _shaper_rules(args: Any) -> Iterator[str]:
-    """What a trainer takes as an object too, and a recipe can only name."""
+    """Yields problems of shapers, which a trainer takes as objects too, and a recipe can only name."""
     if "srar" in args.advantage_shapers and args.srar_judge is None:
         yield (
             "`advantage_shapers: [srar]` needs a judge of steps: write `srar_judge: ...`, the URL of an endpoint or "

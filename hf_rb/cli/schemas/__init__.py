@@ -18,8 +18,8 @@ from hf_rb.cli.schemas.libraries import Missing, class_fields
 
 __all__ = ["PARTS", "QUANTIZATION", "RECIPES", "listing", "load", "own_keys"]
 
-# What a recipe may be for, the verb that runs it, and where its keys come from: a dataclass, or a function that makes
-# a parser of dataclasses. Where two know a recipe's keys equally well, the first wins.
+# Verbs that run a recipe, with the source of its keys: a dataclass, or a function that makes a parser of dataclasses.
+# Of two that know a recipe's keys equally well, the first wins.
 RECIPES = {
     "sft": "hf_rb.scripts.sft:make_parser",
     "gkd": "hf_rb.scripts.gkd:make_parser",
@@ -34,7 +34,7 @@ QUANTIZATION = {
     "d2quant": "hf_rb:D2QuantConfig",
     "ptqtp": "hf_rb:PTQTPConfig",
 }
-# What a key of a recipe holds the fields of.
+# Dataclasses of which a key of a recipe holds fields.
 PARTS = {"training": "hf_rb:GKDConfig"}
 
 
