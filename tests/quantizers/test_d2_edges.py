@@ -16,7 +16,7 @@ from hf_rb.cli import quantize as verb
 from hf_rb.quantizers.d2quant.biases import set_bias
 from hf_rb.quantizers.d2quant.calibrate import pipeline
 from hf_rb.quantizers.d2quant.calibrate.block import Block
-from hf_rb.quantizers.d2quant.calibrate.kept import Result
+from hf_rb.quantizers.d2quant.calibrate.kept import LayerResult
 from hf_rb.quantizers.d2quant.calibrate.placing import put_in_place
 from hf_rb.quantizers.d2quant.format import code_bits, is_dual
 from hf_rb.quantizers.d2quant.maths import gptq
@@ -57,7 +57,7 @@ def test_more_damping_is_said(source, caplog):
 
 def test_a_final_correction_needs_a_head(source):
     bare = load(source).model
-    result = Result(BlockReport("last"), final_shift=torch.ones(192))
+    result = LayerResult(BlockReport("last"), final_shift=torch.ones(192))
     with pytest.raises(ValueError, match="LlamaModel has no head, so nothing reads the correction of its final norm"):
         put_in_place(bare, bare.norm, config(), result, None, None)
 

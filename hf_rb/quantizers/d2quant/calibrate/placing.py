@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_rb.quantizers.d2quant.biases import set_bias
-from hf_rb.quantizers.d2quant.calibrate.kept import Result
+from hf_rb.quantizers.d2quant.calibrate.kept import LayerResult
 from hf_rb.quantizers.d2quant.config import D2QuantConfig
 from hf_rb.quantizers.d2quant.layers import D2QuantLinear
 from hf_rb.quantizers.d2quant.maths.dac import fold
@@ -19,7 +19,7 @@ def put_in_place(
     model: PreTrainedModel,
     final_norm: nn.Module | None,
     config: D2QuantConfig,
-    result: Result,
+    result: LayerResult,
     shifted: tuple[str, ...] | None,
     norm: str | None,
 ) -> list[str]:
@@ -33,7 +33,7 @@ def put_in_place(
             Its final norm.
         config ([`D2QuantConfig`]):
             Says where corrections go (`dac_mode`).
-        result ([`Result`]):
+        result ([`LayerResult`]):
             What was found.
         shifted (`tuple[str, ...]`, *optional*):
             The linear layers that read what is corrected.
