@@ -29,8 +29,8 @@ from hf_rb.models.mpi.functional import alignment, effective_router
 
 
 __all__ = [
-    "RoutedLayerReport",
     "Load",
+    "RoutedLayerReport",
     "RouterMeter",
     "RouterReport",
     "evenness",
