@@ -33,7 +33,7 @@ coverage: $(VENV)/.installed-dev
 
 # Tests that import no torch: seconds, so they run before every commit.
 test-first: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m torch_free $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m "torch_free and not slow" $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev types
 	$(BIN)/ruff check .

@@ -1,6 +1,10 @@
 """What the files for contributors say is true of the repository. Standard library and yaml only."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -27,6 +31,26 @@ def test_contributing_lists_make_targets_that_exist():
     assert set(named) <= set(targets)
 
 
+def test_the_tests_of_make_test_first_import_no_torch():
+    """In a process of their own: here other tests have imported it."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (marks,) = re.findall(r'^test-first:.*\n\t.* -m "(.*)" \$\(PYTEST_ARGS\)$', makefile, re.MULTILINE)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marks]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_a_torch_free_test_that_imports_torch_fails(tmp_path):
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "torch.py").touch()
+    (tmp_path / "test_fields.py").write_text("def test_one():\n    import torch\n\ndef test_two(): ...\n")
+    (tmp_path / "test_other.py").write_text("raise ValueError('not even imported')")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "torch_free and not slow", "-c", os.devnull, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout, done.stdout
+    assert "test_one" in done.stdout and "This test imports torch: see NEEDS_TORCH" in done.stdout
+
+
 def test_citation_has_the_version_of_the_package():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == hf_rb.__version__
 
@@ -46,7 +70,7 @@ def test_workflow_covers_what_the_project_says_it_supports():
     tested = jobs["test"]["strategy"]["matrix"]["python"]
     assert PROJECT["project"]["requires-python"] == f">={tested[0]}"
     named = [line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if "Python :: 3." in line]
-    assert set(named) <= set(tested)
+    assert named == tested
     allowed = {one["name"]: one["may_fail"] for one in jobs["versions"]["strategy"]["matrix"]["include"]}
     assert allowed == {"lowest": False, "newest": False, "transformers": True, "trl": True}
 

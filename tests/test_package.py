@@ -1,9 +1,11 @@
 import importlib
 import json
 import os
+import py_compile
 import statistics
 import subprocess
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import hf_rb
 from hf_rb.utils import lazy
 
 
+PACKAGE = Path(hf_rb.__file__).parent
 LAZY = ("", ".quantizers", ".quantizers.ptqtp", ".quantizers.d2quant", ".weights", ".recover")
 
 
@@ -21,7 +24,7 @@ def test_a_lazy_package_exports_what_it_imports_for_type_checkers(package):
     module = importlib.import_module(f"hf_rb{package}")
     for name in module.__all__:
         assert getattr(module, name).__name__ == name
-    assert sorted(lazy._imports(Path(module.__file__))) == sorted(module.__all__)
+    assert sorted(lazy._imports(module)) == sorted(module.__all__)
 
 
 @pytest.mark.parametrize("name", hf_rb.__all__)
@@ -49,6 +52,34 @@ def test_importing_is_fast_and_imports_no_heavy_library():
     outputs = [subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60) for _ in range(5)]
     assert all(output.split("\n")[1] == "" for output in outputs)
     assert statistics.median(float(output.split()[0]) for output in outputs) < 0.2
+
+
+def import_from(path):
+    """What a new process says to an import of the package from this place."""
+    program = "import sys, hf_rb; print(hf_rb.__file__, *{*hf_rb.__all__} - {*dir(hf_rb)}, {'torch', 'transformers'} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=path.parent, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_importing_works_from_a_zip_archive(tmp_path):
+    archive = tmp_path / "package.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in PACKAGE.rglob("*.py"):
+            file.write(path, path.relative_to(PACKAGE.parent))
+    result = import_from(archive)
+    assert result.stderr == "" and result.stdout == f"{archive / 'hf_rb/__init__.py'} set()\n"
+
+
+def test_importing_without_sources_says_so(tmp_path):
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).parts[0] in ("__init__.py", "utils", "integrations"):
+            target = tmp_path / "packages" / path.relative_to(PACKAGE.parent).with_suffix(".pyc")
+            py_compile.compile(str(path), cfile=str(target), doraise=True)
+    result = import_from(tmp_path / "packages")
+    assert result.stderr.splitlines()[-1] == (
+        "ImportError: hf_rb reads its public names from its source, and is installed as bytecode alone: install hf_rb with its .py files."
+    )
 
 
 PIP = [sys.executable, "-m", "pip"]

@@ -15,7 +15,7 @@ from hf_rb.utils import compat
 
 
 EXAMPLE = "hf-rb {verb} recipe.yaml --accelerate_config fsdp2 --learning_rate 1e-5"
-# What accelerate would take on a CPU anyway, after a warning of six lines.
+# Accelerate would take these on a CPU anyway, after a warning of six lines.
 CPU_DEFAULTS = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_rb.evaluation import Size
 
 __all__ = [
+    "MADE",
     "ModelCardData",
     "Result",
     "changed_hyperparameters",

@@ -38,9 +38,7 @@ def flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
             name, flags = item, {}
             if isinstance(item, Mapping):
                 if len(item) != 1 or not isinstance(next(iter(item.values())), Mapping | None):
-                    raise ValueError(
-                        f"`{key}: {item}` must be a name, or a name with flags: `{{name: {{flag: 1}}}}`."
-                    )
+                    raise ValueError(f"`{key}: {item}` must be a name, or a name with flags: `{{name: {{flag: 1}}}}`.")
                 [(name, flags)] = item.items()
             names.append(name)
             for flag, value in (flags or {}).items():

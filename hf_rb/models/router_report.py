@@ -29,8 +29,8 @@ from hf_rb.models.mpi.functional import alignment, effective_router
 
 
 __all__ = [
-    "LayerReport",
     "Load",
+    "RoutedLayerReport",
     "RouterMeter",
     "RouterReport",
     "evenness",
@@ -192,7 +192,7 @@ class RouterMeter:
 
 
 @dataclass
-class LayerReport:
+class RoutedLayerReport:
     """
     What the doctor found in a layer; the module says what the numbers are.
 
@@ -228,13 +228,13 @@ class RouterReport:
     Attributes:
         mpi (`bool`): Whether its routers are MPI's.
         tokens (`int`): Tokens that were looked at.
-        layers (`list[LayerReport]`): Its layers.
+        layers (`list[RoutedLayerReport]`): Its layers.
         notes (`list[str]`): What stands out.
     """
 
     mpi: bool
     tokens: int
-    layers: list[LayerReport]
+    layers: list[RoutedLayerReport]
     notes: list[str] = field(default_factory=list)
 
     def mean(self, name: str) -> float | None:
@@ -285,9 +285,9 @@ def examine(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], seed: int
     return report
 
 
-def _layer_report(layer: RoutedLayer, loads: list[Load], seed: int) -> LayerReport:
+def _layer_report(layer: RoutedLayer, loads: list[Load], seed: int) -> RoutedLayerReport:
     picks = total_picks(loads)
-    report = LayerReport(
+    report = RoutedLayerReport(
         name=layer.name,
         load=(picks / picks.sum()).tolist(),
         max_vio=max_vio(picks),

@@ -25,7 +25,18 @@ from hf_rb.quantizers.packed.baseline import packed_weights, round_weights
 from hf_rb.recover.stages import fingerprint
 
 
-__all__ = ["ADAPTER", "Measured", "Questions", "load_recovered", "measure", "measure_rounded"]
+__all__ = [
+    "ADAPTER",
+    "BASE",
+    "Measured",
+    "Questions",
+    "load_recovered",
+    "measure",
+    "measure_rounded",
+    "read_measured",
+    "read_pool",
+    "read_rounded",
+]
 
 ADAPTER = "adapter"
 BASE = "base.json"

@@ -31,6 +31,8 @@ from hf_rb.io.files import MANIFEST, fsync_file, sha256_file
 
 __all__ = [
     "CACHE_DTYPES",
+    "REMEDY",
+    "VOCABULARY",
     "Identity",
     "Manifest",
     "Shard",
@@ -38,9 +40,11 @@ __all__ = [
     "check_shard",
     "normalized",
     "pack_ids",
+    "put_in_place",
     "sequence_key",
     "sha256_json",
     "unpack_ids",
+    "write_file",
 ]
 
 FORMAT = "hf_rb teacher cache"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 
-__all__ = ["SpecialTokens", "cut", "special_tokens"]
+__all__ = ["SpecialTokens", "begins_with", "cut", "special_tokens"]
 
 
 class SpecialTokens(NamedTuple):

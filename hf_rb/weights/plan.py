@@ -20,7 +20,7 @@ from hf_rb.weights.source import EMBEDDINGS, HEADS, TIE, Source, content, some, 
 
 __all__ = ["MergePlan"]
 
-# What a configuration says beside what the model computes.
+# Keys of a configuration that change nothing in what the model computes.
 SILENT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
@@ -244,6 +244,8 @@ class MergePlan:
 
 
 def _telling(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration says which tensors the model needs; a head that is not tied needs no mention."""
+    """Returns the part of a configuration that says which tensors the model needs. A head that is not tied needs no
+    mention.
+    """
     silent = SILENT - {"architectures"}
     return {key: value for key, value in config.items() if key not in silent and (key, value) != (TIE, False)}

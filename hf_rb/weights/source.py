@@ -14,6 +14,7 @@ from hf_rb.io.safetensors import Checkpoint, Entry
 __all__ = [
     "EMBEDDINGS",
     "HEADS",
+    "TIE",
     "Source",
     "content",
     "holds_own_head",

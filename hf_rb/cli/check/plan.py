@@ -92,7 +92,8 @@ class Plan:
 
     def problems(self) -> Iterator[str]:
         """What may stop the run on this machine."""
-        if self.device == "cpu" and not self.cpu_arguments and self.peak and self.peak > (memory := _machine_memory()):
+        memory = _machine_memory()
+        if self.device == "cpu" and not self.cpu_arguments and self.peak and memory and self.peak > memory:
             parts = self.memory or {}
             part = max(_REMEDIES, key=lambda name: parts.get(name, 0))
             yield (
@@ -264,8 +265,12 @@ def _device() -> str:
     return "mps" if (platform.system(), platform.machine()) == ("Darwin", "arm64") else "cpu"
 
 
-def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _machine_memory() -> int | None:
+    """Returns the bytes of memory, or `None` where Python cannot ask for them, as on Windows."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):
+        return None
 
 
 def _size(count: int) -> str:

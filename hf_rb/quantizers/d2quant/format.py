@@ -88,9 +88,6 @@ def is_dual(layout: Layout) -> bool:
     return layout.parts[0] == SIGNS
 
 
-# Codes of a matrix <-> tensors of memory.
-
-
 def for_kernels(codes: AffineCodes | DualCodes) -> PackedWeight:
     """Returns what a layer holds of a quantized matrix."""
     dual = isinstance(codes, DualCodes)
@@ -154,7 +151,7 @@ def scale_rows(layout: Layout, scale: Tensor, factor: Tensor) -> Tensor:
     return result
 
 
-# Tensors of memory <-> tensors of a file. Leading dimensions, those of experts, stay as they are.
+# Files and memory have the same leading dimensions, those of experts.
 
 
 def to_file(layout: Layout, weight: PackedWeight) -> PackedWeight:
@@ -260,9 +257,6 @@ def _unpack_zeros(packed: Tensor, bits: int, groups: int) -> Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream = (packed[..., None] >> places & 1).flatten(-2)[..., : groups * bits].unflatten(-1, (groups, bits))
     return (stream << places[:bits]).sum(-1, dtype=torch.uint8)
-
-
-# Codes of a matrix <-> tensors of a file.
 
 
 def pack(codes: AffineCodes | DualCodes) -> dict[str, Tensor]:

@@ -103,7 +103,7 @@ class Conversions:
                 # An operation that turns a tensor when the shape says so would look at the packed one.
                 operations = [op for op in conversion.operations if not getattr(op, "check_dims", False)]
                 self._add(packer, arrivals, conversion, operations, origin=conversion)
-        # What a file has under the parameter's own name: the `weight` of any module, `experts.down_proj`.
+        # A file may have the parameter's own name: the `weight` of any module, `experts.down_proj`.
         ends = {tuple(name.split(".")[-2:]) for name in packer.layouts}
         for name in sorted({r"\.weight" if end[1] == "weight" else rf"\.{end[0]}\.{end[1]}" for end in ends}):
             own = compat.WeightConverter(name, name, [compat.IdentityOp()])
@@ -287,7 +287,7 @@ class _Read(_Operation):
         try:
             if packed:
                 restored = self._each(input_dict, restore)
-                # Which tensors there are is the same for all experts: the method has checked it.
+                # All experts have the same tensors: the method has checked it.
                 named = {pattern: [one.named(full_layer_name) for one in found] for pattern, found in restored.items()}
                 names = next(iter(named.values()))[0]
                 result = {
@@ -326,7 +326,7 @@ class _Read(_Operation):
 
 
 def _is_packed(model: PreTrainedModel, name: str) -> bool:
-    """Whether a parameter is packed, or stands beside one that is."""
+    """Returns whether a parameter is packed, or stands beside one that is."""
     module, parameter = _owner(model, name)
     return isinstance(module, PackedModule) and module.is_packed(parameter)
 

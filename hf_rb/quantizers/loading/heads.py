@@ -44,7 +44,7 @@ def heads(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _has_layers(module: nn.Module) -> bool:
-    """Whether a module holds a stack of layers: a list of modules that have linear layers inside."""
+    """Returns whether a module holds a stack of layers: a list of modules that have linear layers inside."""
     parts = list(module.modules())
     if any(isinstance(part, PreTrainedModel) for part in parts):
         return True

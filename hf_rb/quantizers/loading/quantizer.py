@@ -121,8 +121,6 @@ class PackingQuantizer(HfQuantizer):
                 "quantized. Quantize it first and call `model.dequantize()`, or leave `dequantize` out."
             )
 
-    # What a method is.
-
     @abstractmethod
     def pack_module(self, name: str, module: nn.Module, weights: list[str]) -> PackedModule:
         """Returns the stand-in for a linear layer or fused experts, some `weights` of which are packed."""
@@ -152,8 +150,6 @@ class PackingQuantizer(HfQuantizer):
     @property
     def serialized_names(self) -> dict[str, list[str]]:  # pyrefly: ignore[bad-override]  (read-only here)
         return {"weight": [f"weight{suffix}" for suffix in ("", *self.suffixes)]}
-
-    # What is quantized.
 
     def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         self.checkpoint_files = kwargs.get("checkpoint_files")
@@ -253,8 +249,6 @@ class PackingQuantizer(HfQuantizer):
             return packed
 
         return _by_block(module, weight, matrix, solve)
-
-    # How tensors of a file become parameters, and back.
 
     def get_quantize_ops(self) -> compat.ConversionOps:
         return compat.IdentityOp()  # the conversion has done it

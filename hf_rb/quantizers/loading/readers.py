@@ -58,7 +58,7 @@ def note_readers(
     """
     if config.dequantize or not layers:
         return {}, config
-    # What a checkpoint has packed was looked at when it was made; here the source tells of other versions of hf_rb and
+    # The layers of a packed checkpoint ran when it was made. The source tells of other versions of hf_rb and
     # transformers.
     readers = find_readers(model, layers, recorded=not pre_quantized)
     if readers:

@@ -43,7 +43,7 @@ class _Read(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """What the source of a class says: reads, and readers of something that it does not name."""
+    """Facts from the source of a class: reads, and readers of something that it does not name."""
 
     reads: list[_Read]
     unresolved: list[str]
@@ -264,7 +264,7 @@ def _paths(value: ast.expr) -> Iterator[tuple[str, ...]]:
 
 
 def _is_harmless(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether a read of a weight says of bytes what it says of numbers, or does not happen when the model is
+    """Returns whether a read of a weight says of bytes what it says of numbers, or does not happen when the model is
     quantized.
     """
     parent, text = parents.get(node), ast.unparse(node)

@@ -18,7 +18,7 @@ from hf_rb.quantizers.packed.weight import SUFFIXES, PackedWeight
 from hf_rb.utils.fields import value_problem
 
 
-__all__ = ["PackedLinear", "PackedModule"]
+__all__ = ["PackedLinear", "PackedModule", "scaled"]
 
 
 class PackedModule(nn.Module):

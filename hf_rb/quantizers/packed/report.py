@@ -151,9 +151,8 @@ class Report:
         if known is None:
             self.layers.append(layer)
         else:
-            both = [known, layer]
-            relative_error: Any = _mean(both, "relative_error")  # every layer has one
-            known.relative_error, known.baseline_error = relative_error, _mean(both, "baseline_error")
+            known.baseline_error = _mean([known, layer], "baseline_error")
+            known.relative_error = _root_mean_square([(one.weights, one.relative_error) for one in (known, layer)])
             known.weights += layer.weights
             if known.baseline_bytes is not None and layer.baseline_bytes is not None:
                 known.baseline_bytes += layer.baseline_bytes
@@ -236,6 +235,9 @@ class Report:
 
 def _mean(layers: Iterable[LayerReport], which: str) -> float | None:
     pairs = [(layer.weights, getattr(layer, which)) for layer in layers]
-    if not pairs or any(error is None for _, error in pairs):
-        return None
+    return None if not pairs or any(error is None for _, error in pairs) else _root_mean_square(pairs)
+
+
+def _root_mean_square(pairs: list[tuple[int, float]]) -> float:
+    """Returns the root mean square of errors over the weights that each is of."""
     return (sum(weights * error**2 for weights, error in pairs) / sum(weights for weights, _ in pairs)) ** 0.5

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-__all__ = ["SolverOptions", "solver_options"]
+__all__ = ["TIED", "SolverOptions", "solver_options"]
 
 # The ridge is a numerical guard. Nothing in the result depends on it, so it is not an option; the third version of the
 # paper has 1e6 for the threshold.
