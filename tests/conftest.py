@@ -23,7 +23,7 @@ import pytest
 from hypothesis import settings
 
 
-# `HYPOTHESIS_PROFILE=nightly make test`, or `pytest --hypothesis-profile nightly`. No deadline: test machines are busy.
+# `make test-slow` sets `HYPOTHESIS_PROFILE=nightly`. No deadline: test machines are busy.
 # The same examples in every fast run, so that a failure is of the change; new ones every night.
 settings.register_profile("fast", max_examples=30, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=500, deadline=None)
