@@ -209,7 +209,7 @@ def test_a_coroutine_function_is_no_judge():
     async def ask(asked):
         return VERDICTS
 
-    with pytest.raises(TypeError, match=r"judge=hf_rb.rl.judges.Judge\(ask\)"):
+    with pytest.raises(TypeError, match=r"judge=hf_rb.judges.Judge\(ask\)"):
         SrarShaper(ask)
 
 

@@ -254,7 +254,7 @@ class SrarShaper(TokenShaper):
             raise TypeError(
                 "The `judge` of SRaR takes a list of requests and returns a list of replies, and is no coroutine "
                 "function. Make one of `async def ask(request)`, which replies to one request: "
-                "`judge=hf_rb.rl.judges.Judge(ask)`."
+                "`judge=hf_rb.judges.Judge(ask)`."
             )
         srar_step_scores([], [], 0, gk)  # refuse bad parameters before the first step
         srar_offsets([], 1, ddof, eps)
