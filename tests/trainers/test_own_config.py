@@ -114,7 +114,9 @@ NAMES = ("SFT", "GKD", "Distillation", "GRPO")
 @pytest.mark.parametrize(("given", "wanted"), permutations(NAMES, 2))
 def test_own_config_of_another_of_our_trainers_is_refused(config, given, wanted):
     args = getattr(hf_rb, f"{given}Config")(**config, **{"num_generations": 2} if given == "GRPO" else {})
-    message = f"`args` is a {given}Config, whose `.*` this trainer does not have. Use `{given}Trainer`, or pass a {wanted}C"
+    message = (
+        f"`args` is a {given}Config, whose `.*` this trainer does not have. Use `{given}Trainer`, or pass a {wanted}C"
+    )
     with pytest.raises(TypeError, match=message):
         own_config(getattr(hf_rb, f"{wanted}Config"), args, "model", wanted)
 
