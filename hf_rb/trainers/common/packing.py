@@ -30,14 +30,17 @@ def check_packing(trainer: Any, model: torch.nn.Module, inputs: Mapping[str, Any
         model (`torch.nn.Module`):
             Wrapped model.
         inputs (`Mapping`):
-            Collated batch on the device, with `position_ids`. All processes call this with each of their batches.
+            Collated batch on the device. All processes call this with each of their batches. Packed ones have
+            `position_ids`, and so does a batch of padding-free rows; others return at once.
         **kwargs:
             More arguments of the backbone's forward.
 
     Raises:
         ValueError: A model lets the sequences see each other, on any process, or has a prompt-learning adapter.
     """
-    if trainer.args.allow_leaking_packing or getattr(trainer, "_packing_is_checked", False):
+    if "position_ids" not in inputs or trainer.args.allow_leaking_packing:
+        return
+    if getattr(trainer, "_packing_is_checked", False):
         return
     if cuts_sequences(trainer) or not on_any_process(is_packed(inputs)):
         return

@@ -18,7 +18,7 @@ from hf_rb.models.mpi.conversion import routers
 from hf_rb.models.mpi.losses import auxiliary_loss, check_z_loss
 
 
-__all__ = ["add_router_doctor", "balance_loss", "has_mpi", "prepare_routers"]
+__all__ = ["add_router_doctor", "auxiliary_loss_of", "has_mpi", "prepare_routers"]
 
 logger = logging.get_logger(__name__)
 
@@ -53,8 +53,8 @@ def _check_auxiliary_loss(model: PreTrainedModel, config: Any) -> None:
     check_z_loss(config)
 
 
-def balance_loss(model: PreTrainedModel, output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Returns the load-balancing loss of a mixture of experts, from what its forward pass on a batch has returned."""
+def auxiliary_loss_of(model: PreTrainedModel, output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Returns the auxiliary loss of a mixture of experts for a batch and the output of its forward pass."""
     positions = inputs.get("position_ids")
     mask = None if positions is not None else inputs.get("attention_mask")
     config = model.config.get_text_config()

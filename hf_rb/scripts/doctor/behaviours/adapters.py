@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_rb.scripts.doctor.behaviours import Recorded, relies_on
-from hf_rb.scripts.doctor.verdicts import expect
+from hf_rb.scripts.doctor.findings import expect
 from hf_rb.utils import compat
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hf_rb import PTQTPConfig, tiny
 from hf_rb.quantizers.ptqtp.quantizer import PTQTPQuantizer
 from hf_rb.scripts.doctor.behaviours import relies_on
-from hf_rb.scripts.doctor.verdicts import expect
+from hf_rb.scripts.doctor.findings import expect
 from hf_rb.utils import compat
 
 
