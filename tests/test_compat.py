@@ -223,7 +223,7 @@ def test_a_removed_experimental_module_is_skipped(monkeypatch):
         check_parameters("GKDConfig")
 
 
-def test_a_new_adapter_of_transformers_needs_the_peft_that_it_asks_for(monkeypatch):
+def test_a_new_adapter_needs_the_peft_of_transformers(monkeypatch):
     monkeypatch.setattr(compat, "resolve", lambda name: "99.1")
     problem = compat.native_adapters_problem()
     assert re.fullmatch(r"transformers [\d.]+ takes adapters from peft 99.1 on; peft [\d.]+ is installed\.", problem)
@@ -231,7 +231,7 @@ def test_a_new_adapter_of_transformers_needs_the_peft_that_it_asks_for(monkeypat
     assert compat.native_adapters_problem() is None
 
 
-def test_a_moved_name_is_an_import_error_with_library_and_versions(monkeypatch):
+def test_a_moved_name_is_an_error_with_library_and_versions(monkeypatch):
     monkeypatch.setitem(compat.TABLE, "moved", compat.Entry("accelerate.utils", "no_such_function"))
     with pytest.raises(
         ImportError,

@@ -18,7 +18,7 @@ LAZY = ("", ".quantizers", ".quantizers.ptqtp", ".quantizers.d2quant", ".weights
 
 
 @pytest.mark.parametrize("package", LAZY)
-def test_a_lazy_package_exports_what_it_imports_for_type_checkers(package):
+def test_a_lazy_package_exports_its_imports_for_type_checkers(package):
     module = importlib.import_module(f"hf_rb{package}")
     for name in module.__all__:
         assert getattr(module, name).__name__ == name

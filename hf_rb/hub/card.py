@@ -64,7 +64,7 @@ class Result:
 
 @dataclass
 class ModelCardData:
-    """What a model card of ours says.
+    """Contents of a model card of ours.
 
     Args:
         model_name (`str`):

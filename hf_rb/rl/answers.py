@@ -1,4 +1,4 @@
-r"""When two answers are the same: one notion for rewards, evaluation, EDAS's classes and judges.
+r"""Equality of two answers: one notion for rewards, evaluation, EDAS's classes and judges.
 
 [`same_answer`] decides, in this order:
 

@@ -1,4 +1,4 @@
-"""Where a teacher's distributions come from: a model, the student without its adapters, or a cache made beforehand."""
+"""Sources of a teacher's distributions: a model, the student without its adapters, or a cache made beforehand."""
 
 from pathlib import Path
 from typing import Any

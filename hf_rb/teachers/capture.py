@@ -41,7 +41,7 @@ __all__ = ["CacheReport", "cache_teacher"]
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What a capture wrote.
+    """Report of a capture.
 
     Attributes:
         folder (`str`): The cache.

@@ -1,4 +1,4 @@
-"""Which rows of a trainer's data a capture of its teacher reads, and in which shard each of them goes."""
+"""Rows of a trainer's data that a capture of its teacher reads, and the shard of each of them."""
 
 import hashlib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ __all__ = ["CapturePlan"]
 
 class CapturePlan:
     """
-    Which rows of the data go into which shard: long rows first, every different row once, rows without a label never.
+    Shards of the rows of the data: long rows first, every different row once, rows without a label never.
 
     One pass over the collated data makes it, and it is the same each time.
 

@@ -1,4 +1,4 @@
-"""What a trainer asks of a teacher."""
+"""Interface of a teacher to a trainer."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ __all__ = ["ModelTeacher", "Teacher"]
 
 class Teacher(Protocol):
     """
-    Where the teacher's next-token distributions come from.
+    Source of the teacher's next-token distributions.
 
     `inputs` is a collated batch with `input_ids` of shape `(B, L)` and `attention_mask` or `position_ids`. `keep` of
     shape `(B, L-1)` is true at t where the prediction of token t + 1 is trained on; N is the number of such tokens,

@@ -28,7 +28,7 @@ Loss = Callable[[Batch], torch.Tensor]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a path is from the dense reference, at most, over all batches.
+    """Distance of a path from the dense reference, at most, over all batches.
 
     Attributes:
         path (`str`):

@@ -104,7 +104,7 @@ __all__ = [
 
 
 class Entry(NamedTuple):
-    """Where a name lives.
+    """Place of a name.
 
     Attributes:
         module (`str`): Module to import.

@@ -195,7 +195,7 @@ class TestMathVerify:
     def test_equivalence(self, first, second, equal):
         assert math_equivalent(first, second) == equal
 
-    def test_a_solution_that_takes_too_long_scores_nothing_but_itself(self, monkeypatch):
+    def test_a_solution_that_takes_too_long_costs_no_other_score(self, monkeypatch):
         monkeypatch.setattr(math_process, "SECONDS", 1.0)
         tower = "7^{7^{7^{7}}}"
         assert math_accuracy_reward([rf"\boxed{{{tower}}}", r"\boxed{2}"], [tower] * 2) == [1.0, None]

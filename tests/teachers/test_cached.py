@@ -215,7 +215,7 @@ def test_evaluation_data_is_captured_too(make_trainer, data, tmp_path):
         assert len(teacher.score(batch, keep).ids) == keep.sum()
 
 
-def test_equal_sequences_are_stored_once_unless_labelled_otherwise(make_trainer, tmp_path):
+def test_equal_sequences_with_equal_labels_are_stored_once(make_trainer, tmp_path):
     ids = [5, 6, 7, 8]
     rows = [{"input_ids": ids, "labels": [-100, -100, 7, 8]}] * 3 + [
         {"input_ids": ids, "labels": [-100, 6, -100, -100]}

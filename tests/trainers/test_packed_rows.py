@@ -107,7 +107,7 @@ def test_prompt_learning_drops_positions(make):
     assert not torch.allclose(packed, changed)  # the second sequence has seen the first
 
 
-def test_padding_free_bf16_adapters_and_evaluation_are_checked_too(make):
+def test_padding_free_bf16_adapters_and_evaluation_are_checked(make):
     with pytest.raises(ValueError, match=f"OPTForCausalLM {REFUSAL}"):
         make("sft", "opt", **LAYOUTS["padding_free"]).train()
     with pytest.raises(ValueError, match=f"OPTForCausalLM {REFUSAL}"):

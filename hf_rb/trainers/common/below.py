@@ -1,6 +1,4 @@
-"""What the mixins expect of the classes that they are mixed into. Type checkers read it; at run time both are
-`object`.
-"""
+"""Classes below the mixins, as these expect them. Type checkers read it; at run time both are `object`."""
 
 from typing import TYPE_CHECKING, Any
 

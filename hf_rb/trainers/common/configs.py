@@ -1,4 +1,4 @@
-"""What our configs share, and how a config of TRL, or a user's subclass of one, stands in for one of ours."""
+"""Base of our configs; a config of TRL's, or a user's subclass of one, in the place of one of ours."""
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields

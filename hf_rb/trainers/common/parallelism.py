@@ -1,4 +1,4 @@
-"""Whether a run cuts sequences over processes."""
+"""Parallelism that cuts sequences over processes."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""What mixtures of experts ask of a trainer: the auxiliary loss that their configuration names, and MPI's steps after
-the optimizer's.
+"""Support of mixtures of experts in a trainer: the auxiliary loss that their configuration names, and MPI's steps
+after the optimizer's.
 """
 
 import functools

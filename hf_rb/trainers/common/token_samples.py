@@ -1,4 +1,4 @@
-"""What a method does to the tokens of a few sequences, before and after training: the colours of `hf-rb report`."""
+"""Tokens of a few sequences with a method's numbers, before and after training: the colours of `hf-rb report`."""
 
 import json
 import logging

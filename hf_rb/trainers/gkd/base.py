@@ -1,6 +1,4 @@
-"""What our GKD trainer derives from: TRL's without its set-up, or the two functions that it uses of TRL's where TRL
-has none.
-"""
+"""Base of our GKD trainer: TRL's without its set-up, or the two functions that it uses of TRL's where TRL has none."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

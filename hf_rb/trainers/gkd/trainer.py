@@ -200,7 +200,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         is_label = labels != -100
         return labels.masked_fill(is_label.cumsum(-1) != 1, -100)
 
-    # Whose completions a step trains on
+    # Completions of a step
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         writer = self._writer()

@@ -40,7 +40,7 @@ def find_methods() -> None:
 
 @relies_on("LOADING_ATTRIBUTES_CONFIG_TYPES")
 def merge_loading_attributes() -> None:
-    """What a user asks for while loading overrides what the checkpoint stores."""
+    """Attributes that a user gives while loading override those that the checkpoint stores."""
     from transformers.quantizers import AutoHfQuantizer
 
     merged: Any = AutoHfQuantizer.merge_quantization_configs({"quant_method": "ptqtp"}, PTQTPConfig(dequantize=True))
