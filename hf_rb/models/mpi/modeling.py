@@ -22,7 +22,7 @@ from hf_rb.models.mpi.losses import auxiliary_loss
 from hf_rb.models.mpi.router import EffectiveRouter
 
 
-# Name of a cache in the native classes. It is not in `compat`: this file goes to the Hub with a model, without the package.
+# Name of a cache in the native classes. Not in `compat`: this file goes to the Hub with a model, without the package.
 CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 if TYPE_CHECKING:
