@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from transformers import Trainer
+from accelerate import Accelerator
+from transformers import Trainer, TrainingArguments
 
 from hf_rb.ops.lm_head import CachedLogits, TeacherLogits
 
 
-__all__ = ["ModelTeacher", "Teacher"]
+__all__ = ["ModelTeacher", "Teacher", "TrainerWithTeacher"]
 
 
 class Teacher(Protocol):
@@ -52,3 +53,40 @@ class ModelTeacher(Teacher, Protocol):
     def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Returns all logits `(B, L, V)` as the model makes them, padding included."""
         ...
+
+
+class TrainerWithTeacher(Protocol):
+    """
+    Trainer whose teacher a capture reads: [`GKDTrainer`], or another of transformers' with a `teacher`.
+
+    Attributes:
+        teacher ([`Teacher`]):
+            The teacher. A capture asks for a [`LocalTeacher`].
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the student.
+        data_collator (`Callable`):
+            Makes a batch of rows.
+        train_dataset, eval_dataset (`datasets.Dataset`):
+            The data, prepared.
+    """
+
+    @property
+    def accelerator(self) -> Accelerator: ...
+
+    @property
+    def args(self) -> TrainingArguments: ...
+
+    @property
+    def teacher(self) -> Any: ...
+
+    @property
+    def processing_class(self) -> Any: ...
+
+    @property
+    def data_collator(self) -> Any: ...
+
+    @property
+    def train_dataset(self) -> Any: ...
+
+    @property
+    def eval_dataset(self) -> Any: ...
