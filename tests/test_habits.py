@@ -10,6 +10,7 @@ import yaml
 from test_layout import ORDERS
 
 import hf_rb
+from hf_rb.utils.optional import EXTRAS
 
 
 ROOT = Path(__file__).parents[1]
@@ -94,3 +95,14 @@ def test_names_of_tests_have_at_most_60_characters():
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")]
     names = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     assert [name for name in sorted(names) if name.startswith("test_") and len(name) > 60] == []
+
+
+@pytest.mark.parametrize("word", ["Run", "Verdict", "balance_loss", "examine"])
+def test_a_word_that_had_two_meanings_has_one(word):
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    places = [path for path, tree in trees.items() for node in tree.body if getattr(node, "name", None) == word]
+    assert len(places) == 1, places
+
+
+def test_no_module_has_the_name_of_an_optional_package():
+    assert [path for path in SOURCES if path.stem in EXTRAS] == []

@@ -218,3 +218,8 @@ def test_sequences_that_processes_share_are_not_checked(kind):
     )
     positions = torch.tensor([[4, 5, 0, 1]])
     packing.check_packing(trainer, torch.nn.Identity(), {"input_ids": positions, "position_ids": positions})
+
+
+def test_a_batch_without_positions_is_not_checked():
+    trainer = SimpleNamespace(args=SimpleNamespace(allow_leaking_packing=False))  # asked for no more
+    packing.check_packing(trainer, torch.nn.Identity(), {"input_ids": torch.tensor([[4, 5]])})
