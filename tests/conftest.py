@@ -51,6 +51,7 @@ TORCH_FREE = (
 # Tests of these files that import torch all the same.
 NEEDS_TORCH = (
     "test_schemas_are_in_step_with_the_configs",
+    "test_schemas_read_from_sources_are_those_of_the_classes",
     "test_a_dense_model_has_no_routers",
     "test_the_shaper_of_the_readme",
 )
