@@ -54,6 +54,9 @@ NEEDS_TORCH = (
     "test_schemas_read_from_sources_are_those_of_the_classes",
     "test_a_dense_model_has_no_routers",
     "test_the_shaper_of_the_readme",
+    "test_short_examples_of_the_readme",
+    "test_the_d2quant_example_of_the_readme",
+    "test_the_example_prints_what_the_readme_says",
 )
 
 

@@ -14,7 +14,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_rb.io.resumable import write_json
 
 
-__all__ = ["TOKEN_SAMPLES", "CompletionSamplesCallback", "TokenSamplesCallback", "TokenStats", "add_token_samples"]
+__all__ = [
+    "TOKEN_SAMPLES",
+    "CompletionSamplesCallback",
+    "TokenSamplesCallback",
+    "TokenStats",
+    "TrainerWithTokenStats",
+    "add_token_samples",
+]
 
 logger = logging.getLogger(__name__)
 
