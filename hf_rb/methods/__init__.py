@@ -1,1 +1,1 @@
-"""What a method is, and the table of all methods."""
+"""Methods: the record of one, and the table of all."""

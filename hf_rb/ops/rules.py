@@ -21,6 +21,12 @@ def _column(*values: torch.Tensor) -> torch.Tensor:
     return torch.stack(values, dim=-1)
 
 
+def _given(log_p: torch.Tensor | None) -> torch.Tensor:
+    if log_p is None:
+        raise TypeError("This objective compares the student with a teacher, and none is given. Pass `teacher`.")
+    return log_p
+
+
 def _log_prob(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
@@ -71,8 +77,9 @@ class DivergenceRule:
     monitor: bool = True
 
     def __call__(
-        self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: dict[str, torch.Tensor]
+        self, log_q: torch.Tensor, log_p: torch.Tensor | None, log_probs: torch.Tensor, tokens: dict[str, torch.Tensor]
     ) -> Term:
+        log_p = _given(log_p)
         labels, has_rest, stats, target = tokens.get("labels"), "rest" in tokens, {}, log_p
         if self.loca_alpha is not None:
             label_event = tokens.get("label_event", tokens["labels"])
@@ -132,9 +139,9 @@ class HpdRule:
     monitor: bool = True
 
     def __call__(
-        self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: dict[str, torch.Tensor]
+        self, log_q: torch.Tensor, log_p: torch.Tensor | None, log_probs: torch.Tensor, tokens: dict[str, torch.Tensor]
     ) -> Term:
-        labels = tokens["labels"]
+        labels, log_p = tokens["labels"], _given(log_p)
         more = _monitored(log_q, log_p, log_probs) if self.monitor else {}
         samples = inverse_cdf_sample(log_q.exp(), tokens["uniforms"])
         loss, values, stats = hpd_rule(log_q, log_p, labels, samples, self.sample, self.reinforce)

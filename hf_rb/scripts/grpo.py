@@ -47,7 +47,7 @@ class GRPOScriptArguments(_common.ScriptArguments):
 
     Args:
         reward_funcs (`list[str]`, *optional*):
-            Reward functions: keys of `hf_rb.rl.rewards.REWARDS`, or `module:attribute` of code that
+            Reward functions: keys of `hf_rb.rewards.REWARDS`, or `module:attribute` of code that
             `--allow_local_code` allows.
         reward_model_name_or_path (`str`, *optional*):
             Reward model, a Hub id or a folder. It comes before the functions.

@@ -1,4 +1,4 @@
-"""What each configuration accepts, for `hf-rb check` and `--help`, without importing torch.
+"""Keys of each configuration, for `hf-rb check` and `--help`, without importing torch.
 
 Our own keys are the JSON files beside this one, which `make schemas` writes. The keys of TRL and transformers are read
 from their installed sources, so that they are those of the installed versions. An entry has `types`, `default`,

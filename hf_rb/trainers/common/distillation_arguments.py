@@ -13,7 +13,7 @@ __all__ = ["GopdArguments", "ObjectiveArguments", "PackingArguments"]
 @dataclass
 class PackingArguments:
     """
-    What happens to a model that mixes packed sequences.
+    Treatment of a model that mixes packed sequences.
 
     Args:
         allow_leaking_packing (`bool`, *optional*, defaults to `False`):
@@ -35,7 +35,7 @@ class PackingArguments:
 @dataclass
 class ObjectiveArguments:
     """
-    What the student minimises.
+    Objective of the student.
 
     Args:
         objective (`str`, *optional*, defaults to `"jsd"`):

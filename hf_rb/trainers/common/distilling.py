@@ -1,4 +1,4 @@
-"""What the distillation trainers share: the token rule of an objective, and its formulas on all logits."""
+"""Parts that the distillation trainers share: the token rule of an objective, and its formulas on all logits."""
 
 from typing import Any
 

@@ -11,7 +11,7 @@ __all__ = ["AgentArguments"]
 @dataclass
 class AgentArguments:
     """
-    What the policy acts on, and who judges its steps.
+    Environment of the policy, and the judge of its steps.
 
     Args:
         environment (`str`, *optional*):
