@@ -25,7 +25,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -m "slow or hypothesis" $(PYTEST_ARGS)
 
 # Lines of the package that the fast tests run, without those that only processes of their own do.
 coverage: $(VENV)/.installed-dev

@@ -24,7 +24,7 @@ import pytest
 from hypothesis import settings
 
 
-# `HYPOTHESIS_PROFILE=nightly make test`, or `pytest --hypothesis-profile nightly`. No deadline: test machines are busy.
+# `make test-slow` sets `HYPOTHESIS_PROFILE=nightly`. No deadline: test machines are busy.
 # The same examples in every fast run, so that a failure is of the change; new ones every night.
 settings.register_profile("fast", max_examples=30, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=500, deadline=None)
@@ -40,8 +40,8 @@ TORCH_FREE = (
     "cli/test_malformed_recipes",
     "cli/test_plan",
     "cli/test_refusals",
-    "hub/test_report",
     "recover/test_recover_stages",
+    "report/test_report",
     "test_fields",
     "test_files",
     "test_helpers",
@@ -53,6 +53,7 @@ TORCH_FREE = (
 # Tests of these files that import torch all the same.
 NEEDS_TORCH = (
     "test_schemas_are_in_step_with_the_configs",
+    "test_schemas_read_from_sources_are_those_of_the_classes",
     "test_a_dense_model_has_no_routers",
     "test_schemas_read_from_sources_are_those_of_the_classes",
     "test_the_shaper_of_the_readme",

@@ -13,7 +13,7 @@ import pytest
 
 import hf_rb
 from hf_rb.scripts.doctor.behaviours import behaviours, check_parameters
-from hf_rb.scripts.doctor.verdicts import Skipped
+from hf_rb.scripts.doctor.findings import Skipped
 from hf_rb.utils import compat, optional, versions
 
 
@@ -246,7 +246,7 @@ def test_a_removed_experimental_module_is_skipped(monkeypatch):
         check_parameters("GKDConfig")
 
 
-def test_a_new_adapter_of_transformers_needs_the_peft_that_it_asks_for(monkeypatch):
+def test_a_new_adapter_needs_the_peft_of_transformers(monkeypatch):
     monkeypatch.setattr(compat, "resolve", lambda name: "99.1")
     problem = compat.native_adapters_problem()
     assert re.fullmatch(r"transformers [\d.]+ takes adapters from peft 99.1 on; peft [\d.]+ is installed\.", problem)
@@ -254,7 +254,7 @@ def test_a_new_adapter_of_transformers_needs_the_peft_that_it_asks_for(monkeypat
     assert compat.native_adapters_problem() is None
 
 
-def test_a_moved_name_is_an_import_error_with_library_and_versions(monkeypatch):
+def test_a_moved_name_is_an_error_with_library_and_versions(monkeypatch):
     monkeypatch.setitem(compat.TABLE, "moved", compat.Entry("accelerate.utils", "no_such_function"))
     with pytest.raises(
         ImportError,
@@ -266,6 +266,15 @@ def test_a_moved_name_is_an_import_error_with_library_and_versions(monkeypatch):
 def test_a_moved_module_is_the_same_error(monkeypatch):
     monkeypatch.setitem(compat.TABLE, "moved", compat.Entry("accelerate.no_such_module", "function"))
     with pytest.raises(ImportError, match="tested with accelerate"):
+        compat.resolve("moved")
+
+
+def test_is_removed_of_a_module_that_is_there_is_false(monkeypatch):
+    assert not compat.is_removed("GKDTrainer") and not compat.is_removed("GRPOTrainer._compute_loss")
+    monkeypatch.setitem(compat.TABLE, "moved", compat.Entry("trl.experimental.gkd", "NoSuchTrainer"))
+    monkeypatch.setitem(compat.TABLE, "gone", compat.Entry("trl.experimental.no_such_module", "Trainer"))
+    assert not compat.is_removed("moved") and compat.is_removed("gone")
+    with pytest.raises(ImportError, match="`trl.experimental.gkd.NoSuchTrainer`, which trl"):
         compat.resolve("moved")
 
 

@@ -1,5 +1,6 @@
 """What the files for contributors say is true of the repository. Standard library and yaml only."""
 
+import ast
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import yaml
 from test_layout import ORDERS
 
 import hf_rb
+from hf_rb.utils.optional import EXTRAS
 
 
 ROOT = Path(__file__).parents[1]
@@ -88,3 +90,43 @@ def test_no_file_names_the_host_of_a_package_registry():
         path for path in files if path.is_file() and hosts.search(path.read_text(encoding="utf-8", errors="ignore"))
     ]
     assert found == []
+
+
+RIDDLES = {"How", "That", "What", "Whatever", "When", "Where", "Whether", "Which", "Who", "Whom", "Whose", "Why"}
+
+
+def public_docstrings(path):
+    """Name and docstring of a module and of its public classes, functions and methods."""
+
+    def walk(node, name):
+        yield name, ast.get_docstring(node) or ""
+        functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+        for child in () if isinstance(node, functions) else node.body:
+            if isinstance(child, (ast.ClassDef, *functions)) and not child.name.startswith("_"):
+                yield from walk(child, f"{name}.{child.name}")
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), str(path.relative_to(ROOT)))
+
+
+def test_no_public_docstring_starts_as_a_riddle():
+    named = [one for path in SOURCES for one in public_docstrings(path)]
+    assert len(named) > 1000
+    found = [f"{name}: {text.splitlines()[0]}" for name, text in named if re.match(r"\w*", text)[0] in RIDDLES]
+    assert not found, "start with a verb or a noun of the field (CONTRIBUTING.md):\n" + "\n".join(found)
+
+
+def test_names_of_tests_have_at_most_60_characters():
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")]
+    names = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert [name for name in sorted(names) if name.startswith("test_") and len(name) > 60] == []
+
+
+@pytest.mark.parametrize("word", ["Run", "Verdict", "balance_loss", "examine"])
+def test_a_word_that_had_two_meanings_has_one(word):
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    places = [path for path, tree in trees.items() for node in tree.body if getattr(node, "name", None) == word]
+    assert len(places) == 1, places
+
+
+def test_no_module_has_the_name_of_an_optional_package():
+    assert [path for path in SOURCES if path.stem in EXTRAS] == []

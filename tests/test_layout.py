@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[1] / "hf_rb"
 # From the ground up: a folder imports only from folders before it. `hf_rb/__init__` stands on all.
 ORDERS = {
     "": (
-        "utils", "tiny", "io", "methods", "objectives", "ops", "advantages", "rl", "rewards", "judges", "evaluation", "teachers", "hub", "models",
+        "utils", "tiny", "io", "methods", "objectives", "ops", "advantages", "rl", "agents", "rewards", "judges", "evaluation", "teachers", "hub", "models",
         "quantizers", "weights", "trainers", "recover", "report", "scripts", "cli", "integrations",
     ),
     "quantizers": ("rules", "config", "kernels", "packed", "allocation", "loading", "ptqtp", "d2quant", "folders"),
-    "trainers": ("common", "sft", "gkd", "distillation", "grpo", "audit"),
+    "trainers": ("common", "token_samples", "sft", "gkd", "distillation", "grpo", "audit"),
 }  # fmt: skip
 
 

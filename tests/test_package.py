@@ -2,6 +2,7 @@ import importlib
 import json
 import os
 import py_compile
+import re
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,7 @@ LAZY = ("", ".quantizers", ".quantizers.ptqtp", ".quantizers.d2quant", ".weights
 
 
 @pytest.mark.parametrize("package", LAZY)
-def test_a_lazy_package_exports_what_it_imports_for_type_checkers(package):
+def test_a_lazy_package_exports_its_imports_for_type_checkers(package):
     module = importlib.import_module(f"hf_rb{package}")
     for name in module.__all__:
         assert getattr(module, name).__name__ == name
@@ -80,6 +81,69 @@ def test_importing_without_sources_says_so(tmp_path):
     assert result.stderr.splitlines()[-1] == (
         "ImportError: hf_rb reads its public names from its source, and is installed as bytecode alone: install hf_rb with its .py files."
     )
+
+
+SHIMS = {
+    "agents": "rl.agents",
+    "agents.rewards": "rl.agents.rewards",
+    "agents.search": "rl.agents.search",
+    "judges": "rl.judges",
+    "rewards": "rl.rewards",
+    "trainers.token_samples": "trainers.common.token_samples",
+}
+
+
+@pytest.mark.parametrize("name", SHIMS)
+def test_a_public_module_hands_on_all_names_of_its_own(name):
+    public, own = (importlib.import_module(f"hf_rb.{one}") for one in (name, SHIMS[name]))
+    assert public.__all__ == own.__all__
+    assert all(getattr(public, one) is getattr(own, one) for one in own.__all__)
+
+
+HEAVY = {"torch", "transformers", "trl", "math_verify"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("hf_rb.rewards, hf_rb.agents.rewards, hf_rb.agents.search", HEAVY),
+        ("hf_rb.judges", HEAVY - {"torch"}),  # which the shapers' package imports
+    ],
+)
+def test_importing_a_public_module_of_rl_is_light(modules, heavy):
+    program = f"import sys, {modules}; print(*{heavy} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60) == "\n"
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *(ROOT / "model_cards").glob("*.md")]
+# Names that README and cards had before modules went into folders.
+EARLIER = (
+    "hf_rb.agents.rewards.search_f1",
+    "hf_rb.agents.search.search_environment",
+    "hf_rb.judges.Judge",
+    "hf_rb.rewards.REWARDS",
+    "hf_rb.trainers.token_samples.add_token_samples",
+)
+NO_MODULE = "hf_rb.shapers"  # a group of entry points
+
+
+def test_every_dotted_name_of_readme_and_cards_is_there():
+    named = {one for page in PAGES for one in re.findall(r"\bhf_rb(?:\.\w+)+", page.read_text(encoding="utf-8"))}
+    assert {"hf_rb.weights", EARLIER[-1]} < named
+    for name in sorted(named.union(EARLIER) - {NO_MODULE}):
+        place, rest = name, []
+        while not is_module(place):
+            place, _, last = place.rpartition(".")
+            rest.insert(0, last)
+        value = importlib.import_module(place)
+        for attribute in rest:
+            value = getattr(value, attribute)
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return (path / "__init__.py").is_file() or path.with_suffix(".py").is_file()
 
 
 PIP = [sys.executable, "-m", "pip"]

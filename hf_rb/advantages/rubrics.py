@@ -44,7 +44,7 @@ class RubricItem:
 @dataclass(frozen=True)
 class JudgeRequest:
     """
-    What a judge is asked about one rollout.
+    Question to a judge about one rollout.
 
     Attributes:
         prompt (`str` or `list[dict]`): The problem, as the policy saw it.

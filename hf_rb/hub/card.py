@@ -65,7 +65,7 @@ class Result:
 
 @dataclass
 class ModelCardData:
-    """What a model card of ours says.
+    """Contents of a model card of ours.
 
     Args:
         model_name (`str`):

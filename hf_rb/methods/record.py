@@ -22,6 +22,7 @@ from hf_rb.utils.fields import flag
 
 
 __all__ = [
+    "Kind",
     "MergeMethod",
     "Method",
     "Metric",

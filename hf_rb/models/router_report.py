@@ -101,9 +101,7 @@ def _response(rows_ND: Tensor, expert_NdD: Tensor) -> Tensor:
 
 @dataclass
 class Load:
-    """What a layer did with some tokens: how often each expert was chosen, and the sum of the tokens' entropies, in
-    [0, 1] each.
-    """
+    """Routing of some tokens in a layer: choices of each expert, and the sum of their entropies, in [0, 1] each."""
 
     picks: Tensor
     entropy: Tensor
@@ -169,7 +167,7 @@ class RouterMeter:
         return [Load(total[:-2], total[-2], total[-1]) for total in sums]
 
     def _reset(self) -> None:
-        # Of each layer the picks of every expert, the sum of entropies, and the number of tokens.
+        # One vector a layer: the picks of every expert, the sum of entropies, the number of tokens.
         self._sums = [torch.zeros(len(one.learned) + 2, device=one.learned.device) for one in self.layers]
 
     def _see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -194,7 +192,7 @@ class RouterMeter:
 @dataclass
 class RoutedLayerReport:
     """
-    What the doctor found in a layer; the module says what the numbers are.
+    Findings in a layer; the docstring of the module defines the numbers.
 
     Attributes:
         name (`str`): Name of the block in the model.
@@ -223,7 +221,7 @@ class RoutedLayerReport:
 @dataclass
 class RouterReport:
     """
-    What the doctor found in a model.
+    Findings in a model.
 
     Attributes:
         mpi (`bool`): Whether its routers are MPI's.

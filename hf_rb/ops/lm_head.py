@@ -57,7 +57,7 @@ class Head:
 
     @property
     def device(self) -> torch.device | None:
-        """Where hidden states have to be, `None` for anywhere."""
+        """Device that hidden states must be on, `None` for any."""
         return None if self.weight is None else self.weight.device
 
     def width(self, hidden: torch.Tensor) -> int:

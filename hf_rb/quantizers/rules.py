@@ -1,6 +1,4 @@
-"""What the fields of a quantization config may not be together. Standard library only: `hf-rb check` runs these
-without torch.
-"""
+"""Rules for the fields of a quantization config. Standard library only: `hf-rb check` runs these without torch."""
 
 import re
 from collections.abc import Iterator, Sequence

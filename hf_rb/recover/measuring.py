@@ -46,7 +46,7 @@ MEASURED, POOL, ROUNDED = "measured.json", "pool.json", "rounded.json"
 @dataclass(frozen=True)
 class Measured:
     """
-    What one model is worth and costs.
+    Quality and cost of one model.
 
     Attributes:
         bytes (`int`): Of all weight files that inference needs, the adapter's too.
@@ -65,7 +65,7 @@ class Measured:
 @dataclass(frozen=True)
 class Questions:
     """
-    What models are measured on.
+    Problems and text that models are measured on.
 
     Attributes:
         task (`list[dict]`): Held-out problems, if there are any.

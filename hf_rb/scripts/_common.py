@@ -1,5 +1,5 @@
-"""What the training scripts share: strict parsing, data that is checked before a model is loaded, and the end of a
-run.
+"""Parts that the training scripts share: strict parsing, data that is checked before a model is loaded, and the end of
+a run.
 """
 
 import argparse

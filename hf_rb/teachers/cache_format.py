@@ -104,7 +104,7 @@ def bytes_per_token(k: int, vocabulary: int, dtype: str = "float16") -> int:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a capture is a capture of. One that was interrupted goes on only where all of it is the same.
+    """Sources of a capture. One that was interrupted goes on only where all of them are the same.
 
     Attributes:
         model, tokenizer, template, data (`str`): SHA-256 of the weights' fingerprint, the vocabulary, the chat

@@ -11,6 +11,7 @@ this module.
 """
 
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_rb.utils.versions import TESTED, check_versions, release_of
@@ -86,6 +87,7 @@ __all__ = [
     "disable_dropout_in_model",
     "get_callable_name",
     "get_model_conversion_mapping",
+    "is_removed",
     "launch_command",
     "launch_command_parser",
     "load_offloaded_parameter",
@@ -103,7 +105,7 @@ __all__ = [
 
 
 class Entry(NamedTuple):
-    """Where a name lives.
+    """Place of a name.
 
     Attributes:
         module (`str`): Module to import.
@@ -323,6 +325,24 @@ def native_adapters_problem() -> str | None:
         f"transformers {metadata.version('transformers')} takes adapters from peft {wanted} on; peft {installed} is "
         "installed."
     )
+
+
+def is_removed(name: str) -> bool:
+    """
+    Returns whether a name of `TABLE` was in an experimental module that the installed TRL does not have.
+
+    TRL removes such modules without deprecation, so we have code of our own for what they held. A module that is there
+    and lacks the name, or does not import, is no such case: [`resolve`] raises.
+    """
+    module = TABLE[name].module
+    if not module.startswith("trl.experimental."):
+        return False
+    try:
+        return find_spec(module) is None
+    except ModuleNotFoundError as error:  # of the parent
+        if (error.name or "").partition(".")[0] != "trl":
+            raise
+        return True
 
 
 def resolve(name: str) -> Any:

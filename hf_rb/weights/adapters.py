@@ -72,7 +72,7 @@ REMEDY = "Train a plain LoRA (`init_lora_weights: true`), or tune all weights an
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
+    """Returns whether a folder holds an adapter and no model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 

@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a merge, decided from the headers of the files before anything is written."""
+"""Plan of a merge for every tensor, decided from the headers of the files before anything is written."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ SILENT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformer
 
 
 class MergePlan:
-    """What becomes of every tensor, decided from the headers of the files before anything is written."""
+    """Plan for every tensor, decided from the headers of the files before anything is written."""
 
     def __init__(self, operation: Operation, sources: Sequence[Source], options: Options):
         self.operation, self.sources, self.options = operation, sources, options
@@ -209,7 +209,7 @@ class MergePlan:
             )
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What must not change between two parts of a run."""
+        """State that must not change between two parts of a run."""
         files = {}
         for source in self.sources:
             stamps = file_stamps([source.folder / "config.json", *source.files])

@@ -49,7 +49,7 @@ METHOD = MergeMethod(
 @dataclass(frozen=True)
 class Spectrum:
     """
-    What Timber finds in a matrix of differences.
+    Spectrum of a matrix of differences, as Timber reads it.
 
     Attributes:
         erank (`float`): Effective rank, from 1 to `rank`; 0 for a matrix of zeros.

@@ -54,7 +54,7 @@ def test_completions_without_a_limit(name):
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
-def test_weights_are_counted_in_the_files_and_follow_from_the_widths(name):
+def test_weights_counted_in_files_follow_from_the_widths(name):
     model = Architecture.read(tiny.path(name))
     widths = ("hidden", "layers", "attention", "key_value", "mlp", "vocabulary", "experts", "active", "gated", "tied")
     from_widths = memory._weights(**{width: getattr(model, width) for width in widths})

@@ -112,7 +112,7 @@ class TestCompiles:
         arguments = [*pointers, *sizes, *constants, block_m, 64, dtype == "bf16"]
         compile_for_gpu(gemm._matmul_kernel, arguments, num_warps=warps, num_stages=stages)
 
-    def test_the_others(self, compile_for_gpu):
+    def test_dequantize_and_sum(self, compile_for_gpu):
         from hf_rb.quantizers.kernels.triton import decode, digits, gemm
 
         constants = digits.constants(Layout(448, 128, (NIBBLE, CRUMB)))

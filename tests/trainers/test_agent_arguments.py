@@ -54,7 +54,7 @@ def test_a_key_in_a_recipe_is_refused_and_not_repeated(tmp_path, fields):
     assert KEY not in str(error.value) and "hf_abcdefgh" not in str(error.value)
 
 
-def test_what_can_be(tmp_path):
+def test_agent_arguments_with_allowed_values_are_kept(tmp_path):
     config(tmp_path, **ENDPOINT, srar_judge_api_key_env="JUDGE_KEY_2", srar_judge_kwargs={"max_tokens": 9})
     config(tmp_path, environment="search", environment_kwargs={"corpus": "x.jsonl"}, advantage_shapers=["calibadv"])
     assert config(tmp_path, environment="search", environment_kwargs='{"top_k": 2}').environment_kwargs == {"top_k": 2}

@@ -555,7 +555,7 @@ def test_teachers_are_one(student, config, data, teacher):
         ({"objective": "akl", "seq_kd": True}, "Set `seq_kd: false`"),
     ],
 )
-def test_a_cached_teacher_given_as_an_object_obeys_the_same_rules(make, tmp_path, flags, message):
+def test_a_cached_teacher_as_an_object_obeys_the_same_rules(make, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         make(trainer_kwargs={"teacher": CachedTeacher(tmp_path)}, **flags)
 
@@ -624,7 +624,7 @@ def test_flags_name_the_card(make, tmp_path, caplog):
     assert "2604.20244" in text and "GKDTrainer" in text
 
 
-def test_a_conversation_without_a_turn_before_the_answer_is_named(make):
+def test_a_conversation_without_a_prompt_is_named(make):
     """TRL's `apply_chat_template` has an IndexError for it."""
     answer = {"role": "assistant", "content": "Hello, how may I help?"}
     message = "no turn before the assistant's 'Hello, how may I help\\?'.*Put a user's turn before it, or remove"

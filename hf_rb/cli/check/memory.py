@@ -49,7 +49,7 @@ UNUSABLE_EXPERTS = 0.75
 
 @dataclass(frozen=True)
 class Architecture:
-    """What matters of a decoder, read from its folder.
+    """Sizes of a decoder that memory depends on, read from its folder.
 
     Attributes:
         hidden, layers, attention, key_value, mlp, vocabulary (`int`):
@@ -176,7 +176,7 @@ def _weights(
 
 @dataclass(frozen=True)
 class Run:
-    """What matters of a recipe beside its models.
+    """Settings of a recipe that memory depends on, beside its models.
 
     Attributes:
         device (`str`): `"cpu"` or `"cuda"`.

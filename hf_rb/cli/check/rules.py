@@ -115,7 +115,7 @@ def _group_rules(args: Any) -> Iterator[str]:
 
 
 def group_warnings(args: Any) -> Iterator[str]:
-    """How many processes it takes for batches to hold whole groups."""
+    """Yields a warning with the number of processes for which batches hold whole groups."""
     steps = args.steps_per_generation or args.gradient_accumulation_steps
     batches = []
     if not args.generation_batch_size:

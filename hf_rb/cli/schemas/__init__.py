@@ -1,4 +1,4 @@
-"""What each configuration accepts, for `hf-rb check` and `--help`, without importing torch.
+"""Keys of each configuration, for `hf-rb check` and `--help`, without importing torch.
 
 The keys are read from the sources of the config classes, ours and those of the installed TRL and transformers. An
 entry has `types`, `default`, `choices`, `range` and `help`. A type is one of `null bool int float str dict any` or

@@ -1,5 +1,5 @@
-"""What layers get by their sensitivity: `bits_per_layer="nsds:3.0"` as a setting for each of them, found before
-anything is loaded.
+"""Settings of layers by their sensitivity: `bits_per_layer="nsds:3.0"` becomes one for each of them before anything is
+loaded.
 """
 
 from collections.abc import Sequence

@@ -72,7 +72,7 @@ class LayerWeights(NamedTuple):
 
 class LayerScore(NamedTuple):
     """
-    How sensitive a layer is, in (0, 1).
+    Sensitivity of a layer, in (0, 1).
 
     Attributes:
         numerical (`float`): By its modules' kurtosis.

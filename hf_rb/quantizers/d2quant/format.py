@@ -1,4 +1,4 @@
-r"""How D²Quant's weights are stored, in files and for the kernels.
+r"""Storage of D²Quant's weights, in files and for the kernels.
 
 There are two kinds of matrices, each with codes of 2 or 3 bits, the first also of 4:
 
@@ -61,7 +61,7 @@ DUAL = {2: (SIGNS,), 3: (SIGNS, Part(1, ((-1, 1),)))}
 
 class Coding(NamedTuple):
     """
-    How a weight is coded.
+    Coding of a weight.
 
     Attributes:
         bits (`int`): Bits of a code.
@@ -84,7 +84,7 @@ def code_bits(layout: Layout) -> int:
 
 
 def is_dual(layout: Layout) -> bool:
-    """Whether a layout is that of sign planes."""
+    """Returns whether a layout is that of sign planes."""
     return layout.parts[0] == SIGNS
 
 

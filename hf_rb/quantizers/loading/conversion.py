@@ -1,4 +1,4 @@
-"""How the tensors of a checkpoint become packed parameters, in terms of transformers' loader.
+"""Conversion of the tensors of a checkpoint to packed parameters, in terms of transformers' loader.
 
 A conversion says which tensors of a file make which parameter, and by which operations: experts 0 to 127 are stacked,
 gate and up are joined. Where the result is packed, the same operations bring packed rows together, because they move
@@ -53,7 +53,7 @@ Made = TypeVar("Made")
 
 class Packer(Protocol):
     """
-    What a conversion asks of a quantizer.
+    Interface of a quantizer to the conversions.
 
     Attributes:
         pre_quantized (`bool`): Whether the files are quantized.
@@ -156,7 +156,9 @@ class Conversions:
 
 
 def moves_rows(conversion: Any) -> bool:
-    """Whether a conversion only stacks experts and joins rows, and so does to packed rows what it does to weights."""
+    """Returns whether a conversion only stacks experts and joins rows, and so does to packed rows what it does to
+    weights.
+    """
     stacked = any(isinstance(operation, compat.MergeModulelist) for operation in conversion.operations)
     rows = {compat.MergeModulelist: 0, compat.Concatenate: 1 if stacked else 0}
     return all(type(op) in rows and op.dim == rows[type(op)] for op in conversion.operations)

@@ -1,4 +1,4 @@
-"""What of a model is its head, which stays in floating point, and what a file says about it.
+"""Heads of a model, which stay in floating point, and what a file says about them.
 
 A head is small, new whenever a model is trained for another task, and its errors go straight into the answer. Which
 module is one is seen from where it stands: outside the base model, or behind the last stack of layers of a model (a

@@ -1,4 +1,4 @@
-"""What the quantization backends of `from_pretrained(..., quantization_config=...)` have in common.
+"""Base of the quantization backends of `from_pretrained(..., quantization_config=...)`.
 
 A layer holds the bytes that the kernels read. A file has the tensors of its method's format, in the names and the
 splitting of the model's own checkpoints: `experts.3.gate_proj.weight`, with its scales as
@@ -74,7 +74,7 @@ class Solved(NamedTuple):
 @dataclass(frozen=True)
 class Place:
     """
-    Where in its parameter a matrix of a file belongs.
+    Place of a file's matrix in its parameter.
 
     Attributes:
         expert (`int`, *optional*): Number of the expert.
@@ -200,7 +200,7 @@ class PackingQuantizer(HfQuantizer):
         """Is called with the model on the meta device before tensor after tensor is given to `quantize_tensor`."""
 
     def streams(self, model: PreTrainedModel, name: str) -> bool:
-        """Whether a parameter is given to `quantize_tensor`, in pieces as a file has them."""
+        """Returns whether a parameter is given to `quantize_tensor`, in pieces as a file has them."""
         return self.param_needs_quantization(model, name)
 
     def quantize_tensor(self, parameter: str, module: PackedModule, matrix: Tensor, place: Place) -> PackedWeight:

@@ -1,4 +1,4 @@
-"""Who reads the `weight` of a linear layer, besides the layer itself.
+"""Readers of the `weight` of a linear layer, besides the layer itself.
 
 A packed `weight` is bytes. Model code that multiplies with it, asks for its type or hands it to a kernel would compute
 something else or crash, so a layer with such a reader stays as it is. Readers are found before anything is loaded, by

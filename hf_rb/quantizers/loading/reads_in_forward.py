@@ -1,4 +1,4 @@
-"""Who reads the weight of a linear layer in a forward pass of the model, on the meta device."""
+"""Readers of the weight of a linear layer in a forward pass of the model, on the meta device."""
 
 import copy
 import sys

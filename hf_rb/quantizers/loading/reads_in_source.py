@@ -1,4 +1,4 @@
-"""What the source of a model says about who reads the weight of a linear layer."""
+"""Readers of the weight of a linear layer, found in the source of a model."""
 
 import ast
 import linecache
@@ -301,7 +301,7 @@ def _holds(outer: ast.AST, inner: ast.AST) -> bool:
 
 
 def is_harmless_at(frame: FrameType) -> bool:
-    """Whether the read that is going on in a frame is harmless."""
+    """Returns whether the read that is going on in a frame is harmless."""
     file, parents = frame.f_code.co_filename, None
     line, _, column, end = list(frame.f_code.co_positions())[frame.f_lasti // 2]
     parents = _parents_in(file)

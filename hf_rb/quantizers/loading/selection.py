@@ -1,4 +1,4 @@
-"""Which parts of a model are packed."""
+"""Selection of the parts of a model that are packed."""
 
 import re
 from collections import Counter
@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 @dataclass
 class Selection:
     """
-    Which parts of a model are packed.
+    Parts of a model that are packed.
 
     Attributes:
         config ([`PackedConfig`]): The configuration that is stored: as given, or a copy that also names the layers

@@ -77,7 +77,7 @@ class PackedModule(nn.Module):
         return PackedWeight(getattr(self, name), getattr(self, scale), getattr(self, column, None))
 
     def is_packed(self, parameter: str) -> bool:
-        """Whether a parameter is packed, or stands beside one that is."""
+        """Returns whether a parameter is packed, or stands beside one that is."""
         return any(parameter in self.packed_weight(name).named(name) for name in self.layouts)
 
     def unpacked(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,4 @@
-"""What quantizing a model did, layer by layer, and what plain 4-bit rounding would have done."""
+"""Report of quantizing a model, layer by layer, beside plain 4-bit rounding."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -68,7 +68,7 @@ class BlockReport:
 @dataclass
 class LayerAllocation:
     """
-    What a decoder layer gets because of how sensitive its weights look, by NSDS.
+    Setting of a decoder layer by the sensitivity of its weights, found by NSDS.
 
     Attributes:
         name (`str`): Module name in the model.
@@ -88,7 +88,7 @@ class LayerAllocation:
 @dataclass
 class Report:
     """
-    What quantizing a model did. `dataclasses.asdict` makes it JSON-able.
+    Report of quantizing a model. `dataclasses.asdict` makes it JSON-able.
 
     Attributes:
         method (`str`): Name of the method.
@@ -187,7 +187,7 @@ class Report:
         return _mean(self.layers, which)
 
     def markdown(self) -> str:
-        """What a model card says of the measurements; nothing if there are none."""
+        """Returns the measurements as Markdown for a model card; an empty text if there are none."""
         sentences = []
         if self.eval_data:
             before, after = self.perplexity_before, self.perplexity_after
@@ -201,7 +201,7 @@ class Report:
         return "\n\n".join(sentences)
 
     def quality(self) -> "Verdict | None":
-        """How much worse the model has become, in words, where the perplexity was measured."""
+        """Returns the verdict on the quantized model, where the perplexity was measured."""
         if self.perplexity_after is None or self.perplexity_before is None:
             return None
         from hf_rb.evaluation.verdict import judge

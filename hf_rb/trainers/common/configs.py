@@ -1,4 +1,4 @@
-"""What our configs share, and how a config of TRL, or a user's subclass of one, stands in for one of ours."""
+"""Base of our configs; a config of TRL's, or a user's subclass of one, in the place of one of ours."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -47,7 +47,8 @@ def own_config(
     Returns `args` as our config class. Where `args` is TRL's or missing, our flags are off.
 
     A config that a user derives from TRL's keeps its class and its fields: the result is an instance of both classes,
-    with the values of `args` as they are.
+    with the values of `args` as they are. A config of another trainer is none of these, also where TRL derives it from
+    this trainer's, as `GKDConfig` from `SFTConfig`.
 
     Raises:
         TypeError: `args` is a config of another trainer.
@@ -58,7 +59,8 @@ def own_config(
         return config_class(f"{name.split('/')[-1]}-{suffix}")
     if isinstance(args, config_class):
         return args
-    if isinstance(args, config_class.__bases__[-1]):
+    library_class = _library_class(type(args))
+    if library_class is config_class.__bases__[-1]:
         # Not through the constructor: it would derive values again that `args` has derived already.
         own = _restore(config_class, type(args), _defaults(config_class) | vars(args))
         validate(own, *config_class._rules)
@@ -69,10 +71,17 @@ def own_config(
     if unknown:
         kind, wanted = type(args).__name__, config_class.__name__
         remedy = f"Pass a {wanted}, or derive your config from it."
-        if isinstance(args, ConfigMixin):
-            remedy = f"Use `{kind.removesuffix('Config')}Trainer`, or pass a {wanted}."
+        if library_class is not None and (library_class is type(args) or issubclass(library_class, ConfigMixin)):
+            method = library_class.__name__.removesuffix("Config").removesuffix("Arguments")
+            remedy = f"Use `{method}Trainer`, or pass a {wanted}."
         raise TypeError(f"`args` is a {kind}, whose `{unknown[0]}` this trainer does not have. {remedy}")
     return config_class(**values)
+
+
+def _library_class(kind: type) -> type | None:
+    """Returns the config of ours or of TRL's that a class is or derives from, `None` for one of transformers alone."""
+    libraries = (one for one in kind.__mro__ if one.__module__.partition(".")[0] in ("hf_rb", "trl"))
+    return next((one for one in libraries if issubclass(one, TrainingArguments)), None)
 
 
 def _defaults(config_class: type[ConfigMixin]) -> dict[str, Any]:

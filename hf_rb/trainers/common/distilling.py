@@ -1,4 +1,4 @@
-"""What the distillation trainers share: their objective, and what it compares the student with."""
+"""Parts that the distillation trainers share: their objective, and the logits that it compares the student with."""
 
 from dataclasses import replace
 from typing import Any

@@ -17,8 +17,8 @@ __all__ = ["DistillationConfig"]
 
 
 class _WithoutDataset:
-    """Says of a keyword argument that only GKD can act on where to go with it. A base class, so that signatures stay
-    as they are.
+    """Refuses keyword arguments of [`GKDConfig`] alone, and names the trainer that takes them. It is a base class, so
+    that the signature of the config stays as it is.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any):

@@ -1,4 +1,4 @@
-"""What quantizing a decoder layer has found, in memory and as the file from which an interrupted run goes on."""
+"""Results of quantizing a decoder layer, in memory and as the file from which an interrupted run goes on."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -20,7 +20,7 @@ __all__ = ["LayerResult", "load_result", "save_result"]
 @dataclass
 class LayerResult:
     """
-    What quantizing a decoder layer has found.
+    Results of quantizing a decoder layer.
 
     Attributes:
         block (`BlockReport`): The decoder layer's part of the report.

@@ -1,4 +1,4 @@
-r"""Where the column scales of a down projection can go, and how they get there.
+r"""Absorption of the column scales of a down projection into the layers that feed it.
 
 An MLP computes  W_down (a(x) * W_up x)  or  W_down r(W_up x)  with a positively homogeneous r such as ReLU. There
 column j of W_down, its scale c_j >= 0 included, meets nothing but row j of W_up, so that

@@ -64,7 +64,7 @@ def _in_digits(basis: tuple[tuple[int, ...], ...], radix: int) -> Recipe:
 
 class Constants(NamedTuple):
     """
-    What the kernels are compiled for. The tuples are flat because compiled code indexes only such.
+    Constants that the kernels are compiled for. The tuples are flat because compiled code indexes only such.
 
     `PARTS` has for every part: bits, radix, shift, its first scale, the end of its scales, its offset in a group and
     in the last group. `DIGITS` has alpha, beta and gamma for every scale of a group. `TAIL` is the length of a short

@@ -379,7 +379,7 @@ def test_numbers_of_a_method_are_no_curves_of_the_run(tmp_path, no_drawings):
     assert "| eval_loss | 2 |" in text and "eval_forward_kl" not in text and "eval_num_tokens" not in text
 
 
-def test_a_run_that_has_not_ended_is_read_from_its_last_checkpoint(tmp_path, no_drawings):
+def test_a_run_without_an_end_is_read_from_its_last_checkpoint(tmp_path, no_drawings):
     for step in (2, 10):
         write(tmp_path / "run" / f"checkpoint-{step}", trainer_state={"log_history": log(loss=[float(step)] * 2)})
     assert "| loss | 10 | 10 |" in make_report([read_source(tmp_path / "run")]).markdown()
