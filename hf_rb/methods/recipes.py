@@ -1,4 +1,4 @@
-"""How a recipe names methods: by name, or with their flags, `advantage_shapers: [edas, {brevity: {alpha: 0.3}}]`.
+"""Methods in a recipe: names, or names with flags, `advantage_shapers: [edas, {brevity: {alpha: 0.3}}]`.
 
 Parsers take names and flat flags (`brevity_alpha`), so the second form becomes the first before they see it. Standard
 library only.

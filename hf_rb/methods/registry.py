@@ -1,4 +1,4 @@
-"""Which methods there are: files of this package, entry points of installed packages, and code that the command line
+"""Registry of the methods: files of this package, entry points of installed packages, and code that the command line
 allows. Standard library only: nothing is imported until a method is used.
 """
 
@@ -19,7 +19,19 @@ from hf_rb.methods.record import Kind, Method
 from hf_rb.utils.fields import value_problem
 
 
-__all__ = ["GROUPS", "LOCAL", "PACKAGE", "Entry", "allow", "broken", "catalog", "find", "methods", "name_problem"]
+__all__ = [
+    "GROUPS",
+    "LOCAL",
+    "PACKAGE",
+    "Entry",
+    "allow",
+    "broken",
+    "catalog",
+    "entries",
+    "find",
+    "methods",
+    "name_problem",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +71,15 @@ _RECORD = re.compile(r"\b\w*Method\(")
 @dataclass(frozen=True)
 class Entry:
     """
-    Where a method is.
+    Place of a method.
 
     Attributes:
-        method (`Method`): Its record.
+        method (`Method`): Its record, of the class of its kind.
         module, name (`str`): Where the class stands, or the constant that holds the record.
         package (`str`): The package it comes with.
     """
 
-    method: Method
+    method: Any
     module: str
     name: str
     package: str
@@ -77,10 +89,15 @@ class Entry:
         return getattr(import_module(self.module), self.name)
 
 
+def entries() -> list[Entry]:
+    """Returns all methods that can be used, in the order of their files."""
+    others = [entry for kind in GROUPS for entry in methods(kind).values()]
+    return [*{entry.method.key: entry for entry in (*_built_in(), *others)}.values()]
+
+
 def catalog() -> dict[str, Method]:
     """Returns the records of all methods that can be used, by key."""
-    others = [entry for kind in GROUPS for entry in methods(kind).values()]
-    return {entry.method.key: entry.method for entry in (*_built_in(), *others)}
+    return {entry.method.key: entry.method for entry in entries()}
 
 
 def methods(kind: Kind) -> dict[str, Entry]:

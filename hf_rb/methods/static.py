@@ -88,7 +88,7 @@ def record(module: str, name: str) -> Any:
 
 
 def is_torch_free(module: str) -> bool:
-    """Whether a module is imported as it is."""
+    """Says whether a module is imported as it is."""
     return any(module == one or module.startswith(f"{one}.") for one in _IMPORTED)
 
 

@@ -52,9 +52,7 @@ __all__ = [
 @documented
 @dataclass
 class ScriptArguments(trl.ScriptArguments):
-    """
-    TRL's script arguments, and:
-    """
+    """TRL's script arguments, and ours."""
 
     overwrite: bool = flag(
         False, "Whether a model and checkpoints that `output_dir` already holds are deleted when training starts."
@@ -174,9 +172,8 @@ def parse(parser: trl.TrlParser, argv: Sequence[str] | None = None) -> tuple:
     argv = _allow_local_code(sys.argv[1:] if argv is None else argv)
     argv = [part for item in argv for part in (item.split("=", 1) if item.startswith("--config=") else [item])]
     recipe: Any = {}
-    path = ""
-    if "--config" in argv[:-1]:
-        path = argv[argv.index("--config") + 1]
+    path = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else ""
+    if path:
         with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)
         if not isinstance(recipe, dict):

@@ -39,9 +39,7 @@ __all__ = ["GRPOScriptArguments", "build", "main", "make_parser", "prepare"]
 @documented
 @dataclass
 class GRPOScriptArguments(_common.ScriptArguments):
-    """
-    The script arguments of every trainer, and:
-    """
+    """Script arguments of every trainer, and those of GRPO."""
 
     reward_funcs: list[str] | None = flag(
         None,

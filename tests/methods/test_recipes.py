@@ -76,7 +76,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("recipe, message", BAD.values(), ids=BAD)
-def test_bad_mapping_is_refused_by_config_and_check_with_the_same_words(tmp_path, recipe, message):
+def test_bad_mapping_is_refused_by_every_door_in_the_same_words(tmp_path, recipe, message):
     with pytest.raises(ValueError, match=message) as error:
         flatten(recipe)
     findings = check(tmp_path / "recipe.yaml", recipe, "grpo" if "advantage_shapers" in recipe else "gkd")

@@ -96,7 +96,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("code, message", BAD.values(), ids=BAD)
-def test_a_broken_entry_point_is_one_sentence_that_names_the_package(monkeypatch, tmp_path, code, message):
+def test_broken_entry_point_is_a_sentence_with_its_package(monkeypatch, tmp_path, code, message):
     install(monkeypatch, tmp_path / "site", "brevity-pkg", code, shaper={"brevity": "Brevity"})
     with pytest.raises(ValueError, match=f"'brevity' of the package brevity-pkg .* cannot be used: .*{message}"):
         find("shaper", "brevity")

@@ -270,7 +270,7 @@ def test_log_probs(case):
     )
 
 
-@pytest.mark.parametrize("rule", [DivergenceRule("forward_kl"), HpdRule()])
+@pytest.mark.parametrize("rule", [ForwardKL(), HPD()])
 def test_a_rule_that_compares_refuses_a_missing_teacher(case, rule):
     with pytest.raises(TypeError, match="compares the student with a teacher, and none is given"):
         tiled(case, rule, teacher=None)
