@@ -41,8 +41,8 @@ class PassAtKFlags:
 def _rules(config: Any) -> Iterator[str]:
     if config.correct_reward is None:
         yield (
-            "`advantage_shapers: [pass_at_k]` needs to know which completions are correct. Set `correct_reward` to the "
-            "name of a reward function, such as `correct_reward: exact_answer_reward`."
+            "`advantage_shapers: [pass_at_k]` needs to know which completions are correct. Set `correct_reward` to "
+            "the name of a reward function, such as `correct_reward: exact_answer_reward`."
         )
     for name in ("num_generations", "num_generations_eval"):
         number = getattr(config, name, None)
