@@ -50,6 +50,12 @@ def test_pass_at_k_refuses_a_k_below_one():
         pass_at_k(torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool), 2, 0)
 
 
+def test_pass_at_k_of_a_whole_group_says_nothing():
+    correct = torch.tensor([True, False, False, False])
+    found, _ = pass_at_k(correct, ~correct, 4, 4)
+    assert not found.any()
+
+
 def test_pass_at_k_in_the_pipeline_replaces_advantages():
     correct = torch.tensor([True, False, False, False, True, True, True, True])
     ctx = ShapingContext(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import trl.trainer.distillation_trainer as trls
 from datasets import Dataset
+from helpers.fake_vllm import fake_vllm, log_probs
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import set_seed
@@ -43,11 +44,15 @@ def data():
     )
 
 
+def completion_of(prompt):
+    return [5 + sum(prompt) % 90, *prompt[3 : 3 + len(prompt) % 5]]
+
+
 class Injected(DistillationTrainer):
     """Takes given completions in place of sampling any."""
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        return [[5 + sum(prompt) % 90, *prompt[3 : 3 + len(prompt) % 5]] for prompt in prompt_ids]
+        return [completion_of(prompt) for prompt in prompt_ids]
 
 
 @pytest.fixture
@@ -73,11 +78,6 @@ def loss_of(trainer, batch):
     loss.backward()
     gradient = {name: part.grad for name, part in trainer.model.named_parameters() if part.grad is not None}
     return loss.item(), gradient
-
-
-def log_probs(model, prompt, completion):
-    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1)[range(len(completion)), completion]
 
 
 # The reference
@@ -234,32 +234,9 @@ def test_an_unknown_teacher_raises(make, teacher, data):
 # Importance weights
 
 
-class FakeVLLM:
-    """Stands for TRL's handle of vLLM: samples given ids, with log-probabilities that differ from the student's."""
-
-    shift = 0.5
-
-    def __init__(self, model, processing_class, logprobs, **kwargs):
-        self.model, self.logprobs = model, logprobs
-
-    def sync_weights(self):
-        pass
-
-    @torch.no_grad()
-    def generate(self, prompts, images, num_generations, profiler):
-        completions = [[5 + sum(prompt) % 90, *prompt[3 : 3 + len(prompt) % 5]] for prompt in prompts]
-        values = [
-            [[value - self.shift] for value in log_probs(self.model, prompt, completion).tolist()]
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        values[0][0] = [None]  # NaN
-        return prompts, completions, values if self.logprobs == 0 else None, None
-
-
 @pytest.mark.parametrize("cap, weight", [(5.0, 0.5), (1.2, 0.5)])
 def test_truncated_importance_weights(make, monkeypatch, cap, weight):
-    monkeypatch.setattr(trls, "is_vllm_available", lambda: True)
-    monkeypatch.setattr(trls, "VLLMGeneration", FakeVLLM)
+    fake_vllm(monkeypatch, completion_of)
     flags = {**EXOPD, "use_vllm": True, "gopd_aggregation": "token-mean"}
     plain, capped = (
         make(flags, trainer=DistillationTrainer),
