@@ -156,7 +156,14 @@ def turn_of(history, index, tokenizer):
 
 
 class Injected(GRPOTrainer):
-    """Takes the completions above in place of sampling any."""
+    """Takes the completions above in place of sampling any. Keeps the advantages of the last generation before and after the shapers."""
+
+    kept = None
+
+    def _shape(self, output, context):
+        before = output["advantages"].clone()
+        super()._shape(output, context)
+        self.kept = (before, output["advantages"], context)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.environments is not None:

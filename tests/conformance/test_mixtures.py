@@ -155,6 +155,20 @@ def test_balance_loss_has_the_gradient_of_its_formula(tokenizer, tmp_path, path,
         assert (given - without).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize("path", ["sft", "gkd, chunked", "gkd, dense"])
+def test_logged_loss_has_the_balance_loss_once(tokenizer, tmp_path, path):
+    """And ProFit's gate, which no label passes here, leaves it alone."""
+    name, fields = PATHS[path]
+    run = fields | {"router_aux_loss_coef": 0.5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    gate = {"profit_threshold": 1.0} if name == "sft" else {}
+    trainer = make_trainer(name, mixture(mpi=False), tokenizer, tmp_path, **run, **gate)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    other = log["profit/loss" if name == "sft" else "forward_kl"]
+    assert (other == 0) == (name == "sft")
+    assert log["loss"] == pytest.approx(other + 0.5 * log["aux_loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["sft", "gkd", "grpo"])
 @pytest.mark.parametrize("size, steps", [(2, 2), (1, 4)])
 def test_split_does_not_change_the_loss_of_a_sequence(tokenizer, tmp_path, kind, size, steps):
