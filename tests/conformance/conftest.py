@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from all_rows import TRAINERS
 from filelock import FileLock
 from helpers.seeded_runs import Runs, python_path
 
 
-TRAINERS = {one: import_module(f"{one}_cases").TRAINER for one in ("sft", "gkd", "distillation", "grpo")}
 SPLIT = "test_split_of_a_step_does_not_change_training"
-EXTRAS = {"head_cases": "test_heads", "resume_cases": "test_conformance"}
+EXTRAS = {"head_cases": "test_odd_heads", "resume_cases": "test_trainers"}
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ class Row:
         methods (`tuple[str, ...]`): Keys of the records whose metrics it logs, the first its own.
         batches (`dict`, *optional*): Splits of its step, where the trainer's do not fit.
         group (`str`, *optional*): Rows of a group stand for each other where the fast tests choose. Defaults to the first method.
+        minor (`bool`): Whether another row is like it but for the choice of a flag.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Row:
     methods: tuple[str, ...] = ()
     batches: Mapping[str, Mapping[str, Any]] | None = None
     group: str = ""
+    minor: bool = False
 
 
 class Run(NamedTuple):

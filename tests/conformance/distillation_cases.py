@@ -39,7 +39,7 @@ def rows():
         if entry.method.completions != "dataset":
             yield Row(name, {"objective": name}, (name,))
             for label, flags in variants(entry.method):
-                yield Row(f"{name}, {label}", {"objective": name, **flags}, (name,))
+                yield Row(f"{name}, {label}", {"objective": name, **flags}, (name,), minor=True)
     yield Row("jsd, beta", {"beta": 0.3, "temperature": 1.4}, ("jsd",))
     yield Row("reverse_kl, temperature", {"objective": "reverse_kl", "temperature": 1.5}, ("reverse_kl",))
     more = {

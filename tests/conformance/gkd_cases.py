@@ -57,19 +57,19 @@ def outside():
 def rows():
     """Every objective as its record says, with every other choice of its flags, and what other fields make of it."""
 
-    def row(name, objective, more=(), group="", **keys):
+    def row(name, objective, more=(), group="", minor=False, **keys):
         keys = {"objective": objective, "lmbda": 0.0, **keys}
         splits = HALVES if group.startswith("nothing") else None if keys["lmbda"] == 0 else GENERATED
         if splits is GENERATED:  # those that have a prompt
             keys["rows"] = documents()[:8]
-        return Row(name, keys, (objective, *more), splits, group)
+        return Row(name, keys, (objective, *more), splits, group, minor)
 
     for name, entry in methods("objective").items():
         method = entry.method
         base = {"lmbda": 1.0, "temperature": 1.0} if method.completions == "student" else {}
         yield row(name, name, **base)
         for label, flags in variants(method):
-            yield row(f"{name}, {label}", name, **base, **flags)
+            yield row(f"{name}, {label}", name, minor=True, **base, **flags)
         if method.mixes:
             yield row(f"{name}, mixed", name, ("llm_neo", "loca"), "mixed", kd_alpha=0.5, loca_alpha=0.95)
     exopd = {"reward_scale": 1.25, "lmbda": 1.0, "temperature": 1.0}

@@ -104,7 +104,7 @@ def rows():
         yield Row(name, base, (name,))
         for label, flags in variants(entry.method):
             if not flags.keys() & {*LEFT_OUT}:
-                yield Row(f"{name}, {label}", base | flags, (name,))
+                yield Row(f"{name}, {label}", base | flags, (name,), minor=True)
     unlike = EdasShaper(equivalent=lambda first, second: len(first) != len(second))
     yield Row("edas, equivalence", {**EXACT, "shapers": [unlike]}, ("edas",), group="equivalence")
     yield Row("edas, grpo loss", {**EDAS, "loss_type": "grpo", "edas_no_answer": "singleton"}, ("edas",))

@@ -1,6 +1,6 @@
 """What the configs refuse, and `hf-rb check` in the same words: verb, keys of a good recipe that change, and a part of the message."""
 
-from hf_rb.methods.registry import methods
+from hf_rb.methods.registry import PACKAGE, methods
 from hf_rb.methods.rules import defaults_of
 
 
@@ -213,7 +213,8 @@ GRPO += [
 ]
 REFUSED = {"sft": SFT, "gkd": GKD, "distillation": DISTILLATION, "grpo": GRPO}
 
-# By the records: Liger's kernels under any objective that is not TRL's own, and every flag of a method that is off.
+# By the records: Liger's kernels under any objective that is not TRL's own, and flags of our methods that are off; those of another
+# package are keys only where it is on.
 for name, entry in methods("objective").items():
     completions = entry.method.completions
     lmbda = {"lmbda": 1.0, "temperature": 1.0} if completions == "student" else {"lmbda": 0.0}
@@ -222,12 +223,12 @@ for name, entry in methods("objective").items():
     GKD.append((liger | lmbda, words))
     if completions != "dataset" and name != "jsd":
         DISTILLATION.append((liger, words))
-    for field, default in defaults_of(entry.method).items() if name != "gopd" else ():
+    for field, default in defaults_of(entry.method).items() if entry.package == PACKAGE else ():
         if isinstance(default, float | bool):
             other = not default if isinstance(default, bool) else default / 2
             GKD.append(({"lmbda": 0.0, field: other}, f"acts on `objective: {name}` only, and the objective is 'jsd'"))
 for name, entry in methods("shaper").items():
-    for field, default in defaults_of(entry.method).items():
+    for field, default in defaults_of(entry.method).items() if entry.package == PACKAGE else ():
         if isinstance(default, float | bool) and default:
             other = not default if isinstance(default, bool) else default + 1
             GRPO.append(({field: other}, f"has no effect without the shaper {name!r}"))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import TRAINERS
+from all_rows import TRAINERS
 from refusals import REFUSED, SECRETS
 
 from hf_rb.cli.check import check

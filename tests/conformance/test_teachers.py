@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from all_rows import capture
 from peft import LoraConfig
-from test_conformance import capture
 from transformers import AutoModelForCausalLM
 
 from hf_rb.teachers import AdapterOffTeacher, CachedTeacher

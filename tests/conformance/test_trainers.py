@@ -3,62 +3,38 @@ Every trainer with every method through the same checks. Rows follow from the re
 no line here. The fast tests train every row, and every group of rows in every split; the slow ones all the rest.
 """
 
+from collections import Counter
+from itertools import permutations
+from math import comb
+
 import pytest
 import torch
-from conftest import TRAINERS
+from all_rows import (
+    OURS,
+    ROWS,
+    TRAINERS,
+    assert_same_training,
+    capture,
+    group_of,
+    is_fast,
+    is_ours,
+    named,
+    row_of,
+    selected,
+)
+from dense import Dense
 from described import STEPS
 from helpers.pairwise import cover
-from helpers.records import documented
+from helpers.records import names_of
 from helpers.seeded_runs import Runs
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from hf_rb.methods.metrics import SHAPING_METRICS
 from hf_rb.methods.registry import catalog
-from hf_rb.teachers import CachedTeacher, cache_teacher
-
-
-ROWS = [(name, row) for name, trainer in TRAINERS.items() for row in trainer.rows]
-OURS = documented()
-
-
-def row_of(key):
-    return TRAINERS[key[0]].rows[key[1]]
-
-
-def group_of(key):
-    row = row_of(key)
-    return row.group or (row.methods or (row.name,))[0]
-
-
-def selected(fast, rows=ROWS):
-    """Parametrizes a test by rows. Those of which `fast` says so run in the fast tests."""
-    return pytest.mark.parametrize(
-        "key",
-        [pytest.param(key, id="-".join(key), marks=() if fast(key) else pytest.mark.slow) for key in rows],
-    )
-
-
-def named(**names):
-    """Rows by trainer."""
-    return lambda key: key[1] in names.get(key[0], ())
-
-
-def is_ours(trainer, name):
-    """Whether a number must not depend on how a batch is split."""
-    if name in ("loss", "grad_norm") or name.startswith(trainer.also):
-        return True
-    return name in OURS - trainer.theirs
-
-
-def assert_same_training(trainer, actual, expected, steps=slice(STEPS)):
-    for entry, expected_entry in zip(actual[0][steps], expected[0][steps], strict=True):
-        names = {name for name in expected_entry if is_ours(trainer, name)}
-        assert names == {name for name in entry if is_ours(trainer, name)}
-        for name in names:
-            value = pytest.approx(expected_entry[name], rel=trainer.rel, abs=trainer.abs)
-            assert entry[name] == value, name
-    torch.testing.assert_close(actual[1], expected[1], rtol=1e-4, atol=trainer.weights_abs)
+from hf_rb.teachers import CachedTeacher
+from hf_rb.tiny import extract_answer
 
 
 # Splits
@@ -74,7 +50,7 @@ def splits():
         kind = "processes" if "processes" in split else "micro-batches" if split[0].isdigit() else split
         return {(name, row), (name, group_of(key), kind), (name, group_of(key), path), (name, split, path)}
 
-    chosen = {*cover(keys, meetings)}
+    chosen = {*cover([key for key in keys if not row_of(key).minor], meetings)}
     return selected(chosen.__contains__, keys)
 
 
@@ -140,7 +116,7 @@ def test_config_of_trl_is_taken_with_flags_off(trainers, name):
 # Methods that act
 
 
-@selected(lambda key: True)
+@selected(is_fast)
 def test_row_trains(trainers, whole, key):
     """Otherwise the equalities above would hold for a method that does nothing."""
     one, run = trainers[key[0]], whole[key]
@@ -275,16 +251,125 @@ def test_cached_teacher_of_the_whole_vocabulary(trainers, whole, tmp_path, key):
     assert_same_training(one, cached, whole[key])
 
 
-def capture(one, folder, k, **keys):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one.trainer, "train", lambda trainer, **_: cache_teacher(trainer, folder, k=k, dtype="float32"))
-        one.train(**keys)
+# Formulas on all logits
+
+
+DISTILLED = [
+    key
+    for key in ROWS  # of halves a step is a part of the rows; there the splits agree
+    if key[0] in ("gkd", "distillation") and not row_of(key).group.startswith("nothing")
+]
+
+
+@selected(is_fast, DISTILLED)
+def test_first_step_is_that_of_dense_logits(trainers, whole, key):
+    """Its loss, its gradient, and every number of a method in the logs."""
+    one, row, run = trainers[key[0]], row_of(key), whole[key]
+    dense = Dense(one, row, run.trainer)
+    dense.loss.backward()
+    gradients = [parameter.grad for parameter in dense.models["student"].parameters()]
+    log = run.logs[0]
+    assert log["loss"] == pytest.approx(dense.loss.item(), rel=1e-4, abs=2e-6)
+    assert log["grad_norm"] == pytest.approx(torch.stack([one.norm() for one in gradients]).norm().item(), rel=1e-4)
+    if one.name == "distillation":
+        weights = one.train_row(row, max_steps=1).weights
+        for name, parameter in dense.models["student"].named_parameters():
+            torch.testing.assert_close(weights[name], parameter - 0.1 * parameter.grad, rtol=1e-4, atol=2e-6)
+        if run.trainer.teacher_model is not None:  # TRL's loss, which logs no number of ours
+            return
+    dense.values["kept_fraction"] = torch.tensor([len(dense.values["entropy"]) / dense.tokens])
+    if "outside_vocabulary_fraction" in log:
+        dense.values["outside_vocabulary_fraction"] = torch.tensor([dense.outside / dense.labels])
+    theirs, unlabelled = {"loss", "grad_norm", *one.theirs}, {"ce", "kd"}
+    extremes = {metric.name for name in row.methods for metric in catalog()[name].metrics if metric.extremes}
+    ends = {f"{name}_{end}" for name in extremes for end in ("min", "max")}
+    assert (OURS & log.keys()) - theirs <= dense.values.keys() | ends
+    assert dense.values.keys() - theirs - log.keys() <= unlabelled
+    for name in dense.values.keys() & log.keys() - theirs:
+        values = dense.values[name]
+        assert log[name] == pytest.approx(values.mean().item(), rel=1e-4, abs=2e-6), name
+        if name in extremes:
+            found = [log[f"{name}_{end}"] for end in ("min", "max")]
+            assert found == pytest.approx([values.min().item(), values.max().item()], rel=1e-4, abs=2e-6), name
+
+
+# Shapers
+
+
+def statistics(before, after):
+    moved = (after - before).abs()
+    return {
+        "mean": after.mean(),
+        "std": after.std(correction=0),
+        "changed": (moved > 0).double().mean(),
+        "delta_abs": moved.mean(),
+        "flipped": (before * after < 0).double().mean(),
+    }
+
+
+ONE_SHAPER = [key for key in ROWS if key[0] == "grpo" and row_of(key).methods[:1] not in ((), ("hidden_align",))]
+ONE_SHAPER = [key for key in ONE_SHAPER if row_of(key).group != "several"]
+
+
+@selected(is_fast, ONE_SHAPER)
+def test_numbers_of_a_shaper_are_those_of_its_advantages(whole, key):
+    """Of the last step, over rollouts or over the tokens in the loss; and of some, what they say of answers."""
+    run = whole[key]
+    (shaper,), log, (before, after, context) = run.trainer.shapers, run.logs[STEPS - 1], run.trainer.kept
+    assert names_of(SHAPING_METRICS, f"shaping/{shaper.name}/") <= log.keys()
+    if shaper.level == "token":
+        before, after = before[:, None].expand_as(after)[context.mask], after[context.mask]
+    expected = statistics(before.double(), after.double())
+    texts, right = [completion[-1]["content"] for completion in context.completions], context.correct
+    answers = [extract_answer(text) for text in texts]
+    groups = [slice(start, start + 4) for start in range(0, len(texts), 4)]
+    if shaper.name == "pass_at_k":
+        rewards = [1 - comb(4 - int(right[group].sum()), 2) / comb(4, 2) for group in groups]
+        silent = [reward in (0, 1) for reward in rewards]
+        expected |= {"reward": sum(rewards) / len(groups), "groups_silent": sum(silent) / len(groups)}
+    if key[1] == "edas":
+        kinds = [Counter(a for a, ok in zip(answers[g], right[g].tolist(), strict=True) if not ok) for g in groups]
+        expected |= {
+            "groups_diverse": sum(len(kind) > 1 for kind in kinds),
+            "groups_collapsed": sum(len(kind) == 1 and kind.total() > 1 for kind in kinds),
+            "groups_skipped": sum(kind.total() <= 1 for kind in kinds),
+            "wrong_per_group": sum(kind.total() for kind in kinds) / len(kinds),
+            "classes_per_group": sum(map(len, kinds)) / len(kinds),
+            "warmup": 1.0,
+        }
+    if "shaping/answered" in log:
+        assert log["shaping/answered"] == pytest.approx(sum(one is not None for one in answers) / len(answers))
+    for name, value in expected.items():
+        assert log[f"shaping/{shaper.name}/{name}"] == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
+
+
+def test_cosines_of_hidden_align_are_those_of_the_states(trainers):
+    """At the last token before each right answer, in groups that have a wrong one too."""
+    one = trainers["grpo"]
+    run = one.train_row(one.rows["hidden-align"], learning_rate=0.0, max_steps=1)
+    log, (batch,) = run.logs[0], run.trainer._buffered_inputs
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    model = AutoModelForCausalLM.from_pretrained(one.models / "policy")
+    with torch.no_grad():
+        hidden = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+    states = torch.nn.functional.normalize(hidden[torch.arange(len(ids)), batch["align_position"]], dim=-1)
+    aligned = [index for index, weight in enumerate(batch["align_weight"].tolist()) if weight > 0]
+    assert log["hidden_align/aligned"] == pytest.approx(len(aligned) / len(ids))
+    within, across = {}, []
+    for first, second in permutations(aligned, 2):
+        prompts_of = [tuple(batch["prompt_ids"][index].tolist()) for index in (first, second)]
+        cosines = within.setdefault(prompts_of[0], []) if prompts_of[0] == prompts_of[1] else across
+        cosines.append(float(states[first] @ states[second]))
+    means = [sum(cosines) / len(cosines) for cosines in within.values()]
+    assert log["hidden_align/cosine"] == pytest.approx(sum(means) / len(means), abs=1e-5)
+    assert log["hidden_align/cosine_across"] == pytest.approx(sum(across) / len(across), abs=1e-5)
 
 
 # What a run leaves behind
 
 
-@selected(lambda key: True)
+@selected(is_fast)
 def test_card_is_valid_and_names_the_methods(whole, key):
     run = whole[key]
     card, methods = ModelCard(run.card), run.trainer._all_methods
@@ -297,18 +382,15 @@ def test_card_is_valid_and_names_the_methods(whole, key):
         assert f"huggingface.co/papers/{paper.id}" in run.card and f"{{{paper.title}}}" in run.card
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_every_number_in_the_logs_is_documented(trainers, whole, of_trl, name):
+@selected(is_fast)
+def test_every_number_in_the_logs_is_documented(whole, of_trl, key):
     """Those that TRL's trainer does not log with other rewards and without tools. A shaper of one's own has no record."""
-    one = trainers[name]
-    theirs = {key for entry in of_trl[next(key for key in OFF if key[0] == name)].logs for key in entry}
-    for row in one.rows:
-        logged = {key for entry in whole[name, row].logs for key in entry} - theirs
-        assert {key for key in logged if not key.startswith(("shaping/ramp/", "rewards/", "tools/"))} <= OURS, row
+    theirs = {name for entry in of_trl[next(one for one in OFF if one[0] == key[0])].logs for name in entry}
+    logged = {name for entry in whole[key].logs for name in entry} - theirs
+    assert {name for name in logged if not name.startswith(("shaping/ramp/", "rewards/", "tools/"))} <= OURS
 
 
 def test_every_documented_number_is_in_some_log(whole):
     """Of mixtures of experts see `test_mixtures.py`."""
-    logged = {name for key in ROWS for entry in whole[key].logs for name in entry}
-    missing = {name for name in OURS - logged if not name.startswith("router/")}
-    assert missing == {"aux_loss"}
+    logged = {name for key in ROWS if is_fast(key) for entry in whole[key].logs for name in entry}
+    assert {name for name in OURS - logged if not name.startswith("router/")} == {"aux_loss"}

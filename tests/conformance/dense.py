@@ -1,32 +1,17 @@
-"""Losses, gradients and numbers in the logs by their formulas on all logits, one unpadded sequence at a time."""
+"""The first step of a distillation by the formulas on all logits, one unpadded sequence at a time."""
 
-from collections import Counter
-from itertools import permutations
-from math import comb
-
-import pytest
 import torch
-from described import STEPS
 from distillation_cases import completion_of, prompts
 from gkd_cases import Injected, documents
-from helpers.records import names_of
-from test_conformance import OURS, ROWS, row_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_rb.methods.metrics import SHAPING_METRICS
-from hf_rb.methods.registry import catalog
 from hf_rb.objectives import adaptive_kl, forward_kl, jsd, loca_calibrate, reverse_kl
 from hf_rb.objectives.hpd import hpd_loss, hpd_weights, inverse_cdf_sample
 from hf_rb.ops.sequences import Sequences
-from hf_rb.tiny import extract_answer
 from hf_rb.trainers.common.distilling import dense_stats
 
 
-DISTILLED = [
-    key
-    for key in ROWS  # of halves a step is a part of the rows; there the splits agree
-    if key[0] in ("gkd", "distillation") and not row_of(key).group.startswith("nothing")
-]
+__all__ = ["Dense"]
 
 
 # Sequences of the first step
@@ -180,108 +165,3 @@ class Dense:
         if aggregation == "token-mean":
             return torch.stack(sums).sum() / sum(map(len, self.losses))
         return torch.stack(means if aggregation == "seq-mean-token-mean" else sums).mean()
-
-
-@pytest.mark.parametrize("key", DISTILLED, ids="-".join)
-def test_first_step_is_that_of_dense_logits(trainers, whole, key):
-    """Its loss, its gradient, and every number of a method in the logs."""
-    one, row, run = trainers[key[0]], row_of(key), whole[key]
-    dense = Dense(one, row, run.trainer)
-    dense.loss.backward()
-    gradients = [parameter.grad for parameter in dense.models["student"].parameters()]
-    log = run.logs[0]
-    assert log["loss"] == pytest.approx(dense.loss.item(), rel=1e-4, abs=2e-6)
-    assert log["grad_norm"] == pytest.approx(torch.stack([one.norm() for one in gradients]).norm().item(), rel=1e-4)
-    if one.name == "distillation":
-        weights = one.train_row(row, max_steps=1).weights
-        for name, parameter in dense.models["student"].named_parameters():
-            torch.testing.assert_close(weights[name], parameter - 0.1 * parameter.grad, rtol=1e-4, atol=2e-6)
-        if run.trainer.teacher_model is not None:  # TRL's loss, which logs no number of ours
-            return
-    dense.values["kept_fraction"] = torch.tensor([len(dense.values["entropy"]) / dense.tokens])
-    if "outside_vocabulary_fraction" in log:
-        dense.values["outside_vocabulary_fraction"] = torch.tensor([dense.outside / dense.labels])
-    theirs, unlabelled = {"loss", "grad_norm", *one.theirs}, {"ce", "kd"}
-    extremes = {metric.name for name in row.methods for metric in catalog()[name].metrics if metric.extremes}
-    ends = {f"{name}_{end}" for name in extremes for end in ("min", "max")}
-    assert (OURS & log.keys()) - theirs <= dense.values.keys() | ends
-    assert dense.values.keys() - theirs - log.keys() <= unlabelled
-    for name in dense.values.keys() & log.keys() - theirs:
-        values = dense.values[name]
-        assert log[name] == pytest.approx(values.mean().item(), rel=1e-4, abs=2e-6), name
-        if name in extremes:
-            found = [log[f"{name}_{end}"] for end in ("min", "max")]
-            assert found == pytest.approx([values.min().item(), values.max().item()], rel=1e-4, abs=2e-6), name
-
-
-# Shapers
-
-
-def statistics(before, after):
-    moved = (after - before).abs()
-    return {
-        "mean": after.mean(),
-        "std": after.std(correction=0),
-        "changed": (moved > 0).double().mean(),
-        "delta_abs": moved.mean(),
-        "flipped": (before * after < 0).double().mean(),
-    }
-
-
-ONE_SHAPER = [key for key in ROWS if key[0] == "grpo" and row_of(key).methods[:1] not in ((), ("hidden_align",))]
-ONE_SHAPER = [key for key in ONE_SHAPER if row_of(key).group != "several"]
-
-
-@pytest.mark.parametrize("key", ONE_SHAPER, ids="-".join)
-def test_numbers_of_a_shaper_are_those_of_its_advantages(whole, key):
-    """Of the last step, over rollouts or over the tokens in the loss; and of some, what they say of answers."""
-    run = whole[key]
-    (shaper,), log, (before, after, context) = run.trainer.shapers, run.logs[STEPS - 1], run.trainer.kept
-    assert names_of(SHAPING_METRICS, f"shaping/{shaper.name}/") <= log.keys()
-    if shaper.level == "token":
-        before, after = before[:, None].expand_as(after)[context.mask], after[context.mask]
-    expected = statistics(before.double(), after.double())
-    texts, right = [completion[-1]["content"] for completion in context.completions], context.correct
-    answers = [extract_answer(text) for text in texts]
-    groups = [slice(start, start + 4) for start in range(0, len(texts), 4)]
-    if shaper.name == "pass_at_k":
-        rewards = [1 - comb(4 - int(right[group].sum()), 2) / comb(4, 2) for group in groups]
-        silent = [reward in (0, 1) for reward in rewards]
-        expected |= {"reward": sum(rewards) / len(groups), "groups_silent": sum(silent) / len(groups)}
-    if key[1] == "edas":
-        kinds = [Counter(a for a, ok in zip(answers[g], right[g].tolist(), strict=True) if not ok) for g in groups]
-        expected |= {
-            "groups_diverse": sum(len(kind) > 1 for kind in kinds),
-            "groups_collapsed": sum(len(kind) == 1 and kind.total() > 1 for kind in kinds),
-            "groups_skipped": sum(kind.total() <= 1 for kind in kinds),
-            "wrong_per_group": sum(kind.total() for kind in kinds) / len(kinds),
-            "classes_per_group": sum(map(len, kinds)) / len(kinds),
-            "warmup": 1.0,
-        }
-    if "shaping/answered" in log:
-        assert log["shaping/answered"] == pytest.approx(sum(one is not None for one in answers) / len(answers))
-    for name, value in expected.items():
-        assert log[f"shaping/{shaper.name}/{name}"] == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
-
-
-def test_cosines_of_hidden_align_are_those_of_the_states(trainers):
-    """At the last token before each right answer, in groups that have a wrong one too."""
-    one = trainers["grpo"]
-    run = one.train_row(one.rows["hidden-align"], learning_rate=0.0, max_steps=1)
-    log, (batch,) = run.logs[0], run.trainer._buffered_inputs
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    model = AutoModelForCausalLM.from_pretrained(one.models / "policy")
-    with torch.no_grad():
-        hidden = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
-    states = torch.nn.functional.normalize(hidden[torch.arange(len(ids)), batch["align_position"]], dim=-1)
-    aligned = [index for index, weight in enumerate(batch["align_weight"].tolist()) if weight > 0]
-    assert log["hidden_align/aligned"] == pytest.approx(len(aligned) / len(ids))
-    within, across = {}, []
-    for first, second in permutations(aligned, 2):
-        prompts_of = [tuple(batch["prompt_ids"][index].tolist()) for index in (first, second)]
-        cosines = within.setdefault(prompts_of[0], []) if prompts_of[0] == prompts_of[1] else across
-        cosines.append(float(states[first] @ states[second]))
-    means = [sum(cosines) / len(cosines) for cosines in within.values()]
-    assert log["hidden_align/cosine"] == pytest.approx(sum(means) / len(means), abs=1e-5)
-    assert log["hidden_align/cosine_across"] == pytest.approx(sum(across) / len(across), abs=1e-5)
