@@ -315,7 +315,7 @@ def write_adapter(
         _write_rest(folder, destination.name, first, config, report)
 
 
-def retarget(adapter: Adapter, source: Source, destination: str | Path, overwrite: bool) -> None:
+def retarget(adapter: Adapter, source: Source, destination: str | Path, overwrite: bool) -> MergeReport:
     """Writes an adapter as one of another model, for which it must fit."""
     adapter.weights_of(source)
     check_apart(adapter.folder, Path(destination))
@@ -325,6 +325,7 @@ def retarget(adapter: Adapter, source: Source, destination: str | Path, overwrit
         shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
         copy_companions(source.folder, folder)
         _write_rest(folder, Path(destination).name, adapter, config, report)
+    return report
 
 
 def _write_rest(folder: Path, name: str, adapter: Adapter, config: dict[str, Any], report: MergeReport) -> None:

@@ -37,9 +37,8 @@ class MergeReport:
     Every merged tensor has, as Frobenius norms, `norm` of the receiving model's tensor, `difference` of the two models
     that are compared (the two ends; Base and Instruct), and `change` from the receiving model's tensor to the result,
     in a sweep a list with one value for each lambda; and `sigma`, the sum of |A - B| over that of |A| + |B| for the
-    same two models, with the denominator as `absolute`. Grafting adds `wanted`, the norm of the delta, and `error`,
-    the norm of what was applied minus what was wanted. Timber adds `erank`, `k`, `rank`, `energy`, `erank_base` and
-    `erank_model`.
+    same two models, with the denominator as `absolute`. Where a delta is applied, there are `wanted`, its norm, and
+    `error`, the norm of what was applied minus what was wanted. A method adds the metrics of its record.
 
     Attributes:
         method (`str`): Key of the method in `hf_rb.hub.METHODS`.

@@ -22,12 +22,15 @@ def three(tmp_path):
 
 @pytest.fixture
 def called(monkeypatch):
-    """What the function of a method is called with."""
+    """What `merge_models` is called with."""
     from hf_rb import weights
 
+    def merge_models(method, models, destination, **options):
+        seen.update(models, method=method, destination=destination, **options)
+        return weights.MergeReport(method, {}, "")
+
     seen = {}
-    for name in ("interpolate", "graft", "refine"):
-        monkeypatch.setattr(weights, name, lambda name=name, **kwargs: seen.update(kwargs, function=name))
+    monkeypatch.setattr(weights, "merge_models", merge_models)
     monkeypatch.setattr("hf_rb.cli.merge.find_model", lambda name, adapter: None)  # the models are letters
     return seen
 
@@ -95,8 +98,8 @@ def test_adapters(tmp_path, capsys):
 def test_booleans_of_linear(called, name, value):
     flag = f"--{name}" if value else f"--no-{name}"
     assert main(["merge", "--method", "linear", "--start", "a", "--end", "b", "out", flag]) == 0
-    assert called[name] is value and called["function"] == "interpolate"
-    assert set(called) == {"function", "destination", "start", "end", name}
+    assert called[name] is value and called["method"] == "linear"
+    assert set(called) == {"method", "destination", "start", "end", name}
 
 
 @pytest.mark.parametrize(("method", "name"), [("graft", "keep_adapter"), ("timber", "spectra")])
