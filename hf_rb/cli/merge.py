@@ -8,9 +8,9 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
 from hf_rb.io.model_folder import find_model
-from hf_rb.methods.registry import broken, catalog
+from hf_rb.methods.registry import catalog
 from hf_rb.utils.output import json_text
-from hf_rb.weights.options import Lambdas, Options, check_models, merges
+from hf_rb.weights.options import Lambdas, Options, check_models, records, unusable
 
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ EXAMPLE = """hf-rb merge --method linear --start Qwen/Qwen3-4B-Instruct-2507 --e
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    methods = {command: entry.method for command, entry in merges().items()}
+    methods = records()
     names = "; ".join(f"{command}: {method.name}" for command, method in methods.items())
     parser.add_argument("--method", type=_method, choices=list(methods), required=True, help=names)
     parser.add_argument("destination", metavar="DEST", help="folder to write; of several lambdas, a folder of folders")
@@ -67,7 +67,8 @@ def _of_methods(helps: dict[str, list[str]]) -> str:
 
 def _help(field: Field) -> str:
     text = field.metadata["help"].rstrip(".")
-    default = {True: "yes", False: "no"}.get(field.default, field.default) if field.default is not MISSING else None
+    default = None if field.default is MISSING else field.default
+    default = ("yes" if default else "no") if isinstance(default, bool) else default
     limits = f", in {field.metadata['range']}" if "range" in field.metadata else ""
     return text[0].lower() + text[1:] + limits + ("" if default is None else f" (default: {default})")
 
@@ -90,7 +91,7 @@ def _argument(field: Field) -> dict[str, Any]:
 
 
 def _method(name: str) -> str:
-    if problem := broken("merge").get(name):
+    if problem := unusable().get(name):
         raise argparse.ArgumentTypeError(problem)
     return name
 
@@ -113,7 +114,7 @@ def _rule(text: str) -> tuple[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     models, options = read_arguments(args)
-    method = merges()[args.method].method
+    method = records()[args.method]
     for role, given in models.items():  # told before torch is imported
         for name in given if isinstance(given, list) else [given]:
             find_model(name, adapter=role in method.adapters)
@@ -136,7 +137,7 @@ def read_arguments(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     Raises:
         ValueError: A model is missing, or an argument is one of another method.
     """
-    methods = {command: entry.method for command, entry in merges().items()}
+    methods = records()
     method = methods[args.method]
 
     def names(of: Iterable[Any]) -> set[str]:
@@ -226,10 +227,11 @@ def _mean(key: str, form: str) -> Any:
 
 def _columns(key: str) -> dict[str, tuple[Any, str]]:
     """The metrics of a method: means over tensors."""
-    return {
-        metric.name: (_mean(metric.stat or metric.name, ".4f" if metric.range == "[0, 1]" else ".1f"), metric.meaning)
-        for metric in catalog()[key].metrics
-    }
+    columns = {}
+    for metric in catalog()[key].metrics:
+        form = ".1f" if metric.range.endswith("inf)") else ".4f"
+        columns[metric.name] = _mean(metric.stat or metric.name, form), metric.meaning
+    return columns
 
 
 # Norms of all tensors of a row together, relative to another; of a sweep, the change of the last lambda.

@@ -164,7 +164,7 @@ class _Writer:
         return MergeReport(
             self.plan.operation.method.key,
             {source.role: public_name(source.name) for source in self.plan.sources},
-            self.plan.files_from,
+            self.plan.giver.role,
             {
                 "include": self.plan.include,
                 "mismatch": self.plan.options.mismatch,

@@ -127,7 +127,7 @@ def documented_merge(operation: type[Operation]) -> Callable[[Function], Functio
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=field.default_factory() if field.default is MISSING else field.default,
+                default=field.default if field.default_factory is MISSING else field.default_factory(),
                 annotation=field.type,
             )
             for field in options

@@ -137,13 +137,13 @@ class Operation:
     silent: tuple[str, ...] = ()
 
     def __init__(self, **flags: Any):
-        self.flags: Any = self.method.flags(**flags) if self.method.flags else None
+        self.flags: Any = None
         self.lams, self.sweep, self.include = (), None, self.method.include
-        if self.flags:
-            validate(self.flags)
-        for limits in (
-            [one.metadata["limits"] for one in fields(self.flags) if one.name == "lam"] if self.flags else ()
-        ):
+        if self.method.flags is None:
+            return
+        self.flags = self.method.flags(**flags)
+        validate(self.flags)
+        for limits in [one.metadata["limits"] for one in fields(self.flags) if "limits" in one.metadata]:
             self.lams = check_lambdas(self.flags.lam, limits, getattr(self.flags, "extrapolate", None))
             self.sweep = None if isinstance(self.flags.lam, int | float) else self.lams
 
@@ -187,10 +187,9 @@ class Operation:
 
     def options(self) -> dict[str, Any]:
         """What was asked for, for the report."""
-        asked = {name: getattr(self.flags, name) for name in defaults_of(self.method)}
-        shown = {name: value for name, value in asked.items() if name not in ("lam", "extrapolate", *self.silent)}
         lam = {"lambda": self.lams[0] if self.sweep is None else list(self.lams)} if self.lams else {}
-        return lam | shown
+        shown = [name for name in defaults_of(self.method) if name not in ("extrapolate", *self.silent)]
+        return lam | {name: getattr(self.flags, name) for name in shown if name != "lam" or not lam}
 
     def notes(self, rows: list[TensorReport]) -> list[str]:
         """What a user should know about what came of it."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hf_rb.methods import MergeMethod, flag
-from hf_rb.methods.registry import Entry, methods
+from hf_rb.methods.registry import Entry, broken, methods
 from hf_rb.utils.dtypes import WEIGHT_TYPES
 from hf_rb.utils.fields import described, validate, value_problem
 
@@ -24,6 +24,8 @@ __all__ = [
     "check_options",
     "lambda_flag",
     "merges",
+    "records",
+    "unusable",
 ]
 
 Model = str | Path
@@ -78,13 +80,42 @@ class Options:
         validate(self)
 
 
+TAKEN = ("method", "destination", "json", "debug", "help", "rule", *(one.name for one in fields(Options)))
+"""Names of arguments that no merge may have for its own."""
+
+
 def merges() -> dict[str, Entry]:
     """Returns the merges by what `hf-rb merge --method` calls them: ours, and those of installed packages."""
+    return _sorted()[0]
+
+
+def unusable() -> dict[str, str]:
+    """Returns what is wrong with the merges of other packages that cannot be used, by name."""
+    return _sorted()[1]
+
+
+def _sorted() -> tuple[dict[str, Entry], dict[str, str]]:
     found: dict[str, Entry] = {}
+    problems, kinds = dict(broken("merge")), dict.fromkeys(TAKEN)
     for key, entry in methods("merge").items():
-        command = entry.method.command if isinstance(entry.method, MergeMethod) else key
-        found[key if command in found else command] = entry
-    return found
+        method = cast(MergeMethod, entry.method)
+        own = {field.name: field.type for field in fields(method.flags)} if method.flags else {}
+        own |= dict.fromkeys(method.models, Model)
+        command = key if method.command in found else method.command
+        if clash := [name for name, kind in own.items() if kinds.get(name, kind) != kind]:
+            problems[command] = (
+                f"The merge {command!r} of the package {entry.package} cannot be used: `{clash[0]}` is an argument of "
+                f"another kind. Rename its flag or role, or uninstall that package."
+            )
+        else:
+            kinds |= own
+            found[command] = entry
+    return found, problems
+
+
+def records() -> dict[str, MergeMethod]:
+    """Returns the records of [`merges`]."""
+    return {command: cast(MergeMethod, entry.method) for command, entry in merges().items()}
 
 
 def check_models(method: MergeMethod, models: Mapping[str, Any]) -> None:

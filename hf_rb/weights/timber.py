@@ -237,8 +237,8 @@ def refine(
     base: Model | None, model: Model, destination: Model, lam: Lambdas = TimberFlags.lam, **options: Any
 ) -> MergeReport:
     """
-    Refines an Instruct model by its Base model, matrix by matrix, in the memory of one matrix in float64; without
-    training and data.
+    Refines an Instruct model by its Base model, matrix by matrix, in the memory of some copies of one in float64;
+    without training and data.
 
     Everything but weights is the Instruct model's, and so is every tensor that is no matrix. The matrices of fused
     experts are refined one by one. With the pattern `"all"`, as in the released code, embeddings take most of the

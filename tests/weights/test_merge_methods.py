@@ -1,0 +1,261 @@
+"""What holds for every merge that is registered. A new one needs a line in `ROWS`."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers.raw_models import noise, read, write
+
+from hf_rb.cli import main
+from hf_rb.weights import engine, merge_models
+from hf_rb.weights.options import Options, merges, records
+
+
+def arc(start, end, lam):
+    """mergekit's `slerp`: the weights of the unit vectors are given to the vectors themselves."""
+    unit = [one.double().flatten() / one.double().norm() for one in (start, end)]
+    angle = torch.arccos(unit[0] @ unit[1])
+    return (torch.sin((1 - lam) * angle) * start + torch.sin(lam * angle) * end) / torch.sin(angle)
+
+
+def trimmed_mean(base, tuned, density, lam):
+    """mergekit's `ties` with the weight 1 for every model, on whole tensors."""
+    deltas = []
+    for one in tuned:
+        delta = (one - base).flatten()
+        largest = torch.argsort(delta.abs(), descending=True, stable=True)[: int(density * len(delta))]
+        deltas.append(torch.zeros_like(delta).index_copy(0, largest, delta[largest]).view(base.shape))
+    stacked = torch.stack(deltas)
+    sign = (stacked.sum(0) >= 0) * 2 - 1
+    mask = stacked.sign() == sign
+    count = mask.sum(0)
+    count[count == 0] = 1
+    return base + lam * (stacked * mask).sum(0) / count
+
+
+def cut(base, model, lam):
+    u, values, v = torch.linalg.svd(model.double() - base.double(), full_matrices=False)
+    shares = values / values.sum()
+    k = int(torch.exp(-(shares * shares.log()).sum()).ceil())
+    values[k:] *= lam
+    return base.double() + u @ torch.diag(values) @ v
+
+
+class Row(NamedTuple):
+    """Options of a call, what one tensor becomes, from the tensors by role, and how many in float32 it may hold."""
+
+    options: dict[str, Any]
+    dense: Callable[..., torch.Tensor]
+    copies: int = 1
+
+
+ROWS = {
+    "linear": Row({"lam": 0.3}, lambda start, end: 0.7 * start + 0.3 * end),
+    "graft": Row({}, lambda base, tuned, onto: onto + tuned - base),
+    "slerp": Row({"lam": 0.3}, lambda start, end: arc(start, end, 0.3)),
+    "ties": Row({"lam": 0.8, "density": 0.3}, lambda base, tuned: trimmed_mean(base, tuned, 0.3, 0.8)),
+    "timber": Row({"lam": 0.2}, lambda base, model: cut(base, model, 0.2), copies=14),
+}
+every_merge = pytest.mark.parametrize("method", ROWS)
+
+
+def test_every_merge_has_a_row():
+    assert ROWS.keys() == merges().keys()
+
+
+def tensors(seed, dtype=torch.float32):
+    layers = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(4)]
+    return {name: noise(24, 16, seed=seed + i, dtype=dtype) for i, name in enumerate([*layers, "model.norm.weight"])}
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Writes the models that a merge takes, of several the number three."""
+
+    def write_models(method, dtype=torch.float32):
+        found = {}
+        for role in (record := records()[method]).models:
+            count = 3 if role in record.several else 1
+            numbers = [100 * len(found) + 10 * number for number in range(count)]
+            folders = [
+                write(tmp_path / f"{role}{seed}", tensors(seed, dtype), shards=1 + seed % 3) for seed in numbers
+            ]
+            found[role] = folders if role in record.several else folders[0]
+        return found
+
+    return write_models
+
+
+def loaded(models, name):
+    return {
+        role: [read(one)[name] for one in given] if isinstance(given, list) else read(given)[name]
+        for role, given in models.items()
+    }
+
+
+def command_line(models):
+    pairs = [(role, given if isinstance(given, list) else [given]) for role, given in models.items()]
+    return [word for role, given in pairs for one in given for word in (f"--{role}", str(one))]
+
+
+@every_merge
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_the_dense_computation(method, dtype, models, tmp_path):
+    given, row = models(method, dtype), ROWS[method]
+    # bfloat16's differences are often equal in magnitude, and its result is rounded: half a step of 2^-8.
+    exact = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
+    report = merge_models(method, given, tmp_path / "out", **row.options)
+    merged, changed = read(tmp_path / "out"), {one.name for one in report.tensors if one.kept is None}
+    assert len(changed) >= 4
+    for name, tensor in merged.items():
+        whole = loaded(given, name)
+        before = whole[records()[method].receiver]
+        if name not in changed:
+            assert torch.equal(tensor, before)
+            continue
+        whole = {k: [one.float() for one in v] if isinstance(v, list) else v.float() for k, v in whole.items()}
+        assert tensor.dtype == dtype and not torch.equal(tensor, before)
+        torch.testing.assert_close(tensor.float(), row.dense(**whole).float(), **exact)
+
+
+@every_merge
+def test_writes_a_report_and_a_card(method, models, tmp_path, capsys):
+    given, record = models(method), records()[method]
+    assert main(["merge", "--method", method, *command_line(given), str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().out
+    for metric in record.metrics:
+        assert f"{metric.name}: {metric.meaning}" in table
+    report, card = json.loads((tmp_path / "out/merge.json").read_text()), (tmp_path / "out/README.md").read_text()
+    assert report["method"] == record.key and all(row["measured"] for row in report["tensors"] if not row["kept"])
+    merged = [row["measured"] for row in report["tensors"] if not row["kept"]]
+    assert all({metric.stat or metric.name for metric in record.metrics} <= row.keys() for row in merged)
+    assert {role.partition(" ")[0] for role in report["models"]} == record.models.keys()
+    assert f"**{record.name}**" in card and record.citation in card and "[paper]()" not in card
+    assert str(tmp_path) not in json.dumps(report) + card
+
+
+class Killed(BaseException):
+    pass
+
+
+@every_merge
+@pytest.mark.parametrize("stop", [0, 2, 4])
+def test_goes_on_after_a_kill_to_the_same_bytes(method, stop, models, tmp_path, monkeypatch):
+    given, options = models(method), dict(ROWS[method].options)
+    if "lam" in options:
+        options["lam"] = [options["lam"], 0.75]  # a sweep
+    whole = merge_models(method, given, tmp_path / "whole", **options)
+    monkeypatch.setattr(engine, "SYNC_BYTES", 1)
+    write_tensor, done = engine._Writer._write_tensor, []
+
+    def killed(self, job, files):
+        if len(done) == stop:
+            files[0].write(torch.zeros(3))  # half a tensor lies behind what is done
+            raise Killed
+        done.append(job.name)
+        return write_tensor(self, job, files)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(engine._Writer, "_write_tensor", killed)
+        merge_models(method, given, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists() and len(done) == stop
+    monkeypatch.setattr(
+        engine._Writer, "_write_tensor", lambda *args: done.append(args[1].name) or write_tensor(*args)
+    )
+    report = merge_models(method, given, tmp_path / "out", **options)
+    assert len(done) == len(set(done)) == len(whole.tensors) and report.tensors == whole.tensors
+    files = [path for path in (tmp_path / "whole").rglob("*.safetensors*")]
+    assert len(files) >= (2 if "lam" in options else 1)
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+def value(field):
+    return [] if field.type is bool else ["attn=0.5" if field.type == dict[str, float] else "1"]
+
+
+@every_merge
+def test_refuses_what_is_missing_and_what_is_not_its_own(method, capsys):
+    record = records()[method]
+    needed = [role for role in record.models if role not in record.optional]
+    models = {role: ["a", "b"] if role in record.several else "a" for role in record.models}
+    assert main(["merge", "--method", method, "out"]) == 2
+    assert f"--method {method} needs {' and '.join(f'--{role} MODEL' for role in needed)}." in capsys.readouterr().err
+    for role in models:
+        given = ["a"] if role in record.several else ["a", "b"]
+        words = "needs two or more" if role in record.several else "takes one"
+        assert main(["merge", "--method", method, *command_line(models | {role: given}), "out"]) == 2
+        assert f"--method {method} {words} --{role} MODEL; " in capsys.readouterr().err
+    own = {*record.models, *(field.name for field in dataclasses.fields(record.flags))}
+    foreign = {}
+    for other in records().values():
+        foreign |= {f"--{role}": ["a"] for role in other.models if role not in own}
+        for field in dataclasses.fields(other.flags):
+            if field.name not in own:
+                option = {"lam": "lambda", "rules": "rule"}.get(field.name, field.name.replace("_", "-"))
+                foreign[f"--{option}"] = value(field)
+    if len(record.files_from) < 2:
+        foreign["--files-from"] = ["base"]
+    assert foreign
+    for option, words in foreign.items():
+        assert main(["merge", "--method", method, *command_line(models), option, *words, "out"]) == 2
+        assert f"{option} does nothing with --method {method}: leave it out." in capsys.readouterr().err
+    with pytest.raises(TypeError, match=rf"The merge '{method}' has no option `overwrit`; did you mean `overwrite`"):
+        merge_models(method, {role: given for role, given in models.items()}, "out", overwrit=True)
+    with pytest.raises(ValueError, match=f"--method {method} takes no --nobody"):
+        merge_models(method, models | {"nobody": "a"}, "out")
+
+
+@every_merge
+def test_flags_say_what_they_are(method):
+    """A flag has a help, and its function in Python has every one."""
+    record = records()[method]
+    flags = [*dataclasses.fields(record.flags), *dataclasses.fields(Options)]
+    assert all(field.metadata["help"] for field in flags)
+    assert all(record.models.values()) and record.summary
+
+
+MEASURE = """
+import os, resource, sys, torch
+from hf_rb.weights import merge_models
+torch.set_num_threads(1)
+for method, models, options in [("nothing", {{}}, {{}}), *{calls!r}]:
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            if models:
+                merge_models(method, models, {folder!r} + "/" + method, progress=False, include="all", **options)
+            status = 0
+        finally:
+            os._exit(status)
+    _, status, usage = os.wait4(child, 0)
+    assert status == 0, method
+    print(method, usage.ru_maxrss * 1024)
+"""
+
+
+def test_memory_is_that_of_a_tensor(tmp_path):
+    """Of models with three tensors of 14 million weights, a merge may hold one tensor in float32, or as many as its row
+    says, beside 64 MB for pieces and what imports take.
+    """
+    size, names = 24576 * 576, ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"]
+    folders = []
+    for seed in range(3):
+        one = noise(24576, 576, seed=seed, dtype=torch.bfloat16)
+        folders.append(str(write(tmp_path / f"m{seed}", {name: one.clone() for name in names})))
+    calls = []
+    for method, row in ROWS.items():
+        record, free = records()[method], iter(folders)
+        models = {role: [next(free), next(free)] if role in record.several else next(free) for role in record.models}
+        calls.append((method, models, row.options))
+    code = MEASURE.format(calls=calls, folder=str(tmp_path / "out"))
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    peaks = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
+    bars = {method: peaks["nothing"] + 2**26 + 4 * size * row.copies for method, row in ROWS.items()}
+    assert {method: peaks[method] for method in ROWS if peaks[method] > bars[method]} == {}
