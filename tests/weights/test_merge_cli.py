@@ -136,7 +136,7 @@ def test_a_boolean_takes_no_text(called, text, capsys):
             "expected a number, or several as 0.2,0.5,0.8",
         ),
         (["--method", "linear", "--start", "a", "--end", "b", "--rule", "attn", "out"], "expected PATTERN=LAMBDA"),
-        (["--method", "slerp", "out"], "invalid choice: 'slerp'"),
+        (["--method", "slurp", "out"], "invalid choice: 'slurp'"),
         (["--method", "linear", "--start", "nowhere", "--end", "b", "out"], "There is no folder nowhere"),
     ],
 )

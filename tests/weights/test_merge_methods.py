@@ -1,7 +1,9 @@
 """What holds for every merge that is registered. A new one needs a line in `ROWS`."""
 
 import dataclasses
+import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +14,12 @@ import torch
 from helpers.raw_models import noise, read, write
 
 from hf_rb.cli import main
-from hf_rb.weights import engine, merge_models
+from hf_rb.methods import MergeMethod, registry
+from hf_rb.weights import engine, graft, interpolate, merge_models, operation, refine
+from hf_rb.weights.interpolation import Interpolation
 from hf_rb.weights.options import Options, merges, records
+from hf_rb.weights.shadow_ft import Graft
+from hf_rb.weights.timber import Timber
 
 
 def arc(start, end, lam):
@@ -259,3 +265,116 @@ def test_memory_is_that_of_a_tensor(tmp_path):
     peaks = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
     bars = {method: peaks["nothing"] + 2**26 + 4 * size * row.copies for method, row in ROWS.items()}
     assert {method: peaks[method] for method in ROWS if peaks[method] > bars[method]} == {}
+
+
+CLASHING = """
+from dataclasses import dataclass
+
+from hf_rb.methods import MergeMethod, flag
+from hf_rb.weights.operation import Operation
+
+
+@dataclass
+class Flags:
+    {name}: {kind} = flag({default}, "Something.")
+
+
+class {title}(Operation):
+    method = MergeMethod(key="{key}", name="{title}", summary="Something.", models={{"one": "a model"}}, flags=Flags)
+"""
+
+
+class TestOtherPackages:
+    @pytest.fixture
+    def installed(self, tmp_path, monkeypatch):
+        """Installs modules and their entry points, as a package does."""
+        folder = tmp_path / "site"
+        (folder / "averages-1.0.dist-info").mkdir(parents=True)
+        monkeypatch.syspath_prepend(folder)
+
+        def install(points, **modules):
+            for name, text in modules.items():
+                (folder / f"{name}.py").write_text(text)
+            lines = ["[hf_rb.merges]", *(f"{key} = {value}" for key, value in points.items())]
+            (folder / "averages-1.0.dist-info/entry_points.txt").write_text("\n".join(lines))
+            (folder / "averages-1.0.dist-info/METADATA").write_text(
+                "Metadata-Version: 2.1\nName: averages\nVersion: 1.0\n"
+            )
+            registry._installed.cache_clear()
+
+        yield install
+        registry._installed.cache_clear()
+
+    def test_the_documented_merge_is_one_with_its_flag(self, installed, tmp_path, capsys):
+        (example,) = re.findall(r"```python\n(.*?)```", operation.__doc__, re.DOTALL)
+        installed({"average": "averages:Average"}, averages=example.partition("\n\n\nreport =")[0])
+        folders = [write(tmp_path / name, tensors(seed)) for seed, name in ((0, "a"), (10, "b"))]
+        models = ["--one", str(folders[0]), "--other", str(folders[1])]
+        assert main(["merge", "--method", "average", *models, "--share", "0.25", str(tmp_path / "out")]) == 0
+        assert "difference" in capsys.readouterr().out
+        one, other, merged = (read(tmp_path / name) for name in ("a", "b", "out"))
+        for name, tensor in merged.items():
+            linear = 0.75 * one[name] + 0.25 * other[name]
+            torch.testing.assert_close(tensor, linear if "proj" in name else one[name])
+        assert "**Average**: The mean of two models." in (tmp_path / "out/README.md").read_text()
+        assert json.loads((tmp_path / "out/merge.json").read_text())["options"]["share"] == 0.25
+        assert main(["merge", "--method", "average", *models, "--share", "2", str(tmp_path / "no")]) == 2
+        assert "`share` must be in [0, 1]; got 2.0." in capsys.readouterr().err
+        assert main(["merge", "--method", "ties", *models, "--share", "0.5", str(tmp_path / "no")]) == 2
+        assert "--one, --other, --share does nothing with --method ties" in capsys.readouterr().err
+        assert main(["merge", "--help"]) == 0
+        assert "average: share of the other model, in [0, 1] (default: 0.5)" in " ".join(
+            capsys.readouterr().out.split()
+        )
+
+    def test_a_broken_one_is_named_and_the_rest_works(self, installed, tmp_path, capsys):
+        points = {"gone": "nowhere:Gone", "odd": "odd:Odd", "taken": "taken:Taken", "unlike": "unlike:Unlike"}
+        installed(
+            points,
+            odd=CLASHING.format(key="odd", title="Odd", name="x", kind="int", default=0).replace("models=", "roles="),
+            taken=CLASHING.format(key="taken", title="Taken", name="dtype", kind="str", default="'a'"),
+            unlike=CLASHING.format(key="unlike", title="Unlike", name="rank", kind="str", default="'a'"),
+        )
+        words = {
+            "gone": "The merge 'gone' of the package averages (nowhere:Gone) cannot be used: ImportError",
+            "odd": "The merge 'odd' of the package averages (odd:Odd) cannot be used: TypeError",
+            "taken": "The merge 'taken' of the package averages cannot be used: `dtype` is an argument of another kind",
+            "unlike": "The merge 'unlike' of the package averages cannot be used: `rank` is an argument of another kind",
+        }
+        for name, message in words.items():
+            assert main(["merge", "--method", name, "--one", "a", "out"]) == 2
+            assert message in capsys.readouterr().err
+        assert merges().keys() == ROWS.keys()
+        with pytest.raises(ValueError, match="There is no merge 'gone'; the merges are linear, graft"):
+            merge_models("gone", {}, "out")
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ({"key": "x", "models": {"one": "a"}, "several": ("other",)}, "`models` has no other"),
+        ({"key": "x", "models": {"one": "a"}, "receiver": "two", "files_from": ("three",)}, "no three, two"),
+    ],
+)
+def test_a_record_names_its_roles(models, message):
+    with pytest.raises(ValueError, match=message):
+        MergeMethod(name="X", summary="X.", **models)
+
+
+@pytest.mark.parametrize(
+    ("function", "operation", "own"),
+    [(interpolate, Interpolation, 4), (graft, Graft, 4), (refine, Timber, 4)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_function_shows_the_flags_of_its_record(function, operation, own):
+    flags, parameters = dataclasses.fields(operation.method.flags), inspect.signature(function).parameters
+    assert len(parameters) == len({*[*parameters][:own], *(one.name for one in (*flags, *shared(operation)))})
+    for field in (*flags, *shared(operation)):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        assert parameters[field.name].default == default
+        assert f"    {field.name} (`" in function.__doc__
+
+
+def shared(operation):
+    several = len(operation.method.files_from) > 1
+    return [field for field in dataclasses.fields(Options) if field.name != "files_from" or several]
