@@ -2,19 +2,19 @@
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import MISSING, Field, asdict
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
 from hf_rb.io.model_folder import find_model
 from hf_rb.methods.registry import catalog
 from hf_rb.utils.output import json_text
-from hf_rb.weights.options import Lambdas, Options, check_models, records, unusable
+from hf_rb.weights.options import Lambdas, arguments, check_models, records, unusable
+from hf_rb.weights.report import root
 
 
 if TYPE_CHECKING:
-    from hf_rb.weights import MergeReport
+    from hf_rb.weights import MergeReport, TensorReport
 
 EXAMPLE = """hf-rb merge --method linear --start Qwen/Qwen3-4B-Instruct-2507 --end Qwen/Qwen3-4B-Thinking-2507 \\
       --lambda 0.4,0.6,0.8 --files-from end outputs/interpolated
@@ -28,41 +28,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
     names = "; ".join(f"{command}: {method.name}" for command, method in methods.items())
     parser.add_argument("--method", type=_method, choices=list(methods), required=True, help=names)
     parser.add_argument("destination", metavar="DEST", help="folder to write; of several lambdas, a folder of folders")
-    roles: Helps = defaultdict(lambda: defaultdict(list))
-    flags: Helps = defaultdict(lambda: defaultdict(list))
-    kinds: dict[str, Field] = {}
-    for command, method in methods.items():
-        for role, help in method.models.items():
-            roles[role][help + (" (two or more times)" if role in method.several else "")].append(command)
-        for field in fields(method.flags) if method.flags else ():
-            kinds.setdefault(field.name, field)
-            flags[field.name][_help(field)].append(command)
     models = parser.add_argument_group("models: tiny:student, a folder or a Hub id")
-    for role, helps in roles.items():
-        models.add_argument(_option(role), dest=role, metavar="MODEL", action="append", help=_of_methods(helps))
+    helps: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # of which methods, by the text
+    kinds: dict[str, Field | None] = {}
+    for command, method in methods.items():
+        for role, text in method.models.items():
+            kinds[role] = None
+            helps[role][text + " (two or more times)" * (role in method.several)].append(command)
+        for name, field in arguments(method).items():
+            kinds.setdefault(name, field)
+            helps[name][_help(field)].append(command)
+    choices = [role for method in methods.values() if len(method.files_from) > 1 for role in method.files_from]
+    patterns = ", ".join(f"{method.include} with {command}" for command, method in methods.items())
     for name, field in kinds.items():
-        parser.add_argument(_option(name), dest=name, help=_of_methods(flags[name]), **_argument(field))
-    for field in fields(Options):
-        given, help = _argument(field), _help(field)
-        if field.name == "files_from":
-            several = [method.files_from for method in methods.values() if len(method.files_from) > 1]
-            given["choices"] = list(dict.fromkeys(role for roles in several for role in roles))
-        if field.name == "include":
-            patterns: dict[str, list[str]] = defaultdict(list)
-            for command, method in methods.items():
-                patterns[method.include].append(command)
-            defaults = [f"{pattern} with {', '.join(of)}" for pattern, of in patterns.items()]
-            help += f" (default: {'; '.join(defaults)})"
-        parser.add_argument(_option(field.name), dest=field.name, help=help, **given)
+        text = "; ".join(
+            text if len(of) == len(methods) else f"{', '.join(of)}: {text}" for text, of in helps[name].items()
+        )
+        if field is None:
+            models.add_argument(_option(name), dest=name, metavar="MODEL", action="append", help=text)
+            continue
+        given = _argument(field)
+        if name == "files_from":
+            given["choices"] = list(dict.fromkeys(choices))
+        text += f" (default: {patterns})" * (name == "include")
+        parser.add_argument(_option(name), dest=name, help=text, **given)
     parser.add_argument("--json", action="store_true", help="print the report, tensor by tensor, as JSON")
-
-
-Helps = dict[str, dict[str, list[str]]]
-"""For each argument its help, and the methods of which that is the help."""
-
-
-def _of_methods(helps: dict[str, list[str]]) -> str:
-    return "; ".join(f"{', '.join(methods)}: {help.rstrip('.')}" for help, methods in helps.items())
 
 
 def _help(field: Field) -> str:
@@ -139,21 +129,16 @@ def read_arguments(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     """
     methods = records()
     method = methods[args.method]
-
-    def names(of: Iterable[Any]) -> set[str]:
-        flags = {field.name for one in of if one.flags for field in fields(one.flags)}
-        return flags | {role for one in of for role in one.models}
-
-    own = names([method]) | ({"files_from"} if len(method.files_from) > 1 else set())
-    foreign = (names(methods.values()) | {"files_from"}) - own
+    own, known = (
+        {name for one in of for name in (*one.models, *arguments(one))} for of in ([method], methods.values())
+    )
     given = {name: value for name, value in vars(args).items() if value is not None}
-    if unused := sorted(foreign & given.keys()):
+    if unused := sorted((known - own) & given.keys()):
         raise ValueError(f"{', '.join(map(_option, unused))} does nothing with --method {args.method}: leave it out.")
     models = {role: given[role] for role in method.models if role in given}
     check_models(method, models)
     models = {role: names if role in method.several else names[0] for role, names in models.items()}
-    shared = {field.name for field in fields(Options)}
-    options = {name: value for name, value in given.items() if name in (own | shared) - method.models.keys()}
+    options = {name: given[name] for name in arguments(method) if name in given}
     return models, {name: dict(value) if name == "rules" else value for name, value in options.items()}
 
 
@@ -167,15 +152,16 @@ def summary(report: "MergeReport", destination: str) -> str:
     kinds: dict[str, list] = {}
     for tensor in report.tensors:
         kinds.setdefault(tensor.kept or kind_of(tensor.name), []).append(tensor)
-    known = COLUMNS | _columns(report.method)
-    columns = [(name, show) for name, (show, _) in known.items() if show(report.merged) is not None]
+    metrics = {one.name: (one.stat or one.name, one.range, one.meaning) for one in catalog()[report.method].metrics}
+    known = COLUMNS | metrics
+    columns = {name: column for name, column in known.items() if _cell(report.merged, *column) != "-"}
     rows = [
         [f"{kind} (kept)" if tensors[0].kept else kind, str(len(tensors)), f"{sum(t.weights for t in tensors):,}"]
-        + [(show([t for t in tensors if not t.kept]) if not tensors[0].kept else None) or "-" for _, show in columns]
+        + [_cell(tensors, *column) for column in columns.values()]
         for kind, tensors in [*kinds.items(), ("all merged", report.merged)]
     ]
-    lines = [format_table(["tensors", "number", "weights", *(name for name, _ in columns)], rows), ""]
-    lines += [f"{name}: {known[name][1]}" for name, _ in columns]
+    lines = [format_table(["tensors", "number", "weights", *columns], rows), ""]
+    lines += [f"{name}: {meaning}" for name, (*_, meaning) in columns.items()]
     if similar := report.sigma():
         lines.append(f"sigma in the layers: {similar[0]:.4f}, mean over tensors; {similar[1]:.4f}, ratio of the sums")
         lines.append("  (the sum of |A - B| over that of |A| + |B|: 0 for equal models, at most 1)")
@@ -202,45 +188,28 @@ def kind_of(name: str) -> str:
     return next((part for part in reversed(parts) if not part.isdigit()), name)
 
 
-def _root(tensors: list, key: str, place: int = -1) -> float | None:
-    values = [tensor.measured.get(key) for tensor in tensors]
-    if not values or None in values:
-        return None
-    return sum((value[place] if isinstance(value, list) else value) ** 2 for value in values) ** 0.5
+def _cell(tensors: list["TensorReport"], key: str, to: str, meaning: str) -> str:
+    """A norm of several tensors together, over another one, or the mean of a metric with a range; of a sweep, at its
+    last lambda.
+    """
+    values = [tensor.measured[key] for tensor in tensors if key in tensor.measured]
+    if to.startswith(("[", "(")):
+        mean = sum(values) / len(values) if values else 0.0
+        return "-" if not values else f"{mean:.1f}" if to.endswith("inf)") else f"{mean:.4f}"
+    if len(values) < len(tensors) or not all(to in tensor.measured for tensor in tensors):
+        return "-"
+    whole = root(tensors, to)
+    return f"{root(tensors, key) / whole if whole else 0:.2e}"
 
 
-def _ratio(key: str, to: str) -> Any:
-    def show(tensors: list) -> str | None:
-        value, whole = _root(tensors, key), _root(tensors, to)
-        return None if value is None or whole is None else f"{value / whole if whole else 0:.2e}"
-
-    return show
-
-
-def _mean(key: str, form: str) -> Any:
-    def show(tensors: list) -> str | None:
-        values = [tensor.measured[key] for tensor in tensors if key in tensor.measured]
-        return format(sum(values) / len(values), form) if values else None
-
-    return show
-
-
-def _columns(key: str) -> dict[str, tuple[Any, str]]:
-    """The metrics of a method: means over tensors."""
-    columns = {}
-    for metric in catalog()[key].metrics:
-        form = ".1f" if metric.range.endswith("inf)") else ".4f"
-        columns[metric.name] = _mean(metric.stat or metric.name, form), metric.meaning
-    return columns
-
-
-# Norms of all tensors of a row together, relative to another; of a sweep, the change of the last lambda.
 COLUMNS = {
-    "difference": (_ratio("difference", "norm"), "norm of the difference of the two models, over that of the weights"),
+    "difference": ("difference", "norm", "norm of the difference of the two models, over that of the weights"),
     "change": (
-        _ratio("change", "norm"),
+        "change",
+        "norm",
         "norm of what was changed, over that of the weights; of a sweep, at its last lambda",
     ),
-    "delta": (_ratio("wanted", "norm"), "norm of what tuning has taught, over that of the weights"),
-    "delta lost": (_ratio("error", "wanted"), "norm of what rounding has lost of it, over its own"),
+    "delta": ("wanted", "norm", "norm of what tuning has taught, over that of the weights"),
+    "delta lost": ("error", "wanted", "norm of what rounding has lost of it, over its own"),
 }
+"""Key, the norm that it is divided by, and meaning of the columns that any method may have."""

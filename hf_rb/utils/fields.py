@@ -19,7 +19,17 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args
 
 
-__all__ = ["Rule", "described", "documented", "flag", "is_described", "parameters", "validate", "value_problem"]
+__all__ = [
+    "Rule",
+    "default_of",
+    "described",
+    "documented",
+    "flag",
+    "is_described",
+    "parameters",
+    "validate",
+    "value_problem",
+]
 
 Rule = Callable[[Any], Iterable[str]]
 Config = TypeVar("Config")
@@ -55,12 +65,17 @@ def documented(config_class: type[Config]) -> type[Config]:
     return config_class
 
 
+def default_of(field: dataclasses.Field) -> Any:
+    """Returns the default of a field, `dataclasses.MISSING` without one."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def parameters(fields: Iterable[dataclasses.Field]) -> str:
     """Returns the lines of a docstring about fields with the metadata of [`described`]."""
     lines = []
     for field in fields:
         kind = str(getattr(field.type, "__name__", field.type) if isinstance(field.type, type) else field.type)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = default_of(field)
         shown = "" if default is None or default is dataclasses.MISSING else f", defaults to `{default!r}`"
         lines.append(f"    {field.name} (`{kind.removesuffix(' | None')}`, *optional*{shown}):")
         limits = f" In `{field.metadata['range']}`." if "range" in field.metadata else ""

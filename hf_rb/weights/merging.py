@@ -2,16 +2,16 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_rb.io.model_folder import find_model
-from hf_rb.utils.fields import parameters
+from hf_rb.utils.fields import default_of, parameters
 from hf_rb.weights.adapters import is_adapter
 from hf_rb.weights.engine import merge
 from hf_rb.weights.operation import Operation, Request
-from hf_rb.weights.options import Model, Options, check_models, check_options, merges
+from hf_rb.weights.options import Model, Options, arguments, check_models, merges
 from hf_rb.weights.report import MergeReport
 from hf_rb.weights.source import Source
 
@@ -67,7 +67,6 @@ def merge_models(
         method = known[method].load()
     record, shared = method.method, {field.name for field in fields(Options)}
     check_models(record, models)
-    check_options(record, list(options))
     operation = method(**{name: value for name, value in options.items() if name not in shared})
     asked = Options(**{name: value for name, value in options.items() if name in shared})
     names, folders = {}, {}
@@ -115,26 +114,18 @@ def documented_merge(operation: type[Operation]) -> Callable[[Function], Functio
     """Gives the function of a merge, which takes them as `**options`, the signature and the parameters of its flags
     and of [`Options`]. The docstring of the function ends with its own arguments.
     """
-    flags = operation.method.flags
-    options = [*(fields(flags) if flags else ()), *fields(Options)]
-    if len(operation.method.files_from) < 2:
-        options = [field for field in options if field.name != "files_from"]
+    options = arguments(operation.method)
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
-        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        own = {name: one for name, one in signature.parameters.items() if one.kind is not one.VAR_KEYWORD}
         more = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default if field.default_factory is MISSING else field.default_factory(),
-                annotation=field.type,
-            )
-            for field in options
-            if field.name not in signature.parameters
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_of(field), annotation=field.type)
+            for name, field in options.items()
+            if name not in own
         ]
-        function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-        text = f"{inspect.cleandoc(function.__doc__ or '')}\n{parameters(options)}\n"
+        function.__signature__ = signature.replace(parameters=[*own.values(), *more])  # type: ignore[attr-defined]
+        text = f"{inspect.cleandoc(function.__doc__ or '')}\n{parameters(options.values())}\n"
         function.__doc__ = f"{text}\nReturns:\n    [`MergeReport`]\n\nRaises: As [`merge_models`]."
         return function
 

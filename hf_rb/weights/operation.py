@@ -47,6 +47,7 @@ cannot treat, `dtype` widens the result, `of_adapters` takes LoRA adapters, and 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import reduce
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -175,11 +176,8 @@ class Operation:
         """Type of the result. Where it may be either of two models in all but weights, the type that holds both: else
         one of them could not be hit exactly.
         """
-        for role in self.method.files_from:
-            entry_dtype = others[role].dtype if role in others else entry.dtype
-            if entry_dtype != entry.dtype:
-                return torch.promote_types(entry.dtype, entry_dtype)
-        return entry.dtype
+        types = [others[role].dtype for role in self.method.files_from if role in others]
+        return reduce(torch.promote_types, types, entry.dtype)
 
     def pieces(self, job: Job) -> Iterator[Piece]:
         """Yields the tensor's pieces in order."""

@@ -3,8 +3,7 @@ torch is imported.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +18,9 @@ __all__ = [
     "Lambdas",
     "Model",
     "Options",
+    "arguments",
     "check_lambdas",
     "check_models",
-    "check_options",
     "lambda_flag",
     "merges",
     "records",
@@ -80,8 +79,11 @@ class Options:
         validate(self)
 
 
-TAKEN = ("method", "destination", "json", "debug", "help", "rule", *(one.name for one in fields(Options)))
-"""Names of arguments that no merge may have for its own."""
+def arguments(method: MergeMethod) -> dict[str, Field]:
+    """Returns the flags of a merge, and those of [`Options`] that act on it, by name."""
+    own = fields(method.flags) if method.flags else ()
+    shared = [field for field in fields(Options) if field.name != "files_from" or len(method.files_from) > 1]
+    return {field.name: field for field in (*own, *shared)}
 
 
 def merges() -> dict[str, Entry]:
@@ -95,21 +97,22 @@ def unusable() -> dict[str, str]:
 
 
 def _sorted() -> tuple[dict[str, Entry], dict[str, str]]:
-    found: dict[str, Entry] = {}
-    problems, kinds = dict(broken("merge")), dict.fromkeys(TAKEN)
+    found, problems = {}, dict(broken("merge"))
+    taken = ("method", "destination", "json", "debug", "help", "rule", *(one.name for one in fields(Options)))
+    kinds: dict[str, Any] = dict.fromkeys(taken)
     for key, entry in methods("merge").items():
         method = cast(MergeMethod, entry.method)
         own = {field.name: field.type for field in fields(method.flags)} if method.flags else {}
         own |= dict.fromkeys(method.models, Model)
-        command = key if method.command in found else method.command
-        if clash := [name for name, kind in own.items() if kinds.get(name, kind) != kind]:
-            problems[command] = (
-                f"The merge {command!r} of the package {entry.package} cannot be used: `{clash[0]}` is an argument of "
-                f"another kind. Rename its flag or role, or uninstall that package."
+        clash = [name for name, kind in own.items() if kinds.get(name, kind) != kind]
+        if clash:
+            problems[method.command] = (
+                f"The merge {method.command!r} of the package {entry.package} cannot be used: `{clash[0]}` is an "
+                "argument of another kind. Rename its flag or role, or uninstall that package."
             )
-        else:
-            kinds |= own
-            found[command] = entry
+            continue
+        kinds |= own
+        found[key if method.command in found else method.command] = entry
     return found, problems
 
 
@@ -131,16 +134,6 @@ def check_models(method: MergeMethod, models: Mapping[str, Any]) -> None:
             raise ValueError(f"--method {method.command} needs two or more --{role} MODEL; only one is given.")
         if role not in method.several and count > 1:
             raise ValueError(f"--method {method.command} takes one --{role} MODEL; {count} are given.")
-
-
-def check_options(method: MergeMethod, names: Sequence[str]) -> None:
-    """Raises `TypeError` for an option that a merge does not have."""
-    known = [field.name for one in (Options, *filter(None, [method.flags])) for field in fields(one)]
-    for name in names:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"it has {', '.join(f'`{one}`' for one in known)}."
-            raise TypeError(f"The merge {method.command!r} has no option `{name}`; {hint}")
 
 
 def check_lambdas(lam: Lambdas, limits: str = "[0, 1]", extrapolate: bool | None = False) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from hf_rb.weights.patterns import LAYER
 
 
-__all__ = ["MergeReport", "TensorReport"]
+__all__ = ["MergeReport", "TensorReport", "root"]
 
 
 @dataclass
@@ -68,8 +68,7 @@ class MergeReport:
 
     def norm(self, key: str, index: int | None = None) -> float:
         """Frobenius norm over all merged tensors together; `index` is the place in a sweep."""
-        values = (tensor.measured[key] for tensor in self.merged)
-        return sqrt(sum((value if index is None else value[index]) ** 2 for value in values))
+        return root(self.merged, key, index)
 
     def sigma(self) -> tuple[float, float] | None:
         """
@@ -80,6 +79,13 @@ class MergeReport:
         compared = [t for t in self.merged if "sigma" in t.measured]
         chosen = [t for t in compared if LAYER.search(t.name) and "bias" not in t.name and "norm" not in t.name]
         return mean_and_ratio((t.measured["sigma"], t.measured["absolute"]) for t in chosen) if chosen else None
+
+
+def root(tensors: Iterable[TensorReport], key: str, index: int | None = None) -> float:
+    """Frobenius norm over several tensors together; of a sweep, at its last lambda unless `index` says another."""
+    values = (tensor.measured[key] for tensor in tensors)
+    chosen = (value[-1 if index is None else index] if isinstance(value, list) else value for value in values)
+    return sqrt(sum(value**2 for value in chosen))
 
 
 def mean_and_ratio(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
