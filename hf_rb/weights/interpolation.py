@@ -80,6 +80,7 @@ class Interpolation(Operation):
 
     def __init__(self, **flags: Any):
         super().__init__(**flags)
+        self.flags.rules = dict(self.flags.rules or {})
         for value in self.flags.rules.values():
             check_lambdas(value, extrapolate=self.flags.extrapolate)
         self.matchers = [(matcher(pattern), lam) for pattern, lam in self.flags.rules.items()]
@@ -92,10 +93,8 @@ class Interpolation(Operation):
                 "first."
             )
         self.check_whole(request)
-        weights = [1 - self.lams[0], self.lams[0]]
-        return combine_adapters(
-            names, weights, request.destination, rank=self.flags.rank, overwrite=request.options.overwrite
-        )
+        (lam,), overwrite = self.lams, request.options.overwrite
+        return combine_adapters(names, [1 - lam, lam], request.destination, rank=self.flags.rank, overwrite=overwrite)
 
     def check(self, names: Iterable[str]) -> None:
         for pattern in self.flags.rules:

@@ -69,15 +69,14 @@ def merge_models(
     check_models(record, models)
     operation = method(**{name: value for name, value in options.items() if name not in shared})
     asked = Options(**{name: value for name, value in options.items() if name in shared})
-    names, folders = {}, {}
+    names: dict[str, str] = {}
     for role in sorted(record.models, key=lambda role: role != record.receiver):  # which comes first
-        given = models.get(role)
-        several = isinstance(given, list | tuple)
-        for number, name in enumerate(given if several else [given] if given else [], start=1):
-            names[f"{role} {number}" if several else role] = str(name)
-    for role in set(record.adapters) & names.keys():
-        folders[role] = find_model(names[role], adapter=True)
-    adapters = {role: folders[role] for role in record.adapters if role in folders and is_adapter(folders[role])}
+        if isinstance(given := models.get(role), list | tuple):
+            names |= {f"{role} {number}": str(name) for number, name in enumerate(given, start=1)}
+        elif given:
+            names[role] = str(given)
+    folders = {role: find_model(names[role], adapter=True) for role in record.adapters if role in names}
+    adapters = {role: folder for role, folder in folders.items() if is_adapter(folder)}
     request = Request(names, adapters, Path(destination), asked)
     _check_adapters(operation, request)
     if adapters:

@@ -46,7 +46,7 @@ cannot treat, `dtype` widens the result, `of_adapters` takes LoRA adapters, and 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from functools import reduce
 from math import isfinite
 from pathlib import Path
@@ -66,6 +66,9 @@ from hf_rb.weights.report import MergeReport, TensorReport
 __all__ = ["ELEMENTS", "Job", "Operation", "Piece", "Request", "check_finite", "measure", "pieces", "square"]
 
 ELEMENTS = 1 << 18  # of a piece: small enough for a processor's cache
+
+
+NoFlags = make_dataclass("NoFlags", [])
 
 
 @dataclass(frozen=True)
@@ -138,12 +141,9 @@ class Operation:
     silent: tuple[str, ...] = ()
 
     def __init__(self, **flags: Any):
-        self.flags: Any = None
+        self.flags: Any = (self.method.flags or NoFlags)(**flags)
         self.lams, self.sweep, self.include = (), None, self.method.include
-        if self.method.flags is None:
-            return
-        self.flags = self.method.flags(**flags)
-        validate(self.flags)
+        validate(self.flags, self.method.rules)
         for limits in [one.metadata["limits"] for one in fields(self.flags) if "limits" in one.metadata]:
             self.lams = check_lambdas(self.flags.lam, limits, getattr(self.flags, "extrapolate", None))
             self.sweep = None if isinstance(self.flags.lam, int | float) else self.lams

@@ -21,6 +21,8 @@ from hf_rb.weights.source import EMBEDDINGS, HEADS, TIE, Source, content, some, 
 
 __all__ = ["MergePlan"]
 
+SKIP = '`mismatch="skip"` (`--mismatch skip`)'
+CHOOSE = "Give models of one shape, choose tensors with `include` (`--include`)"
 # What a configuration says beside what the model computes.
 SILENT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
@@ -66,8 +68,7 @@ class MergePlan:
             if (theirs := other.config.get("model_type")) != ours.get("model_type"):
                 self._refuse(
                     f"{self.receiver.role} is a {ours.get('model_type')} model and {other.role} a {theirs} model",
-                    'Give models of one architecture, or `mismatch="skip"` (`--mismatch skip`) to merge the tensors '
-                    "that fit.",
+                    f"Give models of one architecture, or {SKIP} to merge the tensors that fit.",
                 )
 
     def _give_head(self) -> None:
@@ -92,8 +93,7 @@ class MergePlan:
             if names:
                 self._refuse(
                     f"{self.receiver.role} has no {some(names)}, which {other.role} has",
-                    "Give models of one shape, choose tensors with `include` (`--include`), or leave these out with "
-                    '`mismatch="skip"` (`--mismatch skip`).',
+                    f"{CHOOSE}, or leave these out with {SKIP}.",
                     other,
                 )
             extra += names
@@ -111,8 +111,8 @@ class MergePlan:
         if vocabulary and embeddings:
             self._refuse(
                 vocabulary,
-                "Their rows would mix different tokens. Give models with one tokenizer, or "
-                f'`mismatch="skip"` (`--mismatch skip`) to keep the embeddings of {self.receiver.role}.',
+                f"Their rows would mix different tokens. Give models with one tokenizer, or {SKIP} to keep the "
+                f"embeddings of {self.receiver.role}.",
             )
             kept |= dict.fromkeys(embeddings, "another vocabulary")
         for other in self.others:
@@ -126,8 +126,7 @@ class MergePlan:
             if missing:
                 self._refuse(
                     f"{other.role} has no {some(missing)}, which {self.receiver.role} has",
-                    "Give models of one shape, choose tensors with `include` (`--include`), or keep these of "
-                    f'{self.receiver.role} with `mismatch="skip"` (`--mismatch skip`).',
+                    f"{CHOOSE}, or keep these of {self.receiver.role} with {SKIP}.",
                     other,
                 )
                 kept |= dict.fromkeys(missing, f"not in {other.role}")
@@ -137,7 +136,7 @@ class MergePlan:
                     f"{some([*shapes])} differs in shape: {self.receiver.entries[name].shape} in "
                     f"{self.receiver.role}, {shapes[name]} in {other.role}",
                     padding(self.receiver, other, name)
-                    or 'Give models of one shape, or keep what differs with `mismatch="skip"` (`--mismatch skip`).',
+                    or f"Give models of one shape, or keep what differs with {SKIP}.",
                 )
                 kept |= dict.fromkeys(shapes, f"another shape in {other.role}")
         if included <= kept.keys():
