@@ -47,16 +47,8 @@ SYNC_BYTES, SYNC_SECONDS = 1 << 26, 10.0
 
 
 def merge(operation: Operation, sources: Sequence[Source], destination: str | Path, options: Options) -> MergeReport:
-    """
-    Runs an operation over the files of its models, the receiving one first.
-
-    Returns:
-        [`MergeReport`]
-
-    Raises:
-        FileExistsError: The destination is not empty and `overwrite` is `False`.
-        ValueError: The models do not fit together, a weight is NaN or infinite, the destination holds one of the
-            models, or the unfinished work beside it is another one.
+    """Runs an operation over the files of its models, the receiving one first. Returns and raises as
+    [`~hf_rb.weights.merge_models`].
     """
     started = time.monotonic()
     destination = Path(destination).resolve()

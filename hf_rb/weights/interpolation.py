@@ -115,11 +115,5 @@ def interpolate(
     """
     Writes models between two models, with the memory of a few pieces of a tensor: in float32, rounded once. Two LoRA
     adapters give an adapter (see [`combine_adapters`]).
-
-    Args:
-        start, end (`str` or `Path`):
-            Models for lambda 0 and 1: embedded models (`"tiny:student"`), folders or Hub ids.
-        destination (`str` or `Path`):
-            Folder to write; of a sweep, the folder of the folders `lambda-0.2`, ….
     """
     return merge_models(Interpolation, {"start": start, "end": end}, destination, lam=lam, **options)

@@ -19,6 +19,7 @@ from hf_rb.weights.source import Source
 __all__ = ["documented_merge", "merge_models"]
 
 Function = TypeVar("Function", bound=Callable)
+FOLDER = "    destination (`str` or `Path`):\n        Folder to write; of a sweep, a folder of folders."
 
 
 def merge_models(
@@ -110,10 +111,12 @@ def _check_adapters(operation: Operation, request: Request) -> None:
 
 
 def documented_merge(operation: type[Operation]) -> Callable[[Function], Function]:
-    """Gives the function of a merge, which takes them as `**options`, the signature and the parameters of its flags
-    and of [`Options`]. The docstring of the function ends with its own arguments.
+    """Gives the function of a merge the signature and the docstring of its record: models, flags and [`Options`], the
+    last two of which it takes as `**options`.
     """
-    options = arguments(operation.method)
+    record, options = operation.method, arguments(operation.method)
+    optional = {role: ", *optional*" * (role in record.optional) for role in record.models}
+    models = [f"    {role} (`str` or `Path`{optional[role]}):\n        {record.models[role]}." for role in optional]
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
@@ -124,8 +127,9 @@ def documented_merge(operation: type[Operation]) -> Callable[[Function], Functio
             if name not in own
         ]
         function.__signature__ = signature.replace(parameters=[*own.values(), *more])  # type: ignore[attr-defined]
-        text = f"{inspect.cleandoc(function.__doc__ or '')}\n{parameters(options.values())}\n"
-        function.__doc__ = f"{text}\nReturns:\n    [`MergeReport`]\n\nRaises: As [`merge_models`]."
+        text, flags = inspect.cleandoc(function.__doc__ or ""), parameters(options.values())
+        lines = [text, "", "Args:", *models, FOLDER, flags, "", "Returns and raises:", "    As [`merge_models`]."]
+        function.__doc__ = "\n".join(lines)
         return function
 
     return decorate

@@ -67,7 +67,7 @@ class Graft(Operation):
         summary="Fine-tunes the Base model and adds what its weights have learned to those of the Instruct model.",
         models={
             "base": "the Base model it was tuned from",
-            "tuned": "Base after its fine-tuning, or its LoRA adapter",
+            "tuned": "Base after its fine-tuning, best saved in float32, or its LoRA adapter",
             "onto": "the Instruct model that gets what Base has learned",
         },
         adapters=("tuned",),
@@ -143,16 +143,6 @@ def graft(
     pieces of a tensor. Everything but weights is the Instruct model's. Returns `None` for an adapter that stays one.
 
     By default the linear weights get their delta, as in the authors' code, and of an adapter all that it has.
-
-    Args:
-        tuned (`str` or `Path`):
-            The fine-tuned Base model, or the LoRA adapter that was trained on Base. Best saved in float32.
-        onto (`str` or `Path`):
-            The Instruct model.
-        destination (`str` or `Path`):
-            Folder to write.
-        base (`str` or `Path`, *optional*):
-            The Base model before its fine-tuning. Needed unless `tuned` is an adapter.
     """
     report = merge_models(Graft, {"base": base, "tuned": tuned, "onto": onto}, destination, **options)
     return report if report.tensors else None

@@ -149,7 +149,7 @@ class Timber(Operation):
         "lies behind the difference's effective rank; without training.",
         models={
             "base": "its Base model",
-            "model": "the Instruct model, or a LoRA adapter without --base",
+            "model": "the Instruct model, or any that was tuned from Base; or a LoRA adapter, without Base",
         },
         adapters=("model",),
         optional=("base",),
@@ -241,15 +241,7 @@ def refine(
     without training and data.
 
     Everything but weights is the Instruct model's, and so is every tensor that is no matrix. The matrices of fused
-    experts are refined one by one. With the pattern `"all"`, as in the released code, embeddings take most of the
-    time.
-
-    Args:
-        base (`str` or `Path`, *optional*):
-            The Base model. `None` for an adapter, whose own delta is refined (ours, not the paper's).
-        model (`str` or `Path`):
-            The Instruct model, or any model that was tuned from Base; or a LoRA adapter.
-        destination (`str` or `Path`):
-            Folder to write; of a sweep, the folder of the folders `lambda-0.2`, ….
+    experts are refined one by one, and an adapter's own delta, which is ours, not the paper's. With the pattern
+    `"all"`, as in the released code, embeddings take most of the time.
     """
     return merge_models(Timber, {"base": base, "model": model}, destination, lam=lam, **options)
