@@ -143,7 +143,7 @@ def read_arguments(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
 
 
 def summary(report: "MergeReport", destination: str) -> str:
-    """A table by kinds of tensors, and what a user should know."""
+    """Returns a table by kinds of tensors, and notes for a user."""
     from pathlib import Path
 
     from hf_rb.utils.output import format_table

@@ -1,12 +1,13 @@
-"""Which methods there are: files of this package, entry points of installed packages, and code that the command line
+"""Registry of the methods: files of this package, entry points of installed packages, and code that the command line
 allows. Standard library only: nothing is imported until a method is used.
 """
 
 import logging
+import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -15,9 +16,22 @@ from typing import Any
 
 from hf_rb.methods import static
 from hf_rb.methods.record import Kind, Method
+from hf_rb.utils.fields import value_problem
 
 
-__all__ = ["GROUPS", "LOCAL", "Entry", "broken", "catalog", "find", "methods", "name_problem"]
+__all__ = [
+    "GROUPS",
+    "LOCAL",
+    "PACKAGE",
+    "Entry",
+    "allow",
+    "broken",
+    "catalog",
+    "entries",
+    "find",
+    "methods",
+    "name_problem",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +46,23 @@ GROUPS: dict[Kind, str] = {
 LOCAL: set[str] = set()
 """Code that the command line allows to be imported, `module:attribute`: its own name in a recipe."""
 
+
+def allow(names: Iterable[str]) -> None:
+    """
+    Allows code to be imported that a recipe names.
+
+    Raises:
+        ValueError: A name is not of the form `module:attribute`.
+    """
+    for name in names:
+        module, _, attribute = name.partition(":")
+        if not module or not attribute:
+            raise ValueError(f"`--allow_local_code {name}` is not of the form `module:attribute`.")
+        LOCAL.add(name)
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+
+
 PACKAGE = "hf_rb"
 _FOLDERS = ("objectives", "advantages", "quantizers", "weights", "models", "recover")
 _RECORD = re.compile(r"\b\w*Method\(")
@@ -40,15 +71,15 @@ _RECORD = re.compile(r"\b\w*Method\(")
 @dataclass(frozen=True)
 class Entry:
     """
-    Where a method is.
+    Place of a method.
 
     Attributes:
-        method (`Method`): Its record.
+        method (`Method`): Its record, of the class of its kind.
         module, name (`str`): Where the class stands, or the constant that holds the record.
         package (`str`): The package it comes with.
     """
 
-    method: Method
+    method: Any
     module: str
     name: str
     package: str
@@ -58,10 +89,15 @@ class Entry:
         return getattr(import_module(self.module), self.name)
 
 
+def entries() -> list[Entry]:
+    """Returns all methods that can be used, in the order of their files."""
+    others = [entry for kind in GROUPS for entry in methods(kind).values()]
+    return [*{entry.method.key: entry for entry in (*_built_in(), *others)}.values()]
+
+
 def catalog() -> dict[str, Method]:
     """Returns the records of all methods that can be used, by key."""
-    others = [entry for kind in GROUPS for entry in methods(kind).values()]
-    return {entry.method.key: entry.method for entry in (*_built_in(), *others)}
+    return {entry.method.key: entry.method for entry in entries()}
 
 
 def methods(kind: Kind) -> dict[str, Entry]:
@@ -79,40 +115,38 @@ def broken(kind: Kind) -> dict[str, str]:
     return _installed(kind)[1]
 
 
-def find(kind: Kind, name: str) -> Entry:
+def find(kind: Kind, name: str, key: str | None = None) -> Entry:
     """
-    Returns a method by its name.
+    Returns a method by its name, which the key of a recipe has given.
 
     Raises:
         ValueError: There is none; the message names the nearest, or says what is wrong with it.
     """
-    problem = name_problem(kind, name)
+    problem = name_problem(kind, name, key)
     if problem:
         raise ValueError(problem)
     return methods(kind)[name]
 
 
-def name_problem(kind: Kind, name: str, where: str = "") -> str | None:
-    """Returns what is wrong with the name of a method, if anything; `where` is the key of the recipe that has it."""
+def name_problem(kind: Kind, name: str, key: str | None = None) -> str | None:
+    """Returns what is wrong with the name of a method, if anything; `key` is the key of the recipe that has it."""
     known = methods(kind)
     if name in known:
         return None
     if name in broken(kind):
         return broken(kind)[name]
-    where = where or f"the {kind}"
+    key = key or kind
     if name in LOCAL:
         try:
             _local(kind, name)
         except Exception as error:  # whatever stands in a user's file
-            return f"{where} names {name!r}, which cannot be used: {type(error).__name__}: {error}."
+            return f"`{key}` names {name!r}, which cannot be used: {type(error).__name__}: {error}."
     if ":" in name:
         return (
-            f"{where} names code, {name!r}. Code in a recipe is imported only if the command line says so too: add "
+            f"`{key}` names code, {name!r}. Code in a recipe is imported only if the command line says so too: add "
             f"`--allow_local_code {name}` if you trust it."
         )
-    close = get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(map(repr, known))}."
-    return f"{where} cannot be {name!r}; {hint}"
+    return value_problem(key, name, choices=[*known])
 
 
 @cache

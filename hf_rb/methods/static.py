@@ -52,14 +52,14 @@ def evaluate(module: str, name: str) -> Any:
     source = _read(module)
     outer, _, attribute = name.partition(".")
     if outer not in source.defined:
-        raise ImportError(f"{source.path} does not define `{outer}`.")
+        raise ImportError(f"{source.path} does not define `{outer}`")
     namespace: dict[str, Any] = {"__name__": module, "__file__": str(source.path)}
     if not attribute:
         _run(source, namespace, {outer})
         return namespace[outer]
     expression = _attribute(source.defined[outer], attribute)
     if expression is None:
-        raise ImportError(f"`{outer}` of {source.path} has no attribute `{attribute}`.")
+        raise ImportError(f"`{outer}` of {source.path} has no attribute `{attribute}`")
     _run(source, namespace, _names(expression))
     return eval(compile(ast.Expression(expression), str(source.path), "eval"), namespace)  # noqa: S307 (an import would too)
 
@@ -72,13 +72,23 @@ def record_names(module: str) -> Iterator[str]:
 
 
 def record(module: str, name: str) -> Any:
-    """Returns the record that a class of a module has as `method`, or that a constant is."""
+    """
+    Returns the record that a class of a module has as `method`, or that a constant is.
+
+    Raises:
+        TypeError: It has none.
+        ImportError, NameError: As [`evaluate`].
+    """
     node = _read(module).defined.get(name)
+    if isinstance(node, ast.ClassDef) and _attribute(node, "method") is None:
+        raise TypeError(
+            f"`{name}` has no record: a class attribute `method`, such as `ShaperMethod(...)` of `hf_rb.methods`"
+        )
     return evaluate(module, f"{name}.method" if isinstance(node, ast.ClassDef) else name)
 
 
 def is_torch_free(module: str) -> bool:
-    """Whether a module is imported as it is."""
+    """Says whether a module is imported as it is."""
     return any(module == one or module.startswith(f"{one}.") for one in _IMPORTED)
 
 
@@ -94,7 +104,7 @@ class _Source:
 def _read(module: str) -> _Source:
     path = source_file(module)
     if path is None:
-        raise ImportError(f"There is no module `{module}`.")
+        raise ImportError(f"there is no module `{module}`")
     return _Source(module, path)
 
 

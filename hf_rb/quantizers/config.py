@@ -1,4 +1,4 @@
-"""What the configurations of the quantization backends share, importable without torch."""
+"""Base of the configurations of the quantization backends, importable without torch."""
 
 from dataclasses import fields
 from difflib import get_close_matches
@@ -35,7 +35,7 @@ class PackedConfig(QuantizationConfigMixin):
 
     @property
     def summary(self) -> str:
-        """What is done to a model, in a sentence."""
+        """Sentence about the quantization of a model."""
         raise NotImplementedError
 
     @classmethod
@@ -50,7 +50,7 @@ class PackedConfig(QuantizationConfigMixin):
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What may differ between the stored configuration and the one given to `from_pretrained`."""
+        """Returns fields that may differ between the stored configuration and the one given to `from_pretrained`."""
         defaults = {field.name: field.default for field in fields(self)}
         return {name: getattr(self, name) for name in self.loading if getattr(self, name) != defaults[name]}
 

@@ -1,6 +1,4 @@
-"""What the fields of a quantization config may not be together. Standard library only: `hf-rb check` runs these
-without torch.
-"""
+"""Rules for the fields of a quantization config. Standard library only: `hf-rb check` runs these without torch."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -10,7 +8,7 @@ from typing import Any
 
 __all__ = ["NSDS_RANGES", "d2quant_rules", "nsds_budget", "ptqtp_rules"]
 
-# What the least and the most sensitive layers get (hf_rb/quantizers/allocation/nsds.py); the bits are those of the
+# The least and the most sensitive layers get these (hf_rb/quantizers/allocation/nsds.py); the bits are those of the
 # paper.
 NSDS_RANGES = {"bits_per_layer": (2, 4), "planes_per_layer": (2, 3)}
 
@@ -80,7 +78,7 @@ def nsds_budget(strategy: str) -> float | None:
 
 
 def _pattern_rules(config: Any, per_layer: str, example: str) -> Iterator[str]:
-    """What is wrong with `modules_to_not_convert` and with the dict `per_layer`, both of which name modules."""
+    """Yields what is wrong with `modules_to_not_convert` and with the dict `per_layer`, both of which name modules."""
     skipped, values = config.modules_to_not_convert, getattr(config, per_layer)
     if isinstance(skipped, str):
         yield f"`modules_to_not_convert` must be a list; got {skipped!r}, so write [{skipped!r}]."

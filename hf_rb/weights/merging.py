@@ -90,7 +90,7 @@ def merge_models(
 
 
 def _check_adapters(operation: Operation, request: Request) -> None:
-    """Raises `ValueError` for what goes with models alone, or with adapters alone."""
+    """Raises `ValueError` for roles and flags that go with models alone, or with adapters alone."""
     method, names = operation.method, request.models
     if request.adapters:
         if idle := [role for role in method.optional if role in names]:

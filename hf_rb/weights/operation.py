@@ -1,4 +1,4 @@
-"""What is done to one tensor of a merge. A method is a subclass of [`Operation`] with a record, which
+"""Operation on one tensor of a merge. A method is a subclass of [`Operation`] with a record, which
 [`~hf_rb.weights.merge_models`] and `hf-rb merge` run.
 
 A merge that averages two models, as a worked example. Another package registers it in the entry-point group
@@ -74,13 +74,13 @@ NoFlags = make_dataclass("NoFlags", [])
 @dataclass(frozen=True)
 class Request:
     """
-    What was asked for.
+    Merge that was asked for.
 
     Attributes:
         models (`dict[str, str]`): Names as the user wrote them, by role; of several with a number, `"tuned 1"`.
         adapters (`dict[str, Path]`): Folders of those that are LoRA adapters, by role.
         destination (`Path`): Folder to write.
-        options (`Options`): What every merge takes.
+        options (`Options`): Options of every merge.
     """
 
     models: dict[str, str]
@@ -119,7 +119,7 @@ class Piece:
 
 class Operation:
     """
-    What is done to one tensor. A method is a subclass.
+    Operation on one tensor. A method is a subclass.
 
     Args:
         flags:
@@ -149,7 +149,7 @@ class Operation:
             self.sweep = None if isinstance(self.flags.lam, int | float) else self.lams
 
     def changed(self) -> list[str]:
-        """Flags that are not at their defaults."""
+        """Returns the flags that are not at their defaults."""
         return [name for name, default in defaults_of(self.method).items() if getattr(self.flags, name) != default]
 
     def of_adapters(self, request: Request) -> "Operation | MergeReport":
@@ -157,7 +157,7 @@ class Operation:
         raise NotImplementedError
 
     def check_whole(self, request: Request) -> None:
-        """Raises `ValueError` where adapters are asked for what only models can have."""
+        """Raises `ValueError` for options that only models have, where adapters are merged."""
         options = [name for name in ("include", "files_from", "dtype") if getattr(request.options, name) is not None]
         flags = [name for name in self.changed() if name not in ("lam", "extrapolate", *self.method.for_adapters)]
         if idle := [f"`{name}`" for name in (*flags, *options)]:
@@ -169,12 +169,12 @@ class Operation:
         """Raises `ValueError` for flags that do not fit the receiving model, by the names of its tensors."""
 
     def keeps(self, name: str, entry: Entry) -> str | None:
-        """Why a tensor that the user has included is copied nevertheless."""
+        """Returns the reason for which a tensor that the user has included is copied nevertheless."""
         return None
 
     def dtype(self, entry: Entry, others: Mapping[str, Entry]) -> torch.dtype:
-        """Type of the result. Where it may be either of two models in all but weights, the type that holds both: else
-        one of them could not be hit exactly.
+        """Returns the type of the result. Where it may be either of two models in all but weights, that is the one
+        that holds both: else one of them could not be hit exactly.
         """
         types = [others[role].dtype for role in self.method.files_from if role in others]
         return reduce(torch.promote_types, types, entry.dtype)
@@ -184,13 +184,13 @@ class Operation:
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
-        """What was asked for, for the report."""
+        """Returns the options that were asked for, for the report."""
         lam = {"lambda": self.lams[0] if self.sweep is None else list(self.lams)} if self.lams else {}
         shown = [name for name in defaults_of(self.method) if name not in ("extrapolate", *self.silent)]
         return lam | {name: getattr(self.flags, name) for name in shown if name != "lam" or not lam}
 
     def notes(self, rows: list[TensorReport]) -> list[str]:
-        """What a user should know about what came of it."""
+        """Returns notes on the result for a user."""
         return []
 
 

@@ -1,11 +1,11 @@
-"""What a merge may be asked for, and what of it makes no sense. Standard library only: `hf-rb merge` reads this before
-torch is imported.
+"""Models, flags and options of merges, and their checks. Standard library only: `hf-rb merge` reads this before torch
+is imported.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hf_rb.methods import MergeMethod, flag
 from hf_rb.methods.registry import Entry, broken, methods
@@ -51,7 +51,7 @@ class Extrapolating:
 
 @dataclass(frozen=True)
 class Options:
-    """What every merge takes beside its own flags."""
+    """Options of every merge, beside its own flags."""
 
     include: str | None = flag(
         None,
@@ -92,7 +92,7 @@ def merges() -> dict[str, Entry]:
 
 
 def unusable() -> dict[str, str]:
-    """Returns what is wrong with the merges of other packages that cannot be used, by name."""
+    """Returns the problems of those merges of other packages that cannot be used, by name."""
     return _sorted()[1]
 
 
@@ -101,7 +101,7 @@ def _sorted() -> tuple[dict[str, Entry], dict[str, str]]:
     taken = ("method", "destination", "json", "debug", "help", "rule", *(one.name for one in fields(Options)))
     kinds: dict[str, Any] = dict.fromkeys(taken)
     for key, entry in methods("merge").items():
-        method = cast(MergeMethod, entry.method)
+        method: MergeMethod = entry.method
         own = {field.name: field.type for field in fields(method.flags)} if method.flags else {}
         own |= dict.fromkeys(method.models, Model)
         clash = [name for name, kind in own.items() if kinds.get(name, kind) != kind]
@@ -118,7 +118,7 @@ def _sorted() -> tuple[dict[str, Entry], dict[str, str]]:
 
 def records() -> dict[str, MergeMethod]:
     """Returns the records of [`merges`]."""
-    return {command: cast(MergeMethod, entry.method) for command, entry in merges().items()}
+    return {command: entry.method for command, entry in merges().items()}
 
 
 def check_models(method: MergeMethod, models: Mapping[str, Any]) -> None:

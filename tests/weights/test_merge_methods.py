@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers.plugins import install
 from helpers.raw_models import noise, read, write
 
 from hf_rb.cli import main
-from hf_rb.methods import MergeMethod, registry
+from hf_rb.methods import MergeMethod
 from hf_rb.weights import engine, graft, interpolate, merge_models, operation, refine
 from hf_rb.weights.interpolation import Interpolation
 from hf_rb.weights.options import Options, merges, records
@@ -275,39 +276,20 @@ from hf_rb.weights.operation import Operation
 
 
 @dataclass
-class Flags:
+class {title}Flags:
     {name}: {kind} = flag({default}, "Something.")
 
 
 class {title}(Operation):
-    method = MergeMethod(key="{key}", name="{title}", summary="Something.", models={{"one": "a model"}}, flags=Flags)
+    method = MergeMethod(key="{key}", name="{title}", summary="Something.", models={{"one": "a model"}}, flags={title}Flags)
 """
 
 
 class TestOtherPackages:
-    @pytest.fixture
-    def installed(self, tmp_path, monkeypatch):
-        """Installs modules and their entry points, as a package does."""
-        folder = tmp_path / "site"
-        (folder / "averages-1.0.dist-info").mkdir(parents=True)
-        monkeypatch.syspath_prepend(folder)
-
-        def install(points, **modules):
-            for name, text in modules.items():
-                (folder / f"{name}.py").write_text(text)
-            lines = ["[hf_rb.merges]", *(f"{key} = {value}" for key, value in points.items())]
-            (folder / "averages-1.0.dist-info/entry_points.txt").write_text("\n".join(lines))
-            (folder / "averages-1.0.dist-info/METADATA").write_text(
-                "Metadata-Version: 2.1\nName: averages\nVersion: 1.0\n"
-            )
-            registry._installed.cache_clear()
-
-        yield install
-        registry._installed.cache_clear()
-
-    def test_the_documented_merge_is_one_with_its_flag(self, installed, tmp_path, capsys):
+    def test_the_documented_merge_is_one_with_its_flag(self, monkeypatch, tmp_path, capsys):
         (example,) = re.findall(r"```python\n(.*?)```", operation.__doc__, re.DOTALL)
-        installed({"average": "averages:Average"}, averages=example.partition("\n\n\nreport =")[0])
+        code = example.partition("\n\n\nreport =")[0]
+        install(monkeypatch, tmp_path / "site", "averages", code, merge={"average": "Average"})
         folders = [write(tmp_path / name, tensors(seed)) for seed, name in ((0, "a"), (10, "b"))]
         models = ["--one", str(folders[0]), "--other", str(folders[1])]
         assert main(["merge", "--method", "average", *models, "--share", "0.25", str(tmp_path / "out")]) == 0
@@ -327,17 +309,15 @@ class TestOtherPackages:
             capsys.readouterr().out.split()
         )
 
-    def test_a_broken_one_is_named_and_the_rest_works(self, installed, tmp_path, capsys):
-        points = {"gone": "nowhere:Gone", "odd": "odd:Odd", "taken": "taken:Taken", "unlike": "unlike:Unlike"}
-        installed(
-            points,
-            odd=CLASHING.format(key="odd", title="Odd", name="x", kind="int", default=0).replace("models=", "roles="),
-            taken=CLASHING.format(key="taken", title="Taken", name="dtype", kind="str", default="'a'"),
-            unlike=CLASHING.format(key="unlike", title="Unlike", name="rank", kind="str", default="'a'"),
-        )
+    def test_a_broken_one_is_named_and_the_rest_works(self, monkeypatch, tmp_path, capsys):
+        code = CLASHING.format(key="odd", title="Odd", name="x", kind="int", default=0).replace("models=", "roles=")
+        code += CLASHING.format(key="taken", title="Taken", name="dtype", kind="str", default="'a'")
+        code += CLASHING.format(key="unlike", title="Unlike", name="rank", kind="str", default="'a'")
+        points = {"gone": "Gone", "odd": "Odd", "taken": "Taken", "unlike": "Unlike"}
+        install(monkeypatch, tmp_path / "site", "averages", code, merge=points)
         words = {
-            "gone": "The merge 'gone' of the package averages (nowhere:Gone) cannot be used: ImportError",
-            "odd": "The merge 'odd' of the package averages (odd:Odd) cannot be used: TypeError",
+            "gone": "The merge 'gone' of the package averages (averages:Gone) cannot be used: ImportError",
+            "odd": "The merge 'odd' of the package averages (averages:Odd) cannot be used: TypeError",
             "taken": "The merge 'taken' of the package averages cannot be used: `dtype` is an argument of another kind",
             "unlike": "The merge 'unlike' of the package averages cannot be used: `rank` is an argument of another kind",
         }

@@ -24,7 +24,7 @@ class TestSlerp:
         assert angle_between([(start, end)]) == pytest.approx(pi / 2)
 
     @given(st.floats(0, 1), st.integers(0, 99))
-    def test_between_equal_norms_the_norm_stays_and_the_angle_is_divided(self, lam, seed):
+    def test_between_equal_norms_norm_stays_and_angle_is_divided(self, lam, seed):
         start, end = (one / one.norm() for one in (matrix(40, seed=seed), matrix(40, seed=seed + 100)))
         merged, angle = slerp_tensors(start, end, lam), angle_between([(start, end)])
         assert merged.norm().item() == pytest.approx(1, abs=1e-12)

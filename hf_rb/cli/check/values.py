@@ -45,7 +45,7 @@ class ValueChecker:
         if problem:
             self.findings.errors.append(problem)
             return
-        methods = [name for name in schemas.QUANTIZATION if key in schemas.load(name)]
+        methods = [name for name in schemas.quantization() if key in schemas.load(name)]
         if methods and prefix.endswith("quantization_config."):
             instead = _COUNTERPARTS.get(key)
             hint = f"; this method has `{instead}` (`--{instead.replace('_', '-')}`)." if instead else "."
@@ -87,17 +87,17 @@ class ValueChecker:
         converted.
         """
         method = config.get("quant_method") if isinstance(config, dict) else None
-        if isinstance(method, str) and method in schemas.QUANTIZATION:
+        if isinstance(method, str) and method in schemas.quantization():
             before = len(self.findings.errors)
             values = self.values(config, schemas.load(method), f"{key}.", from_text=False)
             rules = QUANTIZATION_RULES[method](SimpleNamespace(**values))
             if len(self.findings.errors) == before:  # otherwise the rules would speak of defaults that nobody wrote
                 self.findings.errors += [f"`{key}`: {problem}" for problem in rules]
         elif key == "quantization_config" and isinstance(config, dict):
-            problem = value_problem(f"{key}.quant_method", str(method), choices=[*schemas.QUANTIZATION])
+            problem = value_problem(f"{key}.quant_method", str(method), choices=schemas.quantization())
             self.findings.errors += filter(None, [problem])
         # Elsewhere it may be a method of another library; "quanto" is further away than this.
-        elif close := get_close_matches(str(method), schemas.QUANTIZATION, n=1, cutoff=0.8):
+        elif close := get_close_matches(str(method), schemas.quantization(), n=1, cutoff=0.8):
             self.findings.warnings.append(f"`{key}.quant_method` is {method!r}; did you mean {close[0]!r}?")
 
 

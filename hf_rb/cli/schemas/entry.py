@@ -8,7 +8,7 @@ __all__ = ["TYPE_NAMES", "make_entry"]
 
 TYPE_NAMES = {type(None): "null", bool: "bool", int: "int", float: "float", str: "str", dict: "dict"}
 
-# What the libraries' own fields may be, where they say it nowhere, or after models are loaded.
+# Ranges of the libraries' own fields, which they check nowhere, or after models are loaded.
 _RANGES = {
     **dict.fromkeys(
         (
@@ -55,6 +55,7 @@ def make_entry(
     range: str | None = None,
     help: str = "",
     keys: dict[str, Any] | None = None,
+    own: bool = False,
     **default: Any,
 ) -> dict[str, Any]:
     """
@@ -73,6 +74,8 @@ def make_entry(
             Help, as argparse wants it.
         keys (`dict`, *optional*):
             Entries of the dataclass that its list holds.
+        own (`bool`, *optional*, defaults to `False`):
+            Whether the field is ours.
         default (*optional*):
             Its default. A field without one must be given.
     """
@@ -86,5 +89,6 @@ def make_entry(
         "range": range or _RANGES.get(name),
         "help": help.replace("%%", "%"),
         "keys": keys,
+        "own": own or None,
     }
     return {key: value for key, value in entry.items() if value is not None or key == "default"}

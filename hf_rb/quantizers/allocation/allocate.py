@@ -1,5 +1,5 @@
-"""What layers get by their sensitivity: `bits_per_layer="nsds:3.0"` as a setting for each of them, found before
-anything is loaded.
+"""Settings of layers by their sensitivity: `bits_per_layer="nsds:3.0"` becomes one for each of them before anything is
+loaded.
 """
 
 from collections.abc import Sequence
@@ -47,9 +47,14 @@ def allocate_layers(
             Its safetensors files. The weights of one layer are in memory at a time.
 
     Raises:
-        ValueError: The weights are in no safetensors files, or the layers are not those of a dense decoder in the
-            manner of Llama with an LM head.
+        ValueError: The strategy is no such text; the weights are in no safetensors files; or the layers are not those
+            of a dense decoder in the manner of Llama with an LM head.
     """
+    budget = nsds_budget(strategy)
+    if budget is None:
+        raise ValueError(
+            f"`{per_layer}` as text must be 'nsds:' and an average, such as 'nsds:2.5'; got {strategy!r}."
+        )
     layers, wanted = _decoder_layers(model), {}
     if not layers or model.get_output_embeddings() is None:
         lacks = "list of decoder layers called `layers`" if not layers else "LM head"
@@ -83,7 +88,6 @@ def allocate_layers(
                 nsds.layer_numbers(nsds.LayerWeights(gate=weights.pop("gate", None), **weights), head_dim, directions)
             )
     scores = nsds.combine(*zip(*numbers, strict=True))
-    budget: Any = nsds_budget(strategy)  # the rules of the config have refused other texts
     given = nsds.allocate([one.score for one in scores], budget, *NSDS_RANGES[per_layer])
     return [LayerAllocation(*row) for row in zip(layers, *zip(*scores, strict=True), given, strict=True)]
 

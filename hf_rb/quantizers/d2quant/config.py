@@ -170,7 +170,7 @@ class D2QuantConfig(PackedConfig):
 
     @property
     def calibrated(self) -> bool:  # pyrefly: ignore[bad-override]  (no constant here)
-        """Whether the model is run on text to quantize it."""
+        """Returns whether the model is run on text to quantize it."""
         return self.backend != "rtn"
 
     @property
@@ -180,7 +180,7 @@ class D2QuantConfig(PackedConfig):
 
     @property
     def summary(self) -> str:
-        """What is done to a model, in a sentence."""
+        """Sentence about the quantization of a model."""
         how = (
             f"Calibrated quantization by {self.backend.upper()}" if self.calibrated else "Rounding without calibration"
         )

@@ -1,4 +1,4 @@
-"""What the quantization backends of `from_pretrained(..., quantization_config=...)` have in common.
+"""Base of the quantization backends of `from_pretrained(..., quantization_config=...)`.
 
 A layer holds the bytes that the kernels read. A file has the tensors of its method's format, in the names and the
 splitting of the model's own checkpoints: `experts.3.gate_proj.weight`, with its scales as
@@ -74,7 +74,7 @@ class Solved(NamedTuple):
 @dataclass(frozen=True)
 class Place:
     """
-    Where in its parameter a matrix of a file belongs.
+    Place of a file's matrix in its parameter.
 
     Attributes:
         expert (`int`, *optional*): Number of the expert.
@@ -121,8 +121,6 @@ class PackingQuantizer(HfQuantizer):
                 "quantized. Quantize it first and call `model.dequantize()`, or leave `dequantize` out."
             )
 
-    # What a method is.
-
     @abstractmethod
     def pack_module(self, name: str, module: nn.Module, weights: list[str]) -> PackedModule:
         """Returns the stand-in for a linear layer or fused experts, some `weights` of which are packed."""
@@ -152,8 +150,6 @@ class PackingQuantizer(HfQuantizer):
     @property
     def serialized_names(self) -> dict[str, list[str]]:  # pyrefly: ignore[bad-override]  (read-only here)
         return {"weight": [f"weight{suffix}" for suffix in ("", *self.suffixes)]}
-
-    # What is quantized.
 
     def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         self.checkpoint_files = kwargs.get("checkpoint_files")
@@ -204,7 +200,7 @@ class PackingQuantizer(HfQuantizer):
         """Is called with the model on the meta device before tensor after tensor is given to `quantize_tensor`."""
 
     def streams(self, model: PreTrainedModel, name: str) -> bool:
-        """Whether a parameter is given to `quantize_tensor`, in pieces as a file has them."""
+        """Returns whether a parameter is given to `quantize_tensor`, in pieces as a file has them."""
         return self.param_needs_quantization(model, name)
 
     def quantize_tensor(self, parameter: str, module: PackedModule, matrix: Tensor, place: Place) -> PackedWeight:
@@ -253,8 +249,6 @@ class PackingQuantizer(HfQuantizer):
             return packed
 
         return _by_block(module, weight, matrix, solve)
-
-    # How tensors of a file become parameters, and back.
 
     def get_quantize_ops(self) -> compat.ConversionOps:
         return compat.IdentityOp()  # the conversion has done it

@@ -119,7 +119,7 @@ class PTQTPConfig(PackedConfig):
 
     @property
     def summary(self) -> str:
-        """What is done to a model, in a sentence."""
+        """Sentence about the quantization of a model."""
         by_layer = self.planes_per_layer or {}
         numbers = NSDS_RANGES["planes_per_layer"] if isinstance(by_layer, str) else {self.planes, *by_layer.values()}
         sums = ("one ternary plane", "a sum of two ternary planes", "a sum of three ternary planes")

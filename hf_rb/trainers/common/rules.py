@@ -28,7 +28,7 @@ def packing_rules(config: Any) -> Iterator[str]:
 
 def objective_rules(config: Any, beta: float) -> Iterator[str]:
     """Yields what is wrong with the fields of the objectives; `beta` is the config's default."""
-    if problem := name_problem("objective", config.objective, "`objective`"):
+    if problem := name_problem("objective", config.objective, "objective"):
         yield problem
         return
     for name, entry in methods("objective").items():

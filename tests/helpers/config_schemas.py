@@ -1,8 +1,7 @@
-"""Makes the schemas of our keys from the config classes."""
+"""The keys of a recipe from the config classes themselves, which `hf_rb.cli.schemas` must read from their sources."""
 
 import dataclasses
 import enum
-import json
 import types
 import typing
 from collections.abc import Iterable
@@ -11,60 +10,23 @@ from typing import Any
 
 from hf_rb.cli import schemas
 from hf_rb.cli.schemas.entry import TYPE_NAMES, make_entry
+from hf_rb.methods.registry import find
 from hf_rb.utils.fields import is_described
-
-
-__all__ = ["build", "configs_of", "keys_of"]
-
-# Our own class for one that TRL may drop without notice, by that one.
-STAND_INS = {"trl.experimental.gkd:GKDConfig": "hf_rb.trainers.gkd.base_config:GKDArguments"}
-
-
-def build(name: str) -> str:
-    """Returns the text of one schema."""
-    configs = configs_of(name)
-    libraries = [libraries_of(config) for config in configs]
-    schema = {"libraries": [found for found in libraries if found], "keys": keys_of(configs, own=True)}
-    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
 def configs_of(name: str) -> list[type]:
     """Returns the dataclasses whose fields are the keys of a schema."""
-    module, _, attribute = (schemas.RECIPES | schemas.QUANTIZATION | schemas.PARTS)[name].partition(":")
-    source = getattr(import_module(module), attribute)
-    return [source] if dataclasses.is_dataclass(source) else list(source().dataclass_types)
+    sources = (schemas.RECIPES | schemas.PARTS).get(name) or (find("quantizer", name).method.config,)
+    return [getattr(import_module(module), cls) for module, cls in (source.split(":") for source in sources)]
 
 
-def libraries_of(config: type) -> list[str]:
-    """
-    Returns the library's class that a config class stands on, by its public name. TRL may drop an experimental one:
-    what stands in for it and the next base follow it, for a version without.
-    """
-    found = []
-    for base in config.__mro__:
-        if dataclasses.is_dataclass(base) and not base.__module__.startswith("hf_rb."):
-            name = _public_name(base)
-            found += filter(None, [name, STAND_INS.get(name)])
-            if "experimental" not in name:
-                break
-    return found
-
-
-def _public_name(config: type) -> str:
-    """Returns module and name of a class, of the packages that have it the outermost."""
-    parts = config.__module__.split(".")
-    modules = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-    module = next(one for one in modules if getattr(import_module(one), config.__name__, None) is config)
-    return f"{module}:{config.__name__}"
-
-
-def keys_of(configs: Iterable[type], own: bool = False) -> dict[str, dict[str, Any]]:
-    """Returns the entries of all fields of config classes, or of our own fields alone."""
+def keys_of(configs: Iterable[type]) -> dict[str, dict[str, Any]]:
+    """Returns the entries of all fields of config classes."""
     return {
         field.name: _entry(field, typing.get_type_hints(config)[field.name])
         for config in configs
         for field in dataclasses.fields(config)
-        if field.init and (is_described(field) or not own)
+        if field.init
     }
 
 
@@ -82,6 +44,7 @@ def _entry(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
         range=field.metadata.get("range"),
         help=field.metadata.get("help", ""),
         keys=_nested(options),
+        own=is_described(field),
         **default,
     )
 
