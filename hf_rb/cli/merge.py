@@ -39,7 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
             kinds.setdefault(name, field)
             helps[name][_help(field)].append(command)
     choices = [role for method in methods.values() if len(method.files_from) > 1 for role in method.files_from]
-    patterns = ", ".join(f"{method.include} with {command}" for command, method in methods.items())
+    patterns = {one.include: [name for name in methods if methods[name].include == one.include] for one in methods.values()}
+    included = "; ".join(f"{pattern} with {', '.join(of)}" for pattern, of in patterns.items())
     for name, field in kinds.items():
         text = "; ".join(
             text if len(of) == len(methods) else f"{', '.join(of)}: {text}" for text, of in helps[name].items()
@@ -50,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         given = _argument(field)
         if name == "files_from":
             given["choices"] = list(dict.fromkeys(choices))
-        text += f" (default: {patterns})" * (name == "include")
+        text += f" (default: {included})" * (name == "include")
         parser.add_argument(_option(name), dest=name, help=text, **given)
     parser.add_argument("--json", action="store_true", help="print the report, tensor by tensor, as JSON")
 

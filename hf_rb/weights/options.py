@@ -34,7 +34,7 @@ Lambdas = float | Sequence[float]
 
 def lambda_flag(default: float, help: str, limits: str = "[0, 1]") -> Any:
     """Returns the flag `lam` of a merge, which [`check_lambdas`] checks. `limits` is an interval."""
-    text = f"{help}, in {limits}. Several write a model for each."
+    text = f"{help}, in {limits}; several for a sweep."
     return field(default=default, metadata=dict(described(text)) | {"limits": limits})
 
 

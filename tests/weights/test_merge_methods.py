@@ -358,3 +358,27 @@ def test_a_function_shows_the_flags_of_its_record(function, operation, own):
 def shared(operation):
     several = len(operation.method.files_from) > 1
     return [field for field in dataclasses.fields(Options) if field.name != "files_from" or several]
+
+
+def test_files_of_one_of_several_models(models, tmp_path, capsys):
+    """`--files-from tuned` means the first one; a model that does not fit is named by its number."""
+    given = models("ties")
+    for number, folder in enumerate([given["base"], *given["tuned"]]):
+        (folder / "chat_template.jinja").write_text(f"template {number}")
+    arguments = ["merge", "--method", "ties", *command_line(given)]
+    assert main([*arguments, str(tmp_path / "out")]) == 2
+    wanted = "base and tuned have different chat_template.jinja. Say whose configuration, tokenizer, chat template and"
+    assert wanted in capsys.readouterr().err
+    assert main([*arguments, "--files-from", "tuned", str(tmp_path / "out")]) == 0
+    assert f"Everything else is from {given['tuned'][0].name}; merge.json" in capsys.readouterr().out
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "template 1"
+    write(given["tuned"][1], tensors(0) | {"model.norm.weight": noise(20)})
+    with pytest.raises(
+        ValueError, match=r"model.norm.weight differs in shape: \(24, 16\) in base, \(20,\) in tuned 2"
+    ):
+        merge_models("ties", given, tmp_path / "no", files_from="base")
+
+
+def test_rules_of_interpolation_may_be_none(models, tmp_path):
+    report = interpolate(*models("linear").values(), tmp_path / "out", rules=None, include=None)
+    assert report.options["rules"] == {} and report.options["include"] == "all"
