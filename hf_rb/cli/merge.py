@@ -39,7 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
             kinds.setdefault(name, field)
             helps[name][_help(field)].append(command)
     choices = [role for method in methods.values() if len(method.files_from) > 1 for role in method.files_from]
-    patterns = {one.include: [name for name in methods if methods[name].include == one.include] for one in methods.values()}
+    patterns: dict[str, list[str]] = defaultdict(list)
+    for command, method in methods.items():
+        patterns[method.include].append(command)
     included = "; ".join(f"{pattern} with {', '.join(of)}" for pattern, of in patterns.items())
     for name, field in kinds.items():
         text = "; ".join(

@@ -4,18 +4,25 @@ allows. Standard library only: nothing is imported until a method is used.
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
 from hf_rb.methods import static
-from hf_rb.methods.record import Kind, Method
+from hf_rb.methods.record import (
+    Kind,
+    MergeMethod,
+    Method,
+    ModelMethod,
+    ObjectiveMethod,
+    QuantizerMethod,
+    ShaperMethod,
+)
 from hf_rb.utils.fields import value_problem
 
 
@@ -65,7 +72,14 @@ def allow(names: Iterable[str]) -> None:
 
 PACKAGE = "hf_rb"
 _FOLDERS = ("objectives", "advantages", "quantizers", "weights", "models", "recover")
-_RECORD = re.compile(r"\b\w*Method\(")
+_CLASSES: dict[Kind, type[Method]] = {
+    "trainer": Method,
+    "objective": ObjectiveMethod,
+    "shaper": ShaperMethod,
+    "quantizer": QuantizerMethod,
+    "merge": MergeMethod,
+    "model": ModelMethod,
+}
 
 
 @dataclass(frozen=True)
@@ -90,9 +104,8 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Returns all methods that can be used, in the order of their files."""
-    others = [entry for kind in GROUPS for entry in methods(kind).values()]
-    return [*{entry.method.key: entry for entry in (*_built_in(), *others)}.values()]
+    """Returns all methods that can be used, by kind, in the order of their files."""
+    return [*{entry.method.key: entry for kind in _CLASSES for entry in methods(kind).values()}.values()]
 
 
 def catalog() -> dict[str, Method]:
@@ -150,12 +163,20 @@ def name_problem(kind: Kind, name: str, key: str | None = None) -> str | None:
 
 
 @cache
-def _built_in() -> tuple[Entry, ...]:
-    root, found = Path(__file__).parents[1], []
-    for file in sorted(file for folder in _FOLDERS for file in (root / folder).rglob("*.py")):
-        if _RECORD.search(file.read_text(encoding="utf-8")):
+def _sources() -> list[tuple[Path, str]]:
+    root = Path(__file__).parents[1]
+    files = sorted(file for folder in _FOLDERS for file in (root / folder).rglob("*.py"))
+    return [(file, file.read_text(encoding="utf-8")) for file in files]
+
+
+@cache
+def _built_in(kind: Kind) -> tuple[Entry, ...]:
+    """Returns the methods of this package. A file that makes no record of this kind is not parsed."""
+    root, found, record = Path(__file__).parents[1], [], f"= {_CLASSES[kind].__name__}("
+    for file, text in _sources():
+        if record in text:
             module = ".".join((PACKAGE, *file.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
-            found += _records(module, PACKAGE)
+            found += [entry for entry in _records(module, PACKAGE) if entry.method.kind == kind]
     return tuple(found)
 
 
@@ -167,11 +188,16 @@ def _records(module: str, package: str) -> Iterator[Entry]:
 
 
 @cache
+def _entry_points() -> EntryPoints:
+    return entry_points()
+
+
+@cache
 def _installed(kind: Kind) -> tuple[dict[str, Entry], dict[str, str]]:
     """Returns the usable methods of a kind, and what is wrong with the others."""
-    found = {entry.method.key: entry for entry in _built_in() if entry.method.kind == kind}
+    found = {entry.method.key: entry for entry in _built_in(kind)}
     problems: dict[str, str] = {}
-    for point in entry_points(group=GROUPS[kind]) if kind in GROUPS else ():
+    for point in _entry_points().select(group=GROUPS[kind]) if kind in GROUPS else ():
         package = point.dist.name if point.dist else point.module
         try:
             entry = _entry(kind, point.module, point.attr, package)

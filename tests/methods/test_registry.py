@@ -41,7 +41,7 @@ class Brevity(a_module_that_is_not_there.Base):
 
 @pytest.mark.parametrize("name, method", catalog().items(), ids=catalog())
 def test_record_without_an_import_is_that_of_the_module(name, method):
-    entry = next(one for one in registry._built_in() if one.method.key == name)
+    entry = next(one for one in registry.entries() if one.method.key == name)
     loaded = entry.load()
     loaded = getattr(loaded, "method", loaded)
     for field in dataclasses.fields(method):
