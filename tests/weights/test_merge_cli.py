@@ -1,6 +1,8 @@
 """`hf-rb merge`: what reaches the functions, what is refused, what is printed."""
 
 import json
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -189,3 +191,16 @@ def test_a_sweep_is_evaluated_and_drawn(tmp_path, capsys):
     assert "is no sweep" in capsys.readouterr().err
     assert main(["eval", sweep, "--plot", str(again)]) == 2
     assert "is asked for none of them" in capsys.readouterr().err
+
+
+def test_help_and_bad_input_need_no_torch():
+    code = """
+import sys
+from hf_rb.cli import main
+assert main(["merge", "--help"]) == 0
+for arguments in (["--method", "ties"], ["--method", "graft", "--density", "1"], ["--method", "slerp", "--start", "nowhere", "--end", "b"]):
+    assert main(["merge", *arguments, "out"]) == 2
+print({"torch", "transformers"} & {*sys.modules})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
