@@ -1,6 +1,7 @@
 """`hf-rb merge`: what reaches the functions, what is refused, what is printed."""
 
 import json
+import re
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -74,6 +75,9 @@ def test_timber_sweep(three, tmp_path, capsys):
     assert main(["merge", "--method", "timber", *models, "--lambda", "0,0.5", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "erank D" in out and "energy kept" in out and "erank Base" in out
+    # Norms over norms, effective ranks and k with one digit, the share of the energy with four.
+    (row,) = re.findall(r"^all merged .*$", out, re.MULTILINE)
+    assert re.search(r" \d\.\d\de[+-]\d\d( +\d\.\d){5} +[01]\.\d{4}$", row)
     assert "erank D: the same of D, their difference" in out and "k: directions of D" in out  # the table explained
     assert f"Saved in {tmp_path}/out/lambda-0 (lambda 0), {tmp_path}/out/lambda-0.5 (lambda 0.5): " in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["lambda-0", "lambda-0.5", "merge.json"]

@@ -15,7 +15,7 @@ from helpers.plugins import install
 from helpers.raw_models import noise, read, write
 
 from hf_rb.cli import main
-from hf_rb.methods import MergeMethod
+from hf_rb.methods import MergeMethod, flag
 from hf_rb.weights import engine, graft, interpolate, merge_models, operation, refine
 from hf_rb.weights.interpolation import Interpolation
 from hf_rb.weights.options import Options, merges, records
@@ -311,9 +311,12 @@ class TestOtherPackages:
 
     def test_a_broken_one_is_named_and_the_rest_works(self, monkeypatch, tmp_path, capsys):
         code = CLASHING.format(key="odd", title="Odd", name="x", kind="int", default=0).replace("models=", "roles=")
+        code += CLASHING.format(key="mine", title="Mine", name="strength", kind="int", default=0).replace(
+            'key="mine"', 'key="mine", command="linear"'
+        )
         code += CLASHING.format(key="taken", title="Taken", name="dtype", kind="str", default="'a'")
         code += CLASHING.format(key="unlike", title="Unlike", name="rank", kind="str", default="'a'")
-        points = {"gone": "Gone", "odd": "Odd", "taken": "Taken", "unlike": "Unlike"}
+        points = {"mine": "Mine", "gone": "Gone", "odd": "Odd", "taken": "Taken", "unlike": "Unlike"}
         install(monkeypatch, tmp_path / "site", "averages", code, merge=points)
         words = {
             "gone": "The merge 'gone' of the package averages (averages:Gone) cannot be used: ImportError",
@@ -324,7 +327,8 @@ class TestOtherPackages:
         for name, message in words.items():
             assert main(["merge", "--method", name, "--one", "a", "out"]) == 2
             assert message in capsys.readouterr().err
-        assert merges().keys() == ROWS.keys()
+        assert merges().keys() == {*ROWS, "mine"}  # by its key, since ours has its command
+        assert merges()["linear"].package == "hf_rb" and merges()["mine"].package == "averages"
         with pytest.raises(ValueError, match="There is no merge 'gone'; the merges are linear, graft"):
             merge_models("gone", {}, "out")
 
@@ -382,3 +386,44 @@ def test_files_of_one_of_several_models(models, tmp_path, capsys):
 def test_rules_of_interpolation_may_be_none(models, tmp_path):
     report = interpolate(*models("linear").values(), tmp_path / "out", rules=None, include=None)
     assert report.options["rules"] == {} and report.options["include"] == "all"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reported"),
+    [
+        ("linear", {"extrapolate": True, "lam": -0.5}, {"include": "all", "lambda": -0.5, "rules": {}}),
+        ("graft", {}, {"include": "linear"}),
+        ("slerp", {"include": "proj"}, {"include": "proj", "lambda": 0.5}),
+        ("ties", {"lam": (1, 2)}, {"include": "all", "lambda": [1, 2], "density": 0.2}),
+        ("timber", {"device": "cpu", "spectra": False}, {"include": "linear", "lambda": 0.2, "spectra": False}),
+    ],
+)
+def test_what_was_asked_for_is_reported(method, options, reported, models, tmp_path):
+    report = merge_models(method, models(method), tmp_path / "out", **options)
+    assert report.options == {"mismatch": "refuse"} | reported
+
+
+@dataclasses.dataclass
+class PlainFlags:
+    lam: float = flag(0.5, "A number.", range="[0, 1]")
+
+
+class Plain(operation.Operation):
+    """A flag `lam` that is one number, and a rule."""
+
+    method = MergeMethod(
+        key="plain",
+        name="Plain",
+        summary="Plain.",
+        models={"one": "a model"},
+        flags=PlainFlags,
+        rules=lambda flags: ["`lam: 0.25` is a quarter."] if flags.lam == 0.25 else [],
+    )
+
+
+def test_rules_and_plain_lambdas(tmp_path):
+    assert Plain(lam=0.75).options() == {"lam": 0.75} and Plain().lams == ()
+    with pytest.raises(ValueError, match="`lam: 0.25` is a quarter"):
+        Plain(lam=0.25)
+    with pytest.raises(ValueError, match=r"`lam` must be in \[0, 1\]; got 2"):
+        merge_models(Plain, {"one": "tiny:student"}, tmp_path / "out", lam=2)

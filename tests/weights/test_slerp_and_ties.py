@@ -4,10 +4,11 @@ from math import pi, sqrt
 
 import pytest
 import torch
+from helpers.raw_models import write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_rb.weights import interpolate_tensors
+from hf_rb.weights import interpolate_tensors, merge_models
 from hf_rb.weights.slerp import Slerp, angle_between, slerp_tensors
 from hf_rb.weights.ties import Ties, Trim, disjoint_mean, kept_count, ties_tensors
 
@@ -63,6 +64,16 @@ class TestSlerp:
         merged = torch.cat([slerp_tensors(*part, 0.4, angle) for part in parts])
         torch.testing.assert_close(merged, slerp_tensors(start, end, 0.4))
 
+    def test_angles_are_reported(self, tmp_path):
+        start, end = ({"a.weight": matrix(9, 7, seed=seed).float()} for seed in (1, 2))
+        models = {"start": write(tmp_path / "start", start), "end": write(tmp_path / "end", end)}
+        (row,) = merge_models("slerp", models, tmp_path / "out").tensors
+        cosine = torch.cosine_similarity(start["a.weight"].view(-1), end["a.weight"].view(-1), dim=0)
+        assert row.measured["angle"] == pytest.approx(cosine.arccos().item(), rel=1e-5)
+        assert row.measured["difference"] == pytest.approx(
+            (start["a.weight"] - end["a.weight"]).norm().item(), rel=1e-5
+        )
+
     @pytest.mark.parametrize("lam", [-0.1, 1.1])
     def test_it_does_not_extrapolate(self, lam):
         with pytest.raises(ValueError, match=rf"lambda is {lam}, which is outside \[0, 1\]\. Write a value in it"):
@@ -113,6 +124,18 @@ class TestTies:
     def test_the_order_of_the_models_does_not_matter(self):
         base, *tuned = (matrix(8, 9, seed=seed) for seed in range(4))
         torch.testing.assert_close(ties_tensors(base, tuned, 0.4, 1.0), ties_tensors(base, tuned[::-1], 0.4, 1.0))
+
+    def test_the_share_that_agrees_is_reported(self, tmp_path):
+        # In the worked example six values are kept, and .4 and -.2 are against the elected sign.
+        models = {"base": write(tmp_path / "base", {"a.weight": self.BASE, "b.weight": self.BASE.clone()})}
+        tuned = [{"a.weight": one, "b.weight": self.BASE.clone()} for one in self.TUNED]
+        models["tuned"] = [write(tmp_path / f"tuned{i}", one) for i, one in enumerate(tuned)]
+        rows = merge_models("ties", models, tmp_path / "out", density=0.6).tensors
+        kept = [torch.tensor([0.5, -0.8, 0, 0, 0.3]), torch.tensor([0.3, 0.4, 0, 0, -0.2])]
+        elected = sum(kept).sign()
+        share = sum((one.sign() * elected > 0).sum() for one in kept) / sum(one.count_nonzero() for one in kept)
+        assert [row.measured["agreeing"] for row in rows] == [pytest.approx(share.item()), 1.0]
+        assert share == pytest.approx(4 / 6)
 
     @pytest.mark.parametrize(
         ("flags", "message"),
