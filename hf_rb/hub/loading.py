@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_rb import __version__
-from hf_rb.io.model_folder import ADAPTER_CONFIG, PACKED, local_folder
+from hf_rb.io.model_folder import ADAPTER_CONFIG, local_folder
+from hf_rb.methods.registry import methods
 
 
 __all__ = ["Loading", "adapter_settings", "hf_rb_requirement", "model_loading", "read_json", "read_loading"]
@@ -78,7 +79,7 @@ class Loading:
     @property
     def needs_hf_rb(self) -> bool:
         """Whether only hf_rb has the format or the class of the weights."""
-        return self.mpi or self.method in PACKED
+        return self.mpi or self.method in methods("quantizer")
 
     def packages(self, adapter: bool) -> list[str]:
         """Returns what pip must install, for a model or for one with an adapter."""

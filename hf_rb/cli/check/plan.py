@@ -11,6 +11,7 @@ from typing import Any
 from hf_rb.cli.check.memory import WEIGHT_BYTES, Architecture, Run, estimate, estimate_audit, peak
 from hf_rb.io import data_files as data
 from hf_rb.io.model_folder import local_folder
+from hf_rb.methods.registry import methods
 from hf_rb.recover.config import TRAINING
 from hf_rb.utils.devices import cpu_arguments
 
@@ -219,10 +220,8 @@ def _quantized_bits(args: Any, config: Any) -> float | None:
         return 4.5
     if args.load_in_8bit or config.get("load_in_8bit"):
         return 8.5
-    group, method = config.get("group_size", 128), config.get("quant_method")
-    if method == "ptqtp":
-        return config.get("planes", 2) * (2 + 16 / group)
-    return config.get("bits", 2) + 24 / group if method == "d2quant" else None
+    entry = methods("quantizer").get(str(config.get("quant_method")))
+    return entry and entry.method.memory_bits(config)
 
 
 def _frozen(args: Any, verb: str) -> list[tuple[str, dict]]:
