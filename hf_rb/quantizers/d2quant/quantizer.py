@@ -16,7 +16,8 @@ from hf_rb.quantizers.d2quant.layers import D2QuantExperts, D2QuantLinear
 from hf_rb.quantizers.d2quant.maths import absorption, dsq, grids
 from hf_rb.quantizers.d2quant.streaming import ColumnScales
 from hf_rb.quantizers.kernels.layout import Layout
-from hf_rb.quantizers.loading.quantizer import PackingQuantizer, Place, Solved
+from hf_rb.quantizers.loading.matrices import Place, Solved
+from hf_rb.quantizers.loading.quantizer import PackingQuantizer
 from hf_rb.quantizers.packed.layer_kinds import LINEAR
 from hf_rb.quantizers.packed.linear import PackedModule
 from hf_rb.quantizers.packed.weight import PackedWeight

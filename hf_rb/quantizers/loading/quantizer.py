@@ -28,9 +28,8 @@ Two paths lead through a quantizer, and on both each weight is a [`~hf_rb.quanti
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Container
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +42,7 @@ from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.loading.arrivals import Arrivals
 from hf_rb.quantizers.loading.conversion import Conversions
+from hf_rb.quantizers.loading.matrices import Place, Solved, by_block
 from hf_rb.quantizers.loading.mpi import refuse_mpi
 from hf_rb.quantizers.loading.selection import select, setting
 from hf_rb.quantizers.packed.baseline import rtn
@@ -55,38 +55,7 @@ from hf_rb.utils import compat
 from hf_rb.utils.import_hooks import require
 
 
-__all__ = ["PackingQuantizer", "Place", "Solved"]
-
-
-class Solved(NamedTuple):
-    """
-    A quantized matrix.
-
-    Attributes:
-        weight ([`~hf_rb.quantizers.packed.weight.PackedWeight`]): What it is in memory.
-        relative_error (`float`): Frobenius norm of what is lost over that of the matrix.
-        resolved (`bool`): Whether it was solved a second time.
-    """
-
-    weight: PackedWeight
-    relative_error: float
-    resolved: bool
-
-
-@dataclass(frozen=True)
-class Place:
-    """
-    Where in its parameter a matrix of a file belongs.
-
-    Attributes:
-        expert (`int`, *optional*): Number of the expert.
-        first (`int`): First of its rows.
-        read (`Callable[[str], torch.Tensor]`): Returns what belongs there of another parameter, `(out, in)`.
-    """
-
-    expert: int | None
-    first: int
-    read: Callable[[str], Tensor]
+__all__ = ["PackingQuantizer"]
 
 
 class PackingQuantizer(HfQuantizer):
@@ -313,7 +282,7 @@ class PackingQuantizer(HfQuantizer):
             self.report.add(LayerReport(name, block.numel(), error, resolved, *rtn(block)), seconds)
             return packed
 
-        return _by_block(module, weight, matrix, solve)
+        return by_block(module, weight, matrix, solve)
 
     # How tensors of a file become parameters, and back.
 
@@ -416,20 +385,6 @@ class PackingQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _by_block(
-    module: PackedModule, name: str, matrix: Tensor, function: Callable[[Tensor], PackedWeight]
-) -> PackedWeight:
-    # Most checkpoints have gate and up apart: what comes out does not depend on that, and messages name the one.
-    joined = name == "gate_up_proj" and module.is_concatenated and len(matrix) == getattr(module, name).shape[-2]
-    results = []
-    for block, half in zip(matrix.chunk(2) if joined else [matrix], ("gate_proj", "up_proj"), strict=False):
-        try:
-            results.append(function(block))
-        except (ValueError, MemoryError) as error:
-            raise ValueError(f"{half}: {error}" if joined else str(error)) from error
-    return PackedWeight.join(results, torch.cat) if joined else results[0]
 
 
 def _owner(model: PreTrainedModel, name: str) -> tuple[Any, str]:

@@ -5,7 +5,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from hf_rb.quantizers.kernels.layout import Layout
-from hf_rb.quantizers.loading.quantizer import PackingQuantizer, Solved
+from hf_rb.quantizers.loading.matrices import Solved
+from hf_rb.quantizers.loading.quantizer import PackingQuantizer
 from hf_rb.quantizers.packed.weight import DamagedTensor, PackedWeight
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
 from hf_rb.quantizers.ptqtp.format import check_scales, layout_of, repack
