@@ -85,7 +85,9 @@ class Loading:
         """Returns what pip must install, for a model or for one with an adapter."""
         images = ["pillow", "torchvision"] if self.reader == "AutoProcessor" and "image" in (self.task or "") else []
         if self.needs_hf_rb:
-            return [hf_rb_requirement(), *images]  # its dependencies are transformers, torch, PEFT and more
+            entry = methods("quantizer").get(self.method or "")
+            others = [entry.package] if entry and entry.package != "hf_rb" else []
+            return [hf_rb_requirement(), *others, *images]  # its dependencies are transformers, torch, PEFT and more
         beside = [*(["peft"] if adapter else []), *_LOADERS.get(self.method or "", ())]
         return [_at_least("transformers"), "torch", *images, *map(_at_least, beside)]
 
