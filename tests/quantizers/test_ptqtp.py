@@ -91,6 +91,14 @@ def test_rounded_activations(make_model, tmp_path):
     torch.testing.assert_close(logits(exact), logits(model), atol=0.2, rtol=0.05)
 
 
+def test_compiled(make_model):
+    model = load(make_model("llama"), PTQTPConfig(), dtype=torch.float32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled), logits(model))
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(INPUT).logits, logits(model))
+
+
 def test_checkpoints_of_a_trainer(make_model, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
