@@ -13,7 +13,7 @@ TORCH_FITS := from importlib.metadata import version; assert tuple(map(int, vers
 # Files of the repository that have a public schema.
 SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema
 
-.PHONY: demo test test-first test-slow coverage check format types hooks schemas bench
+.PHONY: demo test test-first test-slow coverage check format types generated hooks bench
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-rb demo --output runs/demo --overwrite
@@ -25,7 +25,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -m "slow or hypothesis" $(PYTEST_ARGS)
 
 # Lines of the package that the fast tests run, without those that only processes of their own do.
 coverage: $(VENV)/.installed-dev
@@ -33,7 +33,7 @@ coverage: $(VENV)/.installed-dev
 
 # Tests that import no torch: seconds, so they run before every commit.
 test-first: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m torch_free $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m "torch_free and not slow" $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev types
 	$(BIN)/ruff check .
@@ -51,11 +51,12 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages of docs/ that follow from the records of methods.
+generated: $(VENV)/.installed
+	$(BIN)/python -m hf_rb.methods.tables docs/methods.md
+
 hooks: $(VENV)/.installed-dev
 	$(BIN)/pre-commit install
-
-schemas: $(VENV)/.installed
-	$(BIN)/python -m hf_rb.cli.schemas
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

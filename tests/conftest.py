@@ -6,6 +6,7 @@ Hugging Face stack is imported: no test may go online, and one thread a process 
 import gc
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 
@@ -23,23 +24,24 @@ import pytest
 from hypothesis import settings
 
 
-# `HYPOTHESIS_PROFILE=nightly make test`, or `pytest --hypothesis-profile nightly`. No deadline: test machines are busy.
+# `make test-slow` sets `HYPOTHESIS_PROFILE=nightly`. No deadline: test machines are busy.
 # The same examples in every fast run, so that a failure is of the change; new ones every night.
 settings.register_profile("fast", max_examples=30, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 TESTS = Path(__file__).parent
-# Files that import no torch: they run first, so that a broken rule shows early. `pytest -m torch_free` runs them alone,
-# and fails when one of them has imported torch.
+# Files that import no torch: they run first, so that a broken rule shows early. `make test-first` runs them alone, and
+# fails when one of them has imported torch. `tests/test_habits.py` runs it, since other tests import torch before them.
 TORCH_FREE = (
     "cli/test_check",
+    "cli/test_library_sources",
     "cli/test_main",
     "cli/test_malformed_recipes",
     "cli/test_plan",
     "cli/test_refusals",
-    "hub/test_report",
     "recover/test_recover_stages",
+    "report/test_report",
     "test_fields",
     "test_files",
     "test_helpers",
@@ -51,8 +53,13 @@ TORCH_FREE = (
 # Tests of these files that import torch all the same.
 NEEDS_TORCH = (
     "test_schemas_are_in_step_with_the_configs",
+    "test_schemas_read_from_sources_are_those_of_the_classes",
     "test_a_dense_model_has_no_routers",
+    "test_schemas_read_from_sources_are_those_of_the_classes",
     "test_the_shaper_of_the_readme",
+    "test_short_examples_of_the_readme",
+    "test_the_d2quant_example_of_the_readme",
+    "test_the_example_prints_what_the_readme_says",
 )
 
 
@@ -61,7 +68,10 @@ def is_torch_free(path: Path) -> bool:
 
 
 def only_torch_free(config: pytest.Config) -> bool:
-    return config.option.markexpr == "torch_free"
+    """Returns whether the expression of `-m` leaves out every test that is not marked torch_free."""
+    expression = config.option.markexpr
+    others = (defaultdict(lambda marked=marked: marked, torch_free=False) for marked in (False, True))
+    return bool(expression) and not any(eval(expression, {}, marks) for marks in others)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -85,10 +95,22 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Names the test that has imported torch."""
+    imported = "torch" in sys.modules
+    result = yield
+    if only_torch_free(item.config) and not imported and "torch" in sys.modules:
+        pytest.fail("This test imports torch: see NEEDS_TORCH in tests/conftest.py.", pytrace=False)
+    return result
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if only_torch_free(session.config) and "torch" in sys.modules:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        print("\nA test that is marked torch_free has imported torch: see TORCH_FREE in tests/conftest.py.")
+        print(
+            "\nA test that is marked torch_free, or its file, has imported torch: see TORCH_FREE in tests/conftest.py."
+        )
 
 
 @pytest.fixture(scope="module")

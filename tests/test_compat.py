@@ -13,8 +13,8 @@ import pytest
 
 import hf_rb
 from hf_rb.scripts.doctor.behaviours import behaviours, check_parameters
-from hf_rb.scripts.doctor.verdicts import Skipped
-from hf_rb.utils import compat, versions
+from hf_rb.scripts.doctor.findings import Skipped
+from hf_rb.utils import compat, optional, versions
 
 
 BEHAVIOURS = behaviours()
@@ -107,10 +107,13 @@ def test_type_checkers_see_every_name():
     assert shown.keys() <= set(compat.__all__)
 
 
-def requirements():
+PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def requirements(extra=None):
     """The ranges of pyproject.toml by name."""
-    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
-    return dict(re.match(r"([\w-]+)(.*)", one).groups() for one in project["dependencies"])
+    listed = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
+    return dict(re.match(r"([\w-]+)(.*)", one).groups() for one in listed)
 
 
 def test_ranges_are_those_of_the_project():
@@ -122,9 +125,29 @@ def test_ranges_are_those_of_the_project():
         assert re.search(rf"^{library}==(\d+\.\d+)", constraints, re.MULTILINE)[1] in tested
 
 
-def test_what_is_imported_is_declared():
-    imported = {"filelock", "pyarrow", "tokenizers", "markupsafe"}
-    assert imported <= requirements().keys()
+def imported_packages():
+    """Every package that the sources import, anywhere in a file, with one of the files."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module]
+            found |= {module.partition(".")[0]: path.relative_to(PACKAGE) for module in modules}
+    return {name: path for name, path in found.items() if name not in {"hf_rb", *sys.stdlib_module_names}}
+
+
+def test_every_package_that_is_imported_is_declared():
+    imported = {"pyyaml" if name == "yaml" else name: path for name, path in imported_packages().items()}
+    needed = {name: path for name, path in imported.items() if name not in optional.EXTRAS}
+    assert {name: path for name, path in needed.items() if name not in requirements()} == {}
+    assert requirements().keys() - needed.keys() == set(), "these are declared, and nothing imports them"
+
+
+@pytest.mark.parametrize("name", optional.EXTRAS)
+def test_every_optional_package_is_in_its_extra(name):
+    distribution, extra = optional.EXTRAS[name]
+    assert distribution in requirements(extra)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +246,7 @@ def test_a_removed_experimental_module_is_skipped(monkeypatch):
         check_parameters("GKDConfig")
 
 
-def test_a_new_adapter_of_transformers_needs_the_peft_that_it_asks_for(monkeypatch):
+def test_a_new_adapter_needs_the_peft_of_transformers(monkeypatch):
     monkeypatch.setattr(compat, "resolve", lambda name: "99.1")
     problem = compat.native_adapters_problem()
     assert re.fullmatch(r"transformers [\d.]+ takes adapters from peft 99.1 on; peft [\d.]+ is installed\.", problem)
@@ -231,7 +254,7 @@ def test_a_new_adapter_of_transformers_needs_the_peft_that_it_asks_for(monkeypat
     assert compat.native_adapters_problem() is None
 
 
-def test_a_moved_name_is_an_import_error_with_library_and_versions(monkeypatch):
+def test_a_moved_name_is_an_error_with_library_and_versions(monkeypatch):
     monkeypatch.setitem(compat.TABLE, "moved", compat.Entry("accelerate.utils", "no_such_function"))
     with pytest.raises(
         ImportError,
@@ -243,6 +266,15 @@ def test_a_moved_name_is_an_import_error_with_library_and_versions(monkeypatch):
 def test_a_moved_module_is_the_same_error(monkeypatch):
     monkeypatch.setitem(compat.TABLE, "moved", compat.Entry("accelerate.no_such_module", "function"))
     with pytest.raises(ImportError, match="tested with accelerate"):
+        compat.resolve("moved")
+
+
+def test_is_removed_of_a_module_that_is_there_is_false(monkeypatch):
+    assert not compat.is_removed("GKDTrainer") and not compat.is_removed("GRPOTrainer._compute_loss")
+    monkeypatch.setitem(compat.TABLE, "moved", compat.Entry("trl.experimental.gkd", "NoSuchTrainer"))
+    monkeypatch.setitem(compat.TABLE, "gone", compat.Entry("trl.experimental.no_such_module", "Trainer"))
+    assert not compat.is_removed("moved") and compat.is_removed("gone")
+    with pytest.raises(ImportError, match="`trl.experimental.gkd.NoSuchTrainer`, which trl"):
         compat.resolve("moved")
 
 

@@ -89,3 +89,23 @@ def test_fsync_folder_on_windows_opens_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", refusing_open)
     files.fsync_folder(tmp_path)
     assert opened == ["file"]
+
+
+def test_a_folder_is_replaced_where_no_rename_replaces_one(tmp_path, monkeypatch):
+    """As on Windows, where even an empty folder must not be in the way of another."""
+    rename, fails = os.replace, []
+
+    def replace(source, target):
+        if os.path.isdir(target) or (fails and os.path.samefile(os.path.dirname(source), tmp_path) and fails.pop()):
+            raise PermissionError(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for text in ("first", "second"):
+        with atomic_folder(tmp_path / "result", overwrite=True) as folder:
+            (folder / "file").write_text(text)
+        assert (tmp_path / "result" / "file").read_text() == text and len(list(tmp_path.iterdir())) == 1
+    fails[:] = [True, False]  # the old folder goes aside, the new one does not come
+    with pytest.raises(PermissionError), atomic_folder(tmp_path / "result", overwrite=True) as folder:
+        (folder / "file").write_text("third")
+    assert (tmp_path / "result" / "file").read_text() == "second" and len(list(tmp_path.iterdir())) == 1

@@ -19,7 +19,7 @@ def test_covering_cases_are_few_and_always_the_same():
     assert 8 * 4 <= len(covering_cases((3, 8, 3, 4))) <= 40  # of 288
 
 
-def test_pairwise_keeps_the_whole_product_and_marks_the_rest_slow():
+def test_pairwise_keeps_the_product_and_marks_the_rest_slow():
     mark = pairwise(("a, b", [(1, 2), (3, 4)]), ("c", {"one": 5, "two": 6, "three": 7}), ("d", [8, 9]), indirect=["d"])
     names, cases = mark.args
     assert names == ["a", "b", "c", "d"] and mark.kwargs == {"indirect": ["d"]}

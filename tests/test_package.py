@@ -1,9 +1,12 @@
 import importlib
 import json
 import os
+import py_compile
+import re
 import statistics
 import subprocess
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +16,16 @@ import hf_rb
 from hf_rb.utils import lazy
 
 
+PACKAGE = Path(hf_rb.__file__).parent
 LAZY = ("", ".quantizers", ".quantizers.ptqtp", ".quantizers.d2quant", ".weights", ".recover")
 
 
 @pytest.mark.parametrize("package", LAZY)
-def test_a_lazy_package_exports_what_it_imports_for_type_checkers(package):
+def test_a_lazy_package_exports_its_imports_for_type_checkers(package):
     module = importlib.import_module(f"hf_rb{package}")
     for name in module.__all__:
         assert getattr(module, name).__name__ == name
-    assert sorted(lazy._imports(Path(module.__file__))) == sorted(module.__all__)
+    assert sorted(lazy._imports(module)) == sorted(module.__all__)
 
 
 @pytest.mark.parametrize("name", hf_rb.__all__)
@@ -49,6 +53,97 @@ def test_importing_is_fast_and_imports_no_heavy_library():
     outputs = [subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60) for _ in range(5)]
     assert all(output.split("\n")[1] == "" for output in outputs)
     assert statistics.median(float(output.split()[0]) for output in outputs) < 0.2
+
+
+def import_from(path):
+    """What a new process says to an import of the package from this place."""
+    program = "import sys, hf_rb; print(hf_rb.__file__, *{*hf_rb.__all__} - {*dir(hf_rb)}, {'torch', 'transformers'} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=path.parent, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_importing_works_from_a_zip_archive(tmp_path):
+    archive = tmp_path / "package.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in PACKAGE.rglob("*.py"):
+            file.write(path, path.relative_to(PACKAGE.parent))
+    result = import_from(archive)
+    assert result.stderr == "" and result.stdout == f"{archive / 'hf_rb/__init__.py'} set()\n"
+
+
+def test_importing_without_sources_says_so(tmp_path):
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).parts[0] in ("__init__.py", "utils", "integrations"):
+            target = tmp_path / "packages" / path.relative_to(PACKAGE.parent).with_suffix(".pyc")
+            py_compile.compile(str(path), cfile=str(target), doraise=True)
+    result = import_from(tmp_path / "packages")
+    assert result.stderr.splitlines()[-1] == (
+        "ImportError: hf_rb reads its public names from its source, and is installed as bytecode alone: install hf_rb with its .py files."
+    )
+
+
+SHIMS = {
+    "agents": "rl.agents",
+    "agents.rewards": "rl.agents.rewards",
+    "agents.search": "rl.agents.search",
+    "judges": "rl.judges",
+    "rewards": "rl.rewards",
+    "trainers.token_samples": "trainers.common.token_samples",
+}
+
+
+@pytest.mark.parametrize("name", SHIMS)
+def test_a_public_module_hands_on_all_names_of_its_own(name):
+    public, own = (importlib.import_module(f"hf_rb.{one}") for one in (name, SHIMS[name]))
+    assert public.__all__ == own.__all__
+    assert all(getattr(public, one) is getattr(own, one) for one in own.__all__)
+
+
+HEAVY = {"torch", "transformers", "trl", "math_verify"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("hf_rb.rewards, hf_rb.agents.rewards, hf_rb.agents.search", HEAVY),
+        ("hf_rb.judges", HEAVY - {"torch"}),  # which the shapers' package imports
+    ],
+)
+def test_importing_a_public_module_of_rl_is_light(modules, heavy):
+    program = f"import sys, {modules}; print(*{heavy} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60) == "\n"
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *(ROOT / "model_cards").glob("*.md")]
+# Names that README and cards had before modules went into folders.
+EARLIER = (
+    "hf_rb.agents.rewards.search_f1",
+    "hf_rb.agents.search.search_environment",
+    "hf_rb.judges.Judge",
+    "hf_rb.rewards.REWARDS",
+    "hf_rb.trainers.token_samples.add_token_samples",
+)
+NO_MODULE = "hf_rb.shapers"  # a group of entry points
+
+
+def test_every_dotted_name_of_readme_and_cards_is_there():
+    named = {one for page in PAGES for one in re.findall(r"\bhf_rb(?:\.\w+)+", page.read_text(encoding="utf-8"))}
+    assert {"hf_rb.weights", EARLIER[-1]} < named
+    for name in sorted(named.union(EARLIER) - {NO_MODULE}):
+        place, rest = name, []
+        while not is_module(place):
+            place, _, last = place.rpartition(".")
+            rest.insert(0, last)
+        value = importlib.import_module(place)
+        for attribute in rest:
+            value = getattr(value, attribute)
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return (path / "__init__.py").is_file() or path.with_suffix(".py").is_file()
 
 
 PIP = [sys.executable, "-m", "pip"]

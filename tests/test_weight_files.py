@@ -255,7 +255,7 @@ def test_variant_and_subfolder(tmp_path):
     assert model_size(top, **ask).weights == model_size(tmp_path / "other").weights
 
 
-def test_an_adapter_beside_the_model_is_not_left_out_without_a_word(tmp_path):
+def test_an_adapter_beside_the_model_is_refused(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     folder = save_qwen3(tmp_path / "model", seed=1)

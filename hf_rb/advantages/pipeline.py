@@ -1,4 +1,4 @@
-"""What happens between GRPO's advantages and its loss: a list of shapers, run in order.
+"""Pipeline between GRPO's advantages and its loss: a list of shapers, run in order.
 
 Three estimators of the literature change the advantages of GRPO after the fact and leave rewards, baseline and loss
 alone. Each is a shaper. A *sequence* shaper maps one number a rollout to one number a rollout and sees all N rollouts
@@ -116,7 +116,7 @@ class ShapingContext:
 @dataclass
 class Shaped:
     """
-    What a shaper returns.
+    Result of a shaper.
 
     Args:
         advantages (`torch.Tensor`): As many as it was given.
@@ -134,7 +134,7 @@ class Shaped:
 @dataclass(frozen=True)
 class Requires:
     """
-    What a shaper reads that a run may lack; asked for when the trainer is built.
+    Requirements of a shaper that a run may lack; checked when the trainer is built.
 
     Args:
         columns (`tuple[str, ...]`, *optional*): Dataset columns.
@@ -156,7 +156,7 @@ class Requires:
 
 
 class Shaper(Protocol):
-    """What the two kinds of shaper share. Subclass [`SequenceShaper`] or [`TokenShaper`]."""
+    """Base of both kinds of shaper. Subclass [`SequenceShaper`] or [`TokenShaper`]."""
 
     method: ClassVar[ShaperMethod]
     name: str

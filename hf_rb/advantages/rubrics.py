@@ -44,7 +44,7 @@ class RubricItem:
 @dataclass(frozen=True)
 class JudgeRequest:
     """
-    What a judge is asked about one rollout.
+    Question to a judge about one rollout.
 
     Attributes:
         prompt (`str` or `list[dict]`): The problem, as the policy saw it.
@@ -123,7 +123,7 @@ def parse_verdicts(reply: str | list, num_items: int) -> list[dict]:
 
 @dataclass
 class JudgeFlags:
-    """How a judge of steps is reached."""
+    """Flags of the way to a judge of steps."""
 
     srar_judge_api_key_env: str | None = flag(
         None, "Name of the environment variable that holds the key of `srar_judge`. Never the key."

@@ -26,7 +26,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -270,7 +270,7 @@ class SrarShaper(TokenShaper):
             raise TypeError(
                 "The `judge` of SRaR takes a list of requests and returns a list of replies, and is no coroutine "
                 "function. Make one of `async def ask(request)`, which replies to one request: "
-                "`judge=hf_rb.rl.judges.Judge(ask)`."
+                "`judge=hf_rb.judges.Judge(ask)`."
             )
         srar_step_scores([], [], 0, gk)  # refuse bad parameters before the first step
         srar_offsets([], 1, ddof, eps)
@@ -314,9 +314,8 @@ class SrarShaper(TokenShaper):
         """Judges this process's rollouts that are worth it; by their place in the batch."""
         wanted = ctx.valid
         if self.only_mixed:
-            right, wrong = (
-                (ctx.valid & c).view(-1, ctx.group_size).any(1) for c in (ctx.correct, ctx.wrong) if c is not None
-            )
+            correct, wrong = cast(torch.Tensor, ctx.correct), cast(torch.Tensor, ctx.wrong)  # `requires` asks for both
+            right, wrong = ((ctx.valid & c).view(-1, ctx.group_size).any(1) for c in (correct, wrong))
             wanted = wanted & (right & wrong).repeat_interleave(ctx.group_size)
         answers = [None] * len(wanted) if ctx.answers is None else ctx.answers
         decode, rollouts, requests = _decoder(ctx), {}, []

@@ -44,6 +44,7 @@ VERBS = {
         "Write one HTML file about runs and models: curves, tokens, advantages, errors, routers.",
     ),
     "push": ("hf_rb.cli.push", "Upload a model or an adapter to the Hub."),
+    "methods": ("hf_rb.cli.methods", "List the methods that are installed, with their papers."),
     "doctor": ("hf_rb.cli.doctor", "Print versions, and try what is installed: for a bug report."),
 }
 

@@ -17,7 +17,7 @@ from hf_rb.utils.output import json_text
 
 EXAMPLE = "hf-rb audit --config exopd/tiny-cpu"
 
-# What a small run in float32 without vLLM replaces in a recipe.
+# Values with which a recipe becomes a small run in float32 without vLLM.
 _REPLACED = {
     "gradient_accumulation_steps": 1,
     "bf16": False,

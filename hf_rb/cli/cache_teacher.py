@@ -106,8 +106,8 @@ def _summary(report: "CacheReport") -> str:
 
 
 def _next_step(args: argparse.Namespace, path: Path, recipe: dict[str, Any], folder: str, has_teacher: bool) -> str:
-    """How to train from the cache. `hf-rb gkd` takes one teacher, and a recipe's key can only be taken away by editing
-    it.
+    """Returns the command that trains from the cache. `hf-rb gkd` takes one teacher, and a recipe's key can only be
+    taken away by editing it.
     """
     from hf_rb.cli.check import read_overrides
 

@@ -1,4 +1,4 @@
-"""`hf-rb doctor`: versions and verdicts on what is installed, fit for a bug report."""
+"""`hf-rb doctor`: versions and findings on what is installed, fit for a bug report."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ MARKS = {"passed": "ok", "failed": "FAILED", "skipped": "skipped"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print versions and verdicts as JSON")
+    parser.add_argument("--json", action="store_true", help="print versions and findings as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,22 +22,22 @@ def run(args: argparse.Namespace) -> int:
 
     from hf_rb.scripts.doctor import environment, examination
 
-    versions, verdicts, group = environment(), [], None
+    versions, findings, group = environment(), [], None
     if not args.json:
         print("\n".join(f"{name:<17} {version}" for name, version in versions.items()))
-    for verdict in examination():
-        verdicts.append(verdict)
+    for finding in examination():
+        findings.append(finding)
         if args.json:
             continue
-        if verdict.group != group:
-            group = verdict.group
+        if finding.group != group:
+            group = finding.group
             print(f"\n{group}")
-        detail = f": {verdict.detail}" if verdict.detail else ""
-        print(f"  {MARKS[verdict.state]:<7} {verdict.name}{detail} ({verdict.seconds:.1f} s)", flush=True)
-    counts = {state: sum(verdict.state == state for verdict in verdicts) for state in MARKS}
+        detail = f": {finding.detail}" if finding.detail else ""
+        print(f"  {MARKS[finding.state]:<7} {finding.name}{detail} ({finding.seconds:.1f} s)", flush=True)
+    counts = {state: sum(finding.state == state for finding in findings) for state in MARKS}
     if args.json:
-        print(json_text({"versions": versions, "verdicts": [asdict(one) for one in verdicts], "counts": counts}))
+        print(json_text({"versions": versions, "verdicts": [asdict(one) for one in findings], "counts": counts}))
     else:
-        seconds = sum(verdict.seconds for verdict in verdicts)
+        seconds = sum(finding.seconds for finding in findings)
         print(f"\n{', '.join(f'{count} {state}' for state, count in counts.items())}, {seconds:.0f} s")
     return 1 if counts["failed"] else 0

@@ -66,7 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # What can be wrong without a model is looked at before one is loaded.
+    # Mistakes that need no model to be seen are refused before one is loaded.
     if args.perplexity and not Path(args.perplexity).is_file():
         raise FileNotFoundError(f"There is no text file {args.perplexity}.")
     if args.task and not args.task.startswith("tiny:") and not Path(args.task).is_file():
@@ -221,7 +221,7 @@ def _plain(value: Any) -> Any:
 
 
 def _results(measured: dict, args: argparse.Namespace) -> Iterator[Any]:
-    """What a model card says of the measurements."""
+    """Returns the measurements as a model card says them."""
     from hf_rb.hub import Result
 
     if match := measured.get("exact_match"):

@@ -179,7 +179,7 @@ class _Settings(argparse.Action):
 
 
 def _method(text: str) -> str:
-    if problem := name_problem("quantizer", text):
+    if problem := name_problem("quantizer", text, "--method"):
         raise argparse.ArgumentTypeError(problem)
     return text
 
@@ -327,10 +327,11 @@ def _blocks(report: "Report") -> list[str]:
     blocks = [*report.blocks, *([report.final_norm] if report.final_norm else [])]
     rows = [[one.name, *map(shown, (one.hidden_error, one.shift_before, one.shift_after))] for one in blocks]
     lines = [format_table(["decoder layer", "error of its output", "norm's output lost", "corrected"], rows)]
+    shifts = [(block.shift_before, block.shift_after, block.shift_expected) for block in blocks]
     checked = [  # a parallel MLP loses nothing by the attention
-        abs((block.shift_after or 0.0) - (block.shift_expected or 0.0)) / block.shift_before
-        for block in blocks
-        if block.shift_before
+        abs(after - expected) / before
+        for before, after, expected in shifts
+        if before and after is not None and expected is not None
     ]
     if checked:
         worst = max(checked)

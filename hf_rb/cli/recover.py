@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _from_text(value: Any) -> Any:
-    """What YAML makes of an argument."""
+    """Reads an argument as YAML does."""
     import yaml
 
     if isinstance(value, list):

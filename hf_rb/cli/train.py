@@ -10,12 +10,12 @@ from hf_rb.cli import schemas
 from hf_rb.cli.check import check, read_overrides, read_recipe
 from hf_rb.io.model_folder import check_models
 from hf_rb.io.resources import find_recipe, resource_folder
-from hf_rb.methods.registry import LOCAL
+from hf_rb.methods.registry import allow
 from hf_rb.utils import compat
 
 
 EXAMPLE = "hf-rb {verb} recipe.yaml --accelerate_config fsdp2 --learning_rate 1e-5"
-# What accelerate would take on a CPU anyway, after a warning of six lines.
+# Accelerate would take these on a CPU anyway, after a warning of six lines.
 CPU_DEFAULTS = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
@@ -27,12 +27,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a file of `accelerate config`, or the name of one that ships with hf_rb (recipes/accelerate_configs)",
     )
     parser.add_argument("--num_processes", help="processes to launch (default: what the accelerate config says)")
-    if parser.get_default("verb") == "grpo":
+    if parser.get_default("verb") != "sft":
         parser.add_argument(
             "--allow_local_code",
             action="append",
             metavar="MODULE:ATTRIBUTE",
-            help="a reward function or shaper of your own that the recipe names, and that may be imported",
+            help="an objective, a shaper or a reward function that the recipe names and that may be imported",
         )
     keys = "keys of hf_rb beside those of TRL, in the recipe or as `--key value`"
     parser.add_argument_group(keys, schemas.listing(parser.get_default("verb")))
@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     recipe = find_recipe(args.recipe)
     local_code = getattr(args, "allow_local_code", None) or []
-    LOCAL.update(local_code)
+    allow(local_code)
     values = read_recipe(recipe) | read_overrides(args.overrides, args.verb)
     report = check(recipe, values, args.verb)
     report.show()

@@ -1,6 +1,4 @@
-"""What a model is worth and what it costs: perplexity, exact match, public benchmarks, size on disk and decoding
-speed.
-"""
+"""Quality and cost of a model: perplexity, exact match, public benchmarks, size on disk and decoding speed."""
 
 from hf_rb.evaluation.generation import Completion, ExactMatch, PassAtK, exact_match, generate, pass_at_k
 from hf_rb.evaluation.harness import HarnessScore, run_harness

@@ -11,7 +11,7 @@ from hf_rb import tiny
 from hf_rb.rl.answers import gold_answer, same_answer
 
 
-__all__ = ["is_correct", "load_task", "solutions"]
+__all__ = ["is_correct", "load_task", "rendered", "solutions"]
 
 
 def load_task(name: str, limit: int | None = None, split: str = "test") -> list[dict[str, Any]]:

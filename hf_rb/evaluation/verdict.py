@@ -1,4 +1,4 @@
-"""What a ratio of perplexities means, in words. The thresholds are ours: there is no paper that draws such a line."""
+"""Meaning of a ratio of perplexities, in words. The thresholds are ours: there is no paper that draws such a line."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ THRESHOLDS = f"our thresholds: below {CLOSE_BELOW:g} close, below {DAMAGED_BELOW
 @dataclass(frozen=True)
 class Verdict:
     """
-    How much worse a model is than the one that it was made from.
+    Damage of a model, against the one that it was made from.
 
     Attributes:
         times (`float`): Its perplexity over the original's, on the same tokens. Infinite if its own is NaN, NaN if the

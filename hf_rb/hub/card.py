@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_rb.evaluation import Size
 
 __all__ = [
+    "MADE",
     "ModelCardData",
     "Result",
     "changed_hyperparameters",
@@ -64,7 +65,7 @@ class Result:
 
 @dataclass
 class ModelCardData:
-    """What a model card of ours says.
+    """Contents of a model card of ours.
 
     Args:
         model_name (`str`):

@@ -1,4 +1,4 @@
-"""What a visitor of a model's page needs to load it: class, task and packages, read from the model or from its
+"""Facts that a visitor of a model's page needs to load it: class, task and packages, read from the model or its
 folder.
 """
 
@@ -32,7 +32,7 @@ _LOADERS = {"gptq": ("optimum>=2.3", "gptqmodel>=7.7"), "bitsandbytes": ("bitsan
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded.
+    """Facts that are needed to load a model.
 
     Args:
         architecture (`str`, *optional*, defaults to `"AutoModelForCausalLM"`):
@@ -78,7 +78,7 @@ class Loading:
 
     @property
     def needs_hf_rb(self) -> bool:
-        """Whether only hf_rb has the format or the class of the weights."""
+        """Returns whether only hf_rb has the format or the class of the weights."""
         return self.mpi or self.method in methods("quantizer")
 
     def packages(self, adapter: bool) -> list[str]:

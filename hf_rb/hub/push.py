@@ -57,7 +57,7 @@ TEXTS = ("README.md", "config.json", ADAPTER_CONFIG, "*_results.json", "report.*
 
 @dataclass(frozen=True)
 class Upload:
-    """What would be uploaded.
+    """Files and card of an upload.
 
     Attributes:
         paths (`dict[str, Path]`): Where the files lie, by their names in the repository.

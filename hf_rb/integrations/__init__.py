@@ -1,1 +1,1 @@
-"""What other packages' command lines find of ours."""
+"""Registration with other libraries and with their command lines."""

@@ -72,7 +72,7 @@ def _register_quantizers(auto: Any) -> None:
 
 
 def _register_lora(lora: ModuleType) -> None:
-    # Where LoRA makes a layer for any module.
+    # LoRA makes a layer for any module there.
     create = compat.resolve("LoraModel._create_new_module")
     if create.__module__ == __name__:
         return
@@ -89,7 +89,7 @@ def _register_lora(lora: ModuleType) -> None:
 
 
 def _guard_merge(tuners: ModuleType) -> None:
-    # What adapters of every kind ask before they merge.
+    # Adapters of every kind ask it before they merge.
     check = compat.resolve("BaseTuner._check_merge_allowed")
     if check.__module__ == __name__:
         return
@@ -103,7 +103,7 @@ def _guard_merge(tuners: ModuleType) -> None:
 
 
 def _guard_adapters(tuners: ModuleType) -> None:
-    # What adapters of every kind ask of each layer before they are put on it.
+    # Adapters of every kind ask it of each layer before they are put on it.
     check, init = map(compat.resolve, ("BaseTuner._check_target_module_compatiblity", "BaseTuner.__init__"))
     if check.__module__ == __name__:
         return
@@ -133,7 +133,7 @@ def _guard_adapters(tuners: ModuleType) -> None:
 
 
 def _guard_trained_modules(other: ModuleType) -> None:
-    # Where PEFT copies a module that is to be trained as a whole.
+    # PEFT copies a module there that is to be trained as a whole.
     update = compat.resolve("ModulesToSaveWrapper.update")
     if update.__module__ == __name__:
         return

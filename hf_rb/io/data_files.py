@@ -1,6 +1,4 @@
-"""What can be known of a recipe's data without loading it: rows and columns of embedded datasets and of local text
-files.
-"""
+"""Facts about a recipe's data without loading it: rows and columns of embedded datasets and of local text files."""
 
 import csv
 import json

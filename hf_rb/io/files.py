@@ -21,6 +21,7 @@ __all__ = [
     "fsync_folder",
     "publish_folder",
     "sha256_file",
+    "start_manifest",
     "verify_manifest",
     "write_manifest",
 ]
@@ -145,13 +146,17 @@ def _move_into_place(folder: Path, destination: Path) -> None:
         return
     # A rename cannot replace a non-empty folder: the old one steps aside, and comes back if the second rename fails.
     aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".old", dir=destination.parent))
-    os.replace(destination, aside)
+    old = aside / destination.name  # a new name, since Windows replaces no folder, an empty one neither
     try:
-        os.replace(folder, destination)
-    except OSError:
-        os.replace(aside, destination)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        os.replace(destination, old)
+        try:
+            os.replace(folder, destination)
+        except OSError:
+            os.replace(old, destination)
+            raise
+    finally:
+        if destination.exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:

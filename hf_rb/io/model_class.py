@@ -1,4 +1,4 @@
-"""Which class of transformers a model folder is for: the one that `architectures` in its config.json names."""
+"""Class of transformers that a model folder is for: the one that `architectures` in its config.json names."""
 
 from typing import Any
 

@@ -18,6 +18,7 @@ from hf_rb.methods.registry import methods
 __all__ = [
     "ADAPTER_CONFIG",
     "COMPANIONS",
+    "PACKED",
     "adapter_beside",
     "check_apart",
     "check_model",
@@ -39,7 +40,7 @@ _NOWHERE = (
     "model folder or a Hub id."
 )
 
-# What a model folder holds besides its configuration and weights.
+# Files of a model folder besides its configuration and weights.
 COMPANIONS = (
     "tokenizer*",
     "vocab*",

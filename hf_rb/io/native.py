@@ -27,7 +27,7 @@ from pathlib import Path
 from filelock import FileLock
 
 
-__all__ = ["VARIANTS", "load", "supported", "variant"]
+__all__ = ["VARIANTS", "compiler", "load", "supported", "variant"]
 
 # Flags of /proc/cpuinfo that an instruction set needs, and those that the compiler gets, the best first.
 VARIANTS = {
@@ -128,7 +128,9 @@ def compiler() -> list[str]:
 
 
 def _identity(word: str) -> tuple:
-    """What changes when a word of the compiler's command means another program (`gcc` in `ccache gcc`)."""
+    """Returns a value that changes when a word of the compiler's command means another program (`gcc` in `ccache
+    gcc`).
+    """
     if (program := shutil.which(word)) is None:
         return (word,)
     found = os.stat(program)

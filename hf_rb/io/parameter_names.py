@@ -1,4 +1,4 @@
-"""Which parameters of a model the tensors of its files become, by transformers' own rules."""
+"""Names of the parameters that the tensors of a model's files become, by transformers' own rules."""
 
 from typing import Any
 

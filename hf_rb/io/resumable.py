@@ -88,7 +88,7 @@ def finish(work: Path) -> None:
 
 
 def _has_work(work: Path) -> bool:
-    """Whether anything is done."""
+    """Returns whether anything is done."""
     return any(path.is_file() and path.name not in (STATE, LOCK) for path in work.rglob("*"))
 
 

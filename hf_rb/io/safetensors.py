@@ -52,7 +52,7 @@ CHUNK = 1 << 22  # bytes
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: `nbytes` bytes of `file` from byte `start` on."""
+    """Place of a tensor: `nbytes` bytes of `file` from byte `start` on."""
 
     file: Path
     dtype: torch.dtype

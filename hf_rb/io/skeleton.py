@@ -1,6 +1,4 @@
-"""What transformers makes of the tensors of a checkpoint: its own loader, run on tensors without values, before they
-are published.
-"""
+"""Trial of a checkpoint before it is published: transformers' own loader, run on its tensors without their values."""
 
 from collections.abc import Mapping
 from typing import Any

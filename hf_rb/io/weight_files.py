@@ -1,4 +1,4 @@
-"""Which files of a folder are the model: those that `from_pretrained` loads, and no others that lie there.
+"""Files of a folder that are the model: those that `from_pretrained` loads, and no others that lie there.
 
 A folder that was saved in shards and again in one file keeps the old index; one that was saved the other way round
 keeps the old file; and files of other programs or precisions may lie beside them. `from_pretrained` takes the first of

@@ -1,4 +1,4 @@
-"""What a method is, and which methods there are: ours and those of installed packages. Standard library only."""
+"""Records of methods, and the registry of ours and those of installed packages. Standard library only."""
 
 from hf_rb.methods.record import (
     MergeMethod,

@@ -1,9 +1,9 @@
-"""What trainers log beside the numbers of a method: name, meaning, range and direction. Standard library only."""
+"""Metrics that trainers log beside those of a method. Standard library only."""
 
 from hf_rb.methods.record import Metric
 
 
-__all__ = ["TOKEN_METRICS", "TRAINER_METRICS"]
+__all__ = ["SHAPING_METRICS", "TOKEN_METRICS", "TRAINER_METRICS"]
 
 TOKEN_METRICS = (
     Metric("forward_kl", "KL(teacher ‖ student)", "[0, inf)", "lower"),
@@ -17,6 +17,18 @@ TOKEN_METRICS = (
 TRAINER_METRICS = (
     Metric("kept_fraction", "share of all tokens that are trained on", "[0, 1]"),
     Metric("aux_loss", "balance loss of a mixture of experts", "[0, inf)", "lower"),
+    Metric(
+        "shaping/answered", "share of completions with an answer, where a shaper reads answers", "[0, 1]", "higher"
+    ),
     Metric("outside_vocabulary_fraction", "share of labels that teacher and student do not share", "[0, 1]", "lower"),
 )
 """Numbers that trainers log with every method."""
+
+SHAPING_METRICS = (
+    Metric("mean", "mean advantage after the shaper, over scored rollouts or over tokens in the loss"),
+    Metric("std", "standard deviation of the advantages after it", "[0, inf)"),
+    Metric("changed", "share of advantages that it changed", "[0, 1]"),
+    Metric("flipped", "share of advantages whose sign it changed", "[0, 1]"),
+    Metric("delta_abs", "mean absolute change of an advantage", "[0, inf)"),
+)
+"""Numbers that GRPO logs of every shaper, as `shaping/<key>/<name>`."""

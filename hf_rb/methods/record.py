@@ -1,4 +1,4 @@
-"""What a method says of itself: paper, flags, where it may run, what it logs. Standard library only.
+"""Records of methods: paper, flags, where a method may run, its metrics. Standard library only.
 
 A method is one file. Its class, or the module where nothing but functions is needed, holds a record:
 
@@ -23,6 +23,7 @@ from hf_rb.utils.fields import flag
 
 
 __all__ = [
+    "Kind",
     "MergeMethod",
     "Method",
     "Metric",

@@ -1,23 +1,44 @@
-"""Which methods there are: files of this package, entry points of installed packages, and code that the command line
+"""Registry of the methods: files of this package, entry points of installed packages, and code that the command line
 allows. Standard library only: nothing is imported until a method is used.
 """
 
 import logging
-import re
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
 from hf_rb.methods import static
-from hf_rb.methods.record import Kind, Method
+from hf_rb.methods.record import (
+    Kind,
+    MergeMethod,
+    Method,
+    ModelMethod,
+    ObjectiveMethod,
+    QuantizerMethod,
+    ShaperMethod,
+)
+from hf_rb.utils.fields import value_problem
 
 
-__all__ = ["GROUPS", "LOCAL", "Entry", "broken", "catalog", "find", "methods", "name_problem"]
+__all__ = [
+    "GROUPS",
+    "LOCAL",
+    "PACKAGE",
+    "Entry",
+    "allow",
+    "broken",
+    "catalog",
+    "entries",
+    "find",
+    "methods",
+    "name_problem",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -32,23 +53,47 @@ GROUPS: dict[Kind, str] = {
 LOCAL: set[str] = set()
 """Code that the command line allows to be imported, `module:attribute`: its own name in a recipe."""
 
+
+def allow(names: Iterable[str]) -> None:
+    """
+    Allows code to be imported that a recipe names.
+
+    Raises:
+        ValueError: A name is not of the form `module:attribute`.
+    """
+    for name in names:
+        module, _, attribute = name.partition(":")
+        if not module or not attribute:
+            raise ValueError(f"`--allow_local_code {name}` is not of the form `module:attribute`.")
+        LOCAL.add(name)
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+
+
 PACKAGE = "hf_rb"
 _FOLDERS = ("objectives", "advantages", "quantizers", "weights", "models", "recover")
-_RECORD = re.compile(r"\b\w*Method\(")
+_CLASSES: dict[Kind, type[Method]] = {
+    "trainer": Method,
+    "objective": ObjectiveMethod,
+    "shaper": ShaperMethod,
+    "quantizer": QuantizerMethod,
+    "merge": MergeMethod,
+    "model": ModelMethod,
+}
 
 
 @dataclass(frozen=True)
 class Entry:
     """
-    Where a method is.
+    Place of a method.
 
     Attributes:
-        method (`Method`): Its record.
+        method (`Method`): Its record, of the class of its kind.
         module, name (`str`): Where the class stands, or the constant that holds the record.
         package (`str`): The package it comes with.
     """
 
-    method: Method
+    method: Any
     module: str
     name: str
     package: str
@@ -58,10 +103,14 @@ class Entry:
         return getattr(import_module(self.module), self.name)
 
 
+def entries() -> list[Entry]:
+    """Returns all methods that can be used, by kind, in the order of their files."""
+    return [*{entry.method.key: entry for kind in _CLASSES for entry in methods(kind).values()}.values()]
+
+
 def catalog() -> dict[str, Method]:
     """Returns the records of all methods that can be used, by key."""
-    others = [entry for kind in GROUPS for entry in methods(kind).values()]
-    return {entry.method.key: entry.method for entry in (*_built_in(), *others)}
+    return {entry.method.key: entry.method for entry in entries()}
 
 
 def methods(kind: Kind) -> dict[str, Entry]:
@@ -79,49 +128,55 @@ def broken(kind: Kind) -> dict[str, str]:
     return _installed(kind)[1]
 
 
-def find(kind: Kind, name: str) -> Entry:
+def find(kind: Kind, name: str, key: str | None = None) -> Entry:
     """
-    Returns a method by its name.
+    Returns a method by its name, which the key of a recipe has given.
 
     Raises:
         ValueError: There is none; the message names the nearest, or says what is wrong with it.
     """
-    problem = name_problem(kind, name)
+    problem = name_problem(kind, name, key)
     if problem:
         raise ValueError(problem)
     return methods(kind)[name]
 
 
-def name_problem(kind: Kind, name: str, where: str = "") -> str | None:
-    """Returns what is wrong with the name of a method, if anything; `where` is the key of the recipe that has it."""
+def name_problem(kind: Kind, name: str, key: str | None = None) -> str | None:
+    """Returns what is wrong with the name of a method, if anything; `key` is the key of the recipe that has it."""
     known = methods(kind)
     if name in known:
         return None
     if name in broken(kind):
         return broken(kind)[name]
-    where = where or f"the {kind}"
+    key = key or kind
     if name in LOCAL:
         try:
             _local(kind, name)
         except Exception as error:  # whatever stands in a user's file
-            return f"{where} names {name!r}, which cannot be used: {type(error).__name__}: {error}."
+            return f"`{key}` names {name!r}, which cannot be used: {type(error).__name__}: {error}."
     if ":" in name:
         return (
-            f"{where} names code, {name!r}. Code in a recipe is imported only if the command line says so too: add "
+            f"`{key}` names code, {name!r}. Code in a recipe is imported only if the command line says so too: add "
             f"`--allow_local_code {name}` if you trust it."
         )
-    close = get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"it must be one of {', '.join(map(repr, known))}."
-    return f"{where} cannot be {name!r}; {hint}"
+    return value_problem(key, name, choices=[*known])
 
 
 @cache
-def _built_in() -> tuple[Entry, ...]:
-    root, found = Path(__file__).parents[1], []
-    for file in sorted(file for folder in _FOLDERS for file in (root / folder).rglob("*.py")):
-        if _RECORD.search(file.read_text(encoding="utf-8")):
+def _sources() -> list[tuple[Path, str]]:
+    root = Path(__file__).parents[1]
+    files = sorted(file for folder in _FOLDERS for file in (root / folder).rglob("*.py"))
+    return [(file, file.read_text(encoding="utf-8")) for file in files]
+
+
+@cache
+def _built_in(kind: Kind) -> tuple[Entry, ...]:
+    """Returns the methods of this package. A file that makes no record of this kind is not parsed."""
+    root, found, record = Path(__file__).parents[1], [], f"= {_CLASSES[kind].__name__}("
+    for file, text in _sources():
+        if record in text:
             module = ".".join((PACKAGE, *file.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
-            found += _records(module, PACKAGE)
+            found += [entry for entry in _records(module, PACKAGE) if entry.method.kind == kind]
     return tuple(found)
 
 
@@ -133,11 +188,16 @@ def _records(module: str, package: str) -> Iterator[Entry]:
 
 
 @cache
+def _entry_points() -> EntryPoints:
+    return entry_points()
+
+
+@cache
 def _installed(kind: Kind) -> tuple[dict[str, Entry], dict[str, str]]:
     """Returns the usable methods of a kind, and what is wrong with the others."""
-    found = {entry.method.key: entry for entry in _built_in() if entry.method.kind == kind}
+    found = {entry.method.key: entry for entry in _built_in(kind)}
     problems: dict[str, str] = {}
-    for point in entry_points(group=GROUPS[kind]) if kind in GROUPS else ():
+    for point in _entry_points().select(group=GROUPS[kind]) if kind in GROUPS else ():
         package = point.dist.name if point.dist else point.module
         try:
             entry = _entry(kind, point.module, point.attr, package)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["evaluate", "is_torch_free", "record", "record_names", "source_file"]
+__all__ = ["evaluate", "is_torch_free", "parsed", "record", "record_names", "source_file"]
 
 # Modules that are imported as they are: no torch, and classes that must be the same everywhere.
 _IMPORTED = (*sys.stdlib_module_names, "hf_rb.methods", "hf_rb.utils")
@@ -52,14 +52,14 @@ def evaluate(module: str, name: str) -> Any:
     source = _read(module)
     outer, _, attribute = name.partition(".")
     if outer not in source.defined:
-        raise ImportError(f"{source.path} does not define `{outer}`.")
+        raise ImportError(f"{source.path} does not define `{outer}`")
     namespace: dict[str, Any] = {"__name__": module, "__file__": str(source.path)}
     if not attribute:
         _run(source, namespace, {outer})
         return namespace[outer]
     expression = _attribute(source.defined[outer], attribute)
     if expression is None:
-        raise ImportError(f"`{outer}` of {source.path} has no attribute `{attribute}`.")
+        raise ImportError(f"`{outer}` of {source.path} has no attribute `{attribute}`")
     _run(source, namespace, _names(expression))
     return eval(compile(ast.Expression(expression), str(source.path), "eval"), namespace)  # noqa: S307 (an import would too)
 
@@ -72,21 +72,37 @@ def record_names(module: str) -> Iterator[str]:
 
 
 def record(module: str, name: str) -> Any:
-    """Returns the record that a class of a module has as `method`, or that a constant is."""
+    """
+    Returns the record that a class of a module has as `method`, or that a constant is.
+
+    Raises:
+        TypeError: It has none.
+        ImportError, NameError: As [`evaluate`].
+    """
     node = _read(module).defined.get(name)
+    if isinstance(node, ast.ClassDef) and _attribute(node, "method") is None:
+        raise TypeError(
+            f"`{name}` has no record: a class attribute `method`, such as `ShaperMethod(...)` of `hf_rb.methods`"
+        )
     return evaluate(module, f"{name}.method" if isinstance(node, ast.ClassDef) else name)
 
 
 def is_torch_free(module: str) -> bool:
-    """Whether a module is imported as it is."""
+    """Says whether a module is imported as it is."""
     return any(module == one or module.startswith(f"{one}.") for one in _IMPORTED)
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """Returns the syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
 class _Source:
     def __init__(self, module: str, path: Path):
         self.module, self.path = module, path
         self.package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        self.body = ast.parse(path.read_text(encoding="utf-8"), str(path)).body
+        self.body = parsed(path).body
         self.defined = {name: node for node in self.body for name in _defines(node)}
 
 
@@ -94,7 +110,7 @@ class _Source:
 def _read(module: str) -> _Source:
     path = source_file(module)
     if path is None:
-        raise ImportError(f"There is no module `{module}`.")
+        raise ImportError(f"there is no module `{module}`")
     return _Source(module, path)
 
 

@@ -29,8 +29,8 @@ from hf_rb.models.mpi.functional import alignment, effective_router
 
 
 __all__ = [
-    "LayerReport",
     "Load",
+    "RoutedLayerReport",
     "RouterMeter",
     "RouterReport",
     "evenness",
@@ -101,9 +101,7 @@ def _response(rows_ND: Tensor, expert_NdD: Tensor) -> Tensor:
 
 @dataclass
 class Load:
-    """What a layer did with some tokens: how often each expert was chosen, and the sum of the tokens' entropies, in
-    [0, 1] each.
-    """
+    """Routing of some tokens in a layer: choices of each expert, and the sum of their entropies, in [0, 1] each."""
 
     picks: Tensor
     entropy: Tensor
@@ -169,7 +167,7 @@ class RouterMeter:
         return [Load(total[:-2], total[-2], total[-1]) for total in sums]
 
     def _reset(self) -> None:
-        # Of each layer the picks of every expert, the sum of entropies, and the number of tokens.
+        # One vector a layer: the picks of every expert, the sum of entropies, the number of tokens.
         self._sums = [torch.zeros(len(one.learned) + 2, device=one.learned.device) for one in self.layers]
 
     def _see(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -192,9 +190,9 @@ class RouterMeter:
 
 
 @dataclass
-class LayerReport:
+class RoutedLayerReport:
     """
-    What the doctor found in a layer; the module says what the numbers are.
+    Findings in a layer; the docstring of the module defines the numbers.
 
     Attributes:
         name (`str`): Name of the block in the model.
@@ -223,18 +221,18 @@ class LayerReport:
 @dataclass
 class RouterReport:
     """
-    What the doctor found in a model.
+    Findings in a model.
 
     Attributes:
         mpi (`bool`): Whether its routers are MPI's.
         tokens (`int`): Tokens that were looked at.
-        layers (`list[LayerReport]`): Its layers.
+        layers (`list[RoutedLayerReport]`): Its layers.
         notes (`list[str]`): What stands out.
     """
 
     mpi: bool
     tokens: int
-    layers: list[LayerReport]
+    layers: list[RoutedLayerReport]
     notes: list[str] = field(default_factory=list)
 
     def mean(self, name: str) -> float | None:
@@ -285,9 +283,9 @@ def examine(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], seed: int
     return report
 
 
-def _layer_report(layer: RoutedLayer, loads: list[Load], seed: int) -> LayerReport:
+def _layer_report(layer: RoutedLayer, loads: list[Load], seed: int) -> RoutedLayerReport:
     picks = total_picks(loads)
-    report = LayerReport(
+    report = RoutedLayerReport(
         name=layer.name,
         load=(picks / picks.sum()).tolist(),
         max_vio=max_vio(picks),

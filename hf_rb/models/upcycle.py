@@ -80,7 +80,7 @@ GEMMA = (
 
 @dataclass
 class UpcycleReport:
-    """What upcycling did.
+    """Report of upcycling.
 
     Attributes:
         num_experts, top_k, splits (`int`): E, K and s.

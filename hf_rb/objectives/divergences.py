@@ -22,7 +22,7 @@ import math
 import torch
 
 
-__all__ = ["forward_kl", "forward_kl_rule", "jsd", "jsd_rule", "reverse_kl", "reverse_kl_rule"]
+__all__ = ["forward_kl", "forward_kl_rule", "jsd", "jsd_rule", "log_probs_of", "reverse_kl", "reverse_kl_rule"]
 
 
 def log_probs_of(

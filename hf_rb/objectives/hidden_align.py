@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 from hf_rb.methods import Method, Metric, Paper, flag
 
 
-__all__ = ["alignment_targets", "cross_group_cosine", "hidden_align", "target_loss"]
+__all__ = ["HiddenAlignFlags", "alignment_targets", "cross_group_cosine", "hidden_align", "target_loss"]
 
 
 @dataclass

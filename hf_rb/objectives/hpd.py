@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from hf_rb.methods import Metric, ObjectiveMethod, Paper, flag
-from hf_rb.objectives.objective import Objective, Tokens, log_prob, monitored
+from hf_rb.objectives.objective import Objective, Tokens, given, log_prob, monitored
 from hf_rb.objectives.token_rule import Term
 
 
@@ -211,8 +211,10 @@ class HPD(Objective):
         super().__init__(**flags)
         self.monitor = monitor
 
-    def __call__(self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: Tokens) -> Term:
-        labels, flags = tokens["labels"], self.flags
+    def __call__(
+        self, log_q: torch.Tensor, log_p: torch.Tensor | None, log_probs: torch.Tensor, tokens: Tokens
+    ) -> Term:
+        labels, log_p, flags = tokens["labels"], given(log_p), self.flags
         more = monitored(log_q, log_p, log_probs) if self.monitor else {}
         samples = inverse_cdf_sample(log_q.exp(), tokens["uniforms"])
         loss, values, stats = hpd_rule(log_q, log_p, labels, samples, flags.hpd_sample, flags.hpd_reinforce)

@@ -1,4 +1,5 @@
-"""What an objective of distillation is: the loss of a token, in the tile loop and by its formula on all logits.
+"""Base classes of the objectives of distillation: the loss of a token, in the tile loop and by its formula on all
+logits.
 
 A divergence of your own needs its formula alone; the tile loop then differentiates it by autograd:
 
@@ -24,7 +25,7 @@ from hf_rb.objectives.loca import loca_calibrate, loca_scale
 from hf_rb.objectives.token_rule import Term
 
 
-__all__ = ["Divergence", "Objective", "entropy", "log_prob", "monitored"]
+__all__ = ["Divergence", "Objective", "Tokens", "entropy", "given", "log_prob", "monitored"]
 
 Tokens = dict[str, torch.Tensor]
 
@@ -72,7 +73,9 @@ class Objective:
         """Returns the objective that a config describes."""
         return cls(**cls.options(args))
 
-    def __call__(self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: Tokens) -> Term:
+    def __call__(
+        self, log_q: torch.Tensor, log_p: torch.Tensor | None, log_probs: torch.Tensor, tokens: Tokens
+    ) -> Term:
         raise NotImplementedError
 
     def dense(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -143,7 +146,10 @@ class Divergence(Objective):
             (derivative,) = torch.autograd.grad(loss.sum(), student)
         return loss.detach(), derivative, {}
 
-    def __call__(self, log_q: torch.Tensor, log_p: torch.Tensor, log_probs: torch.Tensor, tokens: Tokens) -> Term:
+    def __call__(
+        self, log_q: torch.Tensor, log_p: torch.Tensor | None, log_probs: torch.Tensor, tokens: Tokens
+    ) -> Term:
+        log_p = given(log_p)
         labels, has_rest, stats, target = tokens.get("labels"), "rest" in tokens, {}, log_p
         if self.loca_alpha is not None:
             label_event = tokens.get("label_event", tokens["labels"])
@@ -191,6 +197,17 @@ def monitored(
     known = known or {}
     both = {name: known[name] if name in known else rule(log_q, log_p)[0] for name, rule in _MONITORED.items()}
     return both | {"entropy": entropy(log_probs)}
+
+
+def given(log_p: torch.Tensor | None) -> torch.Tensor:
+    """Returns the teacher's log-probabilities.
+
+    Raises:
+        TypeError: There are none.
+    """
+    if log_p is None:
+        raise TypeError("This objective compares the student with a teacher, and none is given. Pass `teacher`.")
+    return log_p
 
 
 def entropy(log_probs: torch.Tensor) -> torch.Tensor:

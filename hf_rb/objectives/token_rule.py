@@ -1,6 +1,6 @@
 """The loss of a token with its derivative, as the tile loop of `hf_rb.ops.lm_head` takes it from an objective."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -44,7 +44,7 @@ class TokenRule(Protocol):
     def __call__(
         self,
         log_q: torch.Tensor,
-        log_p: Any,
+        log_p: torch.Tensor | None,
         log_probs: torch.Tensor,
         tokens: dict[str, torch.Tensor],
     ) -> Term: ...

@@ -24,7 +24,7 @@ import torch
 from hf_rb.objectives.token_rule import Term, TokenRule
 
 
-__all__ = ["CachedLogits", "Head", "Scored", "TeacherLogits", "lm_head_loss", "logit_blocks", "project"]
+__all__ = ["TILE_BYTES", "CachedLogits", "Head", "Scored", "TeacherLogits", "lm_head_loss", "logit_blocks", "project"]
 
 # Bytes of one tile of logits, with a frozen and with a trained head: larger tiles make fewer passes over the head's
 # gradient.
@@ -57,7 +57,7 @@ class Head:
 
     @property
     def device(self) -> torch.device | None:
-        """Where hidden states have to be, `None` for anywhere."""
+        """Device that hidden states must be on, `None` for any."""
         return None if self.weight is None else self.weight.device
 
     def width(self, hidden: torch.Tensor) -> int:

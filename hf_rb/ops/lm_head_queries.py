@@ -1,4 +1,4 @@
-"""What a model's LM head says of hidden states, without gradient and without keeping the logits of all tokens."""
+"""Queries of a model's LM head about hidden states, without gradient and without keeping the logits of all tokens."""
 
 from typing import NamedTuple
 

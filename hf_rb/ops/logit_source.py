@@ -1,5 +1,5 @@
-"""How the tile loop gets a model's logits: as last hidden states and LM head where that is what the model computes,
-else as its own logits.
+"""Source of a model's logits for the tile loop: last hidden states and LM head where the model multiplies just these,
+else its own logits.
 """
 
 import logging
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 class LogitSource:
     """
-    How the tile loop gets the logits of one model.
+    Gives the tile loop the logits of one model.
 
     The first use compares the model's own logits with those of [`~hf_rb.ops.lm_head.Head`] on 8 tokens
     ([`~hf_rb.ops.head_check.why_not_head`]). Where they are the same, the loop multiplies hidden states by the head.

@@ -1,4 +1,4 @@
-"""Whether a model keeps the sequences of a packed row apart, measured on a batch: no list of architectures could say
+"""Measures on a batch whether a model keeps the sequences of a packed row apart: no list of architectures could say
 it.
 """
 

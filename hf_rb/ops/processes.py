@@ -1,4 +1,4 @@
-"""What processes tell each other beside gradients."""
+"""Communication of processes beside gradients."""
 
 import torch
 from accelerate import PartialState

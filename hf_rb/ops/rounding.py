@@ -1,4 +1,4 @@
-"""How coarsely numbers are rounded on their way through a model."""
+"""Rounding of numbers on their way through a model."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What the configurations of the quantization backends share, importable without torch."""
+"""Base of the configurations of the quantization backends, importable without torch."""
 
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -56,12 +56,12 @@ class PackedConfig(QuantizationConfigMixin):
 
     @property
     def summary(self) -> str:
-        """What is done to a model, in a sentence."""
+        """Sentence about the quantization of a model."""
         return self.record.summary
 
     @property
     def calibrated(self) -> bool:
-        """Whether the model is run on text to quantize it."""
+        """Returns whether the model is run on text to quantize it."""
         return self.record.is_calibrated(vars(self))
 
     @classmethod
@@ -76,7 +76,7 @@ class PackedConfig(QuantizationConfigMixin):
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What may differ between the stored configuration and the one given to `from_pretrained`."""
+        """Returns fields that may differ between the stored configuration and the one given to `from_pretrained`."""
         defaults = {field.name: field.default for field in fields(self)}
         return {name: getattr(self, name) for name in self.loading if getattr(self, name) != defaults[name]}
 

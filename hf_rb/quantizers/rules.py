@@ -1,6 +1,4 @@
-"""What the fields of a quantization config may not be together, whatever the method. Standard library only: `hf-rb
-check` runs these without torch.
-"""
+"""Rules for the fields of any quantization config. Standard library only: `hf-rb check` runs these without torch."""
 
 import re
 from collections.abc import Iterator

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_rb.methods import Method, Paper
+from hf_rb.methods.registry import methods
 from hf_rb.utils.dtypes import WEIGHT_TYPES_OR_AUTO
 from hf_rb.utils.fields import described, documented, flag, validate
 
 
-__all__ = ["OBJECTIVES", "TRAINING", "RecoverConfig", "recover_rules"]
+__all__ = ["TRAINING", "RecoverConfig", "objectives", "recover_rules"]
 
 METHOD = Method(
     key="recover",
@@ -24,7 +25,6 @@ METHOD = Method(
     "model's own solutions, towards which an adapter on the packed weights is trained.",
 )
 
-OBJECTIVES = ("forward_kl", "akl", "hpd", "sft")
 # Defaults of `training`. Ours; the papers' rates are between 1e-5 and 2e-4, their runs of one to three epochs.
 TRAINING: dict[str, Any] = {
     "learning_rate": 2e-4,
@@ -96,7 +96,11 @@ class RecoverConfig:
         range="(0, 1]",
     )
     text_tokens: int = flag(256, "Tokens of a window of `train_text`.", range="[2, inf)")
-    objectives: list[str] = flag(["forward_kl"], f"Of {', '.join(OBJECTIVES)}.")
+    objectives: list[str] = flag(
+        ["forward_kl"],
+        "What is trained on the teacher's solutions: an objective of `hf-rb gkd` towards the teacher's distributions, "
+        "or `sft` on its tokens. Several for a comparison.",
+    )
     cached_teacher: bool = flag(
         False, "Whether the teacher runs once over the repair set, and `forward_kl` and `akl` train without it."
     )
@@ -144,13 +148,18 @@ OWN = (
 )
 
 
+def objectives() -> list[str]:
+    """Returns what may be trained: the objectives on completions that are given, and plain fine-tuning."""
+    return [name for name, entry in methods("objective").items() if entry.method.completions != "student"] + ["sft"]
+
+
 def recover_rules(config: Any) -> Iterator[str]:
     """Yields what is wrong with a recipe for `hf-rb recover`."""
     for name in config.objectives:
-        if name not in OBJECTIVES:
-            yield f"`objectives` cannot have {name!r}; write some of {', '.join(OBJECTIVES)}."
-        elif config.cached_teacher and name == "hpd":
-            yield "`objectives: [hpd]` needs the teacher's whole distribution: write `cached_teacher: false`."
+        if name not in objectives():
+            yield f"`objectives` cannot have {name!r}; write some of {', '.join(objectives())}."
+        elif config.cached_teacher and name != "sft" and not methods("objective")[name].method.cached:
+            yield f"`objectives: [{name}]` needs the teacher's whole distribution: write `cached_teacher: false`."
     for name in ("objectives", "examples"):
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):

@@ -1,4 +1,4 @@
-"""What quantization has broken, and what a repair set is made of."""
+"""Problems that quantization has broken, and the repair set that is made of them."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ SHORTEST = 50  # letters of a line of text that two texts have in common by more
 @dataclass(frozen=True)
 class Answers:
     """
-    What two models make of one problem.
+    Answers of two models to one problem.
 
     Attributes:
         prompt (`list[dict]`): The conversation.

@@ -25,7 +25,18 @@ from hf_rb.quantizers.packed.baseline import packed_weights, round_weights
 from hf_rb.recover.stages import fingerprint
 
 
-__all__ = ["ADAPTER", "Measured", "Questions", "load_recovered", "measure", "measure_rounded"]
+__all__ = [
+    "ADAPTER",
+    "BASE",
+    "Measured",
+    "Questions",
+    "load_recovered",
+    "measure",
+    "measure_rounded",
+    "read_measured",
+    "read_pool",
+    "read_rounded",
+]
 
 ADAPTER = "adapter"
 BASE = "base.json"
@@ -35,7 +46,7 @@ MEASURED, POOL, ROUNDED = "measured.json", "pool.json", "rounded.json"
 @dataclass(frozen=True)
 class Measured:
     """
-    What one model is worth and costs.
+    Quality and cost of one model.
 
     Attributes:
         bytes (`int`): Of all weight files that inference needs, the adapter's too.
@@ -54,7 +65,7 @@ class Measured:
 @dataclass(frozen=True)
 class Questions:
     """
-    What models are measured on.
+    Problems and text that models are measured on.
 
     Attributes:
         task (`list[dict]`): Held-out problems, if there are any.

@@ -43,7 +43,7 @@ class Row:
 @dataclass
 class RecoverReport:
     """
-    What a recovery did. `dataclasses.asdict` makes it JSON-able.
+    Report of a recovery. `dataclasses.asdict` makes it JSON-able.
 
     Attributes:
         task, text (`str`, *optional*): What exact match and perplexity were measured on.
@@ -74,8 +74,8 @@ class RecoverReport:
         return {"format_version": 1} | asdict(self) | {"quality": quality and quality.to_dict()}
 
     def quality(self) -> Verdict | None:
-        """How much worse the model of the package is than in full precision: the first recovered one, or else the
-        quantized one.
+        """Returns the verdict on the package's model against full precision: on the first recovered one, or else on
+        the quantized one.
         """
         if len(self.rows) < 2:
             return None
@@ -122,7 +122,7 @@ class RecoverReport:
         return "\n".join([*lines, "", what, *self.sentences()])
 
     def sentences(self) -> list[str]:
-        """What follows the table: how good the result is, and what a reader should know."""
+        """Returns the sentences below the table: how good the result is, and what a reader should know."""
         if (quality := self.quality()) is None:
             return list(self.notes)
         before, after = self.rows[0].exact_match, self._result.exact_match

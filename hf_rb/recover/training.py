@@ -68,7 +68,8 @@ def make_trainer(
 
 def capture(config: RecoverConfig, base: Path, teacher: str | Path, rows: list[dict], folder: Path) -> None:
     """Runs the teacher once over the repair set."""
-    cache_teacher(make_trainer(config, base, teacher, rows, "forward_kl", folder), folder / "cache")
+    trainer: Any = make_trainer(config, base, teacher, rows, "forward_kl", folder)  # GKD's, which has a teacher
+    cache_teacher(trainer, folder / "cache")
 
 
 def train(

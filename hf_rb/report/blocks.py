@@ -1,4 +1,4 @@
-"""What panels are made of. Each block has one form in HTML and one in Markdown; `template.html.jinja` and `page.py`
+"""Blocks that panels are made of. Each has one form in HTML and one in Markdown; `template.html.jinja` and `page.py`
 know them.
 """
 

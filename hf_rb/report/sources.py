@@ -1,4 +1,4 @@
-"""What a folder of a run or a model has that a report can show. Only JSON, Parquet and Markdown are read, and no model
+"""Files of a run's or a model's folder that a report can show. Only JSON, Parquet and Markdown are read, and no model
 is loaded.
 """
 
@@ -24,7 +24,7 @@ ROWS = 20_000  # completions, the last ones
 @dataclass
 class Source:
     """
-    What one argument of `hf-rb report` has to say.
+    Contents of one argument of `hf-rb report`.
 
     Attributes:
         name (`str`): Name of the folder or the file.

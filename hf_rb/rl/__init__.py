@@ -1,1 +1,1 @@
-"""What advantage shapers ask of the domain: rewards, answers, judges, a search agent."""
+"""Domain of the advantage shapers: rewards, answers, judges, a search agent."""

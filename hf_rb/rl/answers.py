@@ -1,4 +1,4 @@
-r"""When two answers are the same: one notion for rewards, evaluation, EDAS's classes and judges.
+r"""Equality of two answers: one notion for rewards, evaluation, EDAS's classes and judges.
 
 [`same_answer`] decides, in this order:
 
@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from numbers import Number
 from typing import Any, NamedTuple
 
-from hf_rb.rl import math_verify
+from hf_rb.rl import math_process
 from hf_rb.utils.optional import missing
 
 
@@ -83,7 +83,7 @@ def same_answer(first: Any, second: Any) -> bool:
     words, other_words = _words(text), _words(other_text)
     if _is_text(text) or _is_text(other_text) or (words and other_words and words != other_words):
         return False
-    return find_spec("math_verify") is not None and math_verify.equal(one, other)
+    return find_spec("math_verify") is not None and math_process.equal(one, other)
 
 
 def gold_answer(value: Any) -> str | None:
@@ -135,13 +135,13 @@ def math_equivalent(first: str, second: str) -> bool:
     Returns whether `math-verify` finds two answers equal with either of them as the gold one. What it cannot read, or
     not in time, is different.
     """
-    return math_verify.equal(first, second)
+    return math_process.equal(first, second)
 
 
 def is_readable(gold: str) -> bool:
     """Returns whether there is a meaning to compare with: a number, words, or what `math-verify` can read."""
     text = _plain(gold)
-    return _amount(text) is not None or _is_text(text) or math_verify.read(gold)
+    return _amount(text) is not None or _is_text(text) or math_process.read(gold)
 
 
 def require_math_verify(what: str) -> None:
@@ -154,7 +154,7 @@ def require_math_verify(what: str) -> None:
     """
     if find_spec("math_verify") is None:
         raise missing("math_verify", f"`{what}`")
-    if problem := math_verify.problem():
+    if problem := math_process.problem():
         raise RuntimeError(f"`{what}` needs math-verify, which runs in a process of its own. That failed: {problem}")
 
 

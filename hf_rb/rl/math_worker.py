@@ -1,4 +1,4 @@
-"""The process in which `math-verify` runs; `hf_rb.rl.math_verify` starts it as a script, so that nothing of hf_rb or
+"""The process in which `math-verify` runs; `hf_rb.rl.math_process` starts it as a script, so that nothing of hf_rb or
 torch is imported.
 
 A question is a line of JSON: {"what": "read", "answers": [answer], "seconds": 5} asks whether an answer can be read,

@@ -37,6 +37,7 @@ __all__ = [
     "math_equivalent",
     "reward_problem",
     "require_math_verify",
+    "reward_name",
     "step_format_reward",
     "tagged_answer",
 ]

@@ -1,4 +1,4 @@
-"""What `hf-rb demo` does: fine-tune the tiny student with ProFit, quantize it with PTQTP, and measure every step. The
+"""Work of `hf-rb demo`: fine-tune the tiny student with ProFit, quantize it with PTQTP, and measure every step. The
 tiny teacher, which has learnt its task, is quantized beside it.
 """
 

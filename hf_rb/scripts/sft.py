@@ -35,9 +35,7 @@ __all__ = ["SFTScriptArguments", "build", "main", "make_parser", "prepare"]
 @documented
 @dataclass
 class SFTScriptArguments(_common.ScriptArguments):
-    """
-    The script arguments of every trainer, and those of Shadow-FT (https://huggingface.co/papers/2505.12716):
-    """
+    """Script arguments of every trainer, and those of Shadow-FT (https://huggingface.co/papers/2505.12716)."""
 
     graft_onto: str | None = flag(
         None,

@@ -1,4 +1,4 @@
-"""Where a teacher's distributions come from: a model, the student without its adapters, or a cache made beforehand."""
+"""Sources of a teacher's distributions: a model, the student without its adapters, or a cache made beforehand."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from hf_rb.teachers.cache_format import bytes_per_token
 from hf_rb.teachers.cached import CachedTeacher
 from hf_rb.teachers.capture import CacheReport, cache_teacher
 from hf_rb.teachers.local import AdapterOffTeacher, LocalTeacher
-from hf_rb.teachers.protocol import ModelTeacher, Teacher
+from hf_rb.teachers.protocol import ModelTeacher, Teacher, TrainerWithTeacher
 from hf_rb.teachers.vocabulary import shared_vocabulary
 
 
@@ -18,6 +18,7 @@ __all__ = [
     "LocalTeacher",
     "ModelTeacher",
     "Teacher",
+    "TrainerWithTeacher",
     "build_teacher",
     "bytes_per_token",
     "cache_teacher",

@@ -31,6 +31,8 @@ from hf_rb.io.files import MANIFEST, fsync_file, sha256_file
 
 __all__ = [
     "CACHE_DTYPES",
+    "REMEDY",
+    "VOCABULARY",
     "Identity",
     "Manifest",
     "Shard",
@@ -38,9 +40,11 @@ __all__ = [
     "check_shard",
     "normalized",
     "pack_ids",
+    "put_in_place",
     "sequence_key",
     "sha256_json",
     "unpack_ids",
+    "write_file",
 ]
 
 FORMAT = "hf_rb teacher cache"
@@ -100,7 +104,7 @@ def bytes_per_token(k: int, vocabulary: int, dtype: str = "float16") -> int:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a capture is a capture of. One that was interrupted goes on only where all of it is the same.
+    """Sources of a capture. One that was interrupted goes on only where all of them are the same.
 
     Attributes:
         model, tokenizer, template, data (`str`): SHA-256 of the weights' fingerprint, the vocabulary, the chat

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
+from transformers import Trainer
 
 from hf_rb.io.files import sha256_file
 from hf_rb.ops.backbone import width_of
@@ -55,7 +56,7 @@ class CachedTeacher:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def prepare(self, trainer: Any) -> None:
+    def prepare(self, trainer: Trainer) -> None:
         """
         Reads the whole cache once and checks it.
 
@@ -78,7 +79,8 @@ class CachedTeacher:
         ):
             check_shard(self.folder, shard, identity)
         self.vocabulary, self.model_name = identity.vocabulary, identity.model_name
-        self._template_differs = identity.template != sha256_json(trainer.processing_class.chat_template)
+        processing_class: Any = trainer.processing_class  # of text, so it has a template or `None`
+        self._template_differs = identity.template != sha256_json(processing_class.chat_template)
         self._open = lru_cache(maxsize=256)(lambda file: safe_open(self.folder / file, framework="pt"))
         self._nothing = (
             torch.empty(0, identity.width, dtype=torch.int32),
@@ -87,7 +89,7 @@ class CachedTeacher:
         )
         self._index([shard.file for shard in manifest.shards.values()])
 
-    def _check_student(self, trainer: Any, identity: Identity) -> None:
+    def _check_student(self, trainer: Trainer, identity: Identity) -> None:
         path = self.folder / VOCABULARY
         if not path.is_file():
             raise ValueError(f"The teacher cache misses {path}. {REMEDY}")

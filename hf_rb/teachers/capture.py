@@ -34,6 +34,7 @@ from hf_rb.teachers.cache_format import (
 )
 from hf_rb.teachers.capture_plan import CapturePlan
 from hf_rb.teachers.local import LocalTeacher, tokenizer_of
+from hf_rb.teachers.protocol import TrainerWithTeacher
 
 
 __all__ = ["CacheReport", "cache_teacher"]
@@ -41,7 +42,7 @@ __all__ = ["CacheReport", "cache_teacher"]
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What a capture wrote.
+    """Report of a capture.
 
     Attributes:
         folder (`str`): The cache.
@@ -69,7 +70,7 @@ class CacheReport:
 
 
 def cache_teacher(
-    trainer: Any,
+    trainer: TrainerWithTeacher,
     folder: str | Path,
     *,
     k: int = 64,
@@ -85,7 +86,7 @@ def cache_teacher(
     one when it is called again with the same arguments.
 
     Args:
-        trainer ([`~transformers.Trainer`]):
+        trainer ([`~hf_rb.teachers.TrainerWithTeacher`]):
             Trainer with the data prepared, on one process. Its `teacher` is a [`LocalTeacher`]. Not trained.
         folder (`str` or `os.PathLike`):
             Where the cache goes.
@@ -138,7 +139,7 @@ def cache_teacher(
     return _report(folder, manifest, kept, time.perf_counter() - start)
 
 
-def _check_arguments(trainer: Any, k: int, dtype: str, batch_tokens: int, shard_tokens: int) -> None:
+def _check_arguments(trainer: TrainerWithTeacher, k: int, dtype: str, batch_tokens: int, shard_tokens: int) -> None:
     for name, value in {"k": k, "batch_tokens": batch_tokens, "shard_tokens": shard_tokens}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be a whole number from 1; got {value!r}.")
@@ -157,7 +158,9 @@ def _check_arguments(trainer: Any, k: int, dtype: str, batch_tokens: int, shard_
         )
 
 
-def _identify(trainer: Any, plan: CapturePlan, k: int, dtype: str, shard_tokens: int) -> tuple[Identity, bytes]:
+def _identify(
+    trainer: TrainerWithTeacher, plan: CapturePlan, k: int, dtype: str, shard_tokens: int
+) -> tuple[Identity, bytes]:
     teacher, model = trainer.teacher, trainer.teacher.model
     tokenizer = tokenizer_of(teacher.tokenizer or trainer.processing_class)
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
@@ -235,7 +238,7 @@ def _other_cache(folder: Path, found: Identity, wanted: Identity, different: lis
 
 @torch.no_grad()
 def _write_shard(
-    trainer: Any,
+    trainer: TrainerWithTeacher,
     plan: CapturePlan,
     rows: np.ndarray,
     number: int,

@@ -1,4 +1,4 @@
-"""Which rows of a trainer's data a capture of its teacher reads, and in which shard each of them goes."""
+"""Rows of a trainer's data that a capture of its teacher reads, and the shard of each of them."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from hf_rb.ops.packing import is_packed, leak_message
 from hf_rb.ops.sequences import Sequences
+from hf_rb.teachers.protocol import TrainerWithTeacher
 
 
 __all__ = ["CapturePlan"]
@@ -18,7 +19,7 @@ __all__ = ["CapturePlan"]
 
 class CapturePlan:
     """
-    Which rows of the data go into which shard: long rows first, every different row once, rows without a label never.
+    Shards of the rows of the data: long rows first, every different row once, rows without a label never.
 
     One pass over the collated data makes it, and it is the same each time.
 
@@ -29,7 +30,7 @@ class CapturePlan:
         data (`str`): SHA-256 of the token ids and labels, in the data's order.
     """
 
-    def __init__(self, trainer: Any, shard_tokens: int):
+    def __init__(self, trainer: TrainerWithTeacher, shard_tokens: int):
         self._datasets, self._collate = _datasets(trainer), trainer.data_collator
         self._vocabulary = trainer.teacher.vocabulary
         self._is_checked = getattr(trainer.args, "allow_leaking_packing", False)
@@ -70,7 +71,7 @@ class CapturePlan:
         labels = batch["labels"][:, 1:]
         return (labels != -100) & (labels < self._vocabulary)
 
-    def check_packing(self, trainer: Any, batch: dict[str, Any]) -> None:
+    def check_packing(self, trainer: TrainerWithTeacher, batch: dict[str, Any]) -> None:
         """Refuses, at the first packed batch, a teacher that lets packed sequences see each other, as training
         does.
         """
@@ -89,7 +90,7 @@ class CapturePlan:
             rows = rows[size:]
 
 
-def _datasets(trainer: Any) -> list[Dataset]:
+def _datasets(trainer: TrainerWithTeacher) -> list[Dataset]:
     evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
     datasets: list[Any] = [dataset for dataset in (trainer.train_dataset, *evaluation.values()) if dataset is not None]
     if not all(isinstance(dataset, Dataset) for dataset in datasets):

@@ -20,7 +20,7 @@ from hf_rb.teachers.vocabulary import shared_vocabulary
 from hf_rb.utils import compat
 
 
-__all__ = ["AdapterOffTeacher", "LocalTeacher"]
+__all__ = ["AdapterOffTeacher", "LocalTeacher", "tokenizer_of"]
 
 logger = logging.getLogger(__name__)
 

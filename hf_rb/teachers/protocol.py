@@ -1,20 +1,21 @@
-"""What a trainer asks of a teacher."""
+"""Interface of a teacher to a trainer."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from transformers import Trainer
+from accelerate import Accelerator
+from transformers import Trainer, TrainingArguments
 
 from hf_rb.ops.lm_head import CachedLogits, TeacherLogits
 
 
-__all__ = ["ModelTeacher", "Teacher"]
+__all__ = ["ModelTeacher", "Teacher", "TrainerWithTeacher"]
 
 
 class Teacher(Protocol):
     """
-    Where the teacher's next-token distributions come from.
+    Source of the teacher's next-token distributions.
 
     `inputs` is a collated batch with `input_ids` of shape `(B, L)` and `attention_mask` or `position_ids`. `keep` of
     shape `(B, L-1)` is true at t where the prediction of token t + 1 is trained on; N is the number of such tokens,
@@ -52,3 +53,40 @@ class ModelTeacher(Teacher, Protocol):
     def logits(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Returns all logits `(B, L, V)` as the model makes them, padding included."""
         ...
+
+
+class TrainerWithTeacher(Protocol):
+    """
+    Trainer whose teacher a capture reads: [`GKDTrainer`], or another of transformers' with a `teacher`.
+
+    Attributes:
+        teacher ([`Teacher`]):
+            The teacher. A capture asks for a [`LocalTeacher`].
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the student.
+        data_collator (`Callable`):
+            Makes a batch of rows.
+        train_dataset, eval_dataset (`datasets.Dataset`):
+            The data, prepared.
+    """
+
+    @property
+    def accelerator(self) -> Accelerator: ...
+
+    @property
+    def args(self) -> TrainingArguments: ...
+
+    @property
+    def teacher(self) -> Any: ...
+
+    @property
+    def processing_class(self) -> Any: ...
+
+    @property
+    def data_collator(self) -> Any: ...
+
+    @property
+    def train_dataset(self) -> Any: ...
+
+    @property
+    def eval_dataset(self) -> Any: ...

@@ -1,4 +1,4 @@
-"""Whether two models mean the same by their token ids."""
+"""Compares the meaning of two models' token ids."""
 
 from collections.abc import Mapping
 

@@ -14,7 +14,17 @@ from hf_rb.tiny.problems import extract_answer
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["ASSETS", "extract_answer", "load_dataset", "path", "resolve", "tool_schemas"]
+__all__ = [
+    "ASSETS",
+    "CONFIGS",
+    "MODELS",
+    "SIZES",
+    "extract_answer",
+    "load_dataset",
+    "path",
+    "resolve",
+    "tool_schemas",
+]
 
 ASSETS = Path(__file__).parent / "assets"
 MODELS = ("teacher", "student", "moe")

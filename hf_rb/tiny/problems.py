@@ -67,7 +67,7 @@ class Problem:
 
     @property
     def rubric(self) -> str:
-        """What a judge of steps looks for, one item a line: each equation, any that does not hold, the answer."""
+        """Rubric for a judge of steps, one item a line: each equation, any that does not hold, the answer."""
         wanted = [f"<SUGGEST> {equation}" for equation in self.equations]
         return "\n".join([*wanted, "<PITFALL> an equation that does not hold", f"<ANSWER> {self.answer}"])
 

@@ -17,6 +17,7 @@ from hf_rb.teachers import CachedTeacher, LocalTeacher, cache_teacher
 from hf_rb.trainers.common.distilling import compared_rows
 from hf_rb.trainers.common.gopd import RoutedTeacher, copy_of
 from hf_rb.trainers.distillation.trainer import DistillationTrainer, loss_mask, whole_sequences
+from hf_rb.trainers.gkd.trainer import GKDTrainer
 from hf_rb.utils import compat
 
 
@@ -28,7 +29,7 @@ Loss = Callable[[Batch], torch.Tensor]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a path is from the dense reference, at most, over all batches.
+    """Distance of a path from the dense reference, at most, over all batches.
 
     Attributes:
         path (`str`):
@@ -44,7 +45,9 @@ class Comparison:
     gradient: float
 
 
-def audit(trainer: Any, batches: int = 2, captured: LocalTeacher | None = None) -> list[Comparison]:
+def audit(
+    trainer: DistillationTrainer | GKDTrainer, batches: int = 2, captured: LocalTeacher | None = None
+) -> list[Comparison]:
     """
     Compares the paths of a trainer on batches of its training data: the loss as the trainer computes it, in small
     tiles, one sequence at a time, with more padding, and for packed batches unpacked. Last comes a student that is its
@@ -65,15 +68,16 @@ def audit(trainer: Any, batches: int = 2, captured: LocalTeacher | None = None) 
             The model whose cache the trainer's teacher reads.
     """
     compat.disable_dropout_in_model(trainer.model)
-    has_auxiliary_loss = getattr(trainer, "aux_loss_enabled", False)
+    run: Any = trainer  # of which only GKD's has a balance loss
+    has_auxiliary_loss = getattr(run, "aux_loss_enabled", False)
     if has_auxiliary_loss:
-        trainer.aux_loss_enabled = False
+        run.aux_loss_enabled = False
     trainer.model.train()
     paths = _paths(trainer)
     differences: dict[str, list[tuple[float, float]]] = {}
     if captured is not None:  # all tokens of all rows would be much to store
-        rows = min(batches * trainer.args.train_batch_size, len(trainer.train_dataset))
-        trainer.train_dataset = trainer.train_dataset.select(range(rows))
+        rows = min(batches * trainer.args.train_batch_size, len(run.train_dataset))
+        run.train_dataset = run.train_dataset.select(range(rows))
     kept = [batch for batch, _ in zip(paths.batches(), range(batches), strict=False)]
     largest = []
     for batch in kept:

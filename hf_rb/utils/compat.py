@@ -11,6 +11,7 @@ this module.
 """
 
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_rb.utils.versions import TESTED, check_versions, release_of
@@ -86,11 +87,13 @@ __all__ = [
     "disable_dropout_in_model",
     "get_callable_name",
     "get_model_conversion_mapping",
+    "is_removed",
     "launch_command",
     "launch_command_parser",
     "load_offloaded_parameter",
     "load_state_dict",
     "maybe_gather_lm_head_ctx",
+    "native_adapters_problem",
     "prepare_deepspeed",
     "rename_source_key",
     "resolve",
@@ -102,7 +105,7 @@ __all__ = [
 
 
 class Entry(NamedTuple):
-    """Where a name lives.
+    """Place of a name.
 
     Attributes:
         module (`str`): Module to import.
@@ -121,16 +124,16 @@ class Entry(NamedTuple):
 
 
 TABLE: dict[str, Entry] = {
-    # Where a quantization method is registered (hf_rb/integrations/registration.py).
+    # Registries of quantization methods (hf_rb/integrations/registration.py).
     "AUTO_QUANTIZATION_CONFIG_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZATION_CONFIG_MAPPING"),
     "AUTO_QUANTIZER_MAPPING": Entry("transformers.quantizers.auto", "AUTO_QUANTIZER_MAPPING"),
     "LOADING_ATTRIBUTES_CONFIG_TYPES": Entry("transformers.quantizers.auto", "LOADING_ATTRIBUTES_CONFIG_TYPES"),
-    # Where transformers looks up what a model of a class may return besides its output
+    # Registry of what a model of a class may return besides its output
     # (hf_rb/models/mpi/conversion.py).
     "CAN_RECORD_REGISTRY": Entry("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY"),
-    # Where a model type is registered (hf_rb/integrations/registration.py).
+    # Registry of model types (hf_rb/integrations/registration.py).
     "CONFIG_MAPPING": Entry("transformers.models.auto.configuration_auto", "CONFIG_MAPPING"),
-    # What the trainers override or call (hf_rb/trainers).
+    # Overridden or called by the trainers (hf_rb/trainers).
     "FusedCausalLMOutput": Entry("trl.trainer.utils", "FusedCausalLMOutput", ("log_probs", "label_mask")),
     "GKDConfig": Entry("trl.experimental.gkd", "GKDConfig"),
     "GKDTrainer": Entry("trl.experimental.gkd", "GKDTrainer"),
@@ -186,13 +189,13 @@ TABLE: dict[str, Entry] = {
         "rotate_checkpoints",
         ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
     ),
-    # How a model that is not trained is loaded and placed, and run under its wrapper (hf_rb/teachers,
+    # A model that is not trained is loaded and placed by these, and run under its wrapper (hf_rb/teachers,
     # hf_rb/ops/backbone.py).
     "ForwardRedirection": Entry("trl.models.utils", "_ForwardRedirection"),
     "create_model_from_path": Entry("trl.trainer.utils", "create_model_from_path", ("model_id",)),
     "maybe_gather_lm_head_ctx": Entry("trl.trainer.utils", "maybe_gather_lm_head_ctx"),
     "prepare_deepspeed": Entry("trl.models", "prepare_deepspeed", ("model", "accelerator")),
-    # Where an adapter is made and merged, and the one for parameters (hf_rb/integrations/registration.py,
+    # Adapters are made and merged by these; the last is the one for parameters (hf_rb/integrations/registration.py,
     # hf_rb/quantizers/loading/adapters.py).
     "BaseTuner._check_merge_allowed": Entry("peft.tuners.tuners_utils", "BaseTuner._check_merge_allowed"),
     "BaseTuner._check_target_module_compatiblity": Entry(
@@ -217,18 +220,18 @@ TABLE: dict[str, Entry] = {
     ),
     # From which PEFT on transformers adds, loads and saves adapters by itself.
     "MIN_PEFT_VERSION": Entry("transformers.integrations.peft", "MIN_PEFT_VERSION"),
-    # What a quantizer does to a tensor while it loads, and how it names modules (hf_rb/quantizers).
+    # A quantizer works on tensors with these while they load, and names modules (hf_rb/quantizers).
     "ConversionOps": Entry("transformers.core_model_loading", "ConversionOps"),
     "IdentityOp": Entry("transformers.core_model_loading", "_IdentityOp"),
     "load_state_dict": Entry("transformers.modeling_utils", "load_state_dict", ("checkpoint_file", "map_location")),
     "load_offloaded_parameter": Entry(
         "transformers.integrations.accelerate", "load_offloaded_parameter", ("model", "param_name")
     ),
-    # How transformers maps the tensors of files to parameters (hf_rb/quantizers/folders/stream.py).
+    # Rules by which transformers maps the tensors of files to parameters (hf_rb/quantizers/folders/stream.py).
     "Concatenate": Entry("transformers.core_model_loading", "Concatenate", ("dim",)),
     "MergeModulelist": Entry("transformers.core_model_loading", "MergeModulelist", ("dim",)),
     "PreTrainedModel._from_config": Entry("transformers", "PreTrainedModel._from_config", ("config",)),
-    # Where a model's parameters are counted (hf_rb/integrations/registration.py).
+    # Counts of a model's parameters (hf_rb/integrations/registration.py).
     "PreTrainedModel.num_parameters": Entry(
         "transformers", "PreTrainedModel.num_parameters", ("only_trainable", "exclude_embeddings")
     ),
@@ -246,7 +249,7 @@ TABLE: dict[str, Entry] = {
     "should_convert_module": Entry(
         "transformers.quantizers.quantizers_utils", "should_convert_module", ("full_name", "patterns")
     ),
-    # Which class is for which task of the Hub (hf_rb/hub/loading.py).
+    # Tasks of the Hub with their classes (hf_rb/hub/loading.py).
     "TASK_MAPPING": Entry("transformers.modelcard", "TASK_MAPPING"),
     # `accelerate launch` without a shell (hf_rb/cli/train.py).
     "default_config_file": Entry("accelerate.commands.config", "default_config_file"),
@@ -258,11 +261,11 @@ TABLE: dict[str, Entry] = {
 ATTRIBUTES: dict[str, str] = {
     # Model types that other packages add (hf_rb/integrations/registration.py).
     "_extra_content": "transformers",
-    # How a checkpoint's tensors became parameters, and how they become tensors of a file again (hf_rb/quantizers).
+    # Rules by which a checkpoint's tensors became parameters, and become tensors of a file again (hf_rb/quantizers).
     "_weight_conversions": "transformers",
     "_original_source_patterns": "transformers",
     "_original_target_patterns": "transformers",
-    # What a quantizer overrides, and what it is told of a model and its parameters.
+    # Overridden by a quantizer, or read of a model and its parameters.
     "_process_model_before_weight_loading": "transformers",
     "_process_model_after_weight_loading": "transformers",
     "_dequantize": "transformers",
@@ -275,14 +278,14 @@ ATTRIBUTES: dict[str, str] = {
     "_keys_to_ignore_on_load_unexpected": "transformers",
     "_keys_to_ignore_on_save": "transformers",
     "_name_or_path": "transformers",  # of a configuration
-    # What the experts of a mixture are (hf_rb/models/mpi, hf_rb/quantizers/packed/experts.py).
+    # Read of the experts of a mixture (hf_rb/models/mpi, hf_rb/quantizers/packed/experts.py).
     "_apply_gate": "transformers",
     "_is_expert_parallel": "transformers",
-    # What our model classes override or read (hf_rb/models/mpi).
+    # Overridden or read by our model classes (hf_rb/models/mpi).
     "_auto_class": "transformers",
     "_can_record_outputs": "transformers",
     "_can_set_experts_implementation": "transformers",
-    # What the trainers call or read (hf_rb/trainers). Methods in `TABLE` are not here again.
+    # Called or read by the trainers (hf_rb/trainers). Methods in `TABLE` are not here again.
     "_VALID_DICT_FIELDS": "transformers",  # of TrainingArguments
     "_finish_current_push": "transformers",
     "_prepare_inputs": "transformers",
@@ -298,7 +301,7 @@ ATTRIBUTES: dict[str, str] = {
     "_tokenizer": "trl",
     # Dimensions of the parameter that LoRA was put on (hf_rb/quantizers/loading/adapters.py).
     "_param_ndim": "peft",
-    # Where a layer's forward is while accelerate's hook stands in its place (hf_rb/ops/wide_head.py).
+    # A layer's forward while accelerate's hook stands in its place (hf_rb/ops/wide_head.py).
     "_hf_hook": "accelerate",
     "_old_forward": "accelerate",
 }
@@ -322,6 +325,24 @@ def native_adapters_problem() -> str | None:
         f"transformers {metadata.version('transformers')} takes adapters from peft {wanted} on; peft {installed} is "
         "installed."
     )
+
+
+def is_removed(name: str) -> bool:
+    """
+    Returns whether a name of `TABLE` was in an experimental module that the installed TRL does not have.
+
+    TRL removes such modules without deprecation, so we have code of our own for what they held. A module that is there
+    and lacks the name, or does not import, is no such case: [`resolve`] raises.
+    """
+    module = TABLE[name].module
+    if not module.startswith("trl.experimental."):
+        return False
+    try:
+        return find_spec(module) is None
+    except ModuleNotFoundError as error:  # of the parent
+        if (error.name or "").partition(".")[0] != "trl":
+            raise
+        return True
 
 
 def resolve(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a run needs to know of the machine before torch is imported."""
+"""Facts about the machine that a run needs before torch is imported."""
 
 __all__ = ["cpu_arguments"]
 

@@ -1,4 +1,4 @@
-"""What a value of a configuration may be, said once: configs enforce it, `hf-rb check` reads it without importing
+"""Rules for the values of a configuration, said once: configs enforce them, `hf-rb check` reads them without importing
 torch.
 
 A field declares its choices and its range where it is defined:

@@ -4,7 +4,7 @@ import ast
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -25,6 +25,9 @@ def lazy_names(package: str, packages: Sequence[str] = ()) -> tuple[Callable[[st
         packages (`Sequence[str]`, *optional*):
             Packages below it that are attributes without an import of their own.
 
+    Raises:
+        ImportError: The package is installed without its sources.
+
     Example:
 
     ```python
@@ -37,7 +40,7 @@ def lazy_names(package: str, packages: Sequence[str] = ()) -> tuple[Callable[[st
     ```
     """
     module = sys.modules[package]
-    places = _imports(Path(str(module.__file__)))
+    places = _imports(module)
 
     def get(name: str) -> Any:
         if name in packages:
@@ -55,9 +58,18 @@ def lazy_names(package: str, packages: Sequence[str] = ()) -> tuple[Callable[[st
     return get, names
 
 
-def _imports(file: Path) -> dict[str, str]:
-    """Returns the module of each name that a file imports under `if TYPE_CHECKING:`."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+def _imports(module: ModuleType) -> dict[str, str]:
+    """Returns the module of each name that a module's source imports under `if TYPE_CHECKING:`."""
+    # Of its loader, since the file may be in a zip archive.
+    read = getattr(module.__spec__ and module.__spec__.loader, "get_source", None)
+    source = read(module.__name__) if read else None
+    if source is None:
+        raise ImportError(
+            f"{module.__name__} reads its public names from its source, and is installed as bytecode alone: install "
+            "hf_rb with its .py files.",
+            name=module.__name__,
+        )
+    tree = ast.parse(source)
     blocks = [one for one in tree.body if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING"]
     imports = [one for block in blocks for one in block.body if isinstance(one, ast.ImportFrom)]
     return {alias.name: str(one.module) for one in imports for alias in one.names}

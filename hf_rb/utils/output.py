@@ -1,4 +1,4 @@
-"""What the verbs print: tables for a terminal, and JSON for a program."""
+"""Output of the verbs: tables for a terminal, and JSON for a program."""
 
 import json
 import math

@@ -1,4 +1,5 @@
-"""What a tokenizer puts around a text, and windows of a text that begin as the model has learnt that texts begin.
+"""Special tokens that a tokenizer puts around a text, and windows of a text that begin as the model has learnt that
+texts begin.
 
 Models that were trained with a token at the beginning (BOS) attend to it all the time: without it they are far worse.
 A window cut out of the middle of a text has none, so it gets one.
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 
-__all__ = ["SpecialTokens", "cut", "special_tokens"]
+__all__ = ["SpecialTokens", "begins_with", "cut", "special_tokens"]
 
 
 class SpecialTokens(NamedTuple):

@@ -33,12 +33,21 @@ from hf_rb.weights.source import Source, some
 from hf_rb.weights.sweep import REPORT
 
 
-__all__ = ["Adapter", "adapter_problems", "combine_adapters", "factor_svd", "is_adapter", "retarget", "write_adapter"]
+__all__ = [
+    "REMEDY",
+    "Adapter",
+    "adapter_problems",
+    "combine_adapters",
+    "factor_svd",
+    "is_adapter",
+    "retarget",
+    "write_adapter",
+]
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# What an adapter may say without depending on the weights of the model that it was trained on. Its delta is s B A
-# whatever these are.
+# Keys with which an adapter does not depend on the weights of the model that it was trained on: its delta is s B A
+# on any.
 HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -63,7 +72,7 @@ REMEDY = "Train a plain LoRA (`init_lora_weights: true`), or tune all weights an
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
+    """Returns whether a folder holds an adapter and no model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 

@@ -197,7 +197,7 @@ class _Writer:
         return size
 
     def _unties(self, folder: Path) -> bool:
-        """Whether a result of a model that ties its head holds a head of other values than the embedding."""
+        """Returns whether a result of a model that ties its head holds a head of other values than the embedding."""
         if says_tied(self.plan.receiver.config) is False:
             return False
         return holds_own_head({k: v for name in self.plan.names for k, v in read_header(folder / name)[0].items()})

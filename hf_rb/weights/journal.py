@@ -1,4 +1,4 @@
-"""How far a merge has come, on disk: a line for every part of the work that is complete."""
+"""Progress of a merge, on disk: a line for every part of the work that is complete."""
 
 import json
 import os
@@ -12,7 +12,7 @@ __all__ = ["Journal"]
 
 
 class Journal:
-    """How far the work has come: `done` files, and `tensors` of the next one; and what was measured."""
+    """Progress of the work: `done` files, and `tensors` of the next one; and what was measured."""
 
     def __init__(self, path: Path):
         self.path, self.done, self.tensors, self.rows = path, 0, 0, []

@@ -1,5 +1,5 @@
-"""What is done to one tensor of a merge. A method is a subclass of [`Operation`], which
-[`~hf_rb.weights.engine.merge`] runs.
+"""Operation on one tensor of a merge. A method is a subclass of [`Operation`], which [`~hf_rb.weights.engine.merge`]
+runs.
 
 An operation that averages two models, as a worked example:
 
@@ -85,7 +85,7 @@ class Piece:
 
 class Operation:
     """
-    What is done to one tensor. A method is a subclass.
+    Operation on one tensor. A method is a subclass.
 
     Attributes:
         method (`str`): Key in `hf_rb.hub.METHODS`.
@@ -99,7 +99,7 @@ class Operation:
     sweep: tuple[float, ...] | None = None
 
     def keeps(self, name: str, entry: Entry) -> str | None:
-        """Why a tensor that the user has included is copied nevertheless."""
+        """Returns the reason for which a tensor that the user has included is copied nevertheless."""
         return None
 
     def dtype(self, entry: Entry, others: Mapping[str, Entry]) -> torch.dtype:
@@ -111,17 +111,17 @@ class Operation:
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
-        """What was asked for, for the report."""
+        """Returns the options that were asked for, for the report."""
         return {}
 
     def notes(self, rows: list[TensorReport]) -> list[str]:
-        """What a user should know about what came of it."""
+        """Returns notes on the result for a user."""
         return []
 
 
 @dataclass(frozen=True)
 class Options:
-    """What all operations take; see [`~hf_rb.weights.interpolate`]."""
+    """Options of all operations; see [`~hf_rb.weights.interpolate`]."""
 
     include: str
     mismatch: str = "refuse"

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint a user means: a word, a range of layers or a regular expression.
+"""Patterns for tensors of a checkpoint: a word, a range of layers or a regular expression.
 
 | pattern | tensors |
 |---|---|

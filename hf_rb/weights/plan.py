@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a merge, decided from the headers of the files before anything is written."""
+"""Plan of a merge for every tensor, decided from the headers of the files before anything is written."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from hf_rb.weights.source import EMBEDDINGS, HEADS, TIE, Source, content, some, 
 
 __all__ = ["MergePlan"]
 
-# What a configuration says beside what the model computes.
+# Keys of a configuration that change nothing in what the model computes.
 SILENT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
 class MergePlan:
-    """What becomes of every tensor, decided from the headers of the files before anything is written."""
+    """Plan for every tensor, decided from the headers of the files before anything is written."""
 
     def __init__(self, operation: Operation, sources: Sequence[Source], options: Options):
         self.operation, self.sources, self.options = operation, sources, options
@@ -209,7 +209,7 @@ class MergePlan:
             )
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What must not change between two parts of a run."""
+        """State that must not change between two parts of a run."""
         files = {}
         for source in self.sources:
             stamps = file_stamps([source.folder / "config.json", *source.files])
@@ -244,6 +244,8 @@ class MergePlan:
 
 
 def _telling(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration says which tensors the model needs; a head that is not tied needs no mention."""
+    """Returns the part of a configuration that says which tensors the model needs. A head that is not tied needs no
+    mention.
+    """
     silent = SILENT - {"architectures"}
     return {key: value for key, value in config.items() if key not in silent and (key, value) != (TIE, False)}

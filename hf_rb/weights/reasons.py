@@ -1,4 +1,4 @@
-"""Why two models of one architecture do not fit, for a refusal: other names, one tied head, padded rows."""
+"""Reasons why two models of one architecture do not fit, for a refusal: other names, one tied head, padded rows."""
 
 from collections.abc import Mapping
 from typing import Any

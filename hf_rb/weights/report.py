@@ -1,4 +1,4 @@
-"""What merging did, tensor by tensor."""
+"""Report of merging, tensor by tensor."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ class TensorReport:
 @dataclass
 class MergeReport:
     """
-    What merging did. `dataclasses.asdict` makes it JSON-able; it is `merge.json` in the folder of the result.
+    Report of merging. `dataclasses.asdict` makes it JSON-able; it is `merge.json` in the folder of the result.
 
     Every merged tensor has, as Frobenius norms, `norm` of the receiving model's tensor, `difference` of the two models
     that are compared (the two ends; Base and Instruct), and `change` from the receiving model's tensor to the result,

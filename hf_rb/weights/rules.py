@@ -1,4 +1,4 @@
-"""What a recipe that grafts may not say. Standard library only: `hf-rb check` runs this without torch."""
+"""Rules for a recipe that grafts. Standard library only: `hf-rb check` runs this without torch."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -14,6 +14,7 @@ from hf_rb.io.safetensors import Checkpoint, Entry
 __all__ = [
     "EMBEDDINGS",
     "HEADS",
+    "TIE",
     "Source",
     "content",
     "holds_own_head",
@@ -63,7 +64,7 @@ class Source:
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the configuration says that the head is the embedding."""
+        """Returns whether the configuration says that the head is the embedding."""
         if (said := says_tied(self.config)) is not None:
             return said
         from transformers import AutoConfig  # knows what the architecture does where its configuration does not say
@@ -93,7 +94,7 @@ class Source:
         return None if known is None else self.entries[known]
 
     def own_head(self, name: str, embedding: str) -> bool:
-        """Whether the head is another matrix than the embedding; two tensors of the same values are one."""
+        """Returns whether the head is another matrix than the embedding; two tensors of the same values are one."""
         ours, theirs = self.find(name), self.find(embedding)
         return not (ours and theirs and (ours is theirs or same_values(ours, theirs)))
 
@@ -122,20 +123,20 @@ class Source:
 
 
 def same_values(one: Entry, other: Entry) -> bool:
-    """Whether two tensors are the same, type included."""
+    """Returns whether two tensors are the same, type included."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return all(torch.equal(*pair) for pair in zip(one.chunks(), other.chunks(), strict=True))
 
 
 def holds_own_head(entries: dict[str, Entry]) -> bool:
-    """Whether the tensors hold an embedding and a head of other values."""
+    """Returns whether the tensors hold an embedding and a head of other values."""
     pair = [[entry for name, entry in entries.items() if name.endswith(names)] for names in (EMBEDDINGS, HEADS)]
     return all(len(found) == 1 for found in pair) and not same_values(pair[0][0], pair[1][0])
 
 
 def says_tied(config: dict[str, Any]) -> bool | None:
-    """Whether a configuration ties the head to the embedding, or `None` where it leaves that to the architecture."""
+    """Returns whether a configuration ties the head to the embedding, `None` if it leaves that to the architecture."""
     flags = [one[TIE] for one in (config, config.get("text_config") or {}) if TIE in one]
     return any(flags) if flags else None
 
@@ -173,7 +174,7 @@ def vocabulary_problem(one: Source, other: Source) -> str | None:
 
 
 def content(file: Path) -> Any:
-    """What a file says, whatever its layout."""
+    """Returns the contents of a file, whatever its layout."""
     return json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else file.read_bytes()
 
 

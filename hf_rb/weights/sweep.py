@@ -10,7 +10,7 @@ REPORT = "merge.json"
 
 
 def sweep_folder(folder: Path, lam: float) -> Path:
-    """Where the model of one lambda lies in the folder of a sweep."""
+    """Returns the folder of the model of one lambda in the folder of a sweep."""
     return folder / f"lambda-{lam:g}"
 
 

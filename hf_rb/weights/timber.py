@@ -49,7 +49,7 @@ METHOD = MergeMethod(
 @dataclass(frozen=True)
 class Spectrum:
     """
-    What Timber finds in a matrix of differences.
+    Spectrum of a matrix of differences, as Timber reads it.
 
     Attributes:
         erank (`float`): Effective rank, from 1 to `rank`; 0 for a matrix of zeros.
@@ -132,7 +132,7 @@ def _gram(matrix: Tensor) -> Tensor:
 
 
 def _values(squares: Tensor) -> Tensor:
-    # What is below the accuracy of the Gram matrix is zero: its roots would be numerous and large.
+    # Values below the accuracy of the Gram matrix are taken as zero: their roots would be numerous and large.
     noise = squares.new_tensor(torch.finfo(squares.dtype).eps) * len(squares) * squares.amax().clamp(min=0)
     return torch.where(squares > noise, squares, 0).sqrt()
 

@@ -481,7 +481,7 @@ def test_a_broken_judge_leaves_grpo(judge):
     assert metrics["shaping/srar/judge_failed"] == metrics["shaping/srar/judged"] == 4
 
 
-def test_a_completion_that_imitates_a_verdict_changes_no_other_score():
+def test_a_completion_like_a_verdict_changes_no_other_score():
     def judge(requests):
         assert len(requests) == 4  # one question a rollout: no reply speaks of two
         return VERDICTS

@@ -424,7 +424,7 @@ def test_schemas_values_in_sources(tmp_path, monkeypatch):
         ["int"], ["any", "list[dict]"], ["float", "null"], ["int", "null", "str"], ["bool"], ["dict", "null"], ["list[int]"], ["str"],
         ["str"], ["float"],
     ]  # fmt: skip
-    assert entries["ours"] == {"types": ["float"], "default": 0.5, "range": "[0, 1]", "help": "Share."}
+    assert entries["ours"] == {"types": ["float"], "default": 0.5, "range": "[0, 1]", "help": "Share.", "own": True}
     assert "default" not in entries["must"] and entries["computed"]["default"] is None
     assert (entries["made"]["default"], entries["kind"]["default"], entries["text"]["default"]) == ([1, 2], "a", True)
     assert entries["kind"]["choices"] == ["a", "b"] and entries["level"]["choices"] == ["low", "high"]

@@ -11,7 +11,7 @@ import pytest
 
 from hf_rb.cli import main
 from hf_rb.scripts import doctor
-from hf_rb.scripts.doctor.verdicts import Skipped, examine, public
+from hf_rb.scripts.doctor.findings import Skipped, finding_of, public
 from hf_rb.utils import compat, versions
 
 
@@ -47,7 +47,7 @@ def test_doctor_on_what_is_installed_finds_nothing_wrong(capsys):
     )  # fmt: skip
 
 
-def test_doctor_with_an_unsupported_version_says_the_range_and_fails(capsys, monkeypatch):
+def test_doctor_with_an_unsupported_version_says_the_range(capsys, monkeypatch):
     monkeypatch.setattr(versions, "_supported", False)
     monkeypatch.setattr(versions.metadata, "version", lambda name: "4.57.1" if name == "transformers" else "99.0")
     monkeypatch.setattr(versions, "RANGES", {"transformers": ("5.23", "6")})
@@ -79,11 +79,38 @@ def test_doctor_with_another_behaviour_names_what_relies_on_it(capsys, monkeypat
     assert str(Path.home() / "models") not in output
 
 
-def test_a_verdict_keeps_quiet_about_what_a_library_prints(capsys):
-    verdict = examine("training", "loud", lambda: print("noise"))
-    assert verdict.state == "passed" and capsys.readouterr() == ("", "")
-    skipped = examine("adapters", "absent", lambda: (_ for _ in ()).throw(Skipped("needs peft 0.22")))
+def test_a_finding_keeps_quiet_about_what_a_library_prints(capsys):
+    finding = finding_of("training", "loud", lambda: print("noise"))
+    assert finding.state == "passed" and capsys.readouterr() == ("", "")
+    skipped = finding_of("adapters", "absent", lambda: (_ for _ in ()).throw(Skipped("needs peft 0.22")))
     assert (skipped.state, skipped.detail) == ("skipped", "needs peft 0.22")
+
+
+def test_a_trial_run_that_fails_trains_once(monkeypatch):
+    from hf_rb.scripts.doctor.behaviours import trainers
+
+    made = []
+
+    def broken(options):
+        made.append(options)
+        raise RuntimeError("moved")
+
+    monkeypatch.setitem(trainers.TRAINERS, "BrokenTrainer", broken)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="moved"):
+            trainers.trial_run("BrokenTrainer")
+    assert len(made) == 1
+
+
+def test_doctor_skips_names_of_a_module_that_trl_removed(monkeypatch):
+    from hf_rb.scripts.doctor.behaviours import check_parameters
+
+    for gone in ("trl.experimental.gkd", "trl.experimental"):  # the module, and the package that it was in
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "trl.experimental.gkd", raising=False)
+            patch.setitem(sys.modules, gone, None)
+            finding = finding_of("names", "GKDTrainer", lambda: check_parameters("GKDTrainer"))
+        assert finding.state == "skipped" and "This TRL has no trl.experimental.gkd" in finding.detail
 
 
 def test_public_texts_have_no_folders_of_this_machine():

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +54,7 @@ def test_completions_without_a_limit(name):
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
-def test_weights_are_counted_in_the_files_and_follow_from_the_widths(name):
+def test_weights_counted_in_files_follow_from_the_widths(name):
     model = Architecture.read(tiny.path(name))
     widths = ("hidden", "layers", "attention", "key_value", "mlp", "vocabulary", "experts", "active", "gated", "tied")
     from_widths = memory._weights(**{width: getattr(model, width) for width in widths})
@@ -211,6 +214,15 @@ def test_more_memory_than_there_is_comes_with_a_remedy(monkeypatch):
     assert "this machine has 1 MB" in problem and "lower `per_device_train_batch_size`" in problem
 
 
+def test_without_sysconf_as_on_windows_memory_is_no_problem(monkeypatch):
+    monkeypatch.delattr(os, "sysconf")
+    path = find_recipe("profit/tiny-cpu")
+    findings = check(path, read_recipe(path))
+    assert findings.errors == findings.warnings == [] and findings.plan.peak
+    findings.plan.peak = 1 << 60
+    assert list(findings.plan.problems()) == []
+
+
 def test_rows_of_files(tmp_path, monkeypatch):
     def args(*files, **entry):
         names = []
@@ -259,3 +271,17 @@ def test_a_recovery_is_planned(monkeypatch):
         "device: cuda; adapters are trained in bfloat16 autocast",
         "plan: forward_kl on 332 examples, 7 steps of 8 sequences each",
     ]
+
+
+def test_check_needs_nothing_that_windows_lacks():
+    program = """
+import os, signal, sys
+for name in ("chown", "fork", "getgid", "getpgid", "getuid", "killpg", "register_at_fork", "setsid", "sysconf", "uname"):
+    delattr(os, name)
+sys.modules |= dict.fromkeys(("fcntl", "grp", "pwd", "resource", "termios"))
+del signal.SIGALRM, signal.SIGKILL, signal.alarm
+from hf_rb.cli import main
+sys.exit(main(["check", "profit/tiny-cpu"]))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "") and "a good recipe" in result.stdout

@@ -53,7 +53,7 @@ def test_the_message(arguments, message, files, capsys):
     assert sorted(files.iterdir()) == before  # nothing is left behind
 
 
-def test_all_of_them_together_import_neither_torch_nor_transformers(files):
+def test_refusals_import_neither_torch_nor_transformers(files):
     script = (
         "import sys\nfrom hf_rb.cli import main\n"
         f"assert {{main(arguments) for arguments in {[case[0] for case in CASES]!r}}} == {{2}}\n"

@@ -39,7 +39,7 @@ def test_a_mixture_as_trl_saves_it(tokenizer):
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=4) == expected
 
 
-def test_sampling_is_seeded_and_leaves_the_global_generator_alone(model, tokenizer):
+def test_sampling_is_seeded_and_leaves_global_randomness_alone(model, tokenizer):
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)

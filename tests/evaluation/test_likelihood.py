@@ -48,7 +48,7 @@ def test_equals_a_naive_loop(model, tokenizer, window, stride, batch_size):
     assert result.perplexity == pytest.approx(math.exp(result.nats_per_token))
 
 
-def test_overlapping_windows_score_every_token_but_the_first_once(model, tokenizer):
+def test_overlapping_windows_score_each_token_but_the_first_once(model, tokenizer):
     length = len(tokenizer(TEXTS[0])["input_ids"])
     assert perplexity(model, tokenizer, TEXTS[0], window=8, stride=4).tokens == length - 1
     assert perplexity(model, tokenizer, TEXTS[0], window=8, stride=8).tokens == length - math.ceil(length / 8)

@@ -57,7 +57,7 @@ def test_the_tokenizer_itself_is_asked(tokenizer, template, head, tail, name):
     assert found.around(own) == ids(head) + own + ids(tail) == found.around(found.around(own))
 
 
-def test_a_tokenizer_that_writes_the_text_in_another_way_is_refused(tokenizer):
+def test_a_tokenizer_that_changes_the_text_is_refused(tokenizer):
     class Strange:
         def __call__(self, text, add_special_tokens=True):
             return {"input_ids": [1, 2, 3] if add_special_tokens else [9]}

@@ -52,7 +52,7 @@ def test_the_sentence():
         (3.0, 3.0, math.nan, "close", (1.0, None)),
     ],
 )
-def test_what_is_not_finite_is_valid_json_and_no_verdict_of_the_model(measured, original, rounded, word, stored):
+def test_a_ratio_that_is_not_finite_is_null_in_json(measured, original, rounded, word, stored):
     found = judge(measured, original, "16 bits", rounded)
     document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert (document["times"], document["rounded_times"]) == stored

@@ -164,7 +164,7 @@ def test_a_card_that_says_all_is_left_alone(student, capsys):
     assert json.loads(capsys.readouterr().out)["notes"] == []
 
 
-def test_only_the_examples_of_the_card_get_the_name_of_the_repository(student):
+def test_only_examples_of_the_card_get_the_repository_name(student):
     other = "Run `train.py --data path/to/data.json` in /home/path/to/student, or `path/to/student-2`.\n"
     write_model_card(student, ModelCardData("student", sections={"Use": other}))
     card = plan_upload(student, "me/x").card

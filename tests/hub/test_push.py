@@ -224,7 +224,7 @@ OTHER_THINGS = {
     [["me/base", "me/packed-base"], pytest.param(["--all-snippets"], marks=pytest.mark.slow)],
     ids=["", "all"],
 )
-def test_everything_reaches_a_server_that_speaks_the_hubs_protocol(folder, tmp_path, snippets):
+def test_all_files_reach_a_server_with_the_protocol_of_the_hub(folder, tmp_path, snippets):
     measured = {"model": "student", "results": [vars(result) for result in RESULTS]}
     (tmp_path / "eval.json").write_text(json.dumps(measured))
     command = [sys.executable, str(Path(__file__).with_name("loopback_worker.py")), str(tmp_path), *snippets]

@@ -72,7 +72,7 @@ class TestEveryFamily:
         decode_speed(model, new_tokens=2, prompt_tokens=3, repeats=1)
         assert [one for one in said() if "cache" in one or "past_key_values" in one] == []
 
-    def test_native_checkpoints_load_whole_and_a_folded_model_is_native(self, family, make_mixture, ids, tmp_path):
+    def test_native_checkpoints_load_and_a_folded_model_is_native(self, family, make_mixture, ids, tmp_path):
         native = make_mixture(family)
         native.save_pretrained(tmp_path / "native")
         with safe_open(tmp_path / "native" / "model.safetensors", "pt") as file:

@@ -144,7 +144,7 @@ def test_a_gradient_is_that_of_a_leaf_over_several_micro_batches():
     torch.testing.assert_close(together, [router.grad, matrices.grad])
 
 
-def test_shards_of_the_width_add_up_and_shards_of_the_experts_join():
+def test_shards_of_the_width_add_and_shards_of_experts_join():
     """What tensor and expert parallelism would exchange: N x D sums before the lengths, N x D rows after them."""
     router, matrices = draw()
     parts = sum(power_step(router, shard)[1] for shard in matrices.split(1, dim=1))

@@ -69,7 +69,7 @@ def test_packed_rows_equal_padded_ones():
     assert auxiliary_loss(config(), packed, positions.shape, position_ids=positions) == pytest.approx(expected.item())
 
 
-def test_per_sequence_the_split_into_micro_batches_does_not_matter():
+def test_loss_per_sequence_does_not_depend_on_micro_batches():
     rows, length = 4, 6
     logits = random_logits(rows * length)
     whole = auxiliary_loss(config(), logits, (rows, length))

@@ -127,7 +127,7 @@ def test_the_split_into_micro_batches_does_not_change_training(tokenizer, tmp_pa
             torch.testing.assert_close(other.get_parameter(name), parameter, rtol=1e-4, atol=2e-6, msg=name)
 
 
-def test_a_native_mixture_takes_the_balance_loss_by_its_configuration(tokenizer, tmp_path):
+def test_a_native_mixture_takes_the_loss_of_its_configuration(tokenizer, tmp_path):
     model = mixture(mpi=False, output_router_logits=True, router_aux_loss_coef=0.01)
     model.config.lb_type = "sequence"
     start = copy.deepcopy(model)

@@ -113,7 +113,7 @@ def with_spectrum(folder, alpha):
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
 @pytest.mark.parametrize("splits", [1, 2])
-def test_the_mpi_class_loads_whole_and_its_rows_are_those_reported(tmp_path, family, splits):
+def test_the_mpi_class_loads_and_has_the_rows_reported(tmp_path, family, splits):
     dense = save_dense(tmp_path / "dense", family)
     report = upcycle(dense, tmp_path / "moe", 4, 2, splits=splits, mpi=True)
     config = AutoConfig.from_pretrained(tmp_path / "moe")

@@ -39,7 +39,7 @@ def test_loca_with_temperature_on_example_t_of_the_notes(temperature, scale):
     ("probs", "label"),
     [([0.3, 0.5, 0.2], 1), ([0.45, 0.45, 0.1], 0), ([0.6, 0.25, 0.15], -100), ([0.6, 0.25, 0.15], 9)],
 )
-def test_unchanged_where_the_teacher_is_right_or_there_is_no_label(probs, label):
+def test_loca_without_label_or_error_changes_nothing(probs, label):
     probs = torch.tensor(probs)
     assert torch.equal(loca_calibrate(probs, torch.tensor(label)), probs)
 

@@ -268,3 +268,9 @@ def test_log_probs(case):
     assert_close(
         lm_head_log_probs(case["hidden"], Head(case["weight"], case["bias"]), case["labels"]), expected.detach()
     )
+
+
+@pytest.mark.parametrize("rule", [ForwardKL(), HPD()])
+def test_a_rule_that_compares_refuses_a_missing_teacher(case, rule):
+    with pytest.raises(TypeError, match="compares the student with a teacher, and none is given"):
+        tiled(case, rule, teacher=None)

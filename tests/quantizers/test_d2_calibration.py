@@ -114,7 +114,7 @@ def test_tokenizers(tokenizer, tmp_path):
         load_tokenizer(D2QuantConfig(dataset=TEXTS), Model)
 
 
-def test_a_dataset_that_cannot_be_loaded_is_named_with_what_to_write():
+def test_a_dataset_that_does_not_load_is_named_with_a_remedy():
     with pytest.raises(
         FileNotFoundError, match=r"wikitext2 is no file here, .* failed \(.*\)\. Write the path of a text file"
     ):

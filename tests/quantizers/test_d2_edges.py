@@ -16,6 +16,8 @@ from hf_rb.cli import quantize as verb
 from hf_rb.quantizers.d2quant.biases import set_bias
 from hf_rb.quantizers.d2quant.calibrate import pipeline
 from hf_rb.quantizers.d2quant.calibrate.block import Block
+from hf_rb.quantizers.d2quant.calibrate.kept import LayerResult
+from hf_rb.quantizers.d2quant.calibrate.placing import put_in_place
 from hf_rb.quantizers.d2quant.format import code_bits, is_dual
 from hf_rb.quantizers.d2quant.maths import gptq
 from hf_rb.quantizers.packed.report import BlockReport, Report
@@ -51,6 +53,23 @@ def test_more_damping_is_said(source, caplog):
     assert logits(model).isfinite().all()
     said = re.findall(r"The Hessian of (\S+), \S+, \S+ needed `percdamp=(\S+)`", caplog.text)
     assert said[0][0] == "model.layers.0.self_attn.q_proj" and float(said[0][1]) > 1e-12
+
+
+def test_a_final_correction_needs_a_head(source):
+    bare = load(source).model
+    result = LayerResult(BlockReport("last"), final_shift=torch.ones(192))
+    with pytest.raises(ValueError, match="LlamaModel has no head, so nothing reads the correction of its final norm"):
+        put_in_place(bare, bare.norm, config(), result, None, None)
+
+
+def test_blocks_without_a_measured_shift_are_not_compared():
+    blocks = [
+        BlockReport("none", 0.5),
+        BlockReport("unmeasured", 0.5, shift_before=2.0),
+        BlockReport("measured", 0.5, shift_before=2.0, shift_after=0.0, shift_expected=0.5),
+    ]
+    assert "to within 2.5e-01" in verb._blocks(Report("d2quant", blocks=blocks))[-1]
+    assert len(verb._blocks(Report("d2quant", blocks=blocks[:2]))) == 1  # the table alone
 
 
 def test_hessians_without_a_factor_are_named(source, monkeypatch):

@@ -164,7 +164,7 @@ def test_codes_and_corrections_from_outside(make_model):
         torch.testing.assert_close(bias.double(), lost.mean((0, 1)), atol=1e-6, rtol=1e-4)
 
 
-def test_the_correction_lowers_the_error_by_the_square_of_the_mean(make_model):
+def test_correction_lowers_the_error_by_the_square_of_the_mean(make_model):
     quantized = load(make_model(), config())
     blocks = quantized.hf_quantizer.report.blocks
     assert [block.name for block in blocks] == ["model.layers.0", "model.layers.1"]

@@ -99,7 +99,7 @@ def test_the_advice_of_a_refusal_works(data, tmp_path, capsys):
     assert quantize(*arguments, "--no-rotate") == 0 and out.is_dir() and not partial.exists()
 
 
-def test_a_run_that_fails_before_anything_is_done_leaves_no_folder(data, tmp_path, capsys, monkeypatch):
+def test_a_run_that_fails_at_its_start_leaves_no_folder(data, tmp_path, capsys, monkeypatch):
     def fail(*_, **__):
         raise ValueError("no memory")
 

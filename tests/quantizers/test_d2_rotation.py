@@ -97,6 +97,8 @@ def test_untie_leaves_what_is_not_tied():
     weight = model.lm_head.weight
     untie(model)
     assert model.lm_head.weight is weight
+    untie(model.model)  # without a head
+    assert model.model.config.tie_word_embeddings is False
 
 
 def test_hadamard():

@@ -10,6 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from hf_rb import D2QuantConfig, PTQTPConfig
 from hf_rb.quantizers import quantize, quantize_checkpoint
 from hf_rb.quantizers.allocation import nsds
+from hf_rb.quantizers.allocation.allocate import allocate_layers
 
 
 LAYERS = ["model.layers.0", "model.layers.1"]
@@ -100,6 +101,8 @@ def test_refuses_what_is_no_strategy():
         PTQTPConfig(planes_per_layer="nsds:3.5")
     with pytest.raises(ValueError, match="ties two scales"):
         PTQTPConfig(planes_per_layer="nsds:2.5", scale_mode="tied")
+    with pytest.raises(ValueError, match="`bits_per_layer` as text must be 'nsds:' and an average.*; got 'zd:3.0'"):
+        allocate_layers("bits_per_layer", "zd:3.0", torch.nn.Identity(), None)
 
 
 def test_refuses_models_that_it_cannot_score(make_moe, make_model, tmp_path):

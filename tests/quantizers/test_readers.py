@@ -57,7 +57,7 @@ def packed(model):
 
 
 @pytest.mark.parametrize("cls", READERS, ids=lambda cls: cls.__name__)
-def test_who_reads(cls):
+def test_find_readers_of_odd_models(cls):
     with torch.device("meta"):
         model = cls(OddConfig())
     assert [*find_readers(model, LINEAR)] == READERS[cls]

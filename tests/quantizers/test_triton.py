@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_rb.quantizers import ptqtp
 from hf_rb.quantizers.kernels import triton as gpu
 from hf_rb.quantizers.kernels.layout import Layout, Part
 from hf_rb.quantizers.ptqtp import solver
@@ -55,6 +56,17 @@ def test_without_triton(monkeypatch):
     finally:
         monkeypatch.undo()
         importlib.reload(gpu)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_solver_off_the_cpu_is_that_of_triton(monkeypatch, is_there):
+    """The choice needs neither Triton nor a GPU: its module is not run."""
+    asked, weight, module = [], torch.empty(4, 64, device="meta"), object()
+    monkeypatch.setattr(gpu, "available", lambda device: asked.append(device) or is_there)
+    monkeypatch.setitem(sys.modules, "hf_rb.quantizers.ptqtp.solver_triton", module)
+    monkeypatch.setattr(ptqtp, "solver_triton", module, raising=False)
+    assert solver._compiled(weight) is (module if is_there else None)
+    assert asked == [weight.device]
 
 
 # Compiling needs no GPU. The interpreter is Python: it accepts what the compiler does not.
@@ -100,7 +112,7 @@ class TestCompiles:
         arguments = [*pointers, *sizes, *constants, block_m, 64, dtype == "bf16"]
         compile_for_gpu(gemm._matmul_kernel, arguments, num_warps=warps, num_stages=stages)
 
-    def test_the_others(self, compile_for_gpu):
+    def test_dequantize_and_sum(self, compile_for_gpu):
         from hf_rb.quantizers.kernels.triton import decode, digits, gemm
 
         constants = digits.constants(Layout(448, 128, (NIBBLE, CRUMB)))

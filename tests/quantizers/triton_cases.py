@@ -186,6 +186,11 @@ def test_result_does_not_depend_on_other_rows():
     assert torch.equal(gpu.matmul(poisoned, weight, scale, layout)[:5], gpu.matmul(x, weight, scale, layout))
 
 
+def test_levels_that_are_no_digits_are_refused():
+    with pytest.raises(ValueError, match=r"kernels for GPUs cannot write the levels \(\(0, 1, 5, 2\),\) in digits"):
+        digits.constants(Layout(96, 32, (Part(2, ((0, 1, 5, 2),)),)))
+
+
 def test_they_are_what_the_dispatch_takes_on_a_gpu(monkeypatch):
     layout = Layout(96, 32, (NIBBLE,))
     weight, scale, matrix = packed_matrix(layout, 40)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from hf_rb.objectives.akl import AKL
 from hf_rb.objectives.standard import ForwardKL
 from hf_rb.ops.lm_head import Head, TeacherLogits, lm_head_loss
 from hf_rb.ops.lm_head_queries import lm_head_top_k
-from hf_rb.teachers import CachedTeacher, bytes_per_token, cache_teacher
+from hf_rb.teachers import CachedTeacher, TrainerWithTeacher, bytes_per_token, cache_teacher
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,12 @@ def cache(capturing, tmp_path_factory):
 @pytest.fixture
 def copied(cache, tmp_path):
     return Path(shutil.copytree(cache, tmp_path / "cache"))
+
+
+def test_cache_teacher_says_what_it_reads_of_a_trainer(capturing):
+    assert get_type_hints(cache_teacher)["trainer"] is TrainerWithTeacher
+    read = [name for name in vars(TrainerWithTeacher) if not name.startswith("_")]
+    assert {"teacher", "train_dataset"} < set(read) and all(hasattr(capturing, name) for name in read)
 
 
 def losses(trainer, teacher, batches, rule=None):
@@ -217,7 +224,7 @@ def test_evaluation_data_is_captured_too(make_trainer, data, tmp_path):
         assert len(teacher.score(batch, keep).ids) == keep.sum()
 
 
-def test_equal_sequences_are_stored_once_unless_labelled_otherwise(make_trainer, tmp_path):
+def test_equal_sequences_with_equal_labels_are_stored_once(make_trainer, tmp_path):
     ids = [5, 6, 7, 8]
     rows = [{"input_ids": ids, "labels": [-100, -100, 7, 8]}] * 3 + [
         {"input_ids": ids, "labels": [-100, 6, -100, -100]}

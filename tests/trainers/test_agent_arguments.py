@@ -19,9 +19,9 @@ def config(tmp_path, **fields):
         ({"environment": "search", "environment_kwargs": {"topk": 3}}, "`environment_kwargs` has topk"),
         ({"environment": "search", "environment_kwargs": {"top_k": 0}}, "write a whole number of 1 or more"),
         ({"environment": "search", "environment_kwargs": {"top_k": "two"}}, "write a whole number of 1 or more"),
-        ({"calibadv_step_field": "q"}, "acts only with `calibadv` in `advantage_shapers`"),
-        ({"srar_judge": "tiny"}, "acts only with `srar` in `advantage_shapers`"),
-        ({"srar_step_pattern": "x"}, "acts only with `srar` in `advantage_shapers`"),
+        ({"calibadv_step_field": "q"}, "has no effect without the shaper 'calibadv'"),
+        ({"srar_judge": "tiny"}, "has no effect without the shaper 'srar'"),
+        ({"srar_step_pattern": "x"}, "has no effect without the shaper 'srar'"),
         ({"advantage_shapers": ["srar"], "srar_step_pattern": "("}, r"`srar_step_pattern: \(` is not a regular expression"),
         ({"advantage_shapers": ["srar"], "srar_judge": "localhost:8000"}, "write the base URL"),
         ({"advantage_shapers": ["srar"], "srar_judge": "http://localhost/v1"}, "set `srar_judge_model`"),
@@ -54,7 +54,7 @@ def test_a_key_in_a_recipe_is_refused_and_not_repeated(tmp_path, fields):
     assert KEY not in str(error.value) and "hf_abcdefgh" not in str(error.value)
 
 
-def test_what_can_be(tmp_path):
+def test_agent_arguments_with_allowed_values_are_kept(tmp_path):
     config(tmp_path, **ENDPOINT, srar_judge_api_key_env="JUDGE_KEY_2", srar_judge_kwargs={"max_tokens": 9})
     config(tmp_path, environment="search", environment_kwargs={"corpus": "x.jsonl"}, advantage_shapers=["calibadv"])
     assert config(tmp_path, environment="search", environment_kwargs='{"top_k": 2}').environment_kwargs == {"top_k": 2}

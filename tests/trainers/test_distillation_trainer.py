@@ -100,7 +100,7 @@ def test_reference_is_the_student_at_its_start(make, student):
         assert entry["gopd/reward"] == expected["gopd/reward"]
 
 
-def test_lora_takes_the_reference_from_the_model_without_adapters(make, student):
+def test_lora_without_adapters_is_the_reference(make, student):
     lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
     flags = {**EXOPD, "learning_rate": 1.0, "optim": "sgd", "max_grad_norm": 1e3}
     trainer = make(flags, peft_config=lora)
@@ -144,7 +144,7 @@ def test_a_scale_of_1_needs_no_reference(make):
     assert make({"objective": "gopd"}).reference is None
 
 
-def test_no_objective_but_gopd_at_another_scale_takes_a_reference(make, teacher):
+def test_objectives_but_gopd_at_another_scale_take_no_reference(make, teacher):
     for flags in ({"objective": "gopd"}, {"objective": "akl"}, {}):
         with pytest.raises(
             ValueError, match="`reference_model` acts with `objective: gopd` and a `reward_scale` other"
@@ -523,7 +523,7 @@ def test_teacher_from_the_config_or_as_an_object(make, teacher):
     assert loss_of(named, batch)[0] == loss_of(given, batch)[0]
 
 
-def test_a_teacher_on_another_tokenizer_of_the_same_size_is_refused(make, teacher, tmp_path):
+def test_a_teacher_with_another_tokenizer_is_refused(make, teacher, tmp_path):
     AutoModelForCausalLM.from_pretrained(teacher).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(teacher).save_pretrained(tmp_path)
     file = tmp_path / "tokenizer.json"
@@ -575,7 +575,7 @@ def test_an_id_that_the_teacher_lacks_is_refused(make, padded, teacher, student)
 
 
 @pytest.mark.parametrize("objective", ["reverse_kl", "gopd", "jsd"])
-def test_a_teacher_that_excludes_tokens_does_not_reach_the_weights(make, student, teacher, objective):
+def test_a_teacher_that_excludes_tokens_stops_the_run(make, student, teacher, objective):
     """The loss of `jsd` is TRL's own."""
     model = AutoModelForCausalLM.from_pretrained(student if objective == "jsd" else teacher)
     bias = torch.zeros(model.config.vocab_size)

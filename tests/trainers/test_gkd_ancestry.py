@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import trl
 
 from hf_rb import GKDConfig, GKDTrainer, tiny
+from hf_rb.trainers.gkd import base, base_config
 from hf_rb.utils import compat
 
 
@@ -72,11 +74,30 @@ def test_without_trl_gkd_the_numbers_are_the_same(student, config, tmp_path, one
         assert found[name] == [logs, weights], name  # the same operations in the same order
 
 
-def test_super_reaches_every_class_between_gkd_and_sft(student, config, data):
-    """A mixin of TRL's SFT trainer is constructed and stepped too, wherever it stands among the bases."""
+@pytest.mark.parametrize(
+    ("module", "name", "parent", "stand_in"),
+    [(base, "GKDTrainer", "_Parent", "GKDFunctions"), (base_config, "GKDConfig", "GKDBaseConfig", "GKDArguments")],
+    ids=["trainer", "config"],
+)
+def test_only_an_absent_gkd_module_of_trl_is_replaced(module, name, parent, stand_in, monkeypatch):
+    assert vars(module)[parent] is getattr(compat, name)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "trl.experimental.gkd", None)
+        again = runpy.run_path(module.__file__)
+    assert again[parent] is again[stand_in]
+    # A TRL that has the module and moved the name is no reason to train another class without a word.
+    monkeypatch.delattr(compat, name)
+    monkeypatch.setitem(compat.TABLE, name, compat.Entry("trl.experimental.gkd", "Moved"))
+    with pytest.raises(ImportError, match="`trl.experimental.gkd.Moved`, which trl"):
+        runpy.run_path(module.__file__)
+
+
+@pytest.mark.parametrize("place", ["behind", "before"])
+def test_super_reaches_mixins_of_sft_and_those_of_gkd_before(student, config, data, place):
+    """A mixin of TRL's SFT trainer is constructed and stepped wherever it stands, one of GKD's where it stands first."""
     seen = []
 
-    class Mixin(trl.SFTTrainer):
+    class Mixin(trl.SFTTrainer if place == "behind" else compat.GKDTrainer):
         def __init__(self, *args, **kwargs):
             seen.append("made")
             super().__init__(*args, **kwargs)
@@ -85,10 +106,18 @@ def test_super_reaches_every_class_between_gkd_and_sft(student, config, data):
             seen.append("stepped")
             return super().training_step(*args, **kwargs)
 
-    class Both(GKDTrainer, Mixin):
-        pass
+    Both = type("Both", (GKDTrainer, Mixin) if place == "behind" else (Mixin, GKDTrainer), {})
 
     args = GKDConfig(**config | {"lmbda": 0.0, "max_steps": 1})
     Both(str(student), "tiny:teacher", args, train_dataset=data).train()
     assert seen == ["made", "stepped"]
     assert issubclass(GKDTrainer, compat.GKDTrainer) and issubclass(GKDConfig, compat.GKDConfig)
+
+
+def test_a_mixin_of_trl_gkd_behind_ours_is_refused():
+    class Mixin(compat.GKDTrainer):
+        pass
+
+    message = "`Mixin`, a base of `Both`, derives from TRL's GKDTrainer.* Put `Mixin` before hf_rb's GKDTrainer"
+    with pytest.raises(TypeError, match=message):
+        type("Both", (GKDTrainer, Mixin), {})

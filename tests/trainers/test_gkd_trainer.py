@@ -68,7 +68,7 @@ REFUSED = {
     "gopd, temperature": ({"objective": "gopd", "lmbda": 1.0}, "needs `temperature: 1.0`"),
     "gopd, tis": (
         {"objective": "gopd", "lmbda": 1.0, "temperature": 1.0, "gopd_tis_cap": 5.0},
-        "or use `DistillationTrainer` with `use_vllm: true`",
+        "Set `use_vllm: true` with `DistillationTrainer`",
     ),
     "gopd, routing": (
         {"objective": "gopd", "lmbda": 1.0, "temperature": 1.0, "gopd_teacher_column": "kind"},
@@ -96,7 +96,7 @@ REFUSED = {
     "loca, hpd": ({"objective": "hpd", "loca_alpha": 0.9, "lmbda": 0.0}, "`objective: hpd` is none"),
     "loca, seq_kd": ({"loca_alpha": 0.9, "lmbda": 0.0, "seq_kd": True}, "the labels are the teacher's own"),
     "seq_kd, on-policy": ({"lmbda": 1.0, "seq_kd": True}, "`seq_kd: true` has no effect"),
-    "cache, objective": ({"teacher_cache": "x", "lmbda": 0.0}, "Set `objective: forward_kl` or `objective: akl`"),
+    "cache, objective": ({"teacher_cache": "x", "lmbda": 0.0}, "Set `objective: akl` or `objective: forward_kl`"),
     "cache, mixed": ({"teacher_cache": "x", "objective": "akl"}, "`teacher_cache` needs `lmbda: 0.0`"),
     "cache, on-policy": ({"teacher_cache": "x", "objective": "akl", "lmbda": 1.0}, "`teacher_cache` needs `lmbda"),
     "cache, dense": (
@@ -549,13 +549,13 @@ def test_teachers_are_one(student, config, data, teacher):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({}, "Set `objective: forward_kl` or `objective: akl`"),
+        ({}, "Set `objective: akl` or `objective: forward_kl`"),
         ({"objective": "akl", "lmbda": 0.5}, "`teacher_cache` needs `lmbda: 0.0`"),
         ({"objective": "akl", "loss_impl": "dense"}, "Set `loss_impl: chunked`"),
         ({"objective": "akl", "seq_kd": True}, "Set `seq_kd: false`"),
     ],
 )
-def test_a_cached_teacher_given_as_an_object_obeys_the_same_rules(make, tmp_path, flags, message):
+def test_a_cached_teacher_as_an_object_obeys_the_same_rules(make, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         make(trainer_kwargs={"teacher": CachedTeacher(tmp_path)}, **flags)
 
@@ -624,7 +624,7 @@ def test_flags_name_the_card(make, tmp_path, caplog):
     assert "2604.20244" in text and "GKDTrainer" in text
 
 
-def test_a_conversation_without_a_turn_before_the_answer_is_named(make):
+def test_a_conversation_without_a_prompt_is_named(make):
     """TRL's `apply_chat_template` has an IndexError for it."""
     answer = {"role": "assistant", "content": "Hello, how may I help?"}
     message = "no turn before the assistant's 'Hello, how may I help\\?'.*Put a user's turn before it, or remove"

@@ -39,21 +39,33 @@ RECIPE = {
 }
 
 CODE = """
-import torch
+from dataclasses import dataclass
+
 from hf_rb.advantages import SequenceShaper, Shaped
+from hf_rb.methods import ShaperMethod, flag
 
 def length(completion_ids, kind, **kwargs):
     return [len(ids) / 8 + len(name) for ids, name in zip(completion_ids, kind)]
 
+@dataclass
+class DoubleFlags:
+    double_factor: float = flag(2.0, "Factor.", range="(0, inf)")
+
 class Double(SequenceShaper):
-    name = "double"
+    method = ShaperMethod(key="double", name="Double", summary="Doubles advantages.", flags=DoubleFlags)
+
+    @classmethod
+    def from_config(cls, args, trainer):
+        double = cls()
+        double.factor = args.double_factor
+        return double
 
     def shape(self, ctx, advantages):
-        return Shaped(2 * advantages)
+        return Shaped(self.factor * advantages)
 """
 LOCAL = {
     "reward_funcs": ["exact_answer_reward", "mine:length"],
-    "advantage_shapers": ["edas", "mine:Double"],
+    "advantage_shapers": ["edas", {"mine:Double": {"factor": 3.0}}],
     "reward_weights": None,
 }
 ALLOW = ["--allow_local_code", "mine:length", "--allow_local_code", "mine:Double"]
@@ -111,12 +123,13 @@ def test_local_code_runs_where_the_command_line_allows_it():
     grpo.main([*recipe(**LOCAL), *ALLOW])
     log = first_log()
     assert log["rewards/length/mean"] > 1
-    assert log["shaping/double/std"] == pytest.approx(2 * log["shaping/edas/std"], rel=1e-5)
+    assert log["shaping/double/std"] == pytest.approx(3 * log["shaping/edas/std"], rel=1e-5)
 
 
 @pytest.mark.parametrize("allowed", [[], ALLOW[:2], ALLOW[2:]])
 def test_local_code_is_not_imported_otherwise(allowed):
-    Path("mine.py").write_text("raise SystemExit('imported')")
+    is_allowed = "mine:Double" in allowed  # then its file is imported
+    Path("mine.py").write_text(CODE if is_allowed else f"{CODE}\nraise SystemExit('imported')")
     with pytest.raises(ValueError, match="add `--allow_local_code mine:(Double|length)` if you trust it"):
         grpo.main([*recipe(**LOCAL), *allowed])
 

@@ -1,18 +1,17 @@
 import functools
 import json
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pandas
 import pytest
 import torch
 from datasets import Dataset
+from helpers.plugins import install
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rb import GRPOConfig, GRPOTrainer
 from hf_rb.advantages import EdasShaper, Requires, SequenceShaper, Shaped, TokenShaper, edas, srar_offsets
-from hf_rb.methods import registry
 from hf_rb.objectives.hidden_align import hidden_align
 from hf_rb.rl import answers
 from hf_rb.rl.rewards import EXTRACTORS, answer_format_reward, exact_answer_reward, math_accuracy_reward
@@ -318,18 +317,12 @@ def test_objects_win_over_the_config(make):
     assert generate(make(EDAS, shapers=[]))["advantages"].tolist() == base.tolist()
 
 
-def test_an_installed_package_registers_one(make, monkeypatch):
-    entry = EntryPoint("halve", f"{__name__}:Halve", registry.GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
-    trainer = make({**EDAS, "advantage_shapers": ["edas", "halve"]})
-    assert [type(shaper) for shaper in trainer.shapers] == [EdasShaper, Halve]
-
-
-def test_a_package_may_not_take_a_built_in_name(config, monkeypatch):
-    entry = EntryPoint("edas", "elsewhere:Edas", registry.GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
-    with pytest.raises(ValueError, match="'edas' of 'elsewhere:Edas'.* is a built-in of hf_rb"):
-        GRPOConfig(**{**config, **EDAS, "num_generations": 4})
+def test_an_installed_package_registers_one(make, monkeypatch, tmp_path):
+    code = f"from hf_rb.methods import ShaperMethod\nfrom {__name__} import Halve as Base\n\n"
+    code += "class Halved(Base):\n    method = ShaperMethod(key='halved', name='Halved', summary='Halves.')\n"
+    install(monkeypatch, tmp_path / "site", "halving", code, shaper={"halved": "Halved"})
+    trainer = make({**EDAS, "advantage_shapers": ["edas", "halved"]})
+    assert [shaper.name for shaper in trainer.shapers] == ["edas", "halved"]
 
 
 def test_an_extractor_of_ones_own(make):
@@ -505,7 +498,7 @@ def test_math_equivalence_without_math_verify(make, monkeypatch):
     "flags, message",
     [
         ({"advantage_shapers": ["eda"], "correct_reward": "x"}, "cannot hold 'eda'; did you mean 'edas'?"),
-        ({"advantage_shapers": ["other"]}, "it must be one of 'edas', 'calibadv', 'srar'"),
+        ({"advantage_shapers": ["other"]}, "it must be one of 'calibadv', 'edas', 'srar'"),
         ({"advantage_shapers": "edas"}, r"is a list: write `advantage_shapers: \[edas\]`"),
         ({"advantage_shapers": ["os:system"]}, "add `--allow_local_code os:system` if you trust it"),
         ({"advantage_shapers": ["edas"]}, "needs to know which completions are wrong. Set `correct_reward`"),

@@ -39,7 +39,7 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def test_resume_skips_an_incomplete_checkpoint_and_names_its_file(make, caplog):
+def test_resume_names_and_skips_an_incomplete_checkpoint(make, caplog):
     trainer = make(profit_threshold=1e-3)
     trainer.train()
     expected = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}

@@ -1,6 +1,7 @@
 """Configs of TRL, and those that users derive from them, in place of ours."""
 
 from dataclasses import dataclass, fields
+from itertools import permutations
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 import hf_rb
 from hf_rb import tiny
 from hf_rb.trainers.common.configs import own_config
+from hf_rb.trainers.gkd.base_config import GKDArguments
 from hf_rb.utils import compat
 
 
@@ -94,6 +96,53 @@ def test_a_config_of_another_trainer_is_refused(config, given, remedy):
         TypeError, match=f"`args` is a {given.__name__}, whose `.*` this trainer does not have. {remedy}"
     ):
         own_config(hf_rb.DistillationConfig, given(**config), "model", "Distillation")
+
+
+@dataclass
+class MyRun(hf_rb.SFTConfig):
+    my_flag: int = 3
+
+
+@dataclass
+class MyTeaching(compat.GKDConfig):
+    pass
+
+
+NAMES = ("SFT", "GKD", "Distillation", "GRPO")
+
+
+@pytest.mark.parametrize(("given", "wanted"), permutations(NAMES, 2))
+def test_own_config_of_another_of_our_trainers_is_refused(config, given, wanted):
+    args = getattr(hf_rb, f"{given}Config")(**config, **{"num_generations": 2} if given == "GRPO" else {})
+    message = (
+        f"`args` is a {given}Config, whose `.*` this trainer does not have. Use `{given}Trainer`, or pass a {wanted}C"
+    )
+    with pytest.raises(TypeError, match=message):
+        own_config(getattr(hf_rb, f"{wanted}Config"), args, "model", wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        (compat.GKDConfig, "Use `GKDTrainer`, or pass a SFTConfig"),
+        (GKDArguments, "Use `GKDTrainer`, or pass a SFTConfig"),
+        (MyTeaching, "Pass a SFTConfig, or derive your config from it"),
+    ],
+)
+def test_sft_trainer_refuses_the_config_of_gkd(student, config, given, remedy):
+    data = tiny.load_dataset("math", config="messages", size=4)
+    with pytest.raises(TypeError, match=f"`args` is a {given.__name__}, whose `beta` this .* does not have. {remedy}"):
+        hf_rb.SFTTrainer(str(student), given(**config), train_dataset=data)
+
+
+def test_own_config_names_the_trainer_that_a_config_is_for(config):
+    with pytest.raises(TypeError, match="`args` is a MyRun, .* Use `SFTTrainer`, or pass a GKDConfig"):
+        own_config(hf_rb.GKDConfig, MyRun(**config), "model", "GKD")
+    # The class that stands in for a config of TRL's has both among its bases.
+    args = own_config(hf_rb.SFTConfig, MySFT(**config), "model", "SFT")
+    with pytest.raises(TypeError, match="`args` is a MySFT, .* Use `SFTTrainer`, or pass a GKDConfig"):
+        own_config(hf_rb.GKDConfig, args, "model", "GKD")
+    assert own_config(hf_rb.SFTConfig, MyRun(**config), "model", "SFT").my_flag == 3
 
 
 def test_arguments_may_be_missing():

@@ -107,7 +107,7 @@ def test_prompt_learning_drops_positions(make):
     assert not torch.allclose(packed, changed)  # the second sequence has seen the first
 
 
-def test_padding_free_bf16_adapters_and_evaluation_are_checked_too(make):
+def test_padding_free_bf16_adapters_and_evaluation_are_checked(make):
     with pytest.raises(ValueError, match=f"OPTForCausalLM {REFUSAL}"):
         make("sft", "opt", **LAYOUTS["padding_free"]).train()
     with pytest.raises(ValueError, match=f"OPTForCausalLM {REFUSAL}"):
@@ -218,3 +218,8 @@ def test_sequences_that_processes_share_are_not_checked(kind):
     )
     positions = torch.tensor([[4, 5, 0, 1]])
     packing.check_packing(trainer, torch.nn.Identity(), {"input_ids": positions, "position_ids": positions})
+
+
+def test_a_batch_without_positions_is_not_checked():
+    trainer = SimpleNamespace(args=SimpleNamespace(allow_leaking_packing=False))  # asked for no more
+    packing.check_packing(trainer, torch.nn.Identity(), {"input_ids": torch.tensor([[4, 5]])})

@@ -1,9 +1,10 @@
 import json
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from hf_rb import DistillationConfig, DistillationTrainer, GKDConfig, GKDTrainer, SFTConfig, SFTTrainer, tiny
 from hf_rb.objectives import reverse_kl
@@ -151,3 +152,11 @@ def test_the_loss_of_the_sampled_completions_is_the_trainers(student, config):
     first, _ = read(config["output_dir"])["snapshots"]
     losses = [value for row in first["rows"] for value in row["loss"] if value is not None]
     assert sum(losses) / len(losses) == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-3, abs=1e-4)
+
+
+def test_add_token_samples_takes_any_trainer_of_transformers(student, tmp_path):
+    assert get_type_hints(add_token_samples)["trainer"] is Trainer
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(student))
+    before = list(trainer.callback_handler.callbacks)
+    add_token_samples(trainer)
+    assert trainer.callback_handler.callbacks == before

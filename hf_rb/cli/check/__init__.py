@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from hf_rb.cli import schemas
 from hf_rb.cli.check.findings import Findings
@@ -18,9 +18,11 @@ from hf_rb.cli.check.plan import make_plan, recover_lines
 from hf_rb.cli.check.recipe import read_overrides, read_recipe
 from hf_rb.cli.check.rules import RULES, TRAINED, group_warnings, training_rules, upcycle_rules
 from hf_rb.cli.check.values import ValueChecker
+from hf_rb.cli.schemas.libraries import class_fields
 from hf_rb.io.data_files import column_rules
 from hf_rb.io.resources import find_recipe
-from hf_rb.methods.registry import LOCAL
+from hf_rb.methods.recipes import flatten, foreign
+from hf_rb.methods.registry import allow
 from hf_rb.trainers.grpo.rules import grpo_warnings, pipeline_line
 from hf_rb.utils.output import json_text
 
@@ -40,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE:ATTRIBUTE",
-        help="code that a recipe for `hf-rb grpo` names (nothing is imported)",
+        help="code that a recipe names: an objective, a shaper or a reward function (nothing is imported)",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(
@@ -51,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    LOCAL.update(args.allow_local_code)
+    allow(args.allow_local_code)
     for path in map(find_recipe, args.recipes if args.fix else ()):
         recipe = read_recipe(path)
         text, changes = fix(path.read_text(encoding="utf-8"), recipe, schemas.load(args.target or _verb_of(recipe)))
@@ -84,7 +86,16 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Findin
     if 2 * _known(recipe, verb) < _known(recipe, likely):  # one line, in place of one for every key
         findings.errors.append(f"this is a recipe for `hf-rb {likely}`, not for `hf-rb {verb}`.")
         return findings
-    values = ValueChecker(findings).values(recipe, schemas.load(verb))
+    try:
+        recipe = flatten(recipe)
+    except ValueError as error:
+        findings.errors.append(str(error))
+        return findings
+    keys = schemas.load(verb)
+    for entry in foreign(recipe, keys):  # methods of other packages
+        flags = cast(type, entry.method.flags)
+        keys = keys | class_fields(f"{flags.__module__}:{flags.__qualname__}")
+    values = ValueChecker(findings).values(recipe, keys)
     try:
         _apply_rules(findings, SimpleNamespace(**values))
     except AttributeError as error:

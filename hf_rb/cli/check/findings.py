@@ -1,4 +1,4 @@
-"""What `hf-rb check` has found in one recipe."""
+"""Findings of `hf-rb check` in one recipe."""
 
 import sys
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,7 @@ __all__ = ["Findings"]
 
 @dataclass
 class Findings:
-    """What is wrong with a recipe.
+    """Errors and warnings about a recipe.
 
     Attributes:
         recipe (`str`): The recipe's path.

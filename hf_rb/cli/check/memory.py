@@ -21,7 +21,7 @@ from pathlib import Path
 from hf_rb.io.weight_files import weight_files
 
 
-__all__ = ["Architecture", "Run", "estimate", "estimate_audit", "peak"]
+__all__ = ["WEIGHT_BYTES", "Architecture", "Run", "estimate", "estimate_audit", "peak"]
 
 MEBI = 1 << 20
 # Of an element, by the names of safetensors' headers and of transformers' configurations.
@@ -32,7 +32,7 @@ WEIGHT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 # listed.
 OPTIMIZER = {"sgd": 0, "adafactor": 0, "adagrad": 4, "rmsprop": 4, "lion_32bit": 4, "lion_8bit": 1, "adamw_8bit": 2,
              "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "adamw_torch_8bit": 2, "adamw_torch_4bit": 1}  # fmt: skip
-# What PEFT adapts when a recipe does not say; nearly all decoders that it knows have these two.
+# PEFT adapts these when a recipe does not say; nearly all decoders that it knows have these two.
 DEFAULT_TARGETS = ["q_proj", "v_proj"]
 # The tile that TRL's LM head works on, and how many of it a CPU, which has no fused kernel for it, holds at once.
 TRL_TILE, TRL_COPIES = (4096, 32768), {"cpu": 8, "cuda": 1}
@@ -49,7 +49,7 @@ UNUSABLE_EXPERTS = 0.75
 
 @dataclass(frozen=True)
 class Architecture:
-    """What matters of a decoder, read from its folder.
+    """Sizes of a decoder that memory depends on, read from its folder.
 
     Attributes:
         hidden, layers, attention, key_value, mlp, vocabulary (`int`):
@@ -117,7 +117,7 @@ class Architecture:
             "experts": experts,
             "active": first("num_experts_per_tok", default=1),
             "gated": str(text.get("hidden_act", "gelu")).startswith(("silu", "swish", "gelu_pytorch_tanh")),
-            # What configurations leave out is transformers' default.
+            # Configurations leave it out where it is transformers' default.
             "tied": bool(config.get("tie_word_embeddings", "n_embd" in text)),
         }
         packed = "quantization_config" in config
@@ -176,7 +176,7 @@ def _weights(
 
 @dataclass(frozen=True)
 class Run:
-    """What matters of a recipe beside its models.
+    """Settings of a recipe that memory depends on, beside its models.
 
     Attributes:
         device (`str`): `"cpu"` or `"cuda"`.

@@ -1,4 +1,4 @@
-"""What a recipe will do on this machine: device and precision, steps and tokens, memory. Standard library only."""
+"""Plan of a recipe on this machine: device and precision, steps and tokens, memory. Standard library only."""
 
 import math
 import os
@@ -79,7 +79,7 @@ class Plan:
         yield from self.memory_lines()
 
     def memory_lines(self) -> Iterator[str]:
-        """What of the plan is about memory."""
+        """Yields the lines about memory."""
         if self.memory:
             parts = sorted(self.memory, key=self.memory.__getitem__, reverse=True)
             listed = ", ".join(f"{part} {_size(self.memory[part])}" for part in parts if self.memory[part])
@@ -92,8 +92,9 @@ class Plan:
             yield f"memory: not estimated, as {' and '.join(self.missing)} {verb} not on this machine"
 
     def problems(self) -> Iterator[str]:
-        """What may stop the run on this machine."""
-        if self.device == "cpu" and not self.cpu_arguments and self.peak and self.peak > (memory := _machine_memory()):
+        """Yields the problems that may stop the run on this machine."""
+        memory = _machine_memory()
+        if self.device == "cpu" and not self.cpu_arguments and self.peak and memory and self.peak > memory:
             parts = self.memory or {}
             part = max(_REMEDIES, key=lambda name: parts.get(name, 0))
             yield (
@@ -154,7 +155,7 @@ def make_plan(args: Any, verb: str) -> Plan:
 
 
 def recover_lines(args: Any) -> Iterator[str]:
-    """What a recipe for `hf-rb recover` will do on this machine, for a reader."""
+    """Returns the plan of a recipe for `hf-rb recover` on this machine, as lines for a reader."""
     given = {"gradient_accumulation_steps": 1, "max_steps": -1} | TRAINING | args.training
     device = _device()
     half = "float16" if given.get("fp16") else "bfloat16" if given.get("bf16", device != "cpu") else None
@@ -263,8 +264,12 @@ def _device() -> str:
     return "mps" if (platform.system(), platform.machine()) == ("Darwin", "arm64") else "cpu"
 
 
-def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _machine_memory() -> int | None:
+    """Returns the bytes of memory, or `None` where Python cannot ask for them, as on Windows."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):
+        return None
 
 
 def _size(count: int) -> str:

@@ -15,11 +15,10 @@ from hf_rb.methods.registry import methods
 from hf_rb.methods.rules import defaults_of
 from hf_rb.recover.config import recover_rules
 from hf_rb.rl.rewards import reward_name, reward_problem
-from hf_rb.trainers.common.rules import packing_rules
+from hf_rb.trainers.common.rules import packing_rules, trainer_rules
 from hf_rb.trainers.distillation.rules import distillation_rules
 from hf_rb.trainers.gkd.rules import gkd_rules
 from hf_rb.trainers.grpo.rules import agent_rules, grpo_recipe_rules, grpo_rules
-from hf_rb.trainers.sft.rules import profit_rules
 from hf_rb.utils.fields import Rule, value_problem
 from hf_rb.weights.rules import graft_rules
 
@@ -107,7 +106,7 @@ def _group_rules(args: Any) -> Iterator[str]:
 
 
 def group_warnings(args: Any) -> Iterator[str]:
-    """How many processes it takes for batches to hold whole groups."""
+    """Yields a warning with the number of processes for which batches hold whole groups."""
     steps = args.steps_per_generation or args.gradient_accumulation_steps
     batches = []
     if not args.generation_batch_size:
@@ -164,7 +163,7 @@ TRACKERS = (
 ).split()
 _COMMON: tuple[Rule, ...] = (_precision_rules, _tracker_rules, _source_rules, dataset_rules, _name_rules)
 RULES: dict[str, tuple[Rule, ...]] = {
-    "sft": (profit_rules, packing_rules, graft_rules, *_COMMON),
+    "sft": (trainer_rules, packing_rules, graft_rules, *_COMMON),
     "gkd": (gkd_rules, packing_rules, _teacher_rules, *_COMMON),
     "distillation": (distillation_rules, _teacher_rules, *_COMMON),
     "grpo": (grpo_rules, agent_rules, _group_rules, _reward_rules, grpo_recipe_rules, *_COMMON),

@@ -96,7 +96,7 @@ class ValueChecker:
             if len(self.findings.errors) == before:  # otherwise the rules would speak of defaults that nobody wrote
                 self.findings.errors += [f"`{key}`: {problem}" for problem in rules]
         elif key == "quantization_config" and isinstance(config, dict):
-            self.findings.errors += filter(None, [name_problem("quantizer", str(method), f"`{key}.quant_method`")])
+            self.findings.errors += filter(None, [name_problem("quantizer", str(method), f"{key}.quant_method")])
         # Elsewhere it may be a method of another library; "quanto" is further away than this.
         elif close := get_close_matches(str(method), schemas.quantization(), n=1, cutoff=0.8):
             self.findings.warnings.append(f"`{key}.quant_method` is {method!r}; did you mean {close[0]!r}?")

@@ -1,4 +1,4 @@
-"""What each configuration accepts, for `hf-rb check` and `--help`, without importing torch.
+"""Keys of each configuration, for `hf-rb check` and `--help`, without importing torch.
 
 The keys are read from the sources of the config classes, ours and those of the installed TRL and transformers. An
 entry has `types`, `default`, `choices`, `range` and `help`. A type is one of `null bool int float str dict any` or
@@ -18,8 +18,8 @@ from hf_rb.methods.registry import methods
 __all__ = ["PARTS", "RECIPES", "listing", "load", "own_keys", "quantization"]
 
 _TRL = ("trl:ModelConfig", "trl:DatasetMixtureConfig")
-# What a recipe may be for, the verb that runs it, and the dataclasses of its keys. Where two know a recipe's keys
-# equally well, the first wins.
+# Verbs that run a recipe, with the dataclasses of its keys. Of two that know a recipe's keys equally well, the first
+# wins.
 RECIPES = {
     "sft": ("hf_rb.scripts.sft:SFTScriptArguments", "hf_rb:SFTConfig", *_TRL),
     "gkd": ("hf_rb.scripts._common:ScriptArguments", "hf_rb:GKDConfig", *_TRL),
@@ -29,7 +29,7 @@ RECIPES = {
     "upcycle": ("hf_rb.cli.upcycle:UpcycleArguments",),
     "recover": ("hf_rb.recover.config:RecoverConfig",),
 }
-# What a key of a recipe holds the fields of.
+# Dataclasses of which a key of a recipe holds fields.
 PARTS = {"training": ("hf_rb:GKDConfig",)}
 
 

@@ -8,7 +8,7 @@ __all__ = ["TYPE_NAMES", "make_entry"]
 
 TYPE_NAMES = {type(None): "null", bool: "bool", int: "int", float: "float", str: "str", dict: "dict"}
 
-# What the libraries' own fields may be, where they say it nowhere, or after models are loaded.
+# Ranges of the libraries' own fields, which they check nowhere, or after models are loaded.
 _RANGES = {
     **dict.fromkeys(
         (

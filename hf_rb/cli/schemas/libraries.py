@@ -1,28 +1,29 @@
 """Reads the fields of config classes from their sources, without importing a library.
 
 `class_fields("trl:SFTConfig")` finds the class as an import of that name does: it follows the imports of the sources,
-also those for type checkers alone, and then the base classes. Values are read where the source states them: constants,
-members of enumerations, names of constants. Any other default reads as `None`.
+also those for type checkers alone, and then the base classes. A base class of the standard library, or one without a
+source, has no fields. Values are read where the source states them: constants, members of enumerations, names of
+constants. Any other default reads as `None`.
 """
 
 import ast
-import builtins
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_rb.cli.schemas.entry import TYPE_NAMES, make_entry
+from hf_rb.methods.static import parsed, source_file
 
 
 __all__ = ["Missing", "class_fields"]
 
 
-# Our own class by the one of TRL that it stands in for, which TRL may drop without notice.
-STAND_INS = {"hf_rb.trainers.gkd.base_config:GKDArguments": "trl.experimental.gkd:GKDConfig"}
+# A class that TRL may drop without notice, and ours that then stands in for it, by the name that is either.
+STAND_INS = {"GKDBaseConfig": ("trl.experimental.gkd:GKDConfig", "hf_rb.trainers.gkd.base_config:GKDArguments")}
 
 
 class Missing(ValueError):
@@ -35,23 +36,21 @@ class _Module:
     def __init__(self, name: str, path: Path):
         self.name = name
         self.package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        self.names: dict[str, ast.ClassDef | ast.ImportFrom | ast.Assign] = {}
+        self.names: dict[str, ast.ClassDef | ast.Import | ast.ImportFrom | ast.Assign] = {}
         self.renamed: dict[str, str] = {}
-        for node in _statements(ast.parse(path.read_text(encoding="utf-8")).body):
+        for node in _statements(parsed(path).body):
             if isinstance(node, ast.ClassDef):
-                self.names[node.name] = node
+                if not isinstance(self.names.get(node.name), ast.Assign):
+                    self.names[node.name] = node
             elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 self.names.setdefault(node.targets[0].id, node)
-            elif isinstance(node, ast.ImportFrom):
+            elif isinstance(node, ast.Import | ast.ImportFrom):
                 for alias in node.names:
-                    known = alias.asname or alias.name
+                    # `import a.b` gives the name `a` to the package.
+                    given = alias.name if alias.asname or isinstance(node, ast.ImportFrom) else _top(alias.name)
+                    known = alias.asname or given
                     self.names.setdefault(known, node)
-                    self.renamed.setdefault(known, alias.name)
-
-    def full_name(self, name: str) -> str:
-        """Returns the full name of a module by the name that this one has for it."""
-        node = self.names.get(name)
-        return f"{self.source_of(node)}.{self.renamed[name]}" if isinstance(node, ast.ImportFrom) else name
+                    self.renamed.setdefault(known, given)
 
     def source_of(self, node: ast.ImportFrom) -> str:
         """Returns the full name of the module that an import names."""
@@ -59,6 +58,16 @@ class _Module:
             return str(node.module)
         parts = self.package.split(".")
         return ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
+
+    def module_of(self, node: ast.expr) -> str:
+        """Returns the full name of the module that an expression such as `library.part` stands for here."""
+        first, dot, rest = ast.unparse(node).partition(".")
+        bound = self.names.get(first)
+        if isinstance(bound, ast.Import):
+            first = self.renamed[first]
+        elif isinstance(bound, ast.ImportFrom):
+            first = f"{self.source_of(bound)}.{self.renamed[first]}"
+        return f"{first}{dot}{rest}"
 
 
 class _Class(NamedTuple):
@@ -78,23 +87,25 @@ def class_fields(source: str) -> dict[str, dict[str, Any]]:
         Missing: The library is not installed, or has no such class.
     """
     module, _, name = source.partition(":")
-    return dict(_fields(module, name))
+    found = _find(module, name)
+    if not isinstance(found, _Class):
+        raise _missing(module, name)
+    return dict(_fields(found))
+
+
+def _missing(module: str, name: str) -> Missing:
+    return Missing(f"{_installed(module)} has no class `{module}.{name}`.{_remedy(module)}")
 
 
 @cache
-def _fields(module: str, name: str) -> dict[str, dict[str, Any]]:
-    found = _find(module, name)
-    if isinstance(found, _Class) and (wanted := STAND_INS.get(f"{found.module.name}:{found.node.name}")):
-        original = _find(*wanted.split(":"))
-        found = original if isinstance(original, _Class) else found
-    if not isinstance(found, _Class):
-        raise Missing(f"{_installed(module)} has no class `{module}.{name}`.{_remedy(module)}")
+def _fields(found: _Class) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
-    for base in reversed(found.node.bases):
-        if isinstance(base, ast.Attribute):
-            entries |= _fields(found.module.full_name(ast.unparse(base.value)), base.attr)
-        elif isinstance(base, ast.Name) and not hasattr(builtins, base.id):
-            entries |= _fields(found.module.name, base.id)
+    for node in reversed(found.node.bases):
+        base = _class(found.module, node)
+        if base is None and found.module.name.startswith("hf_rb.") and isinstance(node, ast.Attribute):
+            raise _missing(found.module.module_of(node.value), node.attr)
+        if base is not None and base != found:
+            entries |= _fields(base)
     if any("dataclass" in ast.unparse(decorator) for decorator in found.node.decorator_list):
         for node in found.node.body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
@@ -102,8 +113,12 @@ def _fields(module: str, name: str) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def _top(module: str) -> str:
+    return module.partition(".")[0]
+
+
 def _installed(module: str) -> str:
-    library = module.partition(".")[0]
+    library = _top(module)
     try:
         return f"{library} {metadata.version(library)}"
     except metadata.PackageNotFoundError:
@@ -112,7 +127,7 @@ def _installed(module: str) -> str:
 
 def _remedy(module: str) -> str:
     """Returns the versions that this package works with, if the library is among its dependencies."""
-    library = re.compile(rf"{module.partition('.')[0]}\b[^;]*")
+    library = re.compile(rf"{_top(module)}\b[^;]*")
     try:
         wanted = [found.group() for line in metadata.requires("hf_rb") or () if (found := library.match(line))]
     except metadata.PackageNotFoundError:
@@ -162,38 +177,52 @@ def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str,
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yields statements and those inside `if`, `else` and `try`."""
+    """Yields statements and those inside `if`, `else` and `try`; those for type checkers come last."""
     for node in body:
         yield node
-        for part in ("body", "orelse") if isinstance(node, ast.If | ast.Try) else ():
+        is_typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        parts = ("orelse", "body") if is_typing else ("body", "orelse")
+        for part in parts if isinstance(node, ast.If | ast.Try) else ():
             yield from _statements(getattr(node, part))
 
 
 @cache
 def _module(name: str) -> _Module | None:
-    top, *inner = name.split(".")
-    spec = find_spec(top)
-    for location in (spec and spec.submodule_search_locations) or ():
-        folder = Path(location, *inner)
-        for path in (folder / "__init__.py", folder.parent / f"{folder.name}.py"):
-            if path.is_file():
-                return _Module(name, path)
-    return None
+    path = None if _top(name) in sys.stdlib_module_names else source_file(name)
+    return None if path is None else _Module(name, path)
 
 
 def _find(module: str, name: str) -> "_Class | tuple[_Module, ast.Assign] | None":
     """Finds a class, or a constant with its module, by the name that a module has for it."""
-    source = _module(module)
-    if source is None:
-        return None
-    node = source.names.get(name)
-    if isinstance(node, ast.ImportFrom):
-        return _find(source.source_of(node), source.renamed[name])
-    if isinstance(node, ast.ClassDef):
-        return _Class(source, node)
-    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name):  # another name
-        return _find(module, node.value.id) or (source, node)
-    return (source, node) if isinstance(node, ast.Assign) else None
+    seen: set[tuple[str, str]] = set()
+    while (source := _module(module)) and (module, name) not in seen:
+        seen.add((module, name))
+        node = source.names.get(name)
+        if isinstance(node, ast.ClassDef):
+            return _Class(source, node)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id in source.names:
+            name = node.value.id  # another name for it
+            continue
+        if isinstance(node, ast.Assign):
+            return source, node
+        if not isinstance(node, ast.ImportFrom):
+            return None
+        module, name = source.source_of(node), source.renamed[name]
+    return None
+
+
+def _class(module: _Module, node: ast.expr) -> _Class | None:
+    """Finds the class that an expression stands for in a module: `Base`, `library.Base`, or one of them with types in
+    brackets.
+    """
+    node = node.value if isinstance(node, ast.Subscript) else node
+    found = None
+    if isinstance(node, ast.Name):
+        places = [*(one.split(":") for one in STAND_INS.get(node.id, ())), (module.name, node.id)]
+        found = next((one for place in places if isinstance(one := _find(*place), _Class)), None)
+    elif isinstance(node, ast.Attribute):
+        found = _find(module.module_of(node.value), node.attr)
+    return found if isinstance(found, _Class) else None
 
 
 def _value(node: ast.AST, owner: _Class) -> Any:
@@ -209,18 +238,16 @@ def _value(node: ast.AST, owner: _Class) -> Any:
         if stated:  # the last: the first is for older versions of a library
             return _value(stated[-1].value, owner)
         found = _find(owner.module.name, node.id)
-        return (
-            None
-            if found is None or isinstance(found, _Class)
-            else _value(found[1].value, owner._replace(module=found[0]))
-        )
+        if found is None or isinstance(found, _Class):
+            return None
+        return _value(found[1].value, owner._replace(module=found[0]))
     if isinstance(node, ast.List | ast.Tuple):
-        parts = (
-            _value(one.value, owner) if isinstance(one, ast.Starred) else [_value(one, owner)] for one in node.elts
-        )
-        return [value for part in parts for value in part or ()]
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return _members(node.value.id, owner).get(node.attr)
+        values = []
+        for one in node.elts:
+            values += _value(one.value, owner) or () if isinstance(one, ast.Starred) else [_value(one, owner)]
+        return values
+    if isinstance(node, ast.Attribute):
+        return _members(node.value, owner).get(node.attr)
     return None
 
 
@@ -284,8 +311,8 @@ def _type_name(option: ast.expr, owner: _Class) -> str:
     for kind, name in TYPE_NAMES.items():
         if outer in (kind.__name__, "None" if kind is type(None) else kind.__name__.title()):
             return name
-    found = _find(owner.module.name, outer)
-    if not isinstance(found, _Class):
+    found = _class(owner.module, option)
+    if found is None:
         return "any"
     return "str" if _is_enumeration(found.node) else "dict" if found.node.decorator_list else "any"
 
@@ -294,10 +321,10 @@ def _is_enumeration(node: ast.ClassDef) -> bool:
     return any(_outer(base).endswith("Enum") for base in node.bases)
 
 
-def _members(name: str, owner: _Class) -> dict[str, Any]:
+def _members(node: ast.expr, owner: _Class) -> dict[str, Any]:
     """Returns the members of an enumeration, and nothing for another class."""
-    found = _find(owner.module.name, name)
-    if not isinstance(found, _Class) or not _is_enumeration(found.node):
+    found = _class(owner.module, node)
+    if found is None or not _is_enumeration(found.node):
         return {}
     assigned = [node for node in found.node.body if isinstance(node, ast.Assign)]
     return {ast.unparse(node.targets[0]): _value(node.value, found) for node in assigned}
@@ -308,7 +335,7 @@ def _choices(options: list[ast.expr], owner: _Class) -> list[Any]:
     for option in options:
         if _outer(option) == "Literal" and not any(_outer(other) == "str" for other in options):
             return [ast.literal_eval(value) for value in _arguments(option)]
-        if isinstance(option, ast.Name) and (members := _members(option.id, owner)):
+        if members := _members(option, owner):
             return list(members.values())
     return []
 
@@ -317,7 +344,6 @@ def _nested(options: list[ast.expr], owner: _Class) -> dict[str, Any] | None:
     """Returns the fields of the dataclass that a list holds."""
     for option in options:
         if _outer(option) == "list" and _arguments(option) and _type_name(_arguments(option)[0], owner) == "dict":
-            found = _find(owner.module.name, _outer(_arguments(option)[0]))
-            if isinstance(found, _Class):
-                return _fields(owner.module.name, _outer(_arguments(option)[0]))
+            if found := _class(owner.module, _arguments(option)[0]):
+                return _fields(found)
     return None

@@ -1,4 +1,4 @@
-"""What the configurations of the MPI model classes have in common."""
+"""Fields that the configurations of the MPI model classes share."""
 
 import warnings
 from dataclasses import dataclass

@@ -22,7 +22,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-__all__ = ["GRADIENTS", "MATRICES", "alignment", "effective_router", "expert_matrix", "power_step"]
+__all__ = [
+    "GRADIENTS",
+    "MATRICES",
+    "alignment",
+    "effective_router",
+    "effective_router_and_weight",
+    "expert_matrix",
+    "matrix_view",
+    "power_step",
+    "row_length",
+    "weight_name",
+    "widened",
+]
 
 MATRICES = ("gate", "up", "down")
 GRADIENTS = ("full", "detach_experts", "detach_power")

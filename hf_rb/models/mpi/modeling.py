@@ -1,4 +1,4 @@
-"""What the MPI model classes have in common; a family adds the names of its native classes.
+"""Base of the MPI model classes; a family adds the names of its native classes.
 
 A model is built as its native class is. Then its routers, in place, become of a class that routes with the effective
 router, and whose parameters have the native names: checkpoints of either kind load in the other.
@@ -22,7 +22,7 @@ from hf_rb.models.mpi.losses import auxiliary_loss
 from hf_rb.models.mpi.router import EffectiveRouter
 
 
-# What the native classes call a cache. Not in `compat`: this file goes to the Hub with a model, without the package.
+# Name of a cache in the native classes. Not in `compat`: this file goes to the Hub with a model, without the package.
 CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ else:
 
 
 class MPIRouter(NativeRouter):
-    """Inherited before a native router: it routes with the effective router, and is the native one in all else."""
+    """Mixin before a native router: routes with the effective router, and otherwise behaves like the native one."""
 
     native_class: ClassVar[Any]
     mpi: EffectiveRouter
@@ -54,7 +54,7 @@ class _WithWeight:
 
 
 class MPIPreTrainedModel(NativeModel):
-    """Inherited before a native model."""
+    """Mixin before a native model."""
 
     native_class: ClassVar[type[PreTrainedModel]]
     # As in the paper's code: steps of a bfloat16 row would be lost to rounding.

@@ -24,7 +24,7 @@ from hf_rb.models.mpi.functional import (
 )
 
 
-__all__ = ["EffectiveRouter"]
+__all__ = ["EffectiveRouter", "check_options", "check_rows"]
 
 MODES = ("reparam", "inplace")
 

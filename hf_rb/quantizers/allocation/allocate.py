@@ -1,5 +1,5 @@
-"""What layers get by their sensitivity: `bits_per_layer="nsds:3.0"` as a setting for each of them, found before
-anything is loaded.
+"""Settings of layers by their sensitivity: `bits_per_layer="nsds:3.0"` becomes one for each of them before anything is
+loaded.
 """
 
 from collections.abc import Sequence
@@ -48,17 +48,21 @@ def allocate_layers(
             Its safetensors files. The weights of one layer are in memory at a time.
 
     Raises:
-        ValueError: The weights are in no safetensors files, or the layers are not those of a dense decoder in the
-            manner of Llama with an LM head.
+        ValueError: The strategy is no such text; the weights are in no safetensors files; or the layers are not those
+            of a dense decoder in the manner of Llama with an LM head.
     """
+    per_layer, budget = method.per_layer, nsds_budget(strategy)
+    if budget is None or method.nsds is None:
+        raise ValueError(
+            f"`{per_layer}` as text must be 'nsds:' and an average, such as 'nsds:2.5'; got {strategy!r}."
+        )
     layers, wanted = _decoder_layers(model), {}
-    per_layer, (least, most) = method.per_layer, method.nsds or (0, 0)
     if not layers or model.get_output_embeddings() is None:
         lacks = "list of decoder layers called `layers`" if not layers else "LM head"
         raise ValueError(
             f"`{per_layer}={strategy!r}` compares the layers of a decoder in the manner of Llama by its LM head, and "
             f"{type(model).__name__} has no {lacks}. Name layers yourself: `{per_layer}={{'NAME': "
-            f"{most}}}`, with the end of a layer's name."
+            f"{method.nsds[1]}}}`, with the end of a layer's name."
         )
     for name, layer in layers.items():
         for role, projection in PROJECTIONS.items():
@@ -69,7 +73,7 @@ def allocate_layers(
                     f"`{per_layer}={strategy!r}` compares the "
                     f"{', '.join(path.rpartition('.')[2] for path in PROJECTIONS.values())} of layers; {name} of "
                     f"{type(model).__name__} has no {projection}. Name the layers yourself: `{per_layer}={{{name!r}: "
-                    f"{most}}}`."
+                    f"{method.nsds[1]}}}`."
                 )
             wanted[name, role] = f"{name}.{projection}.weight"
     head = _unembedding(model)
@@ -85,8 +89,7 @@ def allocate_layers(
                 nsds.layer_numbers(nsds.LayerWeights(gate=weights.pop("gate", None), **weights), head_dim, directions)
             )
     scores = nsds.combine(*zip(*numbers, strict=True))
-    budget: Any = nsds_budget(strategy)  # the rules of the config have refused other texts
-    given = nsds.allocate([one.score for one in scores], budget, least, most)
+    given = nsds.allocate([one.score for one in scores], budget, *method.nsds)
     return [LayerAllocation(*row) for row in zip(layers, *zip(*scores, strict=True), given, strict=True)]
 
 

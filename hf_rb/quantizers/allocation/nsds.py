@@ -26,7 +26,7 @@ is cheap.
 import math
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class LayerWeights(NamedTuple):
 
 class LayerScore(NamedTuple):
     """
-    How sensitive a layer is, in (0, 1).
+    Sensitivity of a layer, in (0, 1).
 
     Attributes:
         numerical (`float`): By its modules' kurtosis.
@@ -83,16 +83,6 @@ class LayerScore(NamedTuple):
     numerical: float
     structural: float
     score: float
-
-
-class _Spectrum(NamedTuple):
-    """Singular values, largest first, and singular vectors in columns; the right ones are missing where they are not
-    needed.
-    """
-
-    values: Tensor
-    left: Tensor
-    right: Tensor | None = None
 
 
 def layer_numbers(
@@ -120,11 +110,11 @@ def layer_numbers(
     for name, matrix in (("up", up), ("gate", gate)):
         if matrix is not None:
             numerical[name] = excess_kurtosis([matrix])
-            spectrum = _kept(_gram_spectrum(matrix.T))
-            structural[name] = expressiveness(spectrum.values, _peaked(spectrum.left).log1p(), rank)
+            values, left = _kept(*_gram_spectrum(matrix.T))
+            structural[name] = expressiveness(values, _peaked(left).log1p(), rank)
     numerical["down"] = excess_kurtosis([down])
-    spectrum = _kept(_gram_spectrum(down))
-    structural["down"] = expressiveness(spectrum.values, _seen(spectrum.left, directions), rank)
+    values, left = _kept(*_gram_spectrum(down))
+    structural["down"] = expressiveness(values, _seen(left, directions), rank)
     heads = len(query) // head_dim
     shared = heads // (len(key) // head_dim)
     circuits: dict[str, list[tuple[Tensor, Tensor]]] = {"qk": [], "ov": []}
@@ -148,13 +138,9 @@ def _circuit_numbers(left: Tensor, right: Tensor, directions: Tensor | None, ran
     """
     rows = max(1, CHUNK // right.shape[1])
     kurtosis = excess_kurtosis(block.T @ right for block in left.split(rows, dim=1))
-    spectrum = _kept(_circuit_spectrum(left.double(), right.double()))
-    if directions is not None:
-        weights = _seen(spectrum.left, directions)
-    else:
-        inputs: Any = spectrum.right  # a circuit has both
-        weights = (_peaked(spectrum.left) * _peaked(inputs)).log1p()
-    return kurtosis, expressiveness(spectrum.values, weights, rank)
+    values, outputs, inputs = _kept(*_circuit_spectrum(left.double(), right.double()))
+    weights = (_peaked(outputs) * _peaked(inputs)).log1p() if directions is None else _seen(outputs, directions)
+    return kurtosis, expressiveness(values, weights, rank)
 
 
 def excess_kurtosis(parts: Iterable[Tensor]) -> float:
@@ -188,31 +174,31 @@ def output_directions(unembedding: Tensor) -> Tensor:
     """Returns the right singular vectors that hold 99 % of an unembedding `(vocabulary, hidden)`, float64
     `(hidden, n)`.
     """
-    return _kept(_gram_spectrum(unembedding.T)).left
+    return _kept(*_gram_spectrum(unembedding.T))[1]
 
 
-def _gram_spectrum(matrix: Tensor) -> _Spectrum:
-    """Singular values and left singular vectors, from the smaller side's point of view: M M'."""
+def _gram_spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns singular values, largest first, and left singular vectors in columns, from M M'."""
     gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
     for part in matrix.split(max(1, CHUNK // len(matrix)), dim=1):
         part = _wide(part)
         gram += part @ part.T
     values, vectors = torch.linalg.eigh(gram)
-    return _Spectrum(values.clamp_(min=0).sqrt_().flip(0), vectors.flip(1))
+    return values.clamp_(min=0).sqrt_().flip(0), vectors.flip(1)
 
 
-def _circuit_spectrum(left: Tensor, right: Tensor) -> _Spectrum:
-    """That of `left.T @ right`, without the matrix."""
+def _circuit_spectrum(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns singular values of `left.T @ right`, and left and right vectors in columns, without the matrix."""
     (left, left_factor), (right, right_factor) = torch.linalg.qr(left.T), torch.linalg.qr(right.T)
     inner_left, values, inner_right = torch.linalg.svd(left_factor @ right_factor.T)
-    return _Spectrum(values, left @ inner_left, right @ inner_right.T)
+    return values, left @ inner_left, right @ inner_right.T
 
 
-def _kept(spectrum: _Spectrum) -> _Spectrum:
-    energy = spectrum.values.square().cumsum(0)
+def _kept(values: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """Returns the largest singular values that hold nearly all of the energy, with their vectors."""
+    energy = values.square().cumsum(0)
     count = max(FEWEST, int((energy < ENERGY * energy[-1]).sum()) + 1)
-    right = None if spectrum.right is None else spectrum.right[:, :count]
-    return _Spectrum(spectrum.values[:count], spectrum.left[:, :count], right)
+    return values[:count], *(one[:, :count] for one in vectors)
 
 
 def _peaked(vectors: Tensor) -> Tensor:

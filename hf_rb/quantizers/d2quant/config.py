@@ -220,7 +220,7 @@ class D2QuantConfig(PackedConfig):
 
     @property
     def summary(self) -> str:
-        """What is done to a model, in a sentence."""
+        """Sentence about the quantization of a model."""
         how = (
             f"Calibrated quantization by {self.backend.upper()}" if self.calibrated else "Rounding without calibration"
         )

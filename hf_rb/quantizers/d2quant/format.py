@@ -1,4 +1,4 @@
-r"""How D²Quant's weights are stored, in files and for the kernels.
+r"""Storage of D²Quant's weights, in files and for the kernels.
 
 There are two kinds of matrices, each with codes of 2 or 3 bits, the first also of 4:
 
@@ -61,7 +61,7 @@ DUAL = {2: (SIGNS,), 3: (SIGNS, Part(1, ((-1, 1),)))}
 
 class Coding(NamedTuple):
     """
-    How a weight is coded.
+    Coding of a weight.
 
     Attributes:
         bits (`int`): Bits of a code.
@@ -84,11 +84,8 @@ def code_bits(layout: Layout) -> int:
 
 
 def is_dual(layout: Layout) -> bool:
-    """Whether a layout is that of sign planes."""
+    """Returns whether a layout is that of sign planes."""
     return layout.parts[0] == SIGNS
-
-
-# Codes of a matrix <-> tensors of memory.
 
 
 def for_kernels(codes: AffineCodes | DualCodes) -> PackedWeight:
@@ -154,7 +151,7 @@ def scale_rows(layout: Layout, scale: Tensor, factor: Tensor) -> Tensor:
     return result
 
 
-# Tensors of memory <-> tensors of a file. Leading dimensions, those of experts, stay as they are.
+# Files and memory have the same leading dimensions, those of experts.
 
 
 def to_file(layout: Layout, weight: PackedWeight) -> PackedWeight:
@@ -260,9 +257,6 @@ def _unpack_zeros(packed: Tensor, bits: int, groups: int) -> Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream = (packed[..., None] >> places & 1).flatten(-2)[..., : groups * bits].unflatten(-1, (groups, bits))
     return (stream << places[:bits]).sum(-1, dtype=torch.uint8)
-
-
-# Codes of a matrix <-> tensors of a file.
 
 
 def pack(codes: AffineCodes | DualCodes) -> dict[str, Tensor]:

@@ -51,8 +51,6 @@ class D2QuantQuantizer(PackingQuantizer):
         if self.calibrates and isinstance(quantization_config.dataset, str):
             check_columns(quantization_config.dataset)
 
-    # What is quantized.
-
     def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         if self.calibrates and isinstance(self.quantization_config.bits_per_layer, str):  # which reads all weights
             from hf_rb.quantizers.d2quant.calibrate.checks import check_model
@@ -106,15 +104,11 @@ class D2QuantQuantizer(PackingQuantizer):
         error = ((codes.dequantize() - matrix).norm() / norm).item() if norm else 0.0
         return Solved(for_kernels(codes), error, resolved=False)
 
-    # Files.
-
     def to_file(self, layout: Layout, weight: PackedWeight) -> PackedWeight:
         return to_file(layout, weight)
 
     def from_file(self, layout: Layout, stored: PackedWeight, parameter: str) -> PackedWeight:
         return from_file(layout, stored, is_dual(layout) and self._keeps_column(parameter.removesuffix(".weight")))
-
-    # Tensor by tensor.
 
     def prepare_streaming(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
@@ -159,8 +153,6 @@ class D2QuantQuantizer(PackingQuantizer):
             )
         setattr(config, BIAS_SWITCH, True)
         return empty
-
-    # After loading.
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config

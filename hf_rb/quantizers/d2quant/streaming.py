@@ -61,7 +61,7 @@ class ColumnScales:
         self.known[name, place.expert] = column
 
     def has_partner(self, name: str) -> bool:
-        """Whether a layer gets the column scales of a down projection."""
+        """Returns whether a layer gets the column scales of a down projection."""
         return name in self._pairs
 
     def put_into(self, name: str, layout: Layout, scale: Tensor, rows: int, place: Place) -> None:

@@ -316,7 +316,7 @@ class _PackedModel:
         }
 
     def gptq_config(self) -> dict:
-        """What GPTQ's loaders read from `config.json`."""
+        """Returns the entry of `config.json` that GPTQ's loaders read."""
         config = {
             "quant_method": "gptq",
             "bits": 4,

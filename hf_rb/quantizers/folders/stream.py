@@ -297,7 +297,7 @@ class _StreamedModel:
         return matrix.T if self.model.get_submodule(parameter.rpartition(".")[0]).is_transposed else matrix
 
     def report(self, work: Path) -> Report:
-        """What was done, in this process or before."""
+        """Returns the report of all shards, those of earlier processes too."""
         method = self.quantizer.quantization_config.quant_method
         report = Report(method, **self.beside)
         for shard in self.shards:

@@ -1,4 +1,4 @@
-r"""How the kernels see a quantized matrix: codes of a few bits, and small tables that turn a code into a number.
+r"""Layout of a quantized matrix for the kernels: codes of a few bits, and small tables that turn a code into a number.
 
 A weight of row i and column j, in group g, is
 

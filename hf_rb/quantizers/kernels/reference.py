@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from hf_rb.quantizers.kernels.layout import Layout, unpack
 
 
-__all__ = ["dequantize", "forget", "linear"]
+__all__ = ["dequantize", "forget", "linear", "matrix"]
 
 BLOCK = 1 << 20  # weights that are unpacked at a time
 

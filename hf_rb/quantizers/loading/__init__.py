@@ -1,1 +1,1 @@
-"""How transformers loads a model with packed layers."""
+"""Loading of a model with packed layers by transformers."""

@@ -1,4 +1,4 @@
-"""What PEFT may do to packed layers: train adapters beside them, and nothing that needs their plain weights."""
+"""Limits of PEFT on packed layers: adapters train beside them, and nothing needs their plain weights."""
 
 from collections.abc import Generator
 from contextlib import contextmanager

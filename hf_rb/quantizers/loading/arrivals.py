@@ -1,4 +1,4 @@
-"""What has come and what has not while a model with packed parameters loads."""
+"""Record of the packed parameters that have come while a model loads."""
 
 from collections.abc import Collection
 
@@ -10,7 +10,7 @@ __all__ = ["Arrivals"]
 
 class Arrivals:
     """
-    Which packed parameters are still to come while a model loads, and why some could not be made.
+    Packed parameters that are still to come while a model loads, and reasons for those that could not be made.
 
     Attributes:
         missing (`set[str]`): Full names of parameters.

@@ -1,4 +1,4 @@
-"""How the tensors of a checkpoint become packed parameters, in terms of transformers' loader.
+"""Conversion of the tensors of a checkpoint to packed parameters, in terms of transformers' loader.
 
 A conversion says which tensors of a file make which parameter, and by which operations: experts 0 to 127 are stacked,
 gate and up are joined. Where the result is packed, the same operations bring packed rows together, because they move
@@ -53,7 +53,7 @@ Made = TypeVar("Made")
 
 class Packer(Protocol):
     """
-    What a conversion asks of a quantizer.
+    Interface of a quantizer to the conversions.
 
     Attributes:
         pre_quantized (`bool`): Whether the files are quantized.
@@ -103,7 +103,7 @@ class Conversions:
                 # An operation that turns a tensor when the shape says so would look at the packed one.
                 operations = [op for op in conversion.operations if not getattr(op, "check_dims", False)]
                 self._add(packer, arrivals, conversion, operations, origin=conversion)
-        # What a file has under the parameter's own name: the `weight` of any module, `experts.down_proj`.
+        # A file may have the parameter's own name: the `weight` of any module, `experts.down_proj`.
         ends = {tuple(name.split(".")[-2:]) for name in packer.layouts}
         for name in sorted({r"\.weight" if end[1] == "weight" else rf"\.{end[0]}\.{end[1]}" for end in ends}):
             own = compat.WeightConverter(name, name, [compat.IdentityOp()])
@@ -156,7 +156,9 @@ class Conversions:
 
 
 def moves_rows(conversion: Any) -> bool:
-    """Whether a conversion only stacks experts and joins rows, and so does to packed rows what it does to weights."""
+    """Returns whether a conversion only stacks experts and joins rows, and so does to packed rows what it does to
+    weights.
+    """
     stacked = any(isinstance(operation, compat.MergeModulelist) for operation in conversion.operations)
     rows = {compat.MergeModulelist: 0, compat.Concatenate: 1 if stacked else 0}
     return all(type(op) in rows and op.dim == rows[type(op)] for op in conversion.operations)
@@ -287,7 +289,7 @@ class _Read(_Operation):
         try:
             if packed:
                 restored = self._each(input_dict, restore)
-                # Which tensors there are is the same for all experts: the method has checked it.
+                # All experts have the same tensors: the method has checked it.
                 named = {pattern: [one.named(full_layer_name) for one in found] for pattern, found in restored.items()}
                 names = next(iter(named.values()))[0]
                 result = {
@@ -326,7 +328,7 @@ class _Read(_Operation):
 
 
 def _is_packed(model: PreTrainedModel, name: str) -> bool:
-    """Whether a parameter is packed, or stands beside one that is."""
+    """Returns whether a parameter is packed, or stands beside one that is."""
     module, parameter = _owner(model, name)
     return isinstance(module, PackedModule) and module.is_packed(parameter)
 

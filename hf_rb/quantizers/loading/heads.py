@@ -1,4 +1,4 @@
-"""What of a model is its head, which stays in floating point, and what a file says about it.
+"""Heads of a model, which stay in floating point, and what a file says about them.
 
 A head is small, new whenever a model is trained for another task, and its errors go straight into the answer. Which
 module is one is seen from where it stands: outside the base model, or behind the last stack of layers of a model (a
@@ -44,7 +44,7 @@ def heads(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _has_layers(module: nn.Module) -> bool:
-    """Whether a module holds a stack of layers: a list of modules that have linear layers inside."""
+    """Returns whether a module holds a stack of layers: a list of modules that have linear layers inside."""
     parts = list(module.modules())
     if any(isinstance(part, PreTrainedModel) for part in parts):
         return True

@@ -1,4 +1,4 @@
-"""What a quantizer is told of a matrix, and what it makes of it."""
+"""Place of a matrix in a model, and the result of quantizing it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Solved(NamedTuple):
 @dataclass(frozen=True)
 class Place:
     """
-    Where in its parameter a matrix of a file belongs.
+    Place of a file's matrix in its parameter.
 
     Attributes:
         expert (`int`, *optional*): Number of the expert.

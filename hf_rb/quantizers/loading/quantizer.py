@@ -1,4 +1,4 @@
-"""What the quantization backends of `from_pretrained(..., quantization_config=...)` have in common.
+"""Base of the quantization backends of `from_pretrained(..., quantization_config=...)`.
 
 A layer holds the bytes that the kernels read. A file has the tensors of its method's format, in the names and the
 splitting of the model's own checkpoints: `experts.3.gate_proj.weight`, with its scales as
@@ -93,8 +93,6 @@ class PackingQuantizer(HfQuantizer):
                 "quantized. Quantize it first and call `model.dequantize()`, or leave `dequantize` out."
             )
 
-    # What a method is.
-
     @abstractmethod
     def layout_of(self, name: str, in_features: int, units: Any) -> Layout:
         """
@@ -110,11 +108,11 @@ class PackingQuantizer(HfQuantizer):
         """
 
     def has_column(self, name: str, layout: Layout) -> bool:
-        """Whether the inputs of a weight have a factor each."""
+        """Returns whether the inputs of a weight have a factor each."""
         return False
 
     def adds_bias(self, name: str) -> bool:
-        """Whether a packed layer gets a bias that its original has not."""
+        """Returns whether a packed layer gets a bias that its original has not."""
         return False
 
     @abstractmethod
@@ -136,7 +134,7 @@ class PackingQuantizer(HfQuantizer):
 
     @property
     def record(self) -> QuantizerMethod:
-        """What the method says of itself."""
+        """The record of the method."""
         return self.quantization_config.record
 
     @property
@@ -147,8 +145,6 @@ class PackingQuantizer(HfQuantizer):
     @property
     def serialized_names(self) -> dict[str, list[str]]:  # pyrefly: ignore[bad-override]  (read-only here)
         return {"weight": [f"weight{suffix}" for suffix in ("", *self.suffixes)]}
-
-    # What is quantized.
 
     def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         self.checkpoint_files = kwargs.get("checkpoint_files")
@@ -234,7 +230,7 @@ class PackingQuantizer(HfQuantizer):
         """Is called with the model on the meta device before tensor after tensor is given to `quantize_tensor`."""
 
     def streams(self, model: PreTrainedModel, name: str) -> bool:
-        """Whether a parameter is given to `quantize_tensor`, in pieces as a file has them."""
+        """Returns whether a parameter is given to `quantize_tensor`, in pieces as a file has them."""
         return self.param_needs_quantization(model, name)
 
     def quantize_tensor(self, parameter: str, module: PackedModule, matrix: Tensor, place: Place) -> PackedWeight:
@@ -283,8 +279,6 @@ class PackingQuantizer(HfQuantizer):
             return packed
 
         return by_block(module, weight, matrix, solve)
-
-    # How tensors of a file become parameters, and back.
 
     def get_quantize_ops(self) -> compat.ConversionOps:
         return compat.IdentityOp()  # the conversion has done it

@@ -1,4 +1,4 @@
-"""Who reads the `weight` of a linear layer, besides the layer itself.
+"""Readers of the `weight` of a linear layer, besides the layer itself.
 
 A packed `weight` is bytes. Model code that multiplies with it, asks for its type or hands it to a kernel would compute
 something else or crash, so a layer with such a reader stays as it is. Readers are found before anything is loaded, by
@@ -58,7 +58,7 @@ def note_readers(
     """
     if config.dequantize or not layers:
         return {}, config
-    # What a checkpoint has packed was looked at when it was made; here the source tells of other versions of hf_rb and
+    # The layers of a packed checkpoint ran when it was made. The source tells of other versions of hf_rb and
     # transformers.
     readers = find_readers(model, layers, recorded=not pre_quantized)
     if readers:

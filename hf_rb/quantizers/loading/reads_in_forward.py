@@ -1,4 +1,4 @@
-"""Who reads the weight of a linear layer in a forward pass of the model, on the meta device."""
+"""Readers of the weight of a linear layer in a forward pass of the model, on the meta device."""
 
 import copy
 import sys
@@ -19,7 +19,7 @@ FEW = 4  # modules and parameters of what is no block, a layer among others
 
 
 class _Watched:
-    """What makes a linear layer of a copied model tell who reads its weight."""
+    """Linear layer of a copied model that tells who reads its weight."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -32,8 +32,8 @@ class _Watched:
 def record(model: nn.Module, layers: Collection[str]) -> tuple[dict[str, str], str | None]:
     """Returns the readers of layers in a forward pass on the meta device, and why it did not come to its end."""
     readers, problem = _run(model, layers, _alike(model))
-    # Code that counts the blocks of a model misses those that were left out. What asks for values stops all blocks
-    # alike.
+    # Code that counts the blocks of a model misses those that were left out. Code that asks for values stops all
+    # blocks alike.
     return (readers, problem) if problem is None or "meta tensor" in problem else _run(model, layers, {})
 
 

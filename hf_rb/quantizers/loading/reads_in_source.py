@@ -1,4 +1,4 @@
-"""What the source of a model says about who reads the weight of a linear layer."""
+"""Readers of the weight of a linear layer, found in the source of a model."""
 
 import ast
 import linecache
@@ -43,7 +43,7 @@ class _Read(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """What the source of a class says: reads, and readers of something that it does not name."""
+    """Facts from the source of a class: reads, and readers of something that it does not name."""
 
     reads: list[_Read]
     unresolved: list[str]
@@ -264,7 +264,7 @@ def _paths(value: ast.expr) -> Iterator[tuple[str, ...]]:
 
 
 def _is_harmless(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether a read of a weight says of bytes what it says of numbers, or does not happen when the model is
+    """Returns whether a read of a weight says of bytes what it says of numbers, or does not happen when the model is
     quantized.
     """
     parent, text = parents.get(node), ast.unparse(node)
@@ -301,7 +301,7 @@ def _holds(outer: ast.AST, inner: ast.AST) -> bool:
 
 
 def is_harmless_at(frame: FrameType) -> bool:
-    """Whether the read that is going on in a frame is harmless."""
+    """Returns whether the read that is going on in a frame is harmless."""
     file, parents = frame.f_code.co_filename, None
     line, _, column, end = list(frame.f_code.co_positions())[frame.f_lasti // 2]
     parents = _parents_in(file)

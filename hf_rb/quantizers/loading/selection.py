@@ -1,4 +1,4 @@
-"""Which parts of a model are packed."""
+"""Selection of the parts of a model that are packed."""
 
 import re
 from collections import Counter
@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 @dataclass
 class Selection:
     """
-    Which parts of a model are packed.
+    Parts of a model that are packed.
 
     Attributes:
         config ([`PackedConfig`]): The configuration that is stored: as given, or a copy that also names the layers
@@ -91,7 +91,7 @@ def select(
 
     candidates = [name for name in linear if not left(name, modules[name])]
     found.readers, found.config = note_readers(model, candidates, config, pre_quantized, _means)
-    # What is read in a packed checkpoint is loaded as it is stored, and then unpacked.
+    # A layer of a packed checkpoint that is read is loaded as it is stored, and then unpacked.
     to_pack = {name for name in candidates if pre_quantized or name not in found.readers}
     unknown, packed = {}, []
     for name, module in modules.items():

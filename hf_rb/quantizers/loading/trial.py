@@ -22,7 +22,7 @@ from hf_rb.utils.random_state import random_states_kept
 __all__ = ["check_adapter", "check_trained_module"]
 
 TOLERANCE = 1e-3  # of float32 sums over some ten thousand inputs, by another order
-# What of a configuration is about the other modules of a model, and what it is for one layer.
+# Fields of a configuration that are about other modules of a model, with their values for one layer.
 ALONE = dict.fromkeys(
     (
         "exclude_modules",

@@ -1,1 +1,1 @@
-"""What a packed layer is."""
+"""Packed layers: their weight, their modules, their report."""

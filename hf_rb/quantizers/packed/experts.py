@@ -16,7 +16,7 @@ from hf_rb.quantizers.packed.linear import PackedModule, scaled
 
 __all__ = ["PackedExperts", "fused_experts", "input_size", "projections"]
 
-# What `use_experts_implementation` says about the experts of a class.
+# Facts about the experts of a class, which `use_experts_implementation` sets.
 FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
 
 

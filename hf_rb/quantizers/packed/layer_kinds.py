@@ -22,7 +22,7 @@ MAGNITUDES = (1.0, 1e3)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a module keeps its weights with the inputs first, `(in, out)` or `(experts, in, out)`."""
+    """Returns whether a module keeps its weights with the inputs first, `(in, out)` or `(experts, in, out)`."""
     layer: Any = module
     return getattr(layer, "is_transposed", isinstance(module, Conv1D))
 
@@ -36,7 +36,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 def is_linear_map(module: nn.Module) -> bool:
     """
-    Whether a layer is an `nn.Linear` or a `Conv1D`, or of a subclass that computes the same.
+    Returns whether a layer is an `nn.Linear` or a `Conv1D`, or of a subclass that computes the same.
 
     A subclass is tried: its own forward pass runs with a small random matrix in the place of its weight, in training
     and in evaluation mode. The weight itself is not looked at and may be on the meta device.

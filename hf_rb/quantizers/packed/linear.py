@@ -18,7 +18,7 @@ from hf_rb.quantizers.packed.weight import SUFFIXES, PackedWeight
 from hf_rb.utils.fields import value_problem
 
 
-__all__ = ["PackedLinear", "PackedModule"]
+__all__ = ["PackedLinear", "PackedModule", "scaled"]
 
 
 class PackedModule(nn.Module):
@@ -77,7 +77,7 @@ class PackedModule(nn.Module):
         return PackedWeight(getattr(self, name), getattr(self, scale), getattr(self, column, None))
 
     def is_packed(self, parameter: str) -> bool:
-        """Whether a parameter is packed, or stands beside one that is."""
+        """Returns whether a parameter is packed, or stands beside one that is."""
         return any(parameter in self.packed_weight(name).named(name) for name in self.layouts)
 
     def described(self, name: str) -> str:

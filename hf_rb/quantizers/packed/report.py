@@ -1,4 +1,4 @@
-"""What quantizing a model did, layer by layer, and what plain 4-bit rounding would have done."""
+"""Report of quantizing a model, layer by layer, beside plain 4-bit rounding."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -68,7 +68,7 @@ class BlockReport:
 @dataclass
 class LayerAllocation:
     """
-    What a decoder layer gets because of how sensitive its weights look, by NSDS.
+    Setting of a decoder layer by the sensitivity of its weights, found by NSDS.
 
     Attributes:
         name (`str`): Module name in the model.
@@ -88,7 +88,7 @@ class LayerAllocation:
 @dataclass
 class Report:
     """
-    What quantizing a model did. `dataclasses.asdict` makes it JSON-able.
+    Report of quantizing a model. `dataclasses.asdict` makes it JSON-able.
 
     Attributes:
         method (`str`): Name of the method.
@@ -151,9 +151,8 @@ class Report:
         if known is None:
             self.layers.append(layer)
         else:
-            both = [known, layer]
-            relative_error: Any = _mean(both, "relative_error")  # every layer has one
-            known.relative_error, known.baseline_error = relative_error, _mean(both, "baseline_error")
+            known.baseline_error = _mean([known, layer], "baseline_error")
+            known.relative_error = _root_mean_square([(one.weights, one.relative_error) for one in (known, layer)])
             known.weights += layer.weights
             if known.baseline_bytes is not None and layer.baseline_bytes is not None:
                 known.baseline_bytes += layer.baseline_bytes
@@ -188,7 +187,7 @@ class Report:
         return _mean(self.layers, which)
 
     def markdown(self) -> str:
-        """What a model card says of the measurements; nothing if there are none."""
+        """Returns the measurements as Markdown for a model card; an empty text if there are none."""
         sentences = []
         if self.eval_data:
             before, after = self.perplexity_before, self.perplexity_after
@@ -202,7 +201,7 @@ class Report:
         return "\n\n".join(sentences)
 
     def quality(self) -> "Verdict | None":
-        """How much worse the model has become, in words, where the perplexity was measured."""
+        """Returns the verdict on the quantized model, where the perplexity was measured."""
         if self.perplexity_after is None or self.perplexity_before is None:
             return None
         from hf_rb.evaluation.verdict import judge
@@ -236,6 +235,9 @@ class Report:
 
 def _mean(layers: Iterable[LayerReport], which: str) -> float | None:
     pairs = [(layer.weights, getattr(layer, which)) for layer in layers]
-    if not pairs or any(error is None for _, error in pairs):
-        return None
+    return None if not pairs or any(error is None for _, error in pairs) else _root_mean_square(pairs)
+
+
+def _root_mean_square(pairs: list[tuple[int, float]]) -> float:
+    """Returns the root mean square of errors over the weights that each is of."""
     return (sum(weights * error**2 for weights, error in pairs) / sum(weights for weights, _ in pairs)) ** 0.5

@@ -25,7 +25,7 @@ from hf_rb.quantizers.kernels.layout import Layout
 
 __all__ = ["SUFFIXES", "DamagedTensor", "PackedWeight"]
 
-# What follows the weight's name in the names of its tensors.
+# Endings that a weight's name gets for each of its tensors.
 SUFFIXES = {"packed": "", "scale": "_scale", "column": "_column", "hi": "_hi", "zero": "_zero"}
 
 

@@ -118,7 +118,7 @@ class PTQTPConfig(PackedConfig):
 
     @property
     def summary(self) -> str:
-        """What is done to a model, in a sentence."""
+        """Sentence about the quantization of a model."""
         by_layer = self.planes_per_layer or {}
         numbers = METHOD.nsds or () if isinstance(by_layer, str) else {self.planes, *by_layer.values()}
         sums = ("one ternary plane", "a sum of two ternary planes", "a sum of three ternary planes")

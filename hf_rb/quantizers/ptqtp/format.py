@@ -213,7 +213,7 @@ def check_scales(scales: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError("A scale is negative, infinite or NaN: the file is damaged.")
 
 
-# In what follows digits are trits + 1, uint8 (planes, out, in).
+# From here on digits are trits + 1, uint8 (planes, out, in).
 
 
 def _pack(digits: Tensor, layout: Layout, packing: str) -> Tensor:

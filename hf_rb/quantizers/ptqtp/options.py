@@ -1,4 +1,4 @@
-"""What the alternation of PTQTP's two half-steps starts from, and when it stops (`solver.py`)."""
+"""Start and end of the alternation of PTQTP's two half-steps (`solver.py`)."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-__all__ = ["SolverOptions", "solver_options"]
+__all__ = ["TIED", "SolverOptions", "solver_options"]
 
 # The ridge is a numerical guard. Nothing in the result depends on it, so it is not an option; the third version of the
 # paper has 1e6 for the threshold.
@@ -22,7 +22,7 @@ REACH = 2.5
 
 
 class SolverOptions(NamedTuple):
-    """How the two half-steps alternate."""
+    """Options of the alternation of the two half-steps."""
 
     planes: int
     direction: Tensor | None  # the scales are multiples of it

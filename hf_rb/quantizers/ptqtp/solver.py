@@ -118,7 +118,7 @@ def solve(
 
 class QuantizedMatrix(NamedTuple):
     """
-    What [`quantize_matrix`] returns.
+    Result of [`quantize_matrix`].
 
     Attributes:
         packed (`torch.Tensor`): uint8 `(out_features, row_bytes)`, the kernels' layout.

@@ -22,7 +22,7 @@ __all__ = ["encode", "fit"]
 # Weights that a warp works on.
 TILE = 256
 
-# What `_fit_kernel` reads from `params_ptr`: numbers in float64, which an argument of a kernel would not be. The
+# Places in `params_ptr`, from which `_fit_kernel` reads numbers in float64: an argument of a kernel would not be. The
 # direction is that of tied scales; every start has three shares.
 TOL, RIDGE_INIT, RIDGE_MAX, KAPPA, REACH, DIRECTION, STARTS = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 5, 7))
 

@@ -1,4 +1,4 @@
-"""What the panels of tokens have in common."""
+"""Parts that the panels of tokens share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

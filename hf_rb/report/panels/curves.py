@@ -1,4 +1,4 @@
-"""What a run has logged, of all runs in one drawing. Numbers of a method are in the panel of that method."""
+"""Logs of all runs in one drawing. Numbers of a method are in the panel of that method."""
 
 from collections.abc import Sequence
 

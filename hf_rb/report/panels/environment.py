@@ -1,6 +1,4 @@
-"""What the run was given and what it ran on, as its model card says, and where the report was made. Always the last
-panel.
-"""
+"""Settings and environment of the run, as its model card says, and those of the report. Always the last panel."""
 
 import platform
 import re

@@ -1,4 +1,4 @@
-"""What was measured: by `hf-rb eval --out`, and by the trainer at the end of a run."""
+"""Measurements: those of `hf-rb eval --out`, and those of the trainer at the end of a run."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What every source is made of and where it ended, in one table. Always the first panel."""
+"""Overview of the sources, with the ends of their runs, in one table. Always the first panel."""
 
 import re
 from collections.abc import Iterator, Sequence

@@ -11,7 +11,7 @@ from hf_rb.rl.rewards import completion_text
 from hf_rb.tiny.problems import extract_answer
 
 
-__all__ = ["answer_f1", "is_well_formed", "search_f1"]
+__all__ = ["answer_f1", "is_tool_error", "is_well_formed", "search_f1", "text_of"]
 
 _MARKUP = re.compile(r"</?tool_(call|response)>")
 _SKIPPED = re.compile(r"\b(a|an|the)\b")

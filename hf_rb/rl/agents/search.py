@@ -89,7 +89,7 @@ class PassageSearch:
             What is searched.
         answer_extractor (`str`, *optional*, defaults to `"hashes"`):
             The form of answer to ask for where a row has a question and no prompt: a key of
-            `hf_rb.rl.rewards.EXTRACTORS`.
+            `hf_rb.rewards.EXTRACTORS`.
 
     Attributes:
         retrieved (`dict[str, list[str]]`): By the text of a tool message, the ids of the passages in it.

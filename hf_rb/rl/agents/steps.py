@@ -1,4 +1,4 @@
-"""How useful each search of a rollout was: what CalibAdv asks of the domain.
+"""Usefulness of each search of a rollout, which CalibAdv asks of the domain.
 
 A step scorer takes the context of the advantage pipeline and returns, for each of this process's rollouts, one number
 in [0, 1] for each model turn that calls a tool. Every process calls it.

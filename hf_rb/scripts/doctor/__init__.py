@@ -1,4 +1,4 @@
-"""Versions and verdicts of `hf-rb doctor`, in under a minute, offline."""
+"""Versions and findings of `hf-rb doctor`, in under a minute, offline."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -6,31 +6,31 @@ from importlib import import_module
 
 from hf_rb.scripts.doctor import behaviours
 from hf_rb.scripts.doctor.environment import environment
-from hf_rb.scripts.doctor.verdicts import Verdict, examine
+from hf_rb.scripts.doctor.findings import Finding, finding_of
 from hf_rb.utils import compat, import_hooks, versions
 
 
 __all__ = ["environment", "examination"]
 
 
-def examination() -> Iterator[Verdict]:
-    """Yields verdicts as they are found, and stops at a version that is not supported or a part that does not
+def examination() -> Iterator[Finding]:
+    """Yields findings one by one, and stops at a version that is not supported or a part that does not
     import.
     """
     for group, name, check in (
         ("versions", "ranges of transformers, TRL, PEFT and accelerate", versions.check_versions),
         ("imports", "the libraries", lambda: _import("torch", *versions.RANGES)),
     ):
-        yield (verdict := examine(group, name, check))
-        if verdict.state == "failed":
+        yield (finding := finding_of(group, name, check))
+        if finding.state == "failed":
             return
-    names = [examine("names", name, lambda name=name: behaviours.check_parameters(name)) for name in compat.TABLE]
-    yield from (verdict for verdict in names if verdict.state == "failed")
-    yield (imported := examine("imports", "every part of the package", lambda: _import(f"{__name__}.trials")))
+    names = [finding_of("names", name, lambda name=name: behaviours.check_parameters(name)) for name in compat.TABLE]
+    yield from (finding for finding in names if finding.state == "failed")
+    yield (imported := finding_of("imports", "every part of the package", lambda: _import(f"{__name__}.trials")))
     if imported.state == "failed":
         return
     for library in ("transformers", "peft"):
-        yield examine(
+        yield finding_of(
             "registration", f"registered with {library}", lambda library=library: import_hooks.require(library)
         )
 
@@ -42,11 +42,11 @@ def examination() -> Iterator[Verdict]:
         ("training", trials.training_trials()),
     ):
         for name, check in found:
-            yield examine(group, name, check)
+            yield finding_of(group, name, check)
     for behaviour in behaviours.behaviours():
-        verdict = examine("behaviour", behaviour.sentence, behaviour.check)
-        of_names = f" (in the table as {', '.join(behaviour.names)})" if verdict.state == "failed" else ""
-        yield replace(verdict, detail=verdict.detail + of_names)
+        finding = finding_of("behaviour", behaviour.sentence, behaviour.check)
+        of_names = f" (in the table as {', '.join(behaviour.names)})" if finding.state == "failed" else ""
+        yield replace(finding, detail=finding.detail + of_names)
 
 
 def _import(*modules: str) -> None:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_rb import PTQTPConfig, tiny
 from hf_rb.methods.registry import find, methods
-from hf_rb.scripts.doctor.behaviours.trainers import TRAINERS, run
-from hf_rb.scripts.doctor.verdicts import Skipped, expect
+from hf_rb.scripts.doctor.behaviours.trainers import TRAINERS, trial_run
+from hf_rb.scripts.doctor.findings import Skipped, expect
 from hf_rb.utils import compat
 
 
@@ -43,7 +43,7 @@ def training_trials() -> Trials:
 
 
 def _loss(name: str) -> str:
-    return f"loss {float(run(name).trainer.state.log_history[0]['loss']):.3g}"
+    return f"loss {float(trial_run(name).trainer.state.log_history[0]['loss']):.3g}"
 
 
 def _round_trip(method: str, member: str) -> Callable[[], str]:

@@ -1,6 +1,4 @@
-"""What the mixins expect of the classes that they are mixed into. Type checkers read it; at run time both are
-`object`.
-"""
+"""Classes below the mixins, as these expect them. Type checkers read it; at run time both are `object`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +8,7 @@ __all__ = ["ConfigBelow", "TrainerBelow"]
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
-    from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+    from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import CallbackHandler
     from transformers.trainer_utils import TrainOutput
 
@@ -28,11 +26,13 @@ if TYPE_CHECKING:
         args: ConfigBelow
         callback_handler: CallbackHandler
         control: TrainerControl
-        hub_model_id: str
+        hub_model_id: str | None
         model: PreTrainedModel
         processing_class: Any
         push_in_progress: Any
         state: TrainerState
+        _fused_head_is_checked: bool
+        _packing_is_checked: bool
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
         @property
         def _paper(self) -> dict[str, str]: ...
+
+        def add_callback(self, callback: TrainerCallback) -> None: ...
 
         def is_world_process_zero(self) -> bool: ...
 

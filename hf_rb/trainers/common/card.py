@@ -4,7 +4,7 @@ import logging
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate.utils import is_peft_model
 from huggingface_hub import CommitInfo, HfApi
@@ -125,11 +125,12 @@ class CardMixin(TrainerBelow):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1]} | kwargs)
+        repository = cast(str, self.hub_model_id)  # set by `init_hf_repo` at the latest
+        self.create_model_card(**{"model_name": repository.split("/")[-1]} | kwargs)
         self._finish_current_push()
         return push_folder(
             self.args.output_dir,
-            self.hub_model_id,
+            repository,
             commit_message=commit_message,
             token=token,
             revision=revision or self.args.hub_revision,
@@ -151,13 +152,14 @@ class CardMixin(TrainerBelow):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         message = f"Training in progress, step {self.state.global_step}"
+        repository = cast(str, self.hub_model_id)  # set at the start of a run that pushes
         try:
             for name, path in plan_upload(folder).paths.items():
                 shutil.copyfile(path, Path(args.output_dir, name))
             jobs: list[Any] = [
                 push_folder(
                     args.output_dir,
-                    self.hub_model_id,
+                    repository,
                     commit_message=message,
                     token=args.hub_token,
                     revision=args.hub_revision,
@@ -170,7 +172,7 @@ class CardMixin(TrainerBelow):
             return
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             future = HfApi().upload_folder(
-                repo_id=self.hub_model_id,
+                repo_id=repository,
                 folder_path=str(folder),
                 path_in_repo="last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name,
                 commit_message=f"{message}, checkpoint",

@@ -1,17 +1,18 @@
-"""What our configs share, and how a config of TRL, or a user's subclass of one, stands in for one of ours."""
+"""Base of our configs; a config of TRL's, or a user's subclass of one, in the place of one of ours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from hf_rb.methods.recipes import KEYS, flatten, foreign
 from hf_rb.trainers.common.below import ConfigBelow
 from hf_rb.utils.fields import Rule, validate
 
 
-__all__ = ["ConfigMixin", "own_config"]
+__all__ = ["ConfigMixin", "own_config", "with_flags_of"]
 
 
 class ConfigMixin(ConfigBelow):
@@ -20,8 +21,20 @@ class ConfigMixin(ConfigBelow):
     _rules: ClassVar[tuple[Rule, ...]] = ()
 
     def __post_init__(self) -> None:
+        self._take_flags_of_methods()
         super().__post_init__()
         validate(self, *self._rules)
+
+    def _take_flags_of_methods(self) -> None:
+        """Turns a mapping, as in `advantage_shapers=[{"edas": {"alpha": 0.3}}]`, into names and fields. The config
+        gets the fields of methods of other packages too.
+        """
+        values = flatten({key: getattr(self, key) for key in KEYS if hasattr(self, key)})
+        wider = with_flags_of(type(self), values)
+        if wider is not type(self):
+            self.__class__ = wider
+            vars(self).update(_defaults(wider) | vars(self))
+        vars(self).update(values)
 
 
 Config = TypeVar("Config", bound=ConfigMixin)
@@ -34,7 +47,8 @@ def own_config(
     Returns `args` as our config class. Where `args` is TRL's or missing, our flags are off.
 
     A config that a user derives from TRL's keeps its class and its fields: the result is an instance of both classes,
-    with the values of `args` as they are.
+    with the values of `args` as they are. A config of another trainer is none of these, also where TRL derives it from
+    this trainer's, as `GKDConfig` from `SFTConfig`.
 
     Raises:
         TypeError: `args` is a config of another trainer.
@@ -45,7 +59,8 @@ def own_config(
         return config_class(f"{name.split('/')[-1]}-{suffix}")
     if isinstance(args, config_class):
         return args
-    if isinstance(args, config_class.__bases__[-1]):
+    library_class = _library_class(type(args))
+    if library_class is config_class.__bases__[-1]:
         # Not through the constructor: it would derive values again that `args` has derived already.
         own = _restore(config_class, type(args), _defaults(config_class) | vars(args))
         validate(own, *config_class._rules)
@@ -56,10 +71,17 @@ def own_config(
     if unknown:
         kind, wanted = type(args).__name__, config_class.__name__
         remedy = f"Pass a {wanted}, or derive your config from it."
-        if isinstance(args, ConfigMixin):
-            remedy = f"Use `{kind.removesuffix('Config')}Trainer`, or pass a {wanted}."
+        if library_class is not None and (library_class is type(args) or issubclass(library_class, ConfigMixin)):
+            method = library_class.__name__.removesuffix("Config").removesuffix("Arguments")
+            remedy = f"Use `{method}Trainer`, or pass a {wanted}."
         raise TypeError(f"`args` is a {kind}, whose `{unknown[0]}` this trainer does not have. {remedy}")
     return config_class(**values)
+
+
+def _library_class(kind: type) -> type | None:
+    """Returns the config of ours or of TRL's that a class is or derives from, `None` for one of transformers alone."""
+    libraries = (one for one in kind.__mro__ if one.__module__.partition(".")[0] in ("hf_rb", "trl"))
+    return next((one for one in libraries if issubclass(one, TrainingArguments)), None)
 
 
 def _defaults(config_class: type[ConfigMixin]) -> dict[str, Any]:
@@ -78,14 +100,22 @@ def _restore(ours: type[Config], given: type[TrainingArguments], state: dict[str
     return own
 
 
+def with_flags_of(config_class: type[Config], values: Mapping[str, Any]) -> type[Config]:
+    """Returns a config class that also has the flags of those methods of other packages that values name."""
+    names = {field.name for field in fields(config_class)}
+    for entry in foreign(values, names) if names & KEYS.keys() else ():
+        config_class = _joined(entry.load().method.flags, config_class)
+    return config_class
+
+
 @cache
-def _joined(ours: type[Config], given: type[TrainingArguments]) -> type[Config]:
-    """Returns a class that is both, under the name of the given one; ours if it is both already."""
-    if issubclass(ours, given):
-        return ours
+def _joined(first: type, config: type[Config]) -> type[Config]:
+    """Returns a class that is both, under the name of the config; the first if it is both already."""
+    if issubclass(first, config):
+        return first
 
     def reduce(self: Any) -> tuple[Callable, tuple]:  # trainers pickle their config, and no module has this class
-        return _restore, (ours, given, vars(self))
+        return _restore, (first, config, vars(self))
 
-    names = {"__reduce__": reduce, "__module__": given.__module__, "__qualname__": given.__qualname__}
-    return dataclass(repr=False, eq=False)(type(given.__name__, (ours, given), names))
+    names = {"__reduce__": reduce, "__module__": config.__module__, "__qualname__": config.__qualname__}
+    return dataclass(repr=False, eq=False)(type(config.__name__, (first, config), names))

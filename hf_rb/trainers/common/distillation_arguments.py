@@ -12,7 +12,7 @@ __all__ = ["ObjectiveArguments", "PackingArguments"]
 
 @dataclass
 class PackingArguments:
-    """What happens to a model that mixes packed sequences."""
+    """Treatment of a model that mixes packed sequences."""
 
     allow_leaking_packing: bool = flag(
         False,
@@ -24,7 +24,7 @@ class PackingArguments:
 
 @dataclass
 class ObjectiveArguments:
-    """What the student minimises."""
+    """Objective of the student."""
 
     objective: str = flag(
         "jsd",

@@ -1,4 +1,4 @@
-"""What trainers that let TRL generate share."""
+"""Parts that trainers share which let TRL generate."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

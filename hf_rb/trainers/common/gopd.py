@@ -1,6 +1,4 @@
-"""What G-OPD needs beside its rule: the mean over tokens, the reference, and one of several teachers for each
-example.
-"""
+"""Parts of G-OPD beside its rule: the mean over tokens, the reference, one of several teachers for each example."""
 
 import copy
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What all our trainers share beside their losses."""
+"""Mixin of all our trainers, for everything but their losses."""
 
 from typing import Any
 

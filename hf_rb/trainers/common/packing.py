@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_rb.ops.backbone import has_prompt_learning
 from hf_rb.ops.packing import Leak, LeakingPacking, is_packed, leak_message, measure_leak
 from hf_rb.ops.processes import on_any_process
+from hf_rb.trainers.common.below import TrainerBelow
 from hf_rb.trainers.common.parallelism import cuts_sequences
 from hf_rb.utils import compat
 
@@ -20,7 +21,7 @@ __all__ = ["check_packing"]
 
 
 @torch.no_grad()
-def check_packing(trainer: Any, model: torch.nn.Module, inputs: Mapping[str, Any], **kwargs: Any) -> None:
+def check_packing(trainer: TrainerBelow, model: torch.nn.Module, inputs: Mapping[str, Any], **kwargs: Any) -> None:
     """
     Compares a sequence of a run's first packed batch with itself alone, in every model that reads the batch.
 
@@ -30,19 +31,23 @@ def check_packing(trainer: Any, model: torch.nn.Module, inputs: Mapping[str, Any
         model (`torch.nn.Module`):
             Wrapped model.
         inputs (`Mapping`):
-            Collated batch on the device, with `position_ids`. All processes call this with each of their batches.
+            Collated batch on the device. All processes call this with each of their batches. Packed ones have
+            `position_ids`, and so does a batch of padding-free rows; others return at once.
         **kwargs:
             More arguments of the backbone's forward.
 
     Raises:
         ValueError: A model lets the sequences see each other, on any process, or has a prompt-learning adapter.
     """
-    if trainer.args.allow_leaking_packing or getattr(trainer, "_packing_is_checked", False):
+    args: Any = trainer.args  # of `PackingArguments`
+    if "position_ids" not in inputs or args.allow_leaking_packing:
+        return
+    if getattr(trainer, "_packing_is_checked", False):
         return
     if cuts_sequences(trainer) or not on_any_process(is_packed(inputs)):
         return
     device = inputs["input_ids"].device
-    unwrapped = trainer.accelerator.unwrap_model(model)
+    unwrapped: Any = trainer.accelerator.unwrap_model(model)
     if has_prompt_learning(unwrapped):  # of which no hidden states of the model alone tell
         raise LeakingPacking(
             "Prompt-learning adapters do not keep the sequences of a packed row apart: PEFT drops their "

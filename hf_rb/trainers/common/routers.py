@@ -1,5 +1,5 @@
-"""What mixtures of experts ask of a trainer: the auxiliary loss that their configuration names, and MPI's steps after
-the optimizer's.
+"""Support of mixtures of experts in a trainer: the auxiliary loss that their configuration names, and MPI's steps
+after the optimizer's.
 """
 
 import functools
@@ -16,16 +16,18 @@ from transformers.utils import logging
 from hf_rb.models.mpi.callbacks import MPICallback, RouterDoctorCallback
 from hf_rb.models.mpi.conversion import routers
 from hf_rb.models.mpi.losses import auxiliary_loss, check_z_loss
+from hf_rb.trainers.common.below import TrainerBelow
 
 
-__all__ = ["add_router_doctor", "balance_loss", "has_mpi", "prepare_routers"]
+__all__ = ["add_router_doctor", "auxiliary_loss_of", "has_mpi", "prepare_routers"]
 
 logger = logging.get_logger(__name__)
 
 
-def prepare_routers(trainer: Any) -> None:
+def prepare_routers(trainer: TrainerBelow) -> None:
     """Makes a trainer that has its model follow what the model's routers need. Does nothing for other models."""
-    model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+    model: Any = trainer.model
+    model = model.get_base_model() if is_peft_model(model) else model
     maps = [layer.mpi for layer in routers(model) if layer.mpi is not None]
     if any(mpi.mode == "inplace" or mpi.ramp_steps for mpi in maps):
         if not any(isinstance(callback, MPICallback) for callback in trainer.callback_handler.callbacks):
@@ -53,15 +55,15 @@ def _check_auxiliary_loss(model: PreTrainedModel, config: Any) -> None:
     check_z_loss(config)
 
 
-def balance_loss(model: PreTrainedModel, output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Returns the load-balancing loss of a mixture of experts, from what its forward pass on a batch has returned."""
+def auxiliary_loss_of(model: PreTrainedModel, output: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Returns the auxiliary loss of a mixture of experts for a batch and the output of its forward pass."""
     positions = inputs.get("position_ids")
     mask = None if positions is not None else inputs.get("attention_mask")
     config = model.config.get_text_config()
     return auxiliary_loss(config, output.router_logits, inputs["input_ids"].shape, mask, positions)
 
 
-def add_router_doctor(trainer: Any, per_layer: bool = False) -> None:
+def add_router_doctor(trainer: TrainerBelow, per_layer: bool = False) -> None:
     """
     Lets a trainer log what the doctor sees, before its reporters are called.
 

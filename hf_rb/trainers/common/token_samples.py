@@ -1,4 +1,4 @@
-"""What a method does to the tokens of a few sequences, before and after training: the colours of `hf-rb report`."""
+"""Tokens of a few sequences with a method's numbers, before and after training: the colours of `hf-rb report`."""
 
 import json
 import logging
@@ -6,15 +6,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_rb.io.resumable import write_json
 
 
-__all__ = ["TOKEN_SAMPLES", "CompletionSamplesCallback", "TokenSamplesCallback", "TokenStats", "add_token_samples"]
+__all__ = [
+    "TOKEN_SAMPLES",
+    "CompletionSamplesCallback",
+    "TokenSamplesCallback",
+    "TokenStats",
+    "TrainerWithTokenStats",
+    "add_token_samples",
+    "certainty",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +44,30 @@ class TokenStats:
     values: dict[str, torch.Tensor]
 
 
+class TrainerWithTokenStats(Protocol):
+    """Trainer of ours with numbers for its tokens. One that generates has TRL's `_buffered_inputs` too."""
+
+    _methods: Any
+    _tokenizer: Any
+    _prepare_inputs: Any
+
+    @property
+    def args(self) -> TrainingArguments: ...
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def data_collator(self) -> Any: ...
+
+    @property
+    def train_dataset(self) -> Any: ...
+
+    def is_world_process_zero(self) -> bool: ...
+
+    def token_stats(self, inputs: Mapping[str, Any]) -> TokenStats: ...
+
+
 class TokenSamplesCallback(TrainerCallback):
     """
     Writes `token_samples.json` into `args.output_dir`: the first sequences of the training data and what the trainer's
@@ -51,7 +83,7 @@ class TokenSamplesCallback(TrainerCallback):
             Tokens of a sequence, from its start.
     """
 
-    def __init__(self, trainer: Any, rows: int = 16, tokens: int = 256):
+    def __init__(self, trainer: TrainerWithTokenStats, rows: int = 16, tokens: int = 256):
         self.trainer, self.rows, self.tokens = trainer, rows, tokens
 
     def on_train_begin(
@@ -72,7 +104,7 @@ class TokenSamplesCallback(TrainerCallback):
             return
         if not rows or not self.trainer.is_world_process_zero():
             return
-        path = Path(self.trainer.args.output_dir, TOKEN_SAMPLES)
+        path = Path(cast(str, self.trainer.args.output_dir), TOKEN_SAMPLES)
         earlier = json.loads(path.read_text(encoding="utf-8"))["snapshots"] if step and path.is_file() else []
         snapshots = [one for one in earlier if one["step"] < step] + [{"step": step, "rows": rows}]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +159,8 @@ class CompletionSamplesCallback(TokenSamplesCallback):
 
     def _inputs(self) -> Iterator[dict[str, Any]]:
         # TRL's buffer: what it has generated for an optimizer step, in the step's micro-batches.
-        for batch in self.trainer._buffered_inputs or ():
+        trainer: Any = self.trainer
+        for batch in trainer._buffered_inputs or ():
             if "num_images" in batch:  # `token_stats` reads text
                 return
             for index in range(len(batch["completion_ids"])):
@@ -159,13 +192,14 @@ def _row(stats: TokenStats, tokenizer: Any) -> dict[str, Any]:
     return {"tokens": [tokenizer.decode([one]) for one in ids], **columns}
 
 
-def add_token_samples(trainer: Any) -> None:
+def add_token_samples(trainer: Trainer) -> None:
     """Adds the fitting callback to a trainer that has something to say of tokens, which depends on its flags. For
     before it trains.
     """
     if getattr(trainer, "has_token_stats", False):
         generates = hasattr(trainer, "_buffered_inputs")
-        trainer.add_callback((CompletionSamplesCallback if generates else TokenSamplesCallback)(trainer))
+        callback = CompletionSamplesCallback if generates else TokenSamplesCallback
+        trainer.add_callback(callback(cast(TrainerWithTokenStats, trainer)))
 
 
 def certainty(logits: torch.Tensor, labels: torch.Tensor) -> Mapping[str, torch.Tensor]:

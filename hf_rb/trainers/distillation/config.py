@@ -7,6 +7,7 @@ import trl
 
 from hf_rb.objectives.akl import AklFlags
 from hf_rb.objectives.gopd import GopdFlags
+from hf_rb.objectives.skewed_kl import SkewedKlFlags
 from hf_rb.trainers.common.configs import ConfigMixin
 from hf_rb.trainers.common.distillation_arguments import ObjectiveArguments
 from hf_rb.trainers.distillation.rules import distillation_rules, only_gkd
@@ -17,8 +18,8 @@ __all__ = ["DistillationConfig"]
 
 
 class _WithoutDataset:
-    """Says of a keyword argument that only GKD can act on where to go with it. A base class, so that signatures stay
-    as they are.
+    """Refuses keyword arguments of [`GKDConfig`] alone, and names the trainer that takes them. It is a base class, so
+    that the signature of the config stays as it is.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any):
@@ -30,7 +31,7 @@ class _WithoutDataset:
 @documented
 @dataclass
 class DistillationConfig(
-    _WithoutDataset, ConfigMixin, AklFlags, GopdFlags, ObjectiveArguments, trl.DistillationConfig
+    _WithoutDataset, ConfigMixin, AklFlags, GopdFlags, ObjectiveArguments, SkewedKlFlags, trl.DistillationConfig
 ):
     r"""
     Configuration class for the [`DistillationTrainer`].
@@ -45,7 +46,7 @@ class DistillationConfig(
     _rules = (distillation_rules,)
     _VALID_DICT_FIELDS = trl.DistillationConfig._VALID_DICT_FIELDS + ["teacher_model_name_or_path"]
 
-    teacher_model_name_or_path: dict[str, str] | str | None = flag(
+    teacher_model_name_or_path: dict[str, str] | str | None = flag(  # pyrefly: ignore[bad-override]
         None,
         'The teacher; with `gopd_teacher_column`, teachers by the names in that column, such as `{"math": '
         '"org/math-teacher", "code": "org/code-teacher"}`.',

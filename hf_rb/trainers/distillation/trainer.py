@@ -32,7 +32,7 @@ from hf_rb.trainers.common.token_samples import TokenStats
 from hf_rb.trainers.distillation.config import DistillationConfig
 
 
-__all__ = ["DistillationTrainer"]
+__all__ = ["DistillationTrainer", "loss_mask", "whole_sequences"]
 
 Model = str | PreTrainedModel
 _DTYPE = {"dtype": None}  # of a model given by name, TRL's default

@@ -1,6 +1,4 @@
-"""What our GKD trainer derives from: TRL's without its set-up, or the two functions that it uses of TRL's where TRL
-has none.
-"""
+"""Base of our GKD trainer: TRL's without its set-up, or the two functions that it uses of TRL's where TRL has none."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -98,20 +96,32 @@ class GKDFunctions(trl.SFTTrainer):
 if TYPE_CHECKING:
     _Parent = GKDFunctions
 else:
-    try:
-        _Parent = compat.GKDTrainer
-    except ImportError:  # TRL removes experimental modules without deprecation
-        _Parent = GKDFunctions
+    _Parent = GKDFunctions if compat.is_removed("GKDTrainer") else compat.GKDTrainer
 
 
 class GKDBase(_Parent):
     """
-    TRL's `GKDTrainer`, constructed and stepped as its parent, so that `super()` reaches every class between ours and
-    it.
+    TRL's `GKDTrainer`, constructed and stepped as its parent.
 
     Its own constructor would replace the preparation of the data and attach a teacher of the student's exact width.
-    Its own step samples after the labels are counted.
+    Its own step samples after the labels are counted. `super()` reaches every other class among the bases of a
+    subclass, but for one that is derived from TRL's `GKDTrainer` and stands behind ours: it is refused.
+
+    Raises:
+        TypeError: A class is defined whose `super()` would leave out one of its bases.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        left_out = order[order.index(GKDBase) + 1 : order.index(_Parent)]
+        if left_out:
+            name = left_out[0].__name__
+            raise TypeError(
+                f"`{name}`, a base of `{cls.__name__}`, derives from TRL's GKDTrainer, whose constructor and training "
+                f"step ours leaves out, and with them those of `{name}`. Put `{name}` before hf_rb's GKDTrainer among "
+                "the bases, or derive it from `trl.SFTTrainer`."
+            )
 
     def __init__(self, *args: Any, **kwargs: Any):
         super(_Parent, self).__init__(*args, **kwargs)

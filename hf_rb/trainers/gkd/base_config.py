@@ -42,7 +42,4 @@ class GKDArguments(trl.SFTConfig):
 if TYPE_CHECKING:
     GKDBaseConfig = GKDArguments
 else:
-    try:
-        GKDBaseConfig = compat.GKDConfig
-    except ImportError:  # TRL removes experimental modules without deprecation
-        GKDBaseConfig = GKDArguments
+    GKDBaseConfig = GKDArguments if compat.is_removed("GKDConfig") else compat.GKDConfig

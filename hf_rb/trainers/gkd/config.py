@@ -7,6 +7,7 @@ from hf_rb.objectives.gopd import GopdFlags
 from hf_rb.objectives.hpd import HpdFlags
 from hf_rb.objectives.loca import LocaFlags
 from hf_rb.objectives.mixing import MixtureFlags
+from hf_rb.objectives.skewed_kl import SkewedKlFlags
 from hf_rb.trainers.common.configs import ConfigMixin
 from hf_rb.trainers.common.distillation_arguments import ObjectiveArguments, PackingArguments
 from hf_rb.trainers.common.rules import packing_rules
@@ -29,6 +30,7 @@ class GKDConfig(
     MixtureFlags,
     ObjectiveArguments,
     PackingArguments,
+    SkewedKlFlags,
     GKDBaseConfig,
 ):
     r"""

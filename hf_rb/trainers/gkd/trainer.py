@@ -30,7 +30,7 @@ from hf_rb.trainers.common.gopd import given_reference, make_reference, share_vo
 from hf_rb.trainers.common.metrics import check_finite, log_token_metrics
 from hf_rb.trainers.common.mixin import TrainerMixin
 from hf_rb.trainers.common.packing import check_packing
-from hf_rb.trainers.common.routers import balance_loss
+from hf_rb.trainers.common.routers import auxiliary_loss_of
 from hf_rb.trainers.common.token_samples import TokenStats
 from hf_rb.trainers.gkd.config import GKDConfig
 from hf_rb.trainers.gkd.data import in_layout_of_sft
@@ -201,7 +201,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         is_label = labels != -100
         return labels.masked_fill(is_label.cumsum(-1) != 1, -100)
 
-    # Whose completions a step trains on
+    # Completions of a step
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         writer = self._writer()
@@ -237,8 +237,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        if "position_ids" in inputs:  # of packed rows, and of no padded ones
-            check_packing(self, model, inputs)
+        check_packing(self, model, inputs)
         labels, keep, tokens = self._tokens(inputs)
         items = num_items_in_batch
         if items is None:
@@ -285,7 +284,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         with self.accelerator.autocast():
             teacher = self._score(inputs, keep, tokens)
             hidden, output = self._student_logits.output(student, inputs, **router)
-            aux_loss = balance_loss(student, output, inputs) if router else None
+            aux_loss = auxiliary_loss_of(student, output, inputs) if router else None
             with self._student_logits.head(student) as head:
                 scored = lm_head_loss(
                     hidden[:, :-1][keep],

@@ -12,7 +12,7 @@ __all__ = ["AgentArguments"]
 @dataclass
 class AgentArguments:
     """
-    What the policy acts on, and who judges its steps.
+    Environment of the policy.
     """
 
     environment: str | None = flag(

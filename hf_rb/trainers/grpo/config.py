@@ -6,6 +6,7 @@ import trl
 
 from hf_rb.advantages.calibadv import CalibAdvFlags
 from hf_rb.advantages.edas import EdasFlags
+from hf_rb.advantages.pass_at_k import PassAtKFlags
 from hf_rb.advantages.srar import SrarFlags
 from hf_rb.objectives.hidden_align import HiddenAlignFlags
 from hf_rb.trainers.common.configs import ConfigMixin
@@ -19,7 +20,9 @@ __all__ = ["GRPOConfig"]
 
 @documented
 @dataclass
-class GRPOConfig(ConfigMixin, CalibAdvFlags, EdasFlags, HiddenAlignFlags, SrarFlags, AgentArguments, trl.GRPOConfig):
+class GRPOConfig(
+    ConfigMixin, CalibAdvFlags, EdasFlags, HiddenAlignFlags, PassAtKFlags, SrarFlags, AgentArguments, trl.GRPOConfig
+):
     r"""
     Configuration class for the [`GRPOTrainer`].
 

@@ -38,7 +38,8 @@ def _remedy(names: list[str], shaper: str, field: str) -> str:
 
 
 def _name_rules(names: list[str]) -> Iterator[str]:
-    yield from filter(None, (name_problem("shaper", name, "`advantage_shapers`") for name in names))
+    for problem in filter(None, (name_problem("shaper", name, "advantage_shapers") for name in names)):
+        yield problem.replace("` cannot be", "` cannot hold")
     known = methods("shaper") if names else {}
     placed = [name for name in names if name in known]
     ordered = sorted(placed, key=lambda name: cast(ShaperMethod, known[name].method).stage)

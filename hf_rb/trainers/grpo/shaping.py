@@ -1,4 +1,4 @@
-"""What a GRPO trainer hands to the advantage shapers, and where it puts what they return."""
+"""Way from a GRPO trainer to the advantage shapers and back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ __all__ = ["ScoredGeneration", "add_columns", "columns_of", "make_context", "nam
 @dataclass
 class ScoredGeneration:
     """
-    What TRL's trainer knows while it scores a generation and does not return: B rollouts of this process, rewards of
-    all N.
+    Values that TRL's trainer has while it scores a generation and does not return: B rollouts of this process, rewards
+    of all N.
     """
 
     rows: list[dict[str, Any]]

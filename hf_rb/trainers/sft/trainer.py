@@ -100,10 +100,9 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        if "position_ids" in inputs:  # of packed rows, and of no padded ones
-            # TRL hands the mask to the model beside them, if a collator made both.
-            mask = inputs.get("attention_mask")
-            check_packing(self, model, inputs, **({} if mask is None else {"attention_mask": mask}))
+        # TRL hands the mask to the model beside the positions, if a collator made both.
+        mask = inputs.get("attention_mask")
+        check_packing(self, model, inputs, **({} if mask is None else {"attention_mask": mask}))
         if self.args.profit_threshold is None:
             is_fused = self.compute_loss_func is None and (self.label_smoother is None or self.args.loss_type != "nll")
             if is_fused:

@@ -1,4 +1,4 @@
-"""What calibration refuses before a model is loaded, and what it warns of."""
+"""Checks of a calibration before a model is loaded: refusals and warnings."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What quantizing a decoder layer has found, in memory and as the file from which an interrupted run goes on."""
+"""Results of quantizing a decoder layer, in memory and as the file from which an interrupted run goes on."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -14,13 +14,13 @@ from hf_rb.quantizers.d2quant.maths.grids import AffineCodes
 from hf_rb.quantizers.packed.report import BlockReport, LayerReport
 
 
-__all__ = ["Result", "load_result", "save_result"]
+__all__ = ["LayerResult", "load_result", "save_result"]
 
 
 @dataclass
-class Result:
+class LayerResult:
     """
-    What quantizing a decoder layer has found.
+    Results of quantizing a decoder layer.
 
     Attributes:
         block (`BlockReport`): The decoder layer's part of the report.
@@ -41,7 +41,7 @@ class Result:
     seconds: float = 0.0
 
 
-def save_result(result: Result, file: Path) -> None:
+def save_result(result: LayerResult, file: Path) -> None:
     """Writes a file that is there only when it is complete."""
     tensors = {name: getattr(result, name) for name in ("shift", "final_shift")}
     numbers = {}
@@ -60,7 +60,7 @@ def save_result(result: Result, file: Path) -> None:
     write_tensors(file, outputs, {"result": json.dumps(said)})
 
 
-def load_result(file: Path, device: torch.device) -> Result:
+def load_result(file: Path, device: torch.device) -> LayerResult:
     """Reads what [`save_result`] has written."""
     entries, metadata = read_header(file)
     said = json.loads(metadata["result"])
@@ -72,7 +72,7 @@ def load_result(file: Path, device: torch.device) -> Result:
         parts: dict[str, Any] = {part: tensors[f"{name}/{part}"] for part in tensor_fields}
         codes[name] = kind(**numbers, **parts)
     layers = [LayerReport(**layer) for layer in said["layers"]]
-    return Result(
+    return LayerResult(
         block=BlockReport(**said["block"]),
         codes=codes,
         shift=tensors.get("shift"),

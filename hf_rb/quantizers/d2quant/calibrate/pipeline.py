@@ -38,7 +38,7 @@ from hf_rb import __version__
 from hf_rb.io.resumable import LOCK, STATE, unfinished
 from hf_rb.quantizers.d2quant.calibrate.block import Block, Decoder
 from hf_rb.quantizers.d2quant.calibrate.checks import warn_of_few
-from hf_rb.quantizers.d2quant.calibrate.kept import Result, load_result, save_result
+from hf_rb.quantizers.d2quant.calibrate.kept import LayerResult, load_result, save_result
 from hf_rb.quantizers.d2quant.calibrate.placing import name_of, put_in_place
 from hf_rb.quantizers.d2quant.calibrate.streams import Streams
 from hf_rb.quantizers.d2quant.calibrate.text import calibration_tokens, load_tokenizer, token_fingerprint
@@ -183,7 +183,7 @@ class _Calibration:
             )
         self.config.bias_modules = self.bias_modules or None
 
-    def _layer(self, index: int) -> Result:
+    def _layer(self, index: int) -> LayerResult:
         file = self.folder and self.folder / LAYER_FILE.format(index)
         block = self.decoder.block(index)
         last = index == len(self.decoder.layers) - 1
@@ -239,8 +239,8 @@ class _Calibration:
         shifted: tuple[str, ...] | None,
         norm: str | None,
         last: bool,
-    ) -> Result:
-        result = Result(block=BlockReport(block.name))
+    ) -> LayerResult:
+        result = LayerResult(block=BlockReport(block.name))
         teacher = self.streams.inputs(block, shifted[0]) if shifted else []
         for names in list(readings):
             if names == shifted:
@@ -274,7 +274,7 @@ class _Calibration:
         student = self._final(self.streams.quantized)
         return mean_shift(report, self.final_teacher, student, self.config.dac_clip), report
 
-    def _quantize(self, block: Block, names: list[str], statistics: gptq.InputStatistics, result: Result) -> None:
+    def _quantize(self, block: Block, names: list[str], statistics: gptq.InputStatistics, result: LayerResult) -> None:
         start = time.perf_counter()
         for together in self._stacks(names):
             bits, dual = self.codings[together[0]]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_rb.quantizers.d2quant.biases import set_bias
-from hf_rb.quantizers.d2quant.calibrate.kept import Result
+from hf_rb.quantizers.d2quant.calibrate.kept import LayerResult
 from hf_rb.quantizers.d2quant.config import D2QuantConfig
 from hf_rb.quantizers.d2quant.layers import D2QuantLinear
 from hf_rb.quantizers.d2quant.maths.dac import fold
@@ -19,7 +19,7 @@ def put_in_place(
     model: PreTrainedModel,
     final_norm: nn.Module | None,
     config: D2QuantConfig,
-    result: Result,
+    result: LayerResult,
     shifted: tuple[str, ...] | None,
     norm: str | None,
 ) -> list[str]:
@@ -33,7 +33,7 @@ def put_in_place(
             Its final norm.
         config ([`D2QuantConfig`]):
             Says where corrections go (`dac_mode`).
-        result ([`Result`]):
+        result ([`LayerResult`]):
             What was found.
         shifted (`tuple[str, ...]`, *optional*):
             The linear layers that read what is corrected.
@@ -47,7 +47,9 @@ def put_in_place(
     if result.shift is not None:
         added += _set_shift(model, result.shift, cast(tuple[str, ...], shifted), norm, result.codes)
     if result.final_shift is not None:
-        head: Any = model.get_output_embeddings()
+        head: nn.Module | None = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no head, so nothing reads the correction of its final norm.")
         has_weight = getattr(final_norm, "weight", None) is not None
         keeper = final_norm if config.dac_mode == "norm_bias" and has_weight else None
         keeps = None if keeper is None else name_of(model, keeper)

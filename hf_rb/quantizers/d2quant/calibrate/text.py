@@ -82,7 +82,7 @@ def calibration_tokens(
 
 
 def is_named_set(dataset: Any) -> TypeGuard[str]:
-    """Whether optimum knows a dataset by its name; a file that is called so comes first."""
+    """Returns whether optimum knows a dataset by its name; a file that is called so comes first."""
     return isinstance(dataset, str) and dataset in NAMED_SETS and not os.path.exists(dataset)
 
 

@@ -1,4 +1,4 @@
-r"""Where the column scales of a down projection can go, and how they get there.
+r"""Absorption of the column scales of a down projection into the layers that feed it.
 
 An MLP computes  W_down (a(x) * W_up x)  or  W_down r(W_up x)  with a positively homogeneous r such as ReLU. There
 column j of W_down, its scale c_j >= 0 included, meets nothing but row j of W_up, so that
@@ -149,9 +149,6 @@ def _owner(model: nn.Module, name: str) -> tuple[Any, str]:
     return module, "weight"
 
 
-# The search.
-
-
 def _search(model: nn.Module) -> Iterator[Pair | tuple[str, str]]:
     for name, module in model.named_modules():
         if isinstance(module, PackedModule) and not isinstance(module, nn.Linear) or projections(module):
@@ -201,7 +198,7 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
 
 
 def _halves(inner: int) -> list[slice]:
-    """Where one half of the rows of a fused projection may be."""
+    """Returns the slices in which one half of the rows of a fused projection may be."""
     return [slice(inner, 2 * inner), slice(0, inner), slice(1, 2 * inner, 2), slice(0, 2 * inner, 2)]
 
 
@@ -212,9 +209,6 @@ def _reason(module: nn.Module, up: str) -> str:
         f"what is between {up} and it{between} is not proportional to the output of {up}, as it is after ReLU or in a "
         "gated product without a clamp."
     )
-
-
-# The trial.
 
 
 def _is_pair(module: nn.Module, linear: dict[str, nn.Linear | Conv1D], down: str, up: str, rows: slice) -> bool:
@@ -262,7 +256,7 @@ def _still(child: nn.Module) -> nn.Module:
 
 
 def _scales(function: Callable[[Tensor], Tensor], width: int, part: slice) -> bool:
-    """Whether a part of the input times positive factors is the output times these factors."""
+    """Returns whether a part of the input times positive factors is the output times these factors."""
     generator = torch.Generator().manual_seed(0)
     factor = torch.rand(INNER, generator=generator, dtype=torch.float64) + 0.5
     inputs = torch.randn(4, width, generator=generator, dtype=torch.float64)

@@ -90,7 +90,7 @@ class AffineMatrix:
 
 
 class DualMatrix:
-    """As [`AffineMatrix`], for dual scales."""
+    """Columns of a matrix with dual scales, rounded group by group as [`AffineMatrix`] does."""
 
     def __init__(self, rest: Tensor, group_size: int, planes: int, iters: int, dead: Tensor, weights: Tensor | None):
         self.codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)

@@ -48,7 +48,7 @@ DEPENDENT = 1e-3
 
 class DualScale(NamedTuple):
     """
-    What [`fit_dsq`] returns.
+    Result of [`fit_dsq`].
 
     Attributes:
         row_scales (`torch.Tensor`): r, `(..., N, K)`.

@@ -102,7 +102,7 @@ class InputStatistics:
 
 class Stats(NamedTuple):
     """
-    What [`quantize`] has to say about a matrix.
+    Figures of [`quantize`] about a matrix.
 
     Attributes:
         percdamp (`float`): Damping that was used, more than asked for if the Hessian had no Cholesky factor with that.

@@ -26,7 +26,7 @@ from hf_rb.quantizers.d2quant.maths import native
 from hf_rb.quantizers.kernels.layout import sections
 
 
-__all__ = ["AffineCodes", "Grid", "check_weight", "fit_grid", "round_to_nearest"]
+__all__ = ["AffineCodes", "Grid", "Rounder", "check_weight", "fit_grid", "round_to_nearest"]
 
 CLIP_STEPS, CLIP_GRID, CLIP_NORM = 80, 100, 2.4
 # Weights that the clip search looks at together: few enough to stay in the cache while it tries its 80 shares.

@@ -99,7 +99,7 @@ def untie(model: PreTrainedModel) -> None:
     """Gives the head a weight of its own, in place, and says so in the model's configuration."""
     head: Any = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings()
-    if head.weight is embeddings.weight:
+    if head is not None and head.weight is embeddings.weight:
         head.weight = nn.Parameter(embeddings.weight.clone(), embeddings.weight.requires_grad)
     for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False

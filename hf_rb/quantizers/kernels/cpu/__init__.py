@@ -74,7 +74,7 @@ class Kernel:
         self._layouts: dict[str, _Layout] = {}
 
     def takes(self, dtype: torch.dtype, weight: Tensor, scale: Tensor, layout: Layout) -> bool:
-        """Whether `gemv` and `expand` can work on this matrix in this type."""
+        """Returns whether `gemv` and `expand` can work on this matrix in this type."""
         return (
             dtype in COMPUTE_TYPES
             and weight.is_cpu

@@ -16,12 +16,12 @@ ACTIVATION_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def available(device: torch.device) -> bool:
-    """Whether Triton is installed and `device` is a GPU that it compiles for."""
+    """Returns whether Triton is installed and `device` is a GPU that it compiles for."""
     return device.type == "cuda" and _has_triton() and _is_recent(device)
 
 
 def supports(dtype: torch.dtype, layout: Layout) -> bool:
-    """Whether [`matmul`] and [`dequantize`] take this type and this layout, on any available device."""
+    """Returns whether [`matmul`] and [`dequantize`] take this type and this layout, on any available device."""
     from hf_rb.quantizers.kernels.triton.digits import recipe
 
     return dtype in ACTIVATION_TYPES and layout.group_size <= _gemm().MAX_GROUP and all(map(recipe, layout.parts))

@@ -22,7 +22,7 @@ def _group_part(
     PARTS: tl.constexpr,
     DIGITS: tl.constexpr,
 ):
-    """What one part contributes to the weights at `place` of a group."""
+    """Contribution of one part to the weights at `place` of a group."""
     BITS: tl.constexpr = PARTS[PART]
     BYTES: tl.constexpr = (LENGTH * BITS + 7) // 8
     weight_ptrs = weight_rows[:, None] + (place % BYTES)[None, :]

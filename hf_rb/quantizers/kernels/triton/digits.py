@@ -16,7 +16,7 @@ mantissa.
 
 import os
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -64,7 +64,7 @@ def _in_digits(basis: tuple[tuple[int, ...], ...], radix: int) -> Recipe:
 
 class Constants(NamedTuple):
     """
-    What the kernels are compiled for. The tuples are flat because compiled code indexes only such.
+    Constants that the kernels are compiled for. The tuples are flat because compiled code indexes only such.
 
     `PARTS` has for every part: bits, radix, shift, its first scale, the end of its scales, its offset in a group and
     in the last group. `DIGITS` has alpha, beta and gamma for every scale of a group. `TAIL` is the length of a short
@@ -83,7 +83,9 @@ def constants(layout: Layout) -> Constants:
     tail = layout.in_features % layout.group_size
     parts, digits, offset, tail_offset = [], [], 0, 0
     for part in layout.parts:
-        found: Any = recipe(part)  # `supports` has asked for it
+        found = recipe(part)
+        if found is None:
+            raise ValueError(f"The kernels for GPUs cannot write the levels {part.basis} in digits.")
         radix, shift, rows = found
         first = len(digits) // 3
         parts += [part.bits, radix, shift, first, first + len(rows), offset, tail_offset]

@@ -26,8 +26,8 @@ __all__ = ["MAX_GROUP", "MAX_ROWS", "dequantize", "matmul", "multiply"]
 # Up to this many rows of activations the weights are decoded as they are multiplied, above it once for all rows.
 MAX_ROWS = 256
 # `tl.dot` takes the weights of a whole group, of at most this length, and 16-bit types: others have no tensor cores.
-# What it does not take is multiplied row by row, up to so many rows.
 MAX_TILE = 128
+# Without `tl.dot` activations are multiplied row by row, up to so many rows.
 MAX_VECTORS = 8
 # The longest group that is taken at all.
 MAX_GROUP = 1024

@@ -7,14 +7,13 @@ installed library does something else. `hf-rb doctor` runs all of them, and `tes
 import inspect
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from hf_rb.scripts.doctor.verdicts import Skipped
+from hf_rb.scripts.doctor.findings import Skipped
 from hf_rb.utils import compat
 
 
-__all__ = ["Behaviour", "behaviours", "Recorded", "check_parameters", "is_removed", "relies_on"]
+__all__ = ["Behaviour", "behaviours", "Recorded", "check_parameters", "relies_on"]
 
 _MODULES = ("loading", "models", "adapters", "training", "trainers")
 _FOUND: list["Behaviour"] = []
@@ -61,17 +60,11 @@ def check_parameters(name: str) -> None:
         RuntimeError: It no longer takes a parameter.
         Skipped: TRL has removed an experimental module, for which we have functions of our own.
     """
-    if is_removed(name):
+    if compat.is_removed(name):
         raise Skipped(f"This TRL has no {compat.TABLE[name].module}; functions of hf_rb take its place.")
     entry, value = compat.TABLE[name], compat.resolve(name)
     if missing := set(entry.parameters) - set(inspect.signature(value).parameters if entry.parameters else ()):
         raise RuntimeError(f"{entry.module}.{entry.attribute} no longer takes {', '.join(sorted(missing))}.")
-
-
-def is_removed(name: str) -> bool:
-    """Whether a name of `compat.TABLE` was in an experimental module, which TRL removes without deprecation."""
-    module = compat.TABLE[name].module
-    return module.startswith("trl.experimental.") and find_spec(module) is None
 
 
 class Recorded:

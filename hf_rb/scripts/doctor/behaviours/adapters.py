@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_rb.scripts.doctor.behaviours import Recorded, relies_on
-from hf_rb.scripts.doctor.verdicts import expect
+from hf_rb.scripts.doctor.findings import expect
 from hf_rb.utils import compat
 
 
@@ -101,6 +101,6 @@ def adapt_parameters() -> None:
 
 @relies_on("skip_init_on_device")
 def make_layers_with_memory() -> None:
-    """What `skip_init_on_device` wraps is made with memory, also while PEFT makes a model without."""
+    """A layer that `skip_init_on_device` wraps is made with memory, also while PEFT makes a model without."""
     made = compat.skip_init_on_device(lambda: nn.Linear(1, 1))()
     expect(not made.weight.is_meta, "The layer has no memory.")

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hf_rb import PTQTPConfig, tiny
 from hf_rb.quantizers.ptqtp.quantizer import PTQTPQuantizer
 from hf_rb.scripts.doctor.behaviours import relies_on
-from hf_rb.scripts.doctor.verdicts import expect
+from hf_rb.scripts.doctor.findings import expect
 from hf_rb.utils import compat
 
 
@@ -40,7 +40,7 @@ def find_methods() -> None:
 
 @relies_on("LOADING_ATTRIBUTES_CONFIG_TYPES")
 def merge_loading_attributes() -> None:
-    """What a user asks for while loading overrides what the checkpoint stores."""
+    """Attributes that a user gives while loading override those that the checkpoint stores."""
     from transformers.quantizers import AutoHfQuantizer
 
     merged: Any = AutoHfQuantizer.merge_quantization_configs({"quant_method": "ptqtp"}, PTQTPConfig(dequantize=True))

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_rb import apply_mpi, fold_mpi, tiny
 from hf_rb.scripts.doctor.behaviours import relies_on
-from hf_rb.scripts.doctor.verdicts import Skipped, expect
+from hf_rb.scripts.doctor.findings import Skipped, expect
 from hf_rb.utils import compat
 
 

@@ -16,15 +16,15 @@ from accelerate import Accelerator
 from transformers import Trainer
 
 from hf_rb import tiny
-from hf_rb.scripts.doctor.behaviours import Recorded, check_parameters, is_removed, relies_on
-from hf_rb.scripts.doctor.verdicts import expect
+from hf_rb.scripts.doctor.behaviours import Recorded, check_parameters, relies_on
+from hf_rb.scripts.doctor.findings import expect
 from hf_rb.utils import compat
 
 
-__all__ = ["Run", "TRAINERS", "run"]
+__all__ = ["TRAINERS", "TrialRun", "trial_run"]
 
 
-class Run(NamedTuple):
+class TrialRun(NamedTuple):
     """A finished run.
 
     Attributes:
@@ -94,9 +94,26 @@ TRAINERS: dict[str, Callable[[dict], Any]] = {
 }
 
 
+def trial_run(name: str) -> TrialRun:
+    """
+    Trains one step with one of our trainers, and notes arguments and results of the library's own methods. It trains
+    once: later calls return the same run, or raise the same exception.
+    """
+    outcome = _outcome(name)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
 @cache
-def run(name: str) -> Run:
-    """Trains one step with one of our trainers, and notes arguments and results of the library's own methods."""
+def _outcome(name: str) -> TrialRun | Exception:
+    try:
+        return _train(name)
+    except Exception as error:  # a library of another version may raise anything
+        return error
+
+
+def _train(name: str) -> TrialRun:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         # On several devices, transformers' Trainer would spread a batch over them.
         options = {
@@ -107,7 +124,7 @@ def run(name: str) -> Run:
         recorded = {}
         for entry, place in compat.TABLE.items():
             owner, _, method = place.attribute.partition(".")
-            if method and owner in (name, "Trainer") and not is_removed(entry):
+            if method and owner in (name, "Trainer") and not compat.is_removed(entry):
                 parent = getattr(import_module(place.module), owner)
                 recorded[entry] = stack.enter_context(Recorded(parent, method))
         trainer = TRAINERS[name](options)
@@ -120,12 +137,12 @@ def run(name: str) -> Run:
             any(not torch.equal(one, other) for one, other in zip(before, after, strict=True)),
             "No weight has changed.",
         )
-        return Run(trainer, {entry: one.calls for entry, one in recorded.items()}, outputs)
+        return TrialRun(trainer, {entry: one.calls for entry, one in recorded.items()}, outputs)
 
 
-def _live(name: str) -> Run:
+def _live(name: str) -> TrialRun:
     """Returns a finished run whose trainer can work again: another run has reset the state that accelerate shares."""
-    found = run(name)
+    found = trial_run(name)
     Accelerator()
     return found
 
@@ -138,7 +155,7 @@ def _rows(sampled: Any) -> list:
 @relies_on("SFTTrainer._prepare_dataset")
 def prepare_datasets() -> None:
     """TRL tokenizes a dataset in `_prepare_dataset`."""
-    _, dataset = run("SFTTrainer").call("SFTTrainer._prepare_dataset")
+    _, dataset = trial_run("SFTTrainer").call("SFTTrainer._prepare_dataset")
     expect("input_ids" in dataset.column_names, f"The columns are {', '.join(dataset.column_names)}.")
 
 
@@ -146,7 +163,7 @@ def prepare_datasets() -> None:
 def fused_outputs() -> None:
     """TRL's loss reads the log-probabilities of a fused output, with a mask of the labels."""
     check_parameters("FusedCausalLMOutput")
-    fused = [one for one in run("SFTTrainer").outputs if isinstance(one, compat.FusedCausalLMOutput)]
+    fused = [one for one in trial_run("SFTTrainer").outputs if isinstance(one, compat.FusedCausalLMOutput)]
     expect(fused, "The model returns other outputs in training.")
     first: Any = fused[0]  # whose fields may be `None` in general
     expect(first.log_probs.shape == first.label_mask.shape, "The mask has another shape.")
@@ -167,7 +184,7 @@ def count_labels() -> None:
 def save_checkpoints() -> None:
     """A checkpoint is saved in the folder of the run, and pushed by `_push_from_checkpoint` alone."""
     trainer = _live("SFTTrainer").trainer
-    given, _ = run("SFTTrainer").call("Trainer._save_checkpoint")
+    given, _ = trial_run("SFTTrainer").call("Trainer._save_checkpoint")
     expect("trial" in given, "`_save_checkpoint` is called in another way.")
     check_parameters("Trainer._push_from_checkpoint")
     pushed: list[str] = []
@@ -202,7 +219,7 @@ def wait_for_pushes() -> None:
 def distil() -> None:
     """Our GKDTrainer and its configuration are TRL's too."""
     check_parameters("GKDTrainer")
-    trainer = run("GKDTrainer").trainer
+    trainer = trial_run("GKDTrainer").trainer
     expect(isinstance(trainer, compat.GKDTrainer), "Our trainer is no GKDTrainer of TRL.")
     expect(isinstance(trainer.args, compat.GKDConfig), "Our configuration is no GKDConfig of TRL.")
 
@@ -210,7 +227,7 @@ def distil() -> None:
 @relies_on("_is_vision_dataset", "_tokenizer")
 def know_the_data() -> None:
     """TRL's SFTTrainer knows its tokenizer, and whether its dataset has images."""
-    trainer = run("GKDTrainer").trainer
+    trainer = trial_run("GKDTrainer").trainer
     expect(trainer._is_vision_dataset is False, "A dataset of texts counts as one of images.")
     expect(trainer._tokenizer is trainer.processing_class, "The tokenizer is kept elsewhere.")
 
@@ -241,7 +258,7 @@ def reward() -> None:
     """GRPOTrainer samples a turn, calculates a reward for each completion and function, scores them, and then takes
     the loss.
     """
-    found = run("GRPOTrainer")
+    found = trial_run("GRPOTrainer")
     given, sampled = found.call("GRPOTrainer._generate_single_turn")
     expect(len(_rows(sampled)) == len(given["prompt_ids"]), "A prompt gets no completion.")
     given, rewards = found.call("GRPOTrainer._calculate_rewards")
@@ -271,7 +288,7 @@ def log_probabilities() -> None:
 @relies_on("_metrics", "_logs")
 def logs() -> None:
     """GRPOTrainer keeps lists of metrics by mode, and of completions with further columns for its table."""
-    trainer = run("GRPOTrainer").trainer
+    trainer = trial_run("GRPOTrainer").trainer
     expect(trainer._metrics["train"] is not trainer._metrics["eval"], "Metrics of the modes are not kept apart.")
     trainer._metrics["train"]["doctor"].append(1.0)
     expect(trainer._metrics["train"].pop("doctor") == [1.0], "Metrics are no lists.")
@@ -285,4 +302,4 @@ def names() -> None:
 
     expect(isinstance(trl.SFTTrainer._name, str) and isinstance(trl.SFTTrainer._tag_names, list), "SFT has none.")
     expect("title" in trl.GRPOTrainer._paper, "The paper of GRPO has no title.")
-    expect("hf_rb" in run("SFTTrainer").trainer._tag_names, "Ours are not asked for.")
+    expect("hf_rb" in trial_run("SFTTrainer").trainer._tag_names, "Ours are not asked for.")

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from hf_rb import tiny
 from hf_rb.scripts.doctor.behaviours import check_parameters, relies_on
-from hf_rb.scripts.doctor.verdicts import expect
+from hf_rb.scripts.doctor.findings import expect
 from hf_rb.utils import compat
 
 

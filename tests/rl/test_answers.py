@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hf_rb.advantages import edas
 from hf_rb.advantages.edas import error_classes
-from hf_rb.rl import answers, math_verify
+from hf_rb.rl import answers, math_process
 from hf_rb.rl.answers import math_equivalent, require_math_verify, same_answer
 from hf_rb.rl.rewards import math_accuracy_reward
 
@@ -156,18 +156,18 @@ class TestWorker:
     @pytest.fixture(autouse=True)
     def forgotten(self):
         """No answer is known from another test."""
-        math_verify._read.cache_clear()
-        math_verify._equal.cache_clear()
+        math_process._read.cache_clear()
+        math_process._equal.cache_clear()
 
     @pytest.fixture
     def quick(self, monkeypatch):
         """The same in less time."""
-        monkeypatch.setattr(math_verify, "SECONDS", 1.0)
+        monkeypatch.setattr(math_process, "SECONDS", 1.0)
 
     @pytest.mark.parametrize("in_thread, seconds", [(True, 5.0), (False, 1.0)], ids=["thread", "main thread"])
     def test_a_tower_of_powers_costs_its_time(self, in_thread, seconds, caplog, monkeypatch):
-        assert math_verify.SECONDS == 5
-        monkeypatch.setattr(math_verify, "SECONDS", seconds)
+        assert math_process.SECONDS == 5
+        monkeypatch.setattr(math_process, "SECONDS", seconds)
         require_math_verify("this test")  # starts the process, which is no part of the time
         rewards, start = [], time.monotonic()
 
@@ -203,11 +203,11 @@ class TestWorker:
 
     def test_a_process_that_somebody_ended_is_started_again(self):
         require_math_verify("this test")
-        process = math_verify._worker.process
+        process = math_process._worker.process
         process.kill()
         assert same_answer(r"\frac{3}{4}", "0.75")
-        assert math_verify._worker.process is not process
-        process = math_verify._worker.process
+        assert math_process._worker.process is not process
+        process = math_process._worker.process
         threading.Timer(0.2, process.kill).start()
         assert same_answer(r"\frac{3}{5}", "0.6")
 
@@ -225,20 +225,20 @@ class TestWorker:
     def test_a_forked_process_has_its_own(self):
         program = """
 import os
-from hf_rb.rl import math_verify
+from hf_rb.rl import math_process
 from hf_rb.rl.answers import same_answer
 assert same_answer(r"\\frac{1}{2}", "0.5")
-mine = math_verify._worker.process.pid
-math_verify._worker.lock.acquire()  # as if another thread were asking
+mine = math_process._worker.process.pid
+math_process._worker.lock.acquire()  # as if another thread were asking
 child = os.fork()
 if child == 0:
     same = same_answer(r"\\frac{3}{4}", "0.75")
-    other = math_verify._worker.process.pid
-    math_verify._worker.stop()
+    other = math_process._worker.process.pid
+    math_process._worker.stop()
     os._exit(0 if same and other != mine else 1)
-math_verify._worker.lock.release()
+math_process._worker.lock.release()
 assert os.waitpid(child, 0)[1] == 0
-assert same_answer(r"\\frac{3}{5}", "0.6") and math_verify._worker.process.pid == mine
+assert same_answer(r"\\frac{3}{5}", "0.6") and math_process._worker.process.pid == mine
 print(mine)
 """
         found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
@@ -255,10 +255,10 @@ print(mine)
     def test_one_that_cannot_be_started(self, monkeypatch, tmp_path, caplog):
         """Nothing waits, nothing is asked in this process: texts and numbers are compared, and what needs more says so."""
         (tmp_path / "math_verify.py").write_text("raise RuntimeError")
-        worker = math_verify._Worker()
-        monkeypatch.setattr(math_verify, "_worker", worker)
+        worker = math_process._Worker()
+        monkeypatch.setattr(math_process, "_worker", worker)
         monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-        math_verify._unasked.cache_clear()
+        math_process._unasked.cache_clear()
         with caplog.at_level(logging.WARNING):
             assert not same_answer(r"\frac{1}{2}", "0.5") and not same_answer(r"\frac{1}{3}", "0.5")
         (record,) = caplog.records
@@ -271,11 +271,11 @@ print(mine)
         for _ in range(2):
             with pytest.raises(RuntimeError, match=message):
                 require_math_verify("this test")
-        assert worker.failed_starts == math_verify.MAX_FAILED_STARTS
+        assert worker.failed_starts == math_process.MAX_FAILED_STARTS
 
     def test_lines_are_json(self):
         """The protocol, as the script speaks it."""
-        script = math_verify.Path(math_verify.__file__).with_name("math_worker.py")
+        script = math_process.Path(math_process.__file__).with_name("math_worker.py")
         asked = [
             {"what": "equal", "answers": ["1/2", "0.5"], "seconds": 5},
             {"what": "equal", "answers": ["1/2", "0.6"], "seconds": 5},

@@ -28,7 +28,7 @@ def test_finds_every_hop_of_every_question(facts):
         assert text in [passage.text for passage in index.search(query)], query
 
 
-def test_the_tiny_family_reads_the_description_that_it_was_trained_on(facts):
+def test_the_tiny_family_reads_the_description_of_its_training(facts):
     assert [get_json_schema(facts().search)] == tiny.tool_schemas()
     assert get_json_schema(facts().search) == get_json_schema(search)
 

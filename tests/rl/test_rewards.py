@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 from hf_rb.evaluation import is_correct
-from hf_rb.rl import answers, math_verify
+from hf_rb.rl import answers, math_process
 from hf_rb.rl.rewards import (
     EXTRACTORS,
     MARKERS,
@@ -195,8 +195,8 @@ class TestMathVerify:
     def test_equivalence(self, first, second, equal):
         assert math_equivalent(first, second) == equal
 
-    def test_a_solution_that_takes_too_long_scores_nothing_but_itself(self, monkeypatch):
-        monkeypatch.setattr(math_verify, "SECONDS", 1.0)
+    def test_a_solution_that_takes_too_long_costs_no_other_score(self, monkeypatch):
+        monkeypatch.setattr(math_process, "SECONDS", 1.0)
         tower = "7^{7^{7^{7}}}"
         assert math_accuracy_reward([rf"\boxed{{{tower}}}", r"\boxed{2}"], [tower] * 2) == [1.0, None]
 

@@ -1,4 +1,4 @@
-"""Verdicts of `hf-rb doctor`: passed, failed or skipped, in words without paths of this machine."""
+"""Findings of `hf-rb doctor`: passed, failed or skipped, in words without paths of this machine."""
 
 import contextlib
 import io
@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["Skipped", "Verdict", "examine", "expect", "public"]
+__all__ = ["Finding", "Skipped", "expect", "finding_of", "public"]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One check.
+class Finding:
+    """Result of one check.
 
     Attributes:
         group (`str`): `"versions"`, `"names"`, `"imports"`, `"registration"`, `"quantization"`, `"adapters"`,
             `"training"` or `"behaviour"`.
         name (`str`): Subject of the check.
         state (`str`): `"passed"`, `"failed"` or `"skipped"`.
-        detail (`str`): Reason of a failure or a skip, or a finding.
+        detail (`str`): Reason of a failure or a skip, or a figure.
         seconds (`float`): Wall time.
     """
 
@@ -48,8 +48,8 @@ def expect(condition: Any, sentence: str) -> None:
         raise RuntimeError(sentence)
 
 
-def examine(group: str, name: str, check: Callable[[], str | None]) -> Verdict:
-    """Runs a check, which may return a detail, and turns anything that it raises into a verdict."""
+def finding_of(group: str, name: str, check: Callable[[], str | None]) -> Finding:
+    """Runs a check, which may return a detail, and turns anything that it raises into a finding."""
     start = time.perf_counter()
     try:
         with _quiet():
@@ -58,7 +58,7 @@ def examine(group: str, name: str, check: Callable[[], str | None]) -> Verdict:
         state, detail = "skipped", str(reason)
     except Exception as error:  # a library of another version may raise anything
         state, detail = "failed", _short(f"{type(error).__name__}: {error}")
-    return Verdict(group, name, state, public(detail), round(time.perf_counter() - start, 3))
+    return Finding(group, name, state, public(detail), round(time.perf_counter() - start, 3))
 
 
 def _short(text: str, limit: int = 4) -> str:

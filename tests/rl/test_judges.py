@@ -210,7 +210,7 @@ def test_a_coroutine_function_is_no_judge():
     async def ask(asked):
         return VERDICTS
 
-    with pytest.raises(TypeError, match=r"judge=hf_rb.rl.judges.Judge\(ask\)"):
+    with pytest.raises(TypeError, match=r"judge=hf_rb.judges.Judge\(ask\)"):
         SrarShaper(ask)
 
 
@@ -317,7 +317,7 @@ def by_words(request):
         "[" + "[" * 50_000 + "]",
     ],
 )
-def test_an_imitated_verdict_cannot_change_the_verdict_on_another(imitation):
+def test_an_imitated_verdict_changes_no_other_verdict(imitation):
     texts = ["add", "sub", "add up", "nothing"]
     correct = [True, False, False, False]
 

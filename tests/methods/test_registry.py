@@ -1,0 +1,154 @@
+"""What is registered, by this package and by others, and what is said of what cannot be used."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+
+import pytest
+from helpers.plugins import install
+
+from hf_rb.methods import Method, ObjectiveMethod, ShaperMethod, registry, static
+from hf_rb.methods.registry import broken, catalog, find, methods, name_problem
+
+
+BREVITY = """
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import a_module_that_is_not_there
+
+from hf_rb.methods import Metric, ShaperMethod, flag
+
+
+@dataclass
+class BrevityFlags:
+    brevity_alpha: float = flag(0.1, "Strength.", range="[0, 1]")
+
+
+def _rules(config: Any) -> Iterator[str]:
+    if config.brevity_alpha == 0:
+        yield "`brevity_alpha: 0.0` does nothing."
+
+
+class Brevity(a_module_that_is_not_there.Base):
+    method = ShaperMethod(
+        key="brevity", name="Brevity", summary="Prefers short.", flags=BrevityFlags, rules=_rules, level="token",
+    )
+"""
+
+
+@pytest.mark.parametrize("name, method", catalog().items(), ids=catalog())
+def test_record_without_an_import_is_that_of_the_module(name, method):
+    entry = next(one for one in registry.entries() if one.method.key == name)
+    loaded = entry.load()
+    loaded = getattr(loaded, "method", loaded)
+    for field in dataclasses.fields(method):
+        mine, theirs = getattr(method, field.name), getattr(loaded, field.name)
+        if field.name == "flags" and mine is not None:
+            assert [(one.name, one.default) for one in dataclasses.fields(mine)] == [
+                (one.name, one.default) for one in dataclasses.fields(theirs)
+            ]
+        elif inspect.isfunction(mine):
+            assert mine.__name__ == theirs.__name__
+        else:
+            assert mine == theirs
+
+
+def test_records_are_read_without_torch():
+    code = "import sys; from hf_rb.methods.registry import catalog; catalog(); print({'torch', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_another_package_is_read_without_its_imports(monkeypatch, tmp_path):
+    install(monkeypatch, tmp_path / "site", "brevity-pkg", BREVITY, shaper={"brevity": "Brevity"})
+    entry = find("shaper", "brevity")
+    assert (entry.package, entry.method.level, entry.method.flags.brevity_alpha) == ("brevity-pkg", "token", 0.1)
+    assert "brevity" in catalog()
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+        entry.load()
+
+
+BAD = {
+    "no record": ("class Brevity: pass", "`Brevity` has no record"),
+    "another kind": (
+        "from hf_rb.methods import ObjectiveMethod\nclass Brevity:\n    method = ObjectiveMethod(key='brevity', name='B', summary='')",
+        "`Brevity` has no record of a shaper",
+    ),
+    "a field less": (
+        "from hf_rb.methods import ShaperMethod\nclass Brevity:\n    method = ShaperMethod(key='brevity', name='B')",
+        "TypeError: .*missing 1 required keyword-only argument: 'summary'",
+    ),
+    "no class": ("x = 1", "does not define `Brevity`"),
+    "a syntax error": ("class Brevity(:", "SyntaxError"),
+    "another key": (
+        "from hf_rb.methods import ShaperMethod\nclass Brevity:\n    method = ShaperMethod(key='b', name='B', summary='')",
+        "its record has the key 'b'",
+    ),
+    "torch in the record": (
+        "import torch\nfrom hf_rb.methods import ShaperMethod\n"
+        "class Brevity:\n    method = ShaperMethod(key='brevity', name='B', summary=str(torch.zeros(1)))",
+        "NameError",
+    ),
+}
+
+
+@pytest.mark.parametrize("code, message", BAD.values(), ids=BAD)
+def test_broken_entry_point_is_a_sentence_with_its_package(monkeypatch, tmp_path, code, message):
+    install(monkeypatch, tmp_path / "site", "brevity-pkg", code, shaper={"brevity": "Brevity"})
+    with pytest.raises(ValueError, match=f"'brevity' of the package brevity-pkg .* cannot be used: .*{message}"):
+        find("shaper", "brevity")
+    assert [*broken("shaper")] == ["brevity"] and "edas" in methods("shaper")
+
+
+@pytest.mark.parametrize("key", ["edas", "brevity"])
+def test_two_packages_with_one_name_are_refused_where_it_is_used(monkeypatch, tmp_path, key):
+    code = BREVITY.replace('"brevity"', f'"{key}"')
+    install(monkeypatch, tmp_path / "one", "one-pkg", code, shaper={key: "Brevity"})
+    install(monkeypatch, tmp_path / "two", "two-pkg", code, shaper={key: "Brevity"})
+    problem = name_problem("shaper", key, "advantage_shapers")
+    assert f"The shaper {key!r} comes with two packages, " in problem and "one-pkg" in problem
+    assert "srar" in methods("shaper")
+
+
+def test_names_have_hints():
+    assert name_problem("objective", "AKL", "objective") == "`objective` cannot be 'AKL'; did you mean 'akl'?"
+    assert "add `--allow_local_code mine:Own`" in name_problem("objective", "mine:Own")
+
+
+def test_allowed_code_is_a_method_by_its_place(monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(BREVITY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "LOCAL", {"mine:Brevity", "shutil:copy", "nowhere:Brevity"})
+    assert methods("shaper")["mine:Brevity"].method.key == "brevity"
+    assert "mine:Brevity" not in methods("objective")
+    assert "no module `nowhere`" in name_problem("shaper", "nowhere:Brevity")
+    assert "`copy`" in name_problem("shaper", "shutil:copy")
+
+
+@pytest.mark.parametrize("method", catalog().values(), ids=catalog())
+def test_every_record_is_complete(method: Method):
+    assert method.summary.endswith(".") and len(method.summary) < 220
+    for field in dataclasses.fields(method.flags) if method.flags else ():
+        assert field.metadata["help"].strip().endswith("."), field.name
+    for metric in method.metrics:
+        assert metric.meaning and not metric.meaning.endswith("."), metric.name
+        low, high = map(float, metric.range[1:-1].split(","))
+        assert low < high
+    if isinstance(method, ObjectiveMethod) and method.completions != "any":
+        assert method.because
+    if isinstance(method, ShaperMethod):
+        assert not method.additive or method.level == "token"
+
+
+def test_a_class_is_evaluated_with_what_it_needs_alone(monkeypatch, tmp_path):
+    code = "from __future__ import annotations\nimport nowhere\nA = 2\nB = A + 1\nC = nowhere.x\ndef f(): return B"
+    (tmp_path / "partly.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert static.evaluate("partly", "B") == 3 and static.evaluate("partly", "f")() == 3
+    with pytest.raises(NameError, match="nowhere"):
+        static.evaluate("partly", "C")
+    with pytest.raises(ImportError, match="does not define `D`"):
+        static.evaluate("partly", "D")
