@@ -18,7 +18,6 @@ from hf_rb.methods.registry import methods
 __all__ = [
     "ADAPTER_CONFIG",
     "COMPANIONS",
-    "PACKED",
     "adapter_beside",
     "check_apart",
     "check_model",

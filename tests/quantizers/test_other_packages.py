@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.example_package import FOLDER, forget_methods, installed
+from helpers.example_package import FOLDER, installed
+from helpers.plugins import install
 from helpers.round_trips import load
 
 from hf_rb.cli import main
@@ -99,26 +100,19 @@ def test_titles():
     assert _title({"quant_method": "d2quant", "backend": "rtn", "bits": 3}) == "D²Quant, 3 bits, without data"
 
 
+HALF = """
+from hf_rb.methods import QuantizerMethod
+METHOD = QuantizerMethod(key="half", name="Half", summary="Rounds to one bit.")
+"""
+
+
 def test_a_broken_quantizer_is_named_and_the_others_work(tmp_path, monkeypatch, capsys):
-    info = tmp_path / "half_done-0.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: half-done\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text("[hf_rb.quantizers]\nhalf = half_done:METHOD\n")
-    (tmp_path / "half_done.py").write_text(
-        "from hf_rb.methods import QuantizerMethod\n"
-        "METHOD = QuantizerMethod(key='half', name='Half', summary='Rounds to one bit.')\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    forget_methods()
-    try:
-        assert [*methods("quantizer")] == ["d2quant", "ptqtp"] and "`half`" not in broken("quantizer")
-        said = "The quantizer 'half' of the package half-done (half_done:METHOD) cannot be used: TypeError: "
-        assert broken("quantizer")["half"].startswith(said)
-        (error,) = errors(quant_method="half")
-        assert error.startswith(said) and "Update or uninstall that package." in error
-        assert main(["quantize", "tiny:student", str(tmp_path / "out"), "--method", "half"]) == 2
-        assert said in capsys.readouterr().err.replace("\n", " ")
-        assert not errors(quant_method="ptqtp")
-    finally:
-        monkeypatch.undo()
-        forget_methods()
+    install(monkeypatch, tmp_path / "site", "half-done", HALF, quantizer={"half": "METHOD"})
+    assert [*methods("quantizer")] == ["d2quant", "ptqtp"]
+    said = "The quantizer 'half' of the package half-done (half_done:METHOD) cannot be used: TypeError: "
+    assert broken("quantizer")["half"].startswith(said)
+    (error,) = errors(quant_method="half")
+    assert error.startswith(said) and "Update or uninstall that package." in error
+    assert main(["quantize", "tiny:student", str(tmp_path / "out"), "--method", "half"]) == 2
+    assert said in capsys.readouterr().err
+    assert not errors(quant_method="ptqtp")

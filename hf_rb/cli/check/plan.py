@@ -222,7 +222,7 @@ def _quantized_bits(args: Any, config: Any) -> float | None:
     if args.load_in_8bit or config.get("load_in_8bit"):
         return 8.5
     entry = methods("quantizer").get(str(config.get("quant_method")))
-    return entry and entry.method.memory_bits(config)
+    return entry.method.memory_bits(config) if entry else None
 
 
 def _frozen(args: Any, verb: str) -> list[tuple[str, dict]]:
