@@ -259,7 +259,7 @@ class QuantizerMethod(Method):
         return f"{self.unit}_per_layer" if self.unit else ""
 
     def is_calibrated(self, config: dict[str, Any]) -> bool:
-        """Whether the model is run on text to quantize it."""
+        """Returns whether the model is run on text to quantize it."""
         return any(config.get(name) != value for name, value in (self.uncalibrated or {}).items())
 
     def config_class(self) -> Any:

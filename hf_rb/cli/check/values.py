@@ -48,8 +48,8 @@ class ValueChecker:
         if problem:
             self.findings.errors.append(problem)
             return
-        owner = next((name for name in schemas.quantization() if key in schemas.load(name)), None)
-        if owner and prefix.endswith("quantization_config."):
+        names = schemas.quantization() if prefix.endswith("quantization_config.") else ()
+        if owner := next((name for name in names if key in schemas.load(name)), None):
             instead = _counterpart(key, owner, keys)
             hint = f"; this method has `{instead}` (`--{instead.replace('_', '-')}`)." if instead else "."
             self.findings.errors.append(f"`{prefix}{key}` is of `quant_method: {owner}` (`--method {owner}`){hint}")
