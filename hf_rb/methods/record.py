@@ -214,7 +214,7 @@ class QuantizerMethod(Method):
     """
     A quantizer, `quant_method: <key>`.
 
-    Its flags are the fields of its config. What is asked of a config here gets the given fields alone, as a dict.
+    Its flags are the fields of its config.
 
     Args:
         config, quantizer (`str`):
@@ -242,7 +242,7 @@ class QuantizerMethod(Method):
 
     config: str
     quantizer: str
-    memory_bits: Callable[[dict[str, Any]], float]
+    memory_bits: Callable[[Any], float]
     unit: str = ""
     units: tuple[int, ...] = ()
     nsds: tuple[int, int] | None = None

@@ -87,11 +87,13 @@ def test_from_the_command_line_to_the_card(example, make_model, tmp_path, capsys
 
 
 def test_what_else_follows_from_the_record(example):
+    from hf_rb_example.quartet import QuartetConfig
+
     assert "hf-rb-example" in Loading(method="quartet").packages(adapter=False)
     assert len(Loading(method="ptqtp").packages(adapter=False)) == 1
     assert _title({"quant_method": "quartet"}) == "Quartet"
     assert "quartet, tiny:student: quantize, save, reload, dequantize" in dict(quantization_trials())
-    assert methods("quantizer")["quartet"].method.memory_bits({}) == 2.25
+    assert methods("quantizer")["quartet"].method.memory_bits(QuartetConfig()) == 2.25
 
 
 def test_titles():

@@ -6,8 +6,10 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from hf_rb.cli import schemas
 from hf_rb.cli.check.memory import WEIGHT_BYTES, Architecture, Run, estimate, estimate_audit, peak
 from hf_rb.io import data_files as data
 from hf_rb.io.model_folder import local_folder
@@ -221,8 +223,11 @@ def _quantized_bits(args: Any, config: Any) -> float | None:
         return 4.5
     if args.load_in_8bit or config.get("load_in_8bit"):
         return 8.5
-    entry = methods("quantizer").get(str(config.get("quant_method")))
-    return entry.method.memory_bits(config) if entry else None
+    method = str(config.get("quant_method"))
+    if method not in methods("quantizer"):
+        return None
+    defaults = {key: entry.get("default") for key, entry in schemas.load(method).items()}
+    return methods("quantizer")[method].method.memory_bits(SimpleNamespace(**defaults | config))
 
 
 def _frozen(args: Any, verb: str) -> list[tuple[str, dict]]:

@@ -35,7 +35,7 @@ METHOD = QuantizerMethod(
     units=(1, 2, 3),
     nsds=(2, 3),
     rules=_rules,
-    memory_bits=lambda config: config.get("planes", 2) * (2 + 16 / config.get("group_size", 128)),
+    memory_bits=lambda config: config.planes * (2 + 16 / config.group_size),
     solves_again=True,
 )
 

@@ -16,6 +16,8 @@ from hf_rb.quantizers.ptqtp.solver import quantize_matrix
 
 __all__ = ["PTQTPQuantizer"]
 
+_SOLVER_OPTIONS = ("max_iter", "tol", "tol_mode", "scale_mode", "multistart")
+
 
 class PTQTPQuantizer(PackingQuantizer):
     """Quantizes a model to trit-planes while it loads, or loads one that is quantized already."""
@@ -27,17 +29,8 @@ class PTQTPQuantizer(PackingQuantizer):
         return layout_of(in_features, self.quantization_config.group_size, units)
 
     def solve(self, layout: Layout, matrix: Tensor) -> Solved:
-        config = self.quantization_config
-        packed, scale, error, resolved = quantize_matrix(
-            matrix,
-            group_size=layout.group_size,
-            planes=layout.num_scales,
-            max_iter=config.max_iter,
-            tol=config.tol,
-            tol_mode=config.tol_mode,
-            scale_mode=config.scale_mode,
-            multistart=config.multistart,
-        )
+        options = {name: getattr(self.quantization_config, name) for name in _SOLVER_OPTIONS}
+        packed, scale, error, resolved = quantize_matrix(matrix, layout.group_size, layout.num_scales, **options)
         return Solved(PackedWeight(packed, scale), error, resolved)
 
     def to_file(self, layout: Layout, weight: PackedWeight) -> PackedWeight:

@@ -33,7 +33,7 @@ one of them. Every group is solved on its own, so neither threads nor blocks cha
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,25 +134,13 @@ class QuantizedMatrix(NamedTuple):
 
 
 @_without_autograd
-def quantize_matrix(
-    weight: Tensor,
-    *,
-    group_size: int = 128,
-    planes: int = 2,
-    max_iter: int = 50,
-    tol: float = 1e-4,
-    tol_mode: str = "absolute",
-    scale_mode: str = "free",
-    multistart: bool = False,
-) -> QuantizedMatrix:
+def quantize_matrix(weight: Tensor, group_size: int = 128, planes: int = 2, **options: Any) -> QuantizedMatrix:
     """
     Solves a matrix as [`solve`] does and packs it, without ever holding all of its trits.
 
     Takes the arguments of [`solve`], raises what it raises.
     """
-    scales, resolved = fit_scales(
-        weight, group_size, planes, max_iter, tol, tol_mode, scale_mode, multistart=multistart
-    )
+    scales, resolved = fit_scales(weight, group_size, planes, **options)
     if solver := _compiled(weight):
         row_bytes = layout_of(weight.shape[1], group_size, planes).row_bytes
         packed, error, norm = solver.encode(weight, scales, group_size, row_bytes)
@@ -173,10 +161,10 @@ def fit_scales(
     weight: Tensor,
     group_size: int,
     planes: int,
-    max_iter: int,
-    tol: float,
-    tol_mode: str,
-    scale_mode: str,
+    max_iter: int = 50,
+    tol: float = 1e-4,
+    tol_mode: str = "absolute",
+    scale_mode: str = "free",
     scale_dtype: torch.dtype = torch.float16,
     multistart: bool = False,
 ) -> tuple[Tensor, bool]:

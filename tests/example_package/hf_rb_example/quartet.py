@@ -30,7 +30,7 @@ METHOD = QuantizerMethod(
     summary="Rounding to four levels with one scale for a group of weights.",
     config="hf_rb_example.quartet:QuartetConfig",
     quantizer="hf_rb_example.quartet:QuartetQuantizer",
-    memory_bits=lambda config: 2 + 16 / config.get("group_size", 64),
+    memory_bits=lambda config: 2 + 16 / config.group_size,
     rules=_rules,
     trial={"clip": 0.7},
 )
