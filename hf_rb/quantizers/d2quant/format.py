@@ -167,7 +167,8 @@ def from_file(layout: Layout, stored: PackedWeight, column: bool = False) -> Pac
     Raises:
         DamagedTensor: A tensor is missing or too many, has another type or shape, or a scale that is none.
     """
-    _check(layout, stored.parts(), column)
+    kind = f"{code_bits(layout)}-bit {'sign planes' if is_dual(layout) else 'grids'}"
+    stored.check(kind, **_expected(layout, stored.packed.shape[:-1], column))
     weight = PackedWeight(stored.packed, stored.scale, stored.column)
     if stored.hi is not None:
         weight.packed = _together(stored.packed, stored.hi, layout)
@@ -179,10 +180,10 @@ def from_file(layout: Layout, stored: PackedWeight, column: bool = False) -> Pac
     return weight
 
 
-def _check(layout: Layout, tensors: dict[str, Tensor], column: bool) -> None:
-    bits, rows = code_bits(layout), tensors["packed"].shape[:-1]
-    widths = [_row_bytes(layout, part) for part in layout.parts]
-    expected = {"packed": (torch.uint8, (*rows, widths[0]))}
+def _expected(layout: Layout, rows: tuple[int, ...], column: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Returns type and shape of the tensors of a file."""
+    bits, widths = code_bits(layout), [_row_bytes(layout, part) for part in layout.parts]
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"packed": (torch.uint8, (*rows, widths[0]))}
     if bits == 3:
         expected["hi"] = torch.uint8, (*rows, widths[1])
     if is_dual(layout):
@@ -192,19 +193,7 @@ def _check(layout: Layout, tensors: dict[str, Tensor], column: bool) -> None:
         expected["zero"] = torch.uint8, (*rows, -(-layout.groups * bits // 8))
     if column:
         expected["column"] = torch.float32, (*rows[:-1], layout.in_features)
-    for part, (dtype, shape) in expected.items():
-        if part not in tensors:
-            raise DamagedTensor("not in the checkpoint.", part)
-        tensor = tensors[part]
-        if tensor.dtype != dtype or tensor.shape != shape:
-            found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise DamagedTensor(f"Expected {dtype} of shape {tuple(shape)}, got {found}.", part)
-    for part in tensors.keys() - expected.keys():
-        kind = "sign planes" if is_dual(layout) else "grids"
-        raise DamagedTensor(f"There is no such tensor for {bits}-bit {kind}; is the configuration another one?", part)
-    for part in ("scale", "column"):
-        if part in expected and not ((tensors[part] >= 0) & tensors[part].isfinite()).all():
-            raise DamagedTensor("A scale is negative, infinite or NaN: the file is damaged.", part)
+    return expected
 
 
 def _row_bytes(layout: Layout, part: Part) -> int:

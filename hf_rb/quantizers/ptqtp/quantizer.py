@@ -2,14 +2,15 @@
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.loading.matrices import Solved
 from hf_rb.quantizers.loading.quantizer import PackingQuantizer
-from hf_rb.quantizers.packed.weight import DamagedTensor, PackedWeight
+from hf_rb.quantizers.packed.weight import PackedWeight
 from hf_rb.quantizers.ptqtp.config import PTQTPConfig
-from hf_rb.quantizers.ptqtp.format import check_scales, layout_of, repack
+from hf_rb.quantizers.ptqtp.format import layout_of, repack
 from hf_rb.quantizers.ptqtp.layers import PTQTPExperts, PTQTPLinear
 from hf_rb.quantizers.ptqtp.solver import quantize_matrix
 
@@ -37,8 +38,6 @@ class PTQTPQuantizer(PackingQuantizer):
         return replace(weight, packed=repack(weight.packed, layout, "nibble", self.quantization_config.packing))
 
     def from_file(self, layout: Layout, stored: PackedWeight, parameter: str) -> PackedWeight:
-        try:
-            check_scales(stored.scale, (*stored.packed.shape[:-1], layout.groups, layout.num_scales))
-        except ValueError as error:
-            raise DamagedTensor(str(error), "scale") from error
-        return PackedWeight(repack(stored.packed, layout, self.quantization_config.packing, "nibble"), stored.scale)
+        scales = torch.float16, (*stored.packed.shape[:-1], layout.groups, layout.num_scales)
+        stored.check("trit-planes", scale=scales)
+        return replace(stored, packed=repack(stored.packed, layout, self.quantization_config.packing, "nibble"))

@@ -8,6 +8,7 @@ A code takes two bits, four codes a byte, in files as in memory (`hf_rb/quantize
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 
 from hf_rb.methods import QuantizerMethod, flag
@@ -15,7 +16,7 @@ from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.kernels.layout import Layout, Part, pack
 from hf_rb.quantizers.loading.matrices import Solved
 from hf_rb.quantizers.loading.quantizer import PackingQuantizer
-from hf_rb.quantizers.packed.weight import DamagedTensor, PackedWeight
+from hf_rb.quantizers.packed.weight import PackedWeight
 from hf_rb.utils.fields import documented
 
 
@@ -75,14 +76,6 @@ class QuartetQuantizer(PackingQuantizer):
 
     def from_file(self, layout, stored, parameter):
         rows = stored.packed.shape[:-1]
-        for part, dtype, shape in (
-            ("packed", "torch.uint8", (*rows, layout.row_bytes)),
-            ("scale", "torch.float16", (*rows, layout.groups, 1)),
-        ):
-            tensor = getattr(stored, part)
-            if (str(tensor.dtype), tuple(tensor.shape)) != (dtype, shape):
-                found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                raise DamagedTensor(f"Expected {dtype} of shape {shape}, got {found}.", part)
-        if not ((stored.scale >= 0) & stored.scale.isfinite()).all():
-            raise DamagedTensor("A scale is negative, infinite or NaN: the file is damaged.", "scale")
+        scales = torch.float16, (*rows, layout.groups, 1)
+        stored.check("four levels", packed=(torch.uint8, (*rows, layout.row_bytes)), scale=scales)
         return stored
