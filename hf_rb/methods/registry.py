@@ -2,7 +2,6 @@
 allows. Standard library only: nothing is imported until a method is used.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -40,8 +39,6 @@ __all__ = [
     "name_problem",
 ]
 
-logger = logging.getLogger(__name__)
-
 GROUPS: dict[Kind, str] = {
     "objective": "hf_rb.objectives",
     "shaper": "hf_rb.shapers",
@@ -52,6 +49,18 @@ GROUPS: dict[Kind, str] = {
 
 LOCAL: set[str] = set()
 """Code that the command line allows to be imported, `module:attribute`: its own name in a recipe."""
+
+
+PACKAGE = "hf_rb"
+_FOLDERS = ("objectives", "advantages", "quantizers", "weights", "models", "recover")
+_CLASSES: dict[Kind, type[Method]] = {
+    "trainer": Method,
+    "objective": ObjectiveMethod,
+    "shaper": ShaperMethod,
+    "quantizer": QuantizerMethod,
+    "merge": MergeMethod,
+    "model": ModelMethod,
+}
 
 
 def allow(names: Iterable[str]) -> None:
@@ -68,18 +77,6 @@ def allow(names: Iterable[str]) -> None:
         LOCAL.add(name)
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-
-
-PACKAGE = "hf_rb"
-_FOLDERS = ("objectives", "advantages", "quantizers", "weights", "models", "recover")
-_CLASSES: dict[Kind, type[Method]] = {
-    "trainer": Method,
-    "objective": ObjectiveMethod,
-    "shaper": ShaperMethod,
-    "quantizer": QuantizerMethod,
-    "merge": MergeMethod,
-    "model": ModelMethod,
-}
 
 
 @dataclass(frozen=True)

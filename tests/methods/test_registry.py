@@ -4,12 +4,14 @@ import dataclasses
 import inspect
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from helpers.plugins import install
 
 from hf_rb.methods import Method, ObjectiveMethod, ShaperMethod, registry, static
 from hf_rb.methods.registry import broken, catalog, find, methods, name_problem
+from hf_rb.methods.rules import defaults_of
 
 
 BREVITY = """
@@ -54,6 +56,21 @@ def test_record_without_an_import_is_that_of_the_module(name, method):
             assert mine.__name__ == theirs.__name__
         else:
             assert mine == theirs
+
+
+@pytest.mark.parametrize(
+    "entry", [one for one in registry.entries() if one.method.flags], ids=lambda one: one.method.key
+)
+def test_functions_have_the_defaults_of_the_flags(entry):
+    """Of what a module exports; a flag of `None` is off."""
+    module, defaults = import_module(entry.module), defaults_of(entry.method)
+    exported = [getattr(module, name) for name in module.__all__]
+    for function in (one for one in exported if callable(one) and not dataclasses.is_dataclass(one)):
+        for name, parameter in inspect.signature(function).parameters.items():
+            fields = {f"{entry.method.key}_{name}", name} & defaults.keys()
+            if fields and parameter.default is not parameter.empty:
+                default = defaults[fields.pop()]
+                assert default is None or parameter.default == default, f"{function.__name__}({name})"
 
 
 def test_records_are_read_without_torch():
