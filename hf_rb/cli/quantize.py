@@ -46,12 +46,10 @@ class QuantizeArguments:
     )
     dtype: str = flag(
         "auto",
-        "Type in which the models are measured and trained; `auto` is that of the files.",
+        "Type of what is not quantized; `auto` is that of the files.",
         choices=WEIGHT_TYPES_OR_AUTO,
     )
-    overwrite: bool = flag(
-        False, "Whether a model and checkpoints that `output_dir` already holds are deleted when training starts."
-    )
+    overwrite: bool = flag(False, "Whether to replace a folder that is not empty.")
     stream: bool = flag(
         False, "Whether to quantize tensor by tensor, with the memory of one; an interrupted run goes on where it was."
     )
@@ -99,24 +97,17 @@ def configure(parser: argparse.ArgumentParser, method: str | None = None) -> Non
         parser.add_argument("--method", type=_method, metavar=names, help="quantization method (default ptqtp)")
     else:
         parser.set_defaults(method=method)
-    parser.add_argument(
-        "--dtype", choices=WEIGHT_TYPES_OR_AUTO, help="type of what is not quantized (default: as saved)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
-    parser.add_argument(
-        "--stream", action="store_true", help="tensor by tensor, with the memory of one; goes on if killed"
-    )
-    parser.add_argument("--no-resume", action="store_true", help="throw away what an interrupted run has left")
-    parser.add_argument(
-        "--eval-data", metavar="TEXT", help="text file or dataset (NAME:CONFIG) for the perplexity before and after"
-    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    for name, entry in schemas.load("quantize").items():
+        if name not in _GIVEN_OTHERWISE:
+            _add_option(parser, name, entry)
     for title, fields in _options([method] if method else [*methods("quantizer")]).items():
         group = parser.add_argument_group(title) if title else parser
         for name, entry in fields.items():
-            _add_option(group, name, entry)
+            _add_option(group, name, entry, _DEST)
 
 
+_GIVEN_OTHERWISE = ("model_name_or_path", "output_dir", "quantization_config")
 # Fields that no command line sets, and those whose option has another name.
 _NO_OPTIONS = ("quant_method", "format_version", "dequantize")
 _DEST = "quantization_config."
@@ -139,12 +130,12 @@ def _options(names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
-def _add_option(parser: Any, name: str, entry: dict[str, Any]) -> None:
+def _add_option(parser: Any, name: str, entry: dict[str, Any], prefix: str = "") -> None:
     """Adds the options of a field, by its type, choices and default."""
     types, default, choices = {*entry["types"]} - {"null"}, entry.get("default"), entry.get("choices", [])
     text = entry["help"].partition(". ")[0].rstrip(".").replace("%", "%%")
     spelled, on = _SPELLED.get(name, name).replace("_", "-"), [one for one in choices if one not in (None, False)]
-    common = {"dest": _DEST + name, "default": argparse.SUPPRESS}
+    common = {"dest": prefix + name, "default": argparse.SUPPRESS}
     if off := [False] if default is True else [one for one in choices if one in (None, False)]:
         help = f"`{name}: {'null' if off[0] is None else 'false'}`: {text}"
         parser.add_argument(f"--no-{spelled}", action="store_const", const=off[0], help=help, **common)
@@ -240,18 +231,11 @@ def read_arguments(args: argparse.Namespace) -> QuantizeArguments:
         ValueError: What `hf-rb check` finds wrong with the two, or no model or folder given.
     """
     values = read_recipe(find_recipe(args.config)) if args.config else {}
-    given = {
-        "model_name_or_path": args.model,
-        "output_dir": args.destination,
-        "dtype": args.dtype,
-        "overwrite": args.overwrite or None,
-        "stream": args.stream or None,
-        "resume": False if args.no_resume else None,
-        "eval_data": args.eval_data,
-    }
+    places = {"model_name_or_path": args.model, "output_dir": args.destination}
+    options = {name: value for name, value in vars(args).items() if name in schemas.load("quantize")}
     fields = {name.removeprefix(_DEST): value for name, value in vars(args).items() if name.startswith(_DEST)}
     method = _given({"quant_method": args.method}) | fields
-    values |= _given(given)
+    values |= _given(places) | options
     if isinstance(values.setdefault("quantization_config", {}), dict):  # anything else is refused below
         values["quantization_config"] |= method
     errors = check(Path(args.config or "the command line"), values, "quantize").errors
