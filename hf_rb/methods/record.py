@@ -271,18 +271,49 @@ class QuantizerMethod(Method):
 @dataclass(frozen=True, kw_only=True)
 class MergeMethod(Method):
     """
-    A way to make a model from models without training, `hf-rb merge --method <key>`.
+    A way to make a model from models without training. Its class is an [`~hf_rb.weights.operation.Operation`].
 
     Args:
         models (`dict[str, str]`):
-            Help of every model that it takes, by role.
+            Help of every model that it takes, as a noun phrase, by role.
+        command (`str`, *optional*):
+            What `hf-rb merge --method` calls it. Defaults to `key`.
+        several (`tuple[str, ...]`, *optional*):
+            Roles of two or more models.
+        adapters (`tuple[str, ...]`, *optional*):
+            Roles that may be LoRA adapters.
         optional (`tuple[str, ...]`, *optional*):
-            Roles that may be missing.
+            Roles that are left out where another model is an adapter.
+        for_adapters (`tuple[str, ...]`, *optional*):
+            Flags that act on adapters alone.
+        receiver (`str`, *optional*):
+            Role of the model whose tensors, names, shapes and files the result has. Defaults to the first.
+        files_from (`tuple[str, ...]`, *optional*):
+            Roles of the models whose configuration, tokenizer and so on the result may get; where they differ, the
+            user says whose. Defaults to the receiver.
+        include (`str`, *optional*, defaults to `"linear"`):
+            Pattern of the tensors that it changes, where the user gives none.
     """
 
     models: dict[str, str]
+    command: str = ""
+    several: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    for_adapters: tuple[str, ...] = ()
+    receiver: str = ""
+    files_from: tuple[str, ...] = ()
+    include: str = "linear"
     kind: ClassVar[Kind] = "merge"
+
+    def __post_init__(self) -> None:
+        receiver = self.receiver or next(iter(self.models))
+        given = {"command": self.command or self.key, "receiver": receiver}
+        for name, value in (given | {"files_from": self.files_from or (receiver,)}).items():
+            object.__setattr__(self, name, value)
+        named = {receiver, *self.several, *self.adapters, *self.optional, *self.files_from}
+        if unknown := sorted(named - self.models.keys()):
+            raise ValueError(f"`models` has no {', '.join(unknown)}")
 
 
 @dataclass(frozen=True, kw_only=True)

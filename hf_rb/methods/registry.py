@@ -10,7 +10,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hf_rb.methods import static
 from hf_rb.methods.record import (
@@ -186,7 +186,7 @@ def _records(module: str, package: str) -> Iterator[Entry]:
 
 @cache
 def _entry_points() -> EntryPoints:
-    return entry_points()
+    return cast(EntryPoints, entry_points())
 
 
 @cache

@@ -6,6 +6,7 @@ from typing import Any
 
 from hf_rb.methods.record import Kind, Method
 from hf_rb.methods.registry import methods
+from hf_rb.utils.fields import default_of
 
 
 __all__ = ["defaults_of", "flag_rules"]
@@ -13,7 +14,7 @@ __all__ = ["defaults_of", "flag_rules"]
 
 def defaults_of(method: Method) -> dict[str, Any]:
     """Returns the defaults of a method's flags, by field."""
-    return {field.name: field.default for field in dataclasses.fields(method.flags)} if method.flags else {}
+    return {field.name: default_of(field) for field in dataclasses.fields(method.flags)} if method.flags else {}
 
 
 def flag_rules(config: Any, kind: Kind, active: Collection[str], remedy: Callable[[str, str], str]) -> Iterator[str]:

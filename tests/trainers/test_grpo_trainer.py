@@ -498,7 +498,7 @@ def test_math_equivalence_without_math_verify(make, monkeypatch):
     "flags, message",
     [
         ({"advantage_shapers": ["eda"], "correct_reward": "x"}, "cannot hold 'eda'; did you mean 'edas'?"),
-        ({"advantage_shapers": ["other"]}, "it must be one of 'calibadv', 'edas', 'srar'"),
+        ({"advantage_shapers": ["other"]}, "it must be one of 'calibadv', 'edas', 'pass_at_k', 'srar'"),
         ({"advantage_shapers": "edas"}, r"is a list: write `advantage_shapers: \[edas\]`"),
         ({"advantage_shapers": ["os:system"]}, "add `--allow_local_code os:system` if you trust it"),
         ({"advantage_shapers": ["edas"]}, "needs to know which completions are wrong. Set `correct_reward`"),
