@@ -154,8 +154,8 @@ class TestD2Quant(QuantizerConformance):
         (square_transposed_experts, dict(dsq=False), "auto"),
     ]
     mixtures = [
-        *((name, dict(bits=2)) for name in ("qwen3_moe", "olmoe", CLAMPED)),
-        *((name, dict(bits=3)) for name in ("qwen3_moe", "mixtral", "deepseek_v3", CLAMPED)),
+        *((name, dict(bits=2)) for name in MIXTURES),
+        *((name, dict(bits=3)) for name in MIXTURES),
     ]
     choices = [
         ("qwen3_moe", dict(bits_per_layer={"down_proj": 4}), dict(gate_up_proj="bits=2", down_proj="bits=4")),
