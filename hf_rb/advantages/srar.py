@@ -173,6 +173,7 @@ class SrarFlags(JudgeFlags):
         None,
         "Who judges steps: the base URL of an OpenAI-compatible endpoint (`http://localhost:8000/v1`), or `tiny`, "
         "an offline judge for `tiny:math`. The trainer's `judge` takes any callable.",
+        secret=True,
     )
     srar_judge_model: str | None = flag(None, "Model that the endpoint of `srar_judge` serves.")
 

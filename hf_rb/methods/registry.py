@@ -214,13 +214,18 @@ def _installed(kind: Kind) -> tuple[dict[str, Entry], dict[str, str]]:
                 )
         else:
             found[point.name] = entry
-    return {name: entry for name, entry in found.items() if name not in problems}, problems
+    ours = {name for name, entry in found.items() if entry.package == PACKAGE}
+    return {name: entry for name, entry in found.items() if name in ours or name not in problems}, problems
 
 
 def _entry(kind: Kind, module: str, attribute: str, package: str) -> Entry:
     method = static.record(module, attribute)
     if not isinstance(method, Method) or method.kind != kind:
         raise TypeError(f"`{attribute}` has no record of {'an' if kind[0] in 'aeiou' else 'a'} {kind}")
+    for ours in (one for other in _CLASSES for one in _built_in(other) if one.method.key == method.key):
+        is_local = package == module  # the same key of the same kind is a clash of packages, which says more
+        if ours.method.kind != kind or (is_local and (ours.module, ours.name) != (module, attribute)):
+            raise ValueError(f"its key {method.key!r} is that of a method of {PACKAGE}: give it another")
     return Entry(method, module, attribute, package)
 
 

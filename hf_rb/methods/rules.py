@@ -33,11 +33,14 @@ def flag_rules(config: Any, kind: Kind, active: Collection[str], remedy: Callabl
             From the name of a method that is off and one of its flags to the rest of the sentence that begins with the
             flag and its value.
     """
-    for name, entry in methods(kind).items():
+    known = methods(kind)
+    acting = {field for name in active if name in known for field in defaults_of(known[name].method)}
+    for name, entry in known.items():
         if name in active:
             yield from entry.method.rules(config)
             continue
         for field, default in defaults_of(entry.method).items():
             value = getattr(config, field, default)
-            if value != default:
-                yield f"`{field}: {value}` {remedy(name, field)}"
+            if value != default and field not in acting:
+                is_secret = "secret" in entry.method.flags.__dataclass_fields__[field].metadata
+                yield f"`{field}{'' if is_secret else f': {value}'}` {remedy(name, field)}"

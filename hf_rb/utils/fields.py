@@ -36,9 +36,9 @@ Config = TypeVar("Config")
 
 
 class _Metadata(dict):
-    # HfArgumentParser hands a copy of the metadata to argparse, which refuses the keyword `range`.
+    # HfArgumentParser hands a copy of the metadata to argparse, which refuses these keywords.
     def copy(self) -> dict[str, Any]:
-        return _Metadata({key: value for key, value in self.items() if key != "range"})
+        return _Metadata({key: value for key, value in self.items() if key not in ("range", "secret")})
 
 
 def described(help: str, *, choices: Sequence | None = None, range: str | None = None) -> dict[str, Any]:
@@ -47,11 +47,13 @@ def described(help: str, *, choices: Sequence | None = None, range: str | None =
     return _Metadata({key: value for key, value in given.items() if value is not None})
 
 
-def flag(default: Any, help: str, *, choices: Sequence | None = None, range: str | None = None) -> Any:
+def flag(
+    default: Any, help: str, *, choices: Sequence | None = None, range: str | None = None, secret: bool = False
+) -> Any:
     """Returns a dataclass field of a config: its default, help, choices and range. Every config gets its own copy of a
-    list or a dict.
+    list or a dict. No message repeats the value of a `secret` one.
     """
-    metadata = described(help, choices=choices, range=range)
+    metadata = _Metadata(described(help, choices=choices, range=range) | ({"secret": True} if secret else {}))
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -120,14 +120,30 @@ def test_broken_entry_point_is_a_sentence_with_its_package(monkeypatch, tmp_path
     assert [*broken("shaper")] == ["brevity"] and "edas" in methods("shaper")
 
 
-@pytest.mark.parametrize("key", ["edas", "brevity"])
-def test_two_packages_with_one_name_are_refused_where_it_is_used(monkeypatch, tmp_path, key):
-    code = BREVITY.replace('"brevity"', f'"{key}"')
-    install(monkeypatch, tmp_path / "one", "one-pkg", code, shaper={key: "Brevity"})
-    install(monkeypatch, tmp_path / "two", "two-pkg", code, shaper={key: "Brevity"})
-    problem = name_problem("shaper", key, "advantage_shapers")
-    assert f"The shaper {key!r} comes with two packages, " in problem and "one-pkg" in problem
+def test_two_packages_with_one_name_are_refused_where_it_is_used(monkeypatch, tmp_path):
+    for package in ("one", "two"):
+        install(monkeypatch, tmp_path / package, f"{package}-pkg", BREVITY, shaper={"brevity": "Brevity"})
+    problem = name_problem("shaper", "brevity", "advantage_shapers")
+    assert (
+        "The shaper 'brevity' comes with two packages, " in problem and "one-pkg" in problem and "two-pkg" in problem
+    )
     assert "srar" in methods("shaper")
+
+
+def test_package_with_a_name_of_ours_leaves_ours_as_it_is(monkeypatch, tmp_path):
+    code = BREVITY.replace('"brevity"', '"edas"')
+    install(monkeypatch, tmp_path / "one", "one-pkg", code, shaper={"edas": "Brevity"})
+    install(monkeypatch, tmp_path / "two", "two-pkg", "", shaper={"srar": "Nothing"})
+    assert find("shaper", "edas").package == find("shaper", "srar").package == "hf_rb"
+    assert "comes with two packages, hf_rb and one-pkg" in broken("shaper")["edas"]
+    assert "of the package two-pkg" in broken("shaper")["srar"]
+
+
+def test_key_of_another_kind_of_ours_is_refused(monkeypatch, tmp_path):
+    code = BREVITY.replace('"brevity"', '"loca"')
+    install(monkeypatch, tmp_path / "site", "loca-pkg", code, shaper={"loca": "Brevity"})
+    assert "its key 'loca' is that of a method of hf_rb: give it another" in broken("shaper")["loca"]
+    assert catalog()["loca"].name == "LoCa"
 
 
 def test_names_have_hints():

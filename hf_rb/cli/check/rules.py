@@ -92,7 +92,7 @@ def _reward_rules(args: Any) -> Iterator[str]:
     known = [reward_name(name) for name in names] + (args.reward_model_name_or_path or "").split("/")[-1:]
     flags = [name for entry in methods("shaper").values() for name in defaults_of(entry.method)]
     for key in ("correct_reward", *(name for name in flags if name.endswith("_reward"))):
-        if (name := getattr(args, key, None)) is not None and name not in known:
+        if isinstance(name := getattr(args, key, None), str) and name not in known:
             yield f"`{key}: {name}` is none of the reward functions, {', '.join(filter(None, known))}."
 
 

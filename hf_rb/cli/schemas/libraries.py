@@ -144,10 +144,12 @@ def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str,
     given: dict[str, ast.expr] = {}
     about: dict[str, Any] = {}
     function = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
-    if isinstance(node.value, ast.Call) and function == "flag":  # ours
-        given["default"], text = node.value.args
-        about = {str(keyword.arg): _value(keyword.value, owner) for keyword in node.value.keywords}
-        about |= {"help": _value(text, owner)}
+    is_flag = function.rpartition(".")[2] == "flag"  # ours
+    if isinstance(node.value, ast.Call) and is_flag:
+        named = {str(keyword.arg): keyword.value for keyword in node.value.keywords}
+        named |= dict(zip(("default", "help"), node.value.args, strict=False))
+        given["default"] = named.pop("default")
+        about = {name: _value(value, owner) for name, value in named.items()}
     elif isinstance(node.value, ast.Call) and function.endswith("field"):
         given = {str(keyword.arg): keyword.value for keyword in node.value.keywords}
     elif node.value is not None:
@@ -155,7 +157,7 @@ def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str,
     if "init" in given and _value(given["init"], owner) is False:
         return {}
     about = about or _parts(given.get("metadata"), owner)
-    is_own = function == "flag" or ast.unparse(given.get("metadata", ast.Constant(None))).startswith("described(")
+    is_own = is_flag or ast.unparse(given.get("metadata", ast.Constant(None))).startswith("described(")
     default = {}
     if "default_factory" in given:
         default = {"default": _made(given["default_factory"], owner)}

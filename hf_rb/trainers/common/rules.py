@@ -26,14 +26,14 @@ def packing_rules(config: Any) -> Iterator[str]:
             )
 
 
-def objective_rules(config: Any, beta: float) -> Iterator[str]:
-    """Yields what is wrong with the fields of the objectives; `beta` is the config's default."""
+def objective_rules(config: Any, **defaults: Any) -> Iterator[str]:
+    """Yields what is wrong with the fields of the objectives; `defaults` are those of TRL's fields that act on one."""
     if problem := name_problem("objective", config.objective, "objective"):
         yield problem
         return
     for name, entry in methods("objective").items():
         for field in entry.method.own if name != config.objective else ():
-            if getattr(config, field) != {"beta": beta}[field]:
+            if field in defaults and getattr(config, field) != defaults[field]:
                 yield f"`{field}: {getattr(config, field)}` {_remedy(config, name, field)}"
     yield from flag_rules(config, "objective", [config.objective], lambda name, field: _remedy(config, name, field))
 
