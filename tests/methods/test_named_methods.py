@@ -136,7 +136,7 @@ def test_config_with_two_packages_is_pickled_and_compared(monkeypatch, tmp_path,
     config = GRPOConfig(str(tmp_path), advantage_shapers=[{"brevity": {"alpha": 0.3}}, "length"], **START)
     twin = pickle.loads(pickle.dumps(config))
     assert repr(twin) == repr(config) and (twin.brevity_alpha, twin.length_alpha) == (0.3, 0.1)
-    assert "learning_rate=" in repr(config) and "brevity_alpha=0.3" in repr(config)
+    assert "learning_rate=" in repr(config) and config.to_dict()["brevity_alpha"] == 0.3
 
 
 def test_flag_is_refused_twice_by_config(tmp_path):
