@@ -196,9 +196,9 @@ class CalibAdvFlags:
     )
     calibadv_weighting: str = flag(
         "token",
-        "What a token weighs in that sum: each the same (`token`, the authors' code), or as much as in the loss "
-        '(`loss`), which differs with `loss_type="grpo"` and `sapo`, means over the tokens of each completion '
-        "first.",
+        "Weight of a token where the answers of a group are balanced: each the same (`token`, the authors' code),"
+        " or as much as in the loss (`loss`). The two differ with `loss_type: grpo` and `sapo`, which average "
+        "over the tokens of each completion first.",
         choices=["token", "loss"],
     )
     calibadv_qualify: float = flag(0.7, "Reward from which on the documents of a completion count as good.")

@@ -190,10 +190,10 @@ def _shape(
 class EdasFlags:
     """Flags of the shaper `edas`."""
 
-    edas_alpha: float = flag(0.4, "Strength on groups with several different errors; 0 or more.", range="[0, inf)")
+    edas_alpha: float = flag(0.4, "Strength of EDAS on groups with several different errors.", range="[0, inf)")
     edas_beta: float = flag(
         0.3,
-        "Strength on groups whose wrong answers are all the same; 0 or more. The paper: 0.3 with DAPO, 0.2 with GRPO.",
+        "Strength of EDAS on groups whose wrong answers are all the same. The paper: 0.3 with DAPO, 0.2 with GRPO.",
         range="[0, inf)",
     )
     edas_kappa: float = flag(2.0, "EDAS moves an advantage by at most this part of itself, 1/kappa.", range="(1, inf)")

@@ -167,6 +167,11 @@ class Shaper(Protocol):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if "method" in vars(cls):
+            if getattr(cls, "level", cls.method.level) != cls.method.level:
+                raise TypeError(
+                    f"{cls.__name__} is a shaper of one number a {cls.level}, and its record says `level="
+                    f'"{cls.method.level}"`. Derive it from the other base class, or correct the record.'
+                )
             cls.name, cls.level, cls.additive = cls.method.key, cls.method.level, cls.method.additive
 
     @classmethod

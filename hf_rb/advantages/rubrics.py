@@ -126,7 +126,7 @@ class JudgeFlags:
     """Flags of the way to a judge of steps."""
 
     srar_judge_api_key_env: str | None = flag(
-        None, "Name of the environment variable that holds the key of `srar_judge`. Never the key."
+        None, "Name of the environment variable that holds the key of `srar_judge`. Never the key.", secret=True
     )
     srar_judge_timeout: float = flag(60.0, "Seconds an answer of the judge may take.", range="(0, inf)")
     srar_judge_retries: int = flag(2, "Further attempts where a request to the judge fails.", range="[0, inf)")
@@ -136,6 +136,7 @@ class JudgeFlags:
     srar_judge_kwargs: dict | str | None = flag(
         None,
         "More fields of the request to the judge, such as `max_tokens`. The temperature is 0 unless it is among them.",
+        secret=True,
     )
 
 

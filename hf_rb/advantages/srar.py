@@ -146,9 +146,7 @@ def _normalised(value: float, mean: float, std: float, eps: float) -> float:
 class SrarFlags(JudgeFlags):
     """Flags of the shaper `srar`."""
 
-    srar_coef: float = flag(
-        1.0, "Weight of the step scores, which are added to the advantages; 0 or more.", range="[0, inf)"
-    )
+    srar_coef: float = flag(1.0, "Weight of the step scores, which are added to the advantages.", range="[0, inf)")
     srar_gk: str = flag(
         "code",
         "Which completions the score of a step is compared with: those with a criterion that is met in it (`code`,"
@@ -161,8 +159,8 @@ class SrarFlags(JudgeFlags):
     )
     srar_eps: float = flag(
         1e-4,
-        "Added to that deviation, 0 or more; a step whose scores deviate no more than this has no offset. 1e-4 is "
-        "TRL's for advantages; the authors' code uses 1e-6.",
+        "Number added to the standard deviation that divides step scores. A step whose scores deviate no more "
+        "than this has no offset. 1e-4 is TRL's for advantages; the authors' code uses 1e-6.",
         range="[0, inf)",
     )
     srar_only_mixed: bool = flag(True, "Whether only groups with correct and wrong completions are judged.")
@@ -173,6 +171,7 @@ class SrarFlags(JudgeFlags):
         None,
         "Who judges steps: the base URL of an OpenAI-compatible endpoint (`http://localhost:8000/v1`), or `tiny`, "
         "an offline judge for `tiny:math`. The trainer's `judge` takes any callable.",
+        secret=True,
     )
     srar_judge_model: str | None = flag(None, "Model that the endpoint of `srar_judge` serves.")
 

@@ -48,12 +48,13 @@ def run(args: argparse.Namespace) -> int:
     from hf_rb.cli.check import check, read_overrides, read_recipe
     from hf_rb.io.model_folder import check_models
     from hf_rb.io.resources import find_recipe
+    from hf_rb.methods.recipes import flatten
 
     if args.config is None:
         given = args.overrides[:1]
         raise ValueError(f"Write `hf-rb audit --config {given[0] if given and given[0][0] != '-' else 'RECIPE'}`.")
     path = find_recipe(args.config)
-    recipe = read_recipe(path)
+    recipe = flatten(read_recipe(path))
     verb = check(path, recipe).verb
     if verb not in ("gkd", "distillation"):
         raise ValueError(

@@ -40,9 +40,10 @@ def run(args: argparse.Namespace) -> int:
     from hf_rb.cli.check import check, read_overrides, read_recipe
     from hf_rb.io.model_folder import check_models
     from hf_rb.io.resources import find_recipe
+    from hf_rb.methods.recipes import flatten
 
     path = find_recipe(args.recipe)
-    recipe = read_recipe(path)
+    recipe = flatten(read_recipe(path))
     named = recipe.pop("teacher_model_name_or_path", None)
     teacher = args.teacher_model_name_or_path or named
     folder = args.folder or recipe.get("teacher_cache")

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         for entry in (one for one in found if one.method.kind == kind):
             method, source = entry.method, "" if entry.package == PACKAGE else f"[{entry.package}] "
             paper = method.paper.id if method.paper else "-"
-            text = f"  {method.key:<14}{paper:<12}{source}{method.summary}"
+            text = f"  {method.key:<16} {paper:<11}{source}{method.summary}"
             print(textwrap.fill(text, width, subsequent_indent=" " * 28, drop_whitespace=True))
     for problem in problems:
         print(f"warning: {problem}")

@@ -10,6 +10,7 @@ from hf_rb.cli import schemas
 from hf_rb.cli.check import check, read_overrides, read_recipe
 from hf_rb.io.model_folder import check_models
 from hf_rb.io.resources import find_recipe, resource_folder
+from hf_rb.methods.recipes import flatten
 from hf_rb.methods.registry import allow
 from hf_rb.utils import compat
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = find_recipe(args.recipe)
     local_code = getattr(args, "allow_local_code", None) or []
     allow(local_code)
-    values = read_recipe(recipe) | read_overrides(args.overrides, args.verb)
+    values = flatten(read_recipe(recipe)) | read_overrides(args.overrides, args.verb)
     report = check(recipe, values, args.verb)
     report.show()
     if report.errors:

@@ -44,10 +44,8 @@ class UpcycleArguments:
         1, "Parts into which the neurons of an MLP are cut: 1 copies, `num_experts` splits.", range="[1, inf)"
     )
     mpi: bool = flag(False, "Whether the routers are MPI's.")
-    seed: int = flag(0, "Seed of the choice of examples, of the adapter and of the training.")
-    overwrite: bool = flag(
-        False, "Whether a model and checkpoints that `output_dir` already holds are deleted when training starts."
-    )
+    seed: int = flag(0, "Seed of the routers.")
+    overwrite: bool = flag(False, "Whether to replace a folder that is not empty.")
 
     def __post_init__(self):
         validate(self, upcycle_rules)

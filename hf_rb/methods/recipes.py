@@ -55,7 +55,7 @@ def flatten(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _field(key: str, kind: Kind, name: str, flag: str) -> str:
     """Returns the field of a flag that a recipe writes under a method."""
     entry = find(kind, name, key)
-    known = defaults_of(entry.method)
+    known = [*defaults_of(entry.method), *getattr(entry.method, "own", ())]
     for field in (f"{entry.method.key}_{flag}", flag):
         if field in known:
             return field

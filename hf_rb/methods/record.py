@@ -15,7 +15,8 @@ record, its flags and its rules use the standard library and `hf_rb.methods` alo
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 from hf_rb.utils.fields import flag
@@ -213,31 +214,106 @@ class QuantizerMethod(Method):
     """
     A quantizer, `quant_method: <key>`.
 
+    Its flags are the fields of its config.
+
     Args:
         config, quantizer (`str`):
             Config class and quantizer class, as `"module:Class"`: each is imported when transformers asks for it.
+        unit (`str`, *optional*):
+            Field that says how many of these a weight has: `"bits"`, `"planes"`. With it goes `<unit>_per_layer`, the
+            same for layers by name.
+        units (`tuple[int, ...]`, *optional*):
+            Numbers of them that a layer may have.
+        nsds (`tuple[int, int]`, *optional*):
+            How many the least and the most sensitive layers get by `<unit>_per_layer: nsds:<average>`.
+        uncalibrated (`dict[str, Any]`, *optional*):
+            Of a method that runs the model on text to quantize it, the fields with which it does not.
+        memory_bits (`Callable`):
+            From a config to the bits of a weight in memory, scales included.
+        trial (`dict[str, Any]`, *optional*):
+            More fields with which `hf-rb doctor` tries it, without text.
+        written (`tuple[str, ...]`, *optional*):
+            Fields that quantizing fills in.
+        solves_again (`bool`, *optional*, defaults to `False`):
+            Whether it may solve a matrix a second time, and reports how often.
+        lacks (`str`, *optional*):
+            What GPTQ's format does not have of it, as a relative clause.
     """
 
     config: str
     quantizer: str
+    memory_bits: Callable[[Any], float]
+    unit: str = ""
+    units: tuple[int, ...] = ()
+    nsds: tuple[int, int] | None = None
+    uncalibrated: dict[str, Any] | None = None
+    trial: dict[str, Any] = field(default_factory=dict)
+    written: tuple[str, ...] = ()
+    solves_again: bool = False
+    lacks: str = "whose codes GPTQ's format does not have"
     kind: ClassVar[Kind] = "quantizer"
+
+    @property
+    def per_layer(self) -> str:
+        """The field that sets the number of units for layers by name; empty without units."""
+        return f"{self.unit}_per_layer" if self.unit else ""
+
+    def is_calibrated(self, config: dict[str, Any]) -> bool:
+        """Returns whether the model is run on text to quantize it."""
+        return any(config.get(name) != value for name, value in (self.uncalibrated or {}).items())
+
+    def config_class(self) -> Any:
+        """Imports the config class."""
+        module, _, name = self.config.partition(":")
+        return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeMethod(Method):
     """
-    A way to make a model from models without training, `hf-rb merge --method <key>`.
+    A way to make a model from models without training. Its class is an [`~hf_rb.weights.operation.Operation`].
 
     Args:
         models (`dict[str, str]`):
-            Help of every model that it takes, by role.
+            Help of every model that it takes, as a noun phrase, by role.
+        command (`str`, *optional*):
+            What `hf-rb merge --method` calls it. Defaults to `key`.
+        several (`tuple[str, ...]`, *optional*):
+            Roles of two or more models.
+        adapters (`tuple[str, ...]`, *optional*):
+            Roles that may be LoRA adapters.
         optional (`tuple[str, ...]`, *optional*):
-            Roles that may be missing.
+            Roles that are left out where another model is an adapter.
+        for_adapters (`tuple[str, ...]`, *optional*):
+            Flags that act on adapters alone.
+        receiver (`str`, *optional*):
+            Role of the model whose tensors, names, shapes and files the result has. Defaults to the first.
+        files_from (`tuple[str, ...]`, *optional*):
+            Roles of the models whose configuration, tokenizer and so on the result may get; where they differ, the
+            user says whose. Defaults to the receiver.
+        include (`str`, *optional*, defaults to `"linear"`):
+            Pattern of the tensors that it changes, where the user gives none.
     """
 
     models: dict[str, str]
+    command: str = ""
+    several: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    for_adapters: tuple[str, ...] = ()
+    receiver: str = ""
+    files_from: tuple[str, ...] = ()
+    include: str = "linear"
     kind: ClassVar[Kind] = "merge"
+
+    def __post_init__(self) -> None:
+        receiver = self.receiver or next(iter(self.models))
+        given = {"command": self.command or self.key, "receiver": receiver}
+        for name, value in (given | {"files_from": self.files_from or (receiver,)}).items():
+            object.__setattr__(self, name, value)
+        named = {receiver, *self.several, *self.adapters, *self.optional, *self.files_from}
+        if unknown := sorted(named - self.models.keys()):
+            raise ValueError(f"`models` has no {', '.join(unknown)}")
 
 
 @dataclass(frozen=True, kw_only=True)

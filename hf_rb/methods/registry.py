@@ -2,20 +2,26 @@
 allows. Standard library only: nothing is imported until a method is used.
 """
 
-import logging
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hf_rb.methods import static
-from hf_rb.methods.record import Kind, Method
+from hf_rb.methods.record import (
+    Kind,
+    MergeMethod,
+    Method,
+    ModelMethod,
+    ObjectiveMethod,
+    QuantizerMethod,
+    ShaperMethod,
+)
 from hf_rb.utils.fields import value_problem
 
 
@@ -33,8 +39,6 @@ __all__ = [
     "name_problem",
 ]
 
-logger = logging.getLogger(__name__)
-
 GROUPS: dict[Kind, str] = {
     "objective": "hf_rb.objectives",
     "shaper": "hf_rb.shapers",
@@ -45,6 +49,18 @@ GROUPS: dict[Kind, str] = {
 
 LOCAL: set[str] = set()
 """Code that the command line allows to be imported, `module:attribute`: its own name in a recipe."""
+
+
+PACKAGE = "hf_rb"
+_FOLDERS = ("objectives", "advantages", "quantizers", "weights", "models", "recover")
+_CLASSES: dict[Kind, type[Method]] = {
+    "trainer": Method,
+    "objective": ObjectiveMethod,
+    "shaper": ShaperMethod,
+    "quantizer": QuantizerMethod,
+    "merge": MergeMethod,
+    "model": ModelMethod,
+}
 
 
 def allow(names: Iterable[str]) -> None:
@@ -61,11 +77,6 @@ def allow(names: Iterable[str]) -> None:
         LOCAL.add(name)
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-
-
-PACKAGE = "hf_rb"
-_FOLDERS = ("objectives", "advantages", "quantizers", "weights", "models", "recover")
-_RECORD = re.compile(r"\b\w*Method\(")
 
 
 @dataclass(frozen=True)
@@ -90,9 +101,8 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Returns all methods that can be used, in the order of their files."""
-    others = [entry for kind in GROUPS for entry in methods(kind).values()]
-    return [*{entry.method.key: entry for entry in (*_built_in(), *others)}.values()]
+    """Returns all methods that can be used, by kind, in the order of their files."""
+    return [*{entry.method.key: entry for kind in _CLASSES for entry in methods(kind).values()}.values()]
 
 
 def catalog() -> dict[str, Method]:
@@ -150,12 +160,20 @@ def name_problem(kind: Kind, name: str, key: str | None = None) -> str | None:
 
 
 @cache
-def _built_in() -> tuple[Entry, ...]:
-    root, found = Path(__file__).parents[1], []
-    for file in sorted(file for folder in _FOLDERS for file in (root / folder).rglob("*.py")):
-        if _RECORD.search(file.read_text(encoding="utf-8")):
+def _sources() -> list[tuple[Path, str]]:
+    root = Path(__file__).parents[1]
+    files = sorted(file for folder in _FOLDERS for file in (root / folder).rglob("*.py"))
+    return [(file, file.read_text(encoding="utf-8")) for file in files]
+
+
+@cache
+def _built_in(kind: Kind) -> tuple[Entry, ...]:
+    """Returns the methods of this package. A file that makes no record of this kind is not parsed."""
+    root, found, record = Path(__file__).parents[1], [], f"= {_CLASSES[kind].__name__}("
+    for file, text in _sources():
+        if record in text:
             module = ".".join((PACKAGE, *file.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
-            found += _records(module, PACKAGE)
+            found += [entry for entry in _records(module, PACKAGE) if entry.method.kind == kind]
     return tuple(found)
 
 
@@ -167,11 +185,16 @@ def _records(module: str, package: str) -> Iterator[Entry]:
 
 
 @cache
+def _entry_points() -> EntryPoints:
+    return cast(EntryPoints, entry_points())
+
+
+@cache
 def _installed(kind: Kind) -> tuple[dict[str, Entry], dict[str, str]]:
     """Returns the usable methods of a kind, and what is wrong with the others."""
-    found = {entry.method.key: entry for entry in _built_in() if entry.method.kind == kind}
+    found = {entry.method.key: entry for entry in _built_in(kind)}
     problems: dict[str, str] = {}
-    for point in entry_points(group=GROUPS[kind]) if kind in GROUPS else ():
+    for point in _entry_points().select(group=GROUPS[kind]) if kind in GROUPS else ():
         package = point.dist.name if point.dist else point.module
         try:
             entry = _entry(kind, point.module, point.attr, package)
@@ -191,13 +214,18 @@ def _installed(kind: Kind) -> tuple[dict[str, Entry], dict[str, str]]:
                 )
         else:
             found[point.name] = entry
-    return {name: entry for name, entry in found.items() if name not in problems}, problems
+    ours = {name for name, entry in found.items() if entry.package == PACKAGE}
+    return {name: entry for name, entry in found.items() if name in ours or name not in problems}, problems
 
 
 def _entry(kind: Kind, module: str, attribute: str, package: str) -> Entry:
     method = static.record(module, attribute)
     if not isinstance(method, Method) or method.kind != kind:
         raise TypeError(f"`{attribute}` has no record of {'an' if kind[0] in 'aeiou' else 'a'} {kind}")
+    for ours in (one for other in _CLASSES for one in _built_in(other) if one.method.key == method.key):
+        is_local = package == module  # the same key of the same kind is a clash of packages, which says more
+        if ours.method.kind != kind or (is_local and (ours.module, ours.name) != (module, attribute)):
+            raise ValueError(f"its key {method.key!r} is that of a method of {PACKAGE}: give it another")
     return Entry(method, module, attribute, package)
 
 

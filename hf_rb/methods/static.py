@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 
-__all__ = ["evaluate", "is_torch_free", "record", "record_names", "source_file"]
+__all__ = ["evaluate", "is_torch_free", "parsed", "record", "record_names", "source_file"]
 
 # Modules that are imported as they are: no torch, and classes that must be the same everywhere.
 _IMPORTED = (*sys.stdlib_module_names, "hf_rb.methods", "hf_rb.utils")
@@ -92,11 +92,17 @@ def is_torch_free(module: str) -> bool:
     return any(module == one or module.startswith(f"{one}.") for one in _IMPORTED)
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """Returns the syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
 class _Source:
     def __init__(self, module: str, path: Path):
         self.module, self.path = module, path
         self.package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        self.body = ast.parse(path.read_text(encoding="utf-8"), str(path)).body
+        self.body = parsed(path).body
         self.defined = {name: node for node in self.body for name in _defines(node)}
 
 

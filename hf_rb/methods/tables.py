@@ -11,6 +11,7 @@ from pathlib import Path
 from hf_rb.methods.metrics import ROUTER_METRICS, SHAPING_METRICS, TOKEN_METRICS, TRAINER_METRICS
 from hf_rb.methods.record import Method, Metric, ObjectiveMethod
 from hf_rb.methods.registry import PACKAGE, entries, methods
+from hf_rb.utils.fields import default_of
 
 
 __all__ = ["methods_page", "runs"]
@@ -21,7 +22,7 @@ _KINDS = {
     "shaper": ("Advantage shapers", "`advantage_shapers: [{key}]` of `hf-rb grpo`"),
     "trainer": ("Other methods of the trainers", "its flags"),
     "quantizer": ("Quantizers", "`quant_method: {key}`"),
-    "merge": ("Merges", "`hf-rb merge`"),
+    "merge": ("Merges", "`hf-rb merge --method {command}`"),
     "model": ("Models", "`apply_mpi`, or its model classes"),
 }
 
@@ -41,7 +42,7 @@ def methods_page() -> str:
     for kind, (title, switch) in _KINDS.items():
         chosen = [method for method in ours if method.kind == kind]
         rows = [
-            (f"{method.name}: {method.summary}", switch.format(key=method.key), _paper(method)) for method in chosen
+            (f"{method.name}: {method.summary}", switch.format(**vars(method)), _paper(method)) for method in chosen
         ]
         parts += ["", f"## {title}", "", *_table(("method", "on by", "paper"), rows)]
     parts += ["", "## Where an objective may run", "", "Anything else raises, and the message says what to write.", ""]
@@ -57,7 +58,7 @@ def methods_page() -> str:
     for method in ours:
         if method.flags:
             rows = [
-                (f"`{one.name}`", f"`{one.default!r}`", _limits(one), one.metadata["help"].replace("%%", "%"))
+                (f"`{one.name}`", f"`{default_of(one)!r}`", _limits(one), one.metadata["help"].replace("%%", "%"))
                 for one in dataclasses.fields(method.flags)
             ]
             parts += [f"### {method.name}", "", *_table(("flag", "default", "values", "meaning"), rows), ""]

@@ -43,7 +43,7 @@ _CANDIDATES = 64
 class AklFlags:
     """Flags of `objective: akl`."""
 
-    akl_mu: float = flag(0.5, "Teacher mass of the head of adaptive KL, in `(0, 1]`.", range="(0, 1]")
+    akl_mu: float = flag(0.5, "Teacher mass of the head of adaptive KL.", range="(0, 1]")
     akl_head_rule: str = flag(
         "paper",
         "The head of adaptive KL: the smallest set of tokens that reaches `akl_mu` (`paper`), or without the token "

@@ -35,8 +35,7 @@ class LocaFlags:
     loca_alpha: float | None = flag(
         None,
         "Switches LoCa (https://huggingface.co/papers/2409.04778) on: where the teacher prefers another token to "
-        "the label, its distribution is calibrated so that the label wins by `1 - loca_alpha`. In `(0, 1]`; needs "
-        "`lmbda=0`.",
+        "the label, its distribution is calibrated so that the label wins by `1 - loca_alpha`. Needs `lmbda=0`.",
         range="(0, 1]",
     )
 

@@ -4,7 +4,7 @@ logits.
 A divergence of your own needs its formula alone; the tile loop then differentiates it by autograd:
 
     class Squared(Divergence):
-        method = ObjectiveMethod(key="squared", name="Squared", summary="Squared difference of probabilities.")
+        method = ObjectiveMethod(key="squared", name="Squared", summary="Squared difference.", mixes=True)
 
         def divergence(self, student_logits, teacher_logits, has_rest=False):
             return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).square().sum(-1)

@@ -30,9 +30,9 @@ class ProfitFlags:
 
     profit_threshold: float | None = flag(
         None,
-        "Switches ProFit (https://huggingface.co/papers/2601.09195) on: only labels to which the model in training"
-        " gives a probability above this threshold, in `[0, 1]`, enter the loss. The authors' code recommends "
-        "`0.1`; `0` keeps every label, `None` is off.",
+        "Switches ProFit (https://huggingface.co/papers/2601.09195) on: only labels to which the model in "
+        "training gives a probability above this threshold, enter the loss. The authors' code recommends `0.1`; "
+        "`0` keeps every label, `None` is off.",
         range="[0, 1]",
     )
     profit_mode: str = flag(

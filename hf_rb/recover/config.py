@@ -87,7 +87,7 @@ class RecoverConfig:
     )
     eval_problems: int = flag(200, "Problems of `task` at most.", range="[1, inf)")
     pool_problems: int = flag(1000, "Problems of `pool` at most.", range="[1, inf)")
-    max_new_tokens: int = flag(256, "Limit of a completion in tokens.", range="[1, inf)")
+    max_new_tokens: int = flag(256, "Limit of a generated solution.", range="[1, inf)")
     examples: list[int] = flag([450], "Budgets: sizes of the repair set. The papers have 332 and 545 examples.")
     failing_share: float = flag(
         0.67,
@@ -124,9 +124,7 @@ class RecoverConfig:
     )
     eval_batch_size: int = flag(64, "Problems solved at a time.", range="[1, inf)")
     seed: int = flag(42, "Seed of the choice of examples, of the adapter and of the training.")
-    overwrite: bool = flag(
-        False, "Whether a model and checkpoints that `output_dir` already holds are deleted when training starts."
-    )
+    overwrite: bool = flag(False, "Whether to replace what `output_dir` holds, stages and result.")
 
     def __post_init__(self):
         validate(self, recover_rules)

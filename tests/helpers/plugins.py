@@ -27,8 +27,8 @@ def install(monkeypatch, folder, package, code, **groups):
 def forget(monkeypatch):
     """Lets the registry look again, now and after the test."""
     importlib.invalidate_caches()
-    for name in ("_installed",):
+    for name in ("_installed", "_entry_points"):
         fresh = getattr(registry, name).__wrapped__
         monkeypatch.setattr(registry, name, registry.cache(fresh))
-    for name in ("evaluate", "_read"):
+    for name in ("evaluate", "_read", "parsed"):
         monkeypatch.setattr(static, name, static.cache(getattr(static, name).__wrapped__))

@@ -4,12 +4,14 @@ import dataclasses
 import inspect
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 from helpers.plugins import install
 
 from hf_rb.methods import Method, ObjectiveMethod, ShaperMethod, registry, static
 from hf_rb.methods.registry import broken, catalog, find, methods, name_problem
+from hf_rb.methods.rules import defaults_of
 
 
 BREVITY = """
@@ -41,7 +43,7 @@ class Brevity(a_module_that_is_not_there.Base):
 
 @pytest.mark.parametrize("name, method", catalog().items(), ids=catalog())
 def test_record_without_an_import_is_that_of_the_module(name, method):
-    entry = next(one for one in registry._built_in() if one.method.key == name)
+    entry = next(one for one in registry.entries() if one.method.key == name)
     loaded = entry.load()
     loaded = getattr(loaded, "method", loaded)
     for field in dataclasses.fields(method):
@@ -54,6 +56,21 @@ def test_record_without_an_import_is_that_of_the_module(name, method):
             assert mine.__name__ == theirs.__name__
         else:
             assert mine == theirs
+
+
+@pytest.mark.parametrize(
+    "entry", [one for one in registry.entries() if one.method.flags], ids=lambda one: one.method.key
+)
+def test_functions_have_the_defaults_of_the_flags(entry):
+    """Of what a module exports; a flag of `None` is off."""
+    module, defaults = import_module(entry.module), defaults_of(entry.method)
+    exported = [getattr(module, name) for name in module.__all__]
+    for function in (one for one in exported if callable(one) and not dataclasses.is_dataclass(one)):
+        for name, parameter in inspect.signature(function).parameters.items():
+            fields = {f"{entry.method.key}_{name}", name} & defaults.keys()
+            if fields and parameter.default is not parameter.empty:
+                default = defaults[fields.pop()]
+                assert default is None or parameter.default == default, f"{function.__name__}({name})"
 
 
 def test_records_are_read_without_torch():
@@ -103,14 +120,30 @@ def test_broken_entry_point_is_a_sentence_with_its_package(monkeypatch, tmp_path
     assert [*broken("shaper")] == ["brevity"] and "edas" in methods("shaper")
 
 
-@pytest.mark.parametrize("key", ["edas", "brevity"])
-def test_two_packages_with_one_name_are_refused_where_it_is_used(monkeypatch, tmp_path, key):
-    code = BREVITY.replace('"brevity"', f'"{key}"')
-    install(monkeypatch, tmp_path / "one", "one-pkg", code, shaper={key: "Brevity"})
-    install(monkeypatch, tmp_path / "two", "two-pkg", code, shaper={key: "Brevity"})
-    problem = name_problem("shaper", key, "advantage_shapers")
-    assert f"The shaper {key!r} comes with two packages, " in problem and "one-pkg" in problem
+def test_two_packages_with_one_name_are_refused_where_it_is_used(monkeypatch, tmp_path):
+    for package in ("one", "two"):
+        install(monkeypatch, tmp_path / package, f"{package}-pkg", BREVITY, shaper={"brevity": "Brevity"})
+    problem = name_problem("shaper", "brevity", "advantage_shapers")
+    assert (
+        "The shaper 'brevity' comes with two packages, " in problem and "one-pkg" in problem and "two-pkg" in problem
+    )
     assert "srar" in methods("shaper")
+
+
+def test_package_with_a_name_of_ours_leaves_ours_as_it_is(monkeypatch, tmp_path):
+    code = BREVITY.replace('"brevity"', '"edas"')
+    install(monkeypatch, tmp_path / "one", "one-pkg", code, shaper={"edas": "Brevity"})
+    install(monkeypatch, tmp_path / "two", "two-pkg", "", shaper={"srar": "Nothing"})
+    assert find("shaper", "edas").package == find("shaper", "srar").package == "hf_rb"
+    assert "comes with two packages, hf_rb and one-pkg" in broken("shaper")["edas"]
+    assert "of the package two-pkg" in broken("shaper")["srar"]
+
+
+def test_key_of_another_kind_of_ours_is_refused(monkeypatch, tmp_path):
+    code = BREVITY.replace('"brevity"', '"loca"')
+    install(monkeypatch, tmp_path / "site", "loca-pkg", code, shaper={"loca": "Brevity"})
+    assert "its key 'loca' is that of a method of hf_rb: give it another" in broken("shaper")["loca"]
+    assert catalog()["loca"].name == "LoCa"
 
 
 def test_names_have_hints():

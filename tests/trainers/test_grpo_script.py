@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.plugins import forget
 from transformers import AutoModelForCausalLM
 
 from hf_rb import tiny
@@ -72,7 +73,8 @@ ALLOW = ["--allow_local_code", "mine:length", "--allow_local_code", "mine:Double
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_allowed():
+def nothing_stays_allowed(monkeypatch):
+    forget(monkeypatch)  # a module of the same name in another folder
     yield
     registry.LOCAL.clear()
     sys.modules.pop("mine", None)
@@ -136,7 +138,7 @@ def test_local_code_is_not_imported_otherwise(allowed):
 
 def test_a_recipe_cannot_allow_it_itself():
     with pytest.raises(ValueError, match="`allow_local_code` in recipe.yaml is not an option"):
-        grpo.main(recipe(allow_local_code=["mine:length"], **LOCAL))
+        grpo.main(recipe(allow_local_code=["mine:length"], **LOCAL | {"advantage_shapers": ["edas"]}))
 
 
 def test_the_verb_passes_it_on(monkeypatch):

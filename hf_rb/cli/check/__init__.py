@@ -80,10 +80,11 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Findin
             keys.
     """
     recipe = {key: value for key, value in recipe.items() if key != "env"}
-    likely = _verb_of(recipe)
-    verb = verb or likely
+    verb = verb or _verb_of(recipe)
     findings = Findings(str(path), verb)
-    if 2 * _known(recipe, verb) < _known(recipe, likely):  # one line, in place of one for every key
+    known = _known(recipe, verb)
+    if 2 * known < len(recipe) and 2 * known < _known(recipe, likely := _verb_of(recipe)):
+        # One line, in place of one for every key.
         findings.errors.append(f"this is a recipe for `hf-rb {likely}`, not for `hf-rb {verb}`.")
         return findings
     try:
@@ -126,8 +127,13 @@ def _apply_rules(findings: Findings, args: Any) -> None:
 
 
 def _verb_of(recipe: dict[str, Any]) -> str:
-    """Returns the verb that knows the most keys of a recipe."""
-    return max(schemas.RECIPES, key=lambda verb: _known(recipe, verb))
+    """Returns the verb that knows the most keys of a recipe. Keys of verbs behind one that knows all are not read."""
+    known = {}
+    for verb in schemas.RECIPES:
+        known[verb] = _known(recipe, verb)
+        if known[verb] == len(recipe):
+            break
+    return max(known, key=known.__getitem__)
 
 
 def _known(recipe: dict[str, Any], verb: str) -> int:

@@ -13,7 +13,6 @@ from hf_rb.io.data_files import dataset_rules, file_problem, text_problem
 from hf_rb.io.resources import recipe_names
 from hf_rb.methods.registry import methods
 from hf_rb.methods.rules import defaults_of
-from hf_rb.quantizers.rules import d2quant_rules, ptqtp_rules
 from hf_rb.recover.config import recover_rules
 from hf_rb.rl.rewards import reward_name, reward_problem
 from hf_rb.trainers.common.rules import packing_rules, trainer_rules
@@ -24,7 +23,7 @@ from hf_rb.utils.fields import Rule, value_problem
 from hf_rb.weights.rules import graft_rules
 
 
-__all__ = ["QUANTIZATION_RULES", "RULES", "TRAINED", "group_warnings", "training_rules", "upcycle_rules"]
+__all__ = ["RULES", "TRAINED", "group_warnings", "training_rules", "upcycle_rules"]
 
 
 def _name_rules(args: Any) -> Iterator[str]:
@@ -51,13 +50,6 @@ def _text_rules(args: Any) -> Iterator[str]:
     for key in ("eval_data", "eval_text", "train_text"):
         if (name := getattr(args, key, None)) and (problem := text_problem(key, name)):
             yield problem
-
-
-def _calibration_rules(config: Any) -> Iterator[str]:
-    # Only here: a saved model keeps the name of a text that need not be where it is loaded.
-    yield from d2quant_rules(config)
-    if isinstance(config.dataset, str) and config.backend != "rtn":
-        yield from filter(None, [text_problem("dataset", config.dataset)])
 
 
 def _tracker_rules(args: Any) -> Iterator[str]:
@@ -100,7 +92,7 @@ def _reward_rules(args: Any) -> Iterator[str]:
     known = [reward_name(name) for name in names] + (args.reward_model_name_or_path or "").split("/")[-1:]
     flags = [name for entry in methods("shaper").values() for name in defaults_of(entry.method)]
     for key in ("correct_reward", *(name for name in flags if name.endswith("_reward"))):
-        if (name := getattr(args, key, None)) is not None and name not in known:
+        if isinstance(name := getattr(args, key, None), str) and name not in known:
             yield f"`{key}: {name}` is none of the reward functions, {', '.join(filter(None, known))}."
 
 
@@ -170,7 +162,6 @@ TRACKERS = (
     "trackio wandb"
 ).split()
 _COMMON: tuple[Rule, ...] = (_precision_rules, _tracker_rules, _source_rules, dataset_rules, _name_rules)
-QUANTIZATION_RULES: dict[str, Rule] = {"d2quant": _calibration_rules, "ptqtp": ptqtp_rules}
 RULES: dict[str, tuple[Rule, ...]] = {
     "sft": (trainer_rules, packing_rules, graft_rules, *_COMMON),
     "gkd": (gkd_rules, packing_rules, _teacher_rules, *_COMMON),

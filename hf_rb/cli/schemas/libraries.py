@@ -12,11 +12,11 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_rb.cli.schemas.entry import TYPE_NAMES, make_entry
+from hf_rb.methods.static import parsed, source_file
 
 
 __all__ = ["Missing", "class_fields"]
@@ -38,7 +38,7 @@ class _Module:
         self.package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         self.names: dict[str, ast.ClassDef | ast.Import | ast.ImportFrom | ast.Assign] = {}
         self.renamed: dict[str, str] = {}
-        for node in _statements(ast.parse(path.read_text(encoding="utf-8")).body):
+        for node in _statements(parsed(path).body):
             if isinstance(node, ast.ClassDef):
                 if not isinstance(self.names.get(node.name), ast.Assign):
                     self.names[node.name] = node
@@ -144,10 +144,12 @@ def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str,
     given: dict[str, ast.expr] = {}
     about: dict[str, Any] = {}
     function = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
-    if isinstance(node.value, ast.Call) and function == "flag":  # ours
-        given["default"], text = node.value.args
-        about = {str(keyword.arg): _value(keyword.value, owner) for keyword in node.value.keywords}
-        about |= {"help": _value(text, owner)}
+    is_flag = function.rpartition(".")[2] == "flag"  # ours
+    if isinstance(node.value, ast.Call) and is_flag:
+        named = {str(keyword.arg): keyword.value for keyword in node.value.keywords}
+        named |= dict(zip(("default", "help"), node.value.args, strict=False))
+        given["default"] = named.pop("default")
+        about = {name: _value(value, owner) for name, value in named.items()}
     elif isinstance(node.value, ast.Call) and function.endswith("field"):
         given = {str(keyword.arg): keyword.value for keyword in node.value.keywords}
     elif node.value is not None:
@@ -155,7 +157,7 @@ def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str,
     if "init" in given and _value(given["init"], owner) is False:
         return {}
     about = about or _parts(given.get("metadata"), owner)
-    is_own = function == "flag" or ast.unparse(given.get("metadata", ast.Constant(None))).startswith("described(")
+    is_own = is_flag or ast.unparse(given.get("metadata", ast.Constant(None))).startswith("described(")
     default = {}
     if "default_factory" in given:
         default = {"default": _made(given["default_factory"], owner)}
@@ -188,18 +190,8 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 @cache
 def _module(name: str) -> _Module | None:
-    top, *inner = name.split(".")
-    spec = None if top in sys.stdlib_module_names else find_spec(top)
-    if spec is None:
-        return None
-    if spec.submodule_search_locations is None and spec.origin and spec.origin.endswith(".py") and not inner:
-        return _Module(name, Path(spec.origin))
-    for location in spec.submodule_search_locations or ():
-        folder = Path(location, *inner)
-        for path in (folder / "__init__.py", folder.parent / f"{folder.name}.py"):
-            if path.is_file():
-                return _Module(name, path)
-    return None
+    path = None if _top(name) in sys.stdlib_module_names else source_file(name)
+    return None if path is None else _Module(name, path)
 
 
 def _find(module: str, name: str) -> "_Class | tuple[_Module, ast.Assign] | None":

@@ -2,20 +2,68 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, ClassVar
 
 from transformers.utils import logging
 
-from hf_rb.methods import Paper, QuantizerMethod
-from hf_rb.quantizers.config import FORMAT_VERSION, PackedConfig
-from hf_rb.quantizers.rules import NSDS_RANGES, d2quant_rules
-from hf_rb.utils.fields import documented, flag, validate
+from hf_rb.io.data_files import text_problem
+from hf_rb.methods import Paper, QuantizerMethod, flag
+from hf_rb.quantizers.config import PackedConfig
+from hf_rb.utils.fields import documented
 
 
 __all__ = ["D2QuantConfig", "text_fingerprint"]
+
+# Fields that act only where another one has a certain value, with the defaults that are silent elsewhere.
+_ACTS_ONLY = {
+    "asym_alpha": (0.25, "backend", ("gptaq",)),
+    "percdamp": (0.01, "backend", ("gptaq", "gptq")),
+    "act_order": ("gar", "backend", ("gptaq", "gptq")),
+    "dsq_iters": (15, "dsq", (True,)),
+    "dsq_weighting": ("hessian", "dsq", (True,)),
+    "dac_mode": ("fold", "dac", (True,)),
+    "dac_clip": (10.0, "dac", (True,)),
+    "dac_final": (True, "dac", (True,)),
+    "rotation_block": ("auto", "rotate", ("block_hadamard",)),
+    "rotation_seed": (0, "rotate", ("block_hadamard",)),
+}
+
+
+def _rules(config: Any) -> Iterator[str]:
+    block = config.rotation_block
+    if block != "auto" and not (type(block) is int and block > 0 and block & (block - 1) == 0):
+        yield f"`rotation_block` must be 'auto' or a power of two such as 64; got {block!r}."
+    for name, (default, other, values) in _ACTS_ONLY.items():
+        if other in ("dac", "rotate") and config.backend == "rtn":  # which has neither, whatever the config says
+            other, values = "backend", ("gptaq", "gptq")
+        if getattr(config, name) != default and getattr(config, other) not in values:
+            needed = " or ".join(f"`{other}={value!r}`" for value in values)
+            yield f"`{name}={getattr(config, name)!r}` cannot act: it needs {needed}."
+    data = config.dataset
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        if not data or not all(isinstance(text, str) for text in data):
+            yield (
+                "`dataset` as a list must hold texts, at least one; an item that is no `str`, or none at all, was "
+                "found."
+            )
+    elif not isinstance(data, (str, NoneType)):
+        yield f"`dataset` must be a name, a file or a list of texts; got {type(data).__name__}."
+    if data in (None, "") and config.backend != "rtn" and not config.dequantize:
+        yield (
+            f"D²Quant with `backend={config.backend!r}` needs calibration text: write `dataset='texts.jsonl'`, a "
+            "dataset of the Hub or a list of texts; or `backend='rtn'`, which needs none."
+        )
+
+
+def _recipe_rules(config: Any) -> Iterator[str]:
+    # Only here: a saved model keeps the name of a text that need not be where it is loaded.
+    if isinstance(config.dataset, str) and config.backend != "rtn":
+        yield from filter(None, [text_problem("dataset", config.dataset)])
+
 
 METHOD = QuantizerMethod(
     key="d2quant",
@@ -29,6 +77,16 @@ METHOD = QuantizerMethod(
     "and, where it is calibrated on text, a correction of the mean shift behind attention.",
     config="hf_rb.quantizers.d2quant.config:D2QuantConfig",
     quantizer="hf_rb.quantizers.d2quant.quantizer:D2QuantQuantizer",
+    unit="bits",
+    units=(2, 3, 4),
+    nsds=(2, 4),
+    rules=_rules,
+    recipe_rules=_recipe_rules,
+    uncalibrated={"backend": "rtn"},
+    memory_bits=lambda config: config.bits + 24 / config.group_size,
+    trial={"bits": 3},
+    written=("bias_modules", "column_modules"),
+    lacks="whose sign planes and corrections GPTQ's format does not have",
 )
 
 logger = logging.get_logger(__name__)
@@ -51,9 +109,10 @@ class D2QuantConfig(PackedConfig):
             others or is no regular expression, or the checkpoint was written in a newer format.
     """
 
-    method: ClassVar[str] = "D²Quant"
-    written: ClassVar[tuple[str, ...]] = ("bias_modules", "column_modules")
+    record: ClassVar[QuantizerMethod] = METHOD
 
+    # pyrefly: ignore[bad-override]  (transformers has an enumeration of its own methods)
+    quant_method: str = flag("d2quant", "The method's name.", choices=("d2quant",))
     bits: int = flag(2, "Bits of a code: 2 or 3 (the paper), or 4, at which there is no DSQ.", choices=(2, 3, 4))
     group_size: int = flag(
         128,
@@ -122,19 +181,12 @@ class D2QuantConfig(PackedConfig):
     num_samples: int = flag(128, "Sequences of calibration text.", range="[1, inf)")
     seqlen: int = flag(2048, "Tokens of a sequence.", range="[2, inf)")
     batch_size: int = flag(1, "Sequences that go through a layer at a time.", range="[1, inf)")
-    seed: int = flag(0, "Seed of the choice of examples, of the adapter and of the training.", range="[0, inf)")
+    seed: int = flag(0, "Seed of the choice of sequences.", range="[0, inf)")
     bits_per_layer: dict[str, int] | str | None = flag(
         None,
         "Bits (2, 3, 4) for modules by name, ending or regular expression, instead of `bits`; the first match "
         "counts. `nsds:3.0` gives the layers whose weights look most sensitive 4 bits and the others 2, 3 on "
         "average (https://huggingface.co/papers/2603.17354); what each layer got is stored in its place.",
-    )
-    modules_to_not_convert: list[str] | None = flag(
-        None,
-        "Names, endings (of whole components: `mlp.up_proj`) or regular expressions from the start of a name, of "
-        "modules to leave as they are, in addition to the output embeddings, heads of every kind and poolers, "
-        "everything tied to the input embeddings, linear layers beside fused experts (routers), and what is "
-        "outside the language model of a multimodal one, none of which is ever quantized.",
     )
     resume_dir: str | None = flag(
         None,
@@ -142,22 +194,15 @@ class D2QuantConfig(PackedConfig):
         " a run with another model, text or configuration is refused. Delete it when the model is saved; `hf-rb "
         "quantize` chooses one and does that itself. Not stored.",
     )
-    dequantize: bool = flag(
-        False, "For loading a PTQTP checkpoint: turn it into ordinary layers and experts. Not stored."
-    )
     bias_modules: list[str] | None = flag(None, "Written by quantizing: the modules that got a bias.")
     column_modules: list[str] | None = flag(
         None,
         "Written by quantizing: the down projections whose column scales are stored, because no layer can absorb "
         "them.",
     )
-    # pyrefly: ignore[bad-override]  (transformers has an enumeration of its own methods)
-    quant_method: str = flag("d2quant", "The method's name.", choices=("d2quant",))
-    format_version: int = flag(FORMAT_VERSION, "Version of the file format.")
 
     def __post_init__(self):
         super().__post_init__()
-        validate(self, d2quant_rules)
         if self.calibrated:
             return
         idle = {"dac": False, "rotate": False, "dataset": None}
@@ -169,12 +214,7 @@ class D2QuantConfig(PackedConfig):
             logger.warning(f"D²Quant with `backend='rtn'` sees no data and no whole model: {names} switched off.")
 
     @property
-    def calibrated(self) -> bool:  # pyrefly: ignore[bad-override]  (no constant here)
-        """Returns whether the model is run on text to quantize it."""
-        return self.backend != "rtn"
-
-    @property
-    def idle(self) -> tuple[str, ...]:
+    def idle(self) -> tuple[str, ...]:  # pyrefly: ignore[bad-override]  (no constant here)
         """Fields without effect, which a model card does not show."""
         return () if self.calibrated else ("dac", "rotate", "dataset", "num_samples", "seqlen", "batch_size", "seed")
 
@@ -185,9 +225,7 @@ class D2QuantConfig(PackedConfig):
             f"Calibrated quantization by {self.backend.upper()}" if self.calibrated else "Rounding without calibration"
         )
         by_layer = self.bits_per_layer or {}
-        widths = sorted(
-            NSDS_RANGES["bits_per_layer"] if isinstance(by_layer, str) else {self.bits, *by_layer.values()}
-        )
+        widths = sorted(METHOD.nsds or () if isinstance(by_layer, str) else {self.bits, *by_layer.values()})
         columns = "a second scale for the columns of down projections, absorbed where that is exact,"
         parts = [columns] * (self.dsq and widths[0] < 4)
         parts += ["a correction of the mean shift behind attention"] * self.dac

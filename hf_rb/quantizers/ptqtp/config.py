@@ -1,15 +1,23 @@
 """The configuration of PTQTP, importable without its solver and without torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from hf_rb.methods import Paper, QuantizerMethod
-from hf_rb.quantizers.config import FORMAT_VERSION, PackedConfig
-from hf_rb.quantizers.rules import NSDS_RANGES, ptqtp_rules
-from hf_rb.utils.fields import documented, flag, validate
+from hf_rb.methods import Paper, QuantizerMethod, flag
+from hf_rb.quantizers.config import PackedConfig
+from hf_rb.utils.fields import documented
 
 
 __all__ = ["PTQTPConfig"]
+
+
+def _rules(config: Any) -> Iterator[str]:
+    by_layer = config.planes_per_layer
+    numbers = {config.planes, *(by_layer.values() if isinstance(by_layer, dict) else ())}
+    if config.scale_mode == "tied" and (isinstance(by_layer, str) or numbers != {2}):
+        yield "`scale_mode='tied'` ties two scales: use it with `planes=2` and without other `planes_per_layer`."
+
 
 METHOD = QuantizerMethod(
     key="ptqtp",
@@ -23,6 +31,12 @@ METHOD = QuantizerMethod(
     "two ternary planes, each with its own scale.",
     config="hf_rb.quantizers.ptqtp.config:PTQTPConfig",
     quantizer="hf_rb.quantizers.ptqtp.quantizer:PTQTPQuantizer",
+    unit="planes",
+    units=(1, 2, 3),
+    nsds=(2, 3),
+    rules=_rules,
+    memory_bits=lambda config: config.planes * (2 + 16 / config.group_size),
+    solves_again=True,
 )
 
 
@@ -43,9 +57,11 @@ class PTQTPConfig(PackedConfig):
             written in a newer format.
     """
 
-    method: ClassVar[str] = "PTQTP"
+    record: ClassVar[QuantizerMethod] = METHOD
     loading: ClassVar[tuple[str, ...]] = ("dequantize", "activations")
 
+    # pyrefly: ignore[bad-override]  (transformers has an enumeration of its own methods)
+    quant_method: str = flag("ptqtp", "The method's name.", choices=("ptqtp",))
     group_size: int = flag(
         128,
         "Neighbouring weights of a row that share their scales. A short last group is solved on its true length.",
@@ -80,13 +96,6 @@ class PTQTPConfig(PackedConfig):
         "Bytes in the file: `dense` (5 trits a byte) or `nibble` (two planes of a weight in 4 bits, as in memory).",
         choices=("dense", "nibble"),
     )
-    modules_to_not_convert: list[str] | None = flag(
-        None,
-        "Names, endings (of whole components: `mlp.up_proj`) or regular expressions from the start of a name, of "
-        "modules to leave as they are, in addition to the output embeddings, heads of every kind and poolers, "
-        "everything tied to the input embeddings, linear layers beside fused experts (routers), and what is "
-        "outside the language model of a multimodal one, none of which is ever quantized.",
-    )
     quantize_qk: bool = flag(
         True, "Whether `q_proj` and `k_proj` are quantized. The paper quantizes them, its authors' checkpoints do not."
     )
@@ -106,22 +115,12 @@ class PTQTPConfig(PackedConfig):
         "checkpoint that was stored with `int8` keeps it.",
         choices=("exact", "int8"),
     )
-    dequantize: bool = flag(
-        False, "For loading a PTQTP checkpoint: turn it into ordinary layers and experts. Not stored."
-    )
-    # pyrefly: ignore[bad-override]  (transformers has an enumeration of its own methods)
-    quant_method: str = flag("ptqtp", "The method's name.", choices=("ptqtp",))
-    format_version: int = flag(FORMAT_VERSION, "Version of the file format.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        validate(self, ptqtp_rules)
 
     @property
     def summary(self) -> str:
         """Sentence about the quantization of a model."""
         by_layer = self.planes_per_layer or {}
-        numbers = NSDS_RANGES["planes_per_layer"] if isinstance(by_layer, str) else {self.planes, *by_layer.values()}
+        numbers = METHOD.nsds or () if isinstance(by_layer, str) else {self.planes, *by_layer.values()}
         sums = ("one ternary plane", "a sum of two ternary planes", "a sum of three ternary planes")
         return (
             f"Post-training quantization, without calibration data, of every group of {self.group_size} weights to "

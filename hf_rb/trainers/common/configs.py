@@ -30,6 +30,10 @@ class ConfigMixin(ConfigBelow):
         gets the fields of methods of other packages too.
         """
         values = flatten({key: getattr(self, key) for key in KEYS if hasattr(self, key)})
+        known = _defaults(type(self))
+        for name, value in values.items():
+            if name not in KEYS and getattr(self, name, value) not in (value, known.get(name)):
+                raise ValueError(f"`{name}` is given twice, {getattr(self, name)!r} and {value!r}. Remove one.")
         wider = with_flags_of(type(self), values)
         if wider is not type(self):
             self.__class__ = wider
@@ -62,7 +66,7 @@ def own_config(
     library_class = _library_class(type(args))
     if library_class is config_class.__bases__[-1]:
         # Not through the constructor: it would derive values again that `args` has derived already.
-        own = _restore(config_class, type(args), _defaults(config_class) | vars(args))
+        own = _restore((config_class, type(args)), type(args), _defaults(config_class) | vars(args))
         validate(own, *config_class._rules)
         return own
     # Not `args.to_dict()`, which replaces the value of every field called `..._token`, `eos_token` too.
@@ -94,28 +98,27 @@ def _defaults(config_class: type[ConfigMixin]) -> dict[str, Any]:
     return found
 
 
-def _restore(ours: type[Config], given: type[TrainingArguments], state: dict[str, Any]) -> Config:
-    own = object.__new__(_joined(ours, given))
+def with_flags_of(config_class: type[Config], values: Mapping[str, Any]) -> type[Config]:
+    """Returns a config class that also has the flags of those methods of other packages that values name."""
+    names = {field.name for field in fields(config_class)}
+    found = foreign(values, names) if names & KEYS.keys() else []
+    return _joined((config_class, *(entry.load().method.flags for entry in found)), config_class)
+
+
+def _restore(bases: tuple[type, ...], named: type, state: dict[str, Any]) -> Any:
+    own = object.__new__(_joined(bases, named))
     vars(own).update(state)
     return own
 
 
-def with_flags_of(config_class: type[Config], values: Mapping[str, Any]) -> type[Config]:
-    """Returns a config class that also has the flags of those methods of other packages that values name."""
-    names = {field.name for field in fields(config_class)}
-    for entry in foreign(values, names) if names & KEYS.keys() else ():
-        config_class = _joined(entry.load().method.flags, config_class)
-    return config_class
-
-
 @cache
-def _joined(first: type, config: type[Config]) -> type[Config]:
-    """Returns a class that is both, under the name of the config; the first if it is both already."""
-    if issubclass(first, config):
-        return first
+def _joined(bases: tuple[type, ...], named: type) -> Any:
+    """Returns a class of several bases, under the name of one of them; the first if it has all the others."""
+    if issubclass(bases[0], bases[1:]) or len(bases) == 1:
+        return bases[0]
 
     def reduce(self: Any) -> tuple[Callable, tuple]:  # trainers pickle their config, and no module has this class
-        return _restore, (first, config, vars(self))
+        return _restore, (bases, named, vars(self))
 
-    names = {"__reduce__": reduce, "__module__": config.__module__, "__qualname__": config.__qualname__}
-    return dataclass(repr=False, eq=False)(type(config.__name__, (first, config), names))
+    names = {"__reduce__": reduce, "__module__": named.__module__, "__qualname__": named.__qualname__}
+    return dataclass(repr=False, eq=False)(type(named.__name__, bases, names))

@@ -28,7 +28,7 @@ def dense_stats(
     """
     log_q, log_p = (logits.float().log_softmax(-1) for logits in (student_logits, teacher_logits))
     term = objective(log_q, log_p, log_q, tokens)
-    return {"loss": term.loss, **term.stats}
+    return {name: values.float() for name, values in {"loss": term.loss, **term.stats}.items()}
 
 
 def compared_rows(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hf_rb.methods import Method
-from hf_rb.methods.registry import catalog, methods, name_problem
+from hf_rb.methods.registry import methods, name_problem
 from hf_rb.methods.rules import defaults_of, flag_rules
 
 
@@ -26,16 +26,16 @@ def packing_rules(config: Any) -> Iterator[str]:
             )
 
 
-def objective_rules(config: Any, beta: float, of_trl: str | None = None) -> Iterator[str]:
-    """Yields what is wrong with the fields of the objectives; `beta` is the config's default, `of_trl` the objective
-    with which a trainer is TRL's.
+def objective_rules(config: Any, of_trl: str | None = None, **defaults: Any) -> Iterator[str]:
+    """Yields what is wrong with the fields of the objectives; `defaults` are those of TRL's fields that act on one,
+    `of_trl` is the objective with which a trainer is TRL's.
     """
     if problem := name_problem("objective", config.objective, "objective"):
         yield problem
         return
     for name, entry in methods("objective").items():
         for field in entry.method.own if name != config.objective else ():
-            if getattr(config, field) != {"beta": beta}[field]:
+            if field in defaults and getattr(config, field) != defaults[field]:
                 yield f"`{field}: {getattr(config, field)}` {_remedy(config, name, field)}"
     if getattr(config, "use_liger_kernel", False) and config.objective != of_trl:
         yield (
@@ -54,9 +54,9 @@ def _remedy(config: Any, name: str, field: str) -> str:
 
 def trainer_methods(config: Any) -> Iterator[Method]:
     """Yields the methods that are no objective and no shaper, of which a config has the flags."""
-    for method in catalog().values():
-        if method.kind == "trainer" and method.flags and all(hasattr(config, name) for name in defaults_of(method)):
-            yield method
+    for entry in methods("trainer").values():
+        if entry.method.flags and all(hasattr(config, name) for name in defaults_of(entry.method)):
+            yield entry.method
 
 
 def trainer_rules(config: Any) -> Iterator[str]:

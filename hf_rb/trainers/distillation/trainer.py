@@ -12,9 +12,11 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
 from trl import is_conversational
 
+from hf_rb.objectives.objective import Divergence
 from hf_rb.ops.backbone import name_of, width_of
 from hf_rb.ops.lm_head import TeacherLogits, lm_head_loss
 from hf_rb.ops.logit_source import LogitSource
+from hf_rb.ops.sequences import Sequences
 from hf_rb.teachers import LocalTeacher, ModelTeacher, build_teacher
 from hf_rb.trainers.common.configs import own_config
 from hf_rb.trainers.common.distilling import (
@@ -135,6 +137,8 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
             )
         if self._vocabulary is not None and width_of(self.model) > self._vocabulary:
             self._check_ids(output["completion_ids"], self._vocabulary)
+        if self.objective.aggregation != "token-mean":
+            output["num_sequences_in_batch"] = self.accelerator.gather(loss_mask(output).any(1).sum()).sum()
         if self.objective.method.completions == "student":
             self._add_rollouts(output, inputs)
         return output
@@ -150,8 +154,6 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
 
     def _add_rollouts(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         device = self.accelerator.device
-        sequences = loss_mask(output).any(1).sum()
-        output["num_sequences_in_batch"] = self.accelerator.gather(sequences).sum()
         names = [None] * len(inputs)
         if self.args.gopd_teacher_column is not None:
             names = [self._teacher_name(row) for row in inputs]
@@ -280,19 +282,28 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         reference.
         """
         (seen, keep), (seen_by_reference, reference_keep) = self._seen(inputs, mask)
+        tokens = {} if isinstance(self.objective, Divergence) else self._tokens(inputs, mask)
         if not self.objective.sampled:
             teacher = self.teacher.score(seen, keep)
             if self.reference is None:
-                return {}, teacher
+                return tokens, teacher
             reference = self.reference.score(seen_by_reference, reference_keep)
-            return {}, mixed_logits(self.objective, teacher, reference)
-        labels = inputs["completion_ids"][mask]
-        tokens = {"labels": labels, "teacher_logp": self.teacher.log_probs(seen, keep, labels)}
+            return tokens, mixed_logits(self.objective, teacher, reference)
+        labels = tokens["labels"]
+        tokens["teacher_logp"] = self.teacher.log_probs(seen, keep, labels)
         if self.reference is not None:
             tokens["reference_logp"] = self.reference.log_probs(seen_by_reference, reference_keep, labels)
+        return tokens, None
+
+    def _tokens(self, inputs: Mapping[str, Any], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns what an objective reads of each trained token beside the models."""
+        tokens = {"labels": inputs["completion_ids"][mask]}
+        if self.objective.draws:
+            draws = Sequences(whole_sequences(inputs, "prompt")).uniforms(self.args.seed, self.state.global_step)
+            tokens["uniforms"] = draws[:, -mask.shape[1] :][mask]
         if self._sampler is not None:
             tokens["sampler_logp"] = inputs["sampler_logp"][mask]
-        return tokens, None
+        return tokens
 
     def _seen(
         self, inputs: Mapping[str, Any], mask: torch.Tensor
@@ -323,9 +334,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         teacher_rows, reference_rows = rows(self.teacher.logits(seen), seen_keep), None
         if self.reference is not None:
             reference_rows = rows(self.reference.logits(seen_by_reference), reference_keep)
-        tokens = {"labels": inputs["completion_ids"][mask]}
-        if self._sampler is not None:
-            tokens["sampler_logp"] = inputs["sampler_logp"][mask]
+        tokens = self._tokens(inputs, mask)
         teacher_rows = compared_rows(self.objective, teacher_rows, reference_rows, tokens)
         return TokenStats(own["input_ids"], keep, sampled_stats(self.objective, student_rows, teacher_rows, tokens))
 

@@ -22,15 +22,12 @@ class GKDArguments(trl.SFTConfig):
     _VALID_DICT_FIELDS = trl.SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
 
     temperature: float = flag(0.9, "Temperature of sampling.")
-    lmbda: float = flag(
-        0.5, "Share of the steps that train on the student's own completions, in `[0, 1]`.", range="[0, 1]"
-    )
+    lmbda: float = flag(0.5, "Share of the steps that train on the student's own completions.", range="[0, 1]")
     beta: float = flag(0.5, "Of `jsd`, in `[0, 1]`: 0 is forward KL, 1 is reverse KL.", range="[0, 1]")
     max_new_tokens: int = flag(128, "Limit of a completion in tokens.")
     teacher_model_name_or_path: str | None = flag(
         None,
-        'The teacher; with `gopd_teacher_column`, teachers by the names in that column, such as `{"math": '
-        '"org/math-teacher", "code": "org/code-teacher"}`.',
+        "Model name or path of the teacher.",
     )
     teacher_model_init_kwargs: dict | str | None = flag(
         None, "Keyword arguments of `from_pretrained` for a teacher given by name."

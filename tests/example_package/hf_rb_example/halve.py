@@ -1,4 +1,4 @@
-"""A package of other people with an objective and a shaper, each with a flag."""
+"""Halve: advantages of wrong completions times a factor, as an advantage shaper with a flag."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,27 +6,10 @@ from typing import Any
 import torch
 
 from hf_rb.advantages import Requires, SequenceShaper, Shaped, ShapingContext
-from hf_rb.methods import Metric, ObjectiveMethod, ShaperMethod, flag
-from hf_rb.objectives.objective import Divergence
+from hf_rb.methods import Metric, ShaperMethod, flag
 
 
-@dataclass
-class SquaredFlags:
-    squared_scale: float = flag(100.0, "Factor.", range="(0, inf)")
-    squared_kind: str = flag("plain", "Whether the factor counts once (`plain`) or twice.", choices=["plain", "twice"])
-
-
-class Squared(Divergence):
-    method = ObjectiveMethod(
-        key="squared", name="Squared", summary="Squared difference of probabilities.", flags=SquaredFlags, mixes=True
-    )
-    flags: SquaredFlags
-
-    def divergence(
-        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, has_rest: bool = False
-    ) -> torch.Tensor:
-        factor = self.flags.squared_scale * (2 if self.flags.squared_kind == "twice" else 1)
-        return factor * (student_logits.float().softmax(-1) - teacher_logits.float().softmax(-1)).square().sum(-1)
+__all__ = ["Halve", "HalveFlags"]
 
 
 @dataclass

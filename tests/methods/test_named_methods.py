@@ -8,7 +8,9 @@ import yaml
 from helpers.plugins import install
 
 from hf_rb import GKDConfig, GRPOConfig
+from hf_rb.cli import main
 from hf_rb.cli.check import check
+from hf_rb.io.resources import resource_folder
 from hf_rb.methods.recipes import flatten
 from hf_rb.scripts import grpo
 
@@ -59,6 +61,7 @@ def test_mapping_becomes_names_and_fields():
         "edas_alpha": 0.3,
         "edas_beta": 0.1,
     }
+    assert flatten({"objective": {"jsd": {"beta": 0.3}}}) == {"objective": "jsd", "beta": 0.3}
     assert flatten({"objective": {"gopd": {"reward_scale": 1.25, "tis_cap": 5}}}) == {
         "objective": "gopd",
         "reward_scale": 1.25,
@@ -71,7 +74,7 @@ BAD = {
     "twice": ({"advantage_shapers": [{"edas": {"alpha": 1}}], "edas_alpha": 2}, "`edas_alpha` is given twice"),
     "two names": ({"objective": {"akl": {}, "hpd": {}}}, "must be a name, or a name with flags"),
     "no flags": ({"objective": {"akl": 0.5}}, "must be a name, or a name with flags"),
-    "none to have": ({"objective": {"jsd": {"mu": 1}}}, "jsd has no flag `mu`. Its flags are none"),
+    "none to have": ({"objective": {"forward_kl": {"mu": 1}}}, "forward_kl has no flag `mu`. Its flags are none"),
 }
 
 
@@ -125,6 +128,42 @@ def test_recipe_takes_the_flags_of_another_package(tmp_path, brevity, form):
     bad = recipe | {"advantage_shapers": [{"brevity": {"alpha": 3}}]}
     bad.pop("brevity_alpha", None)
     assert check(file, bad).errors == ["`brevity_alpha` must be in [0, 1]; got 3."]
+
+
+def test_config_with_two_packages_is_pickled_and_compared(monkeypatch, tmp_path, brevity):
+    other = BREVITY.replace("brevity", "length").replace("Brevity", "Length")
+    install(monkeypatch, tmp_path / "other", "length-pkg", other, shaper={"length": "Length"})
+    config = GRPOConfig(str(tmp_path), advantage_shapers=[{"brevity": {"alpha": 0.3}}, "length"], **START)
+    twin = pickle.loads(pickle.dumps(config))
+    assert repr(twin) == repr(config) and (twin.brevity_alpha, twin.length_alpha) == (0.3, 0.1)
+    assert "learning_rate=" in repr(config) and config.to_dict()["brevity_alpha"] == 0.3
+
+
+def test_flag_is_refused_twice_by_config(tmp_path):
+    with pytest.raises(ValueError, match="`edas_alpha` is given twice, 0.9 and 0.3"):
+        GRPOConfig(str(tmp_path), advantage_shapers=[{"edas": {"alpha": 0.3}}], edas_alpha=0.9, **EDAS)
+
+
+def test_command_line_wins_over_a_mapping(monkeypatch, tmp_path, capsys):
+    from hf_rb.utils import compat
+
+    recipe = yaml.safe_load((resource_folder("recipes") / "skewed_kl/tiny-cpu.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": str(tmp_path / "out")}))
+    calls = []
+    monkeypatch.setattr(compat, "launch_command", calls.append, raising=False)
+    assert main(["gkd", str(tmp_path / "recipe.yaml"), "--skewed_kl_alpha", "0.2"]) == 0
+    assert calls[0].training_script_args[-2:] == ["--skewed_kl_alpha", "0.2"]
+
+
+@pytest.mark.parametrize(
+    "keys", [{"srar_judge_api_key_env": "sk-SECRET"}, {"srar_judge_kwargs": {"api_key": "sk-SECRET"}}]
+)
+def test_no_message_of_an_idle_flag_repeats_a_key(tmp_path, keys):
+    [name] = keys
+    with pytest.raises(ValueError, match=f"`{name}` has no effect without the shaper 'srar'") as error:
+        GRPOConfig(str(tmp_path), **START, **keys)
+    assert "SECRET" not in str(error.value)
+    assert "SECRET" not in str(check(tmp_path / "recipe.yaml", keys, "grpo").errors)
 
 
 def test_flag_of_another_package_without_it_is_unknown(tmp_path, brevity):
