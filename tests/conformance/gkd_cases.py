@@ -16,15 +16,15 @@ from hf_rb.utils import compat
 VOCABULARY = 128
 BATCHES = {
     "whole": batch(12),
-    "1 x 12": batch(1, 12),
     "4 x 3": batch(4, 3),
+    "1 x 12": batch(1, 12),
     "padding-free": batch(4, 3, padding_free=True, max_length=None),
     "packed": batch(2, 2, packing=True, max_length=24),
     "2 processes": batch(6),
     "2 processes x 3": batch(2, 3),
 }
 GENERATED = {
-    "whole": batch(8), "1 x 8": batch(1, 8), "4 x 2": batch(4, 2), "2 processes": batch(4), "2 processes x 2": batch(2, 2)
+    "whole": batch(8), "4 x 2": batch(4, 2), "1 x 8": batch(1, 8), "2 processes": batch(4), "2 processes x 2": batch(2, 2)
 }  # fmt: skip
 HALVES = {"whole": batch(2), "1 x 2": batch(1, 2), "2 processes": batch(1)}
 
@@ -71,7 +71,7 @@ def rows():
         for label, flags in variants(method):
             yield row(f"{name}, {label}", name, minor=True, **base, **flags)
         if method.mixes:
-            yield row(f"{name}, mixed", name, ("llm_neo", "loca"), "mixed", kd_alpha=0.5, loca_alpha=0.95)
+            yield row(f"{name}, mixed", name, ("llm_neo", "loca"), "mixed", True, kd_alpha=0.5, loca_alpha=0.95)
     exopd = {"reward_scale": 1.25, "lmbda": 1.0, "temperature": 1.0}
     yield row("jsd, beta", "jsd", beta=0.3)
     yield row("jsd, on-policy", "jsd", group="on-policy", lmbda=1.0)

@@ -38,8 +38,8 @@ OFF = {
 # All documents are in one step, since packing reorders them: 12 padded rows, or 4 rows of up to 24 tokens.
 BATCHES = {
     "whole": batch(12),
-    "1 x 12": batch(1, 12),
     "4 x 3": batch(4, 3),
+    "1 x 12": batch(1, 12),
     "padding-free": batch(4, 3, padding_free=True, max_length=None),
     "packed": batch(2, 2, packing=True, max_length=24),
     "2 processes": batch(6),
