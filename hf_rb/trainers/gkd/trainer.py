@@ -326,7 +326,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         """Returns what [`_chunked_loss`] does, from all logits."""
         objective, shared = self.objective, slice(self.teacher.vocabulary)
         # Then the logits too are TRL's.
-        is_trl = isinstance(objective, JSD) and objective.kd_alpha == 1 and objective.loca_alpha is None
+        is_trl = type(objective) is JSD and objective.kd_alpha == 1 and objective.loca_alpha is None
         sources = [source for source in (self.teacher, self.reference) if hasattr(source, "model")]
         models: list[Any] = [self.accelerator.unwrap_model(model), *(source.model for source in sources)]
         with wide_heads(*([] if is_trl else models)):
