@@ -266,7 +266,8 @@ def check_shapers(
     if ordered != list(shapers):
         raise ValueError(
             "Advantage shapers run in the order new advantages, sequence, token-wise factors, token-wise offsets. "
-            f"Write `advantage_shapers: [{', '.join(shaper.name for shaper in ordered)}]` instead of [{', '.join(names)}]."
+            f"Write `advantage_shapers: [{', '.join(shaper.name for shaper in ordered)}]` instead of "
+            f"[{', '.join(names)}]."
         )
     columns = list(columns)
     for shaper in shapers:

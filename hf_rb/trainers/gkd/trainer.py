@@ -63,11 +63,8 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
       alone.
     - Teacher and student may differ in the padding of their vocabulary. Labels outside the shared ids are left out.
 
-    These are logged, over all tokens since the last log (`eval_` before them in evaluation, where `loss` is the
-    objective on the evaluation data): `forward_kl`, `reverse_kl`, `entropy` of the student, `ce`, its cross-entropy on
-    the labels, `kd`, the divergence before `kd_alpha` mixes it, `kept_fraction`, the share of tokens that are trained
-    on, and what belongs to the objective, as `akl/weight`, `loca/corrected_fraction`, `hpd/suppressed_fraction` or
-    `gopd/advantage`.
+    `docs/methods.md` lists the numbers that are logged, over all tokens since the last log. `eval_` stands before them
+    in evaluation, where `loss` is the objective on the evaluation data.
 
     Args:
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
