@@ -40,8 +40,8 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
     (https://huggingface.co/papers/2605.17333): of the wrong answers to a prompt, the common ones are pushed down
     harder than the rare ones. [`~hf_rb.advantages.Shaper`] says how to write a shaper.
 
-    `docs/methods.md` lists the numbers that are logged beside TRL's (`eval_` before them in evaluation): of every shaper
-    as `shaping/<key>/...`, and of Hidden-Align.
+    `docs/methods.md` lists the numbers that are logged beside TRL's (`eval_` before them in evaluation): of every
+    shaper as `shaping/<key>/...`, and of Hidden-Align.
 
     With `log_completions` the table of completions has the columns `shaped_advantage` (the mean over the completion's
     tokens) and those of the shapers, beside `advantage`, TRL's own. Evaluation shapes too, unless it writes one
