@@ -44,7 +44,8 @@ class ValueChecker:
         return values
 
     def _unknown(self, key: Any, keys: Collection[str], prefix: str) -> None:
-        problem = former_key(key, keys, prefix) or (None if prefix else only_gkd(key))
+        is_typo = bool(get_close_matches(str(key), keys, n=1, cutoff=0.9))  # then no other verb's keys are read
+        problem = former_key(key, keys, prefix) or (None if prefix or is_typo else only_gkd(key))
         if problem:
             self.findings.errors.append(problem)
             return
@@ -56,7 +57,9 @@ class ValueChecker:
             return
         close = nearest_key(key, keys)
         message = f"unknown key `{prefix}{key}`" + (f"; did you mean `{prefix}{close}`?" if close else ".")
-        owners = [] if prefix else [f"`hf-rb {verb}`" for verb in schemas.RECIPES if key in schemas.load(verb)]
+        owners = (
+            [] if prefix or is_typo else [f"`hf-rb {verb}`" for verb in schemas.RECIPES if key in schemas.load(verb)]
+        )
         if owners:
             self.findings.errors.append(
                 f"`{key}` is a key of {' and '.join(owners)}, and this recipe is for `hf-rb {self.findings.verb}`. "
