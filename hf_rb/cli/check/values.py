@@ -44,8 +44,7 @@ class ValueChecker:
         return values
 
     def _unknown(self, key: Any, keys: Collection[str], prefix: str) -> None:
-        is_typo = bool(get_close_matches(str(key), keys, n=1, cutoff=0.9))  # then no other verb's keys are read
-        problem = former_key(key, keys, prefix) or (None if prefix or is_typo else only_gkd(key))
+        problem = former_key(key, keys, prefix) or (None if prefix else only_gkd(key))
         if problem:
             self.findings.errors.append(problem)
             return
