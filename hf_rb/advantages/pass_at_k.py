@@ -36,7 +36,7 @@ class PassAtKFlags:
 
     pass_at_k_k: int = flag(
         4,
-        "Completions of which one must be correct; at most `num_generations`. The default is ours.",
+        "Completions of which one must be correct; fewer than `num_generations`. The default is ours.",
         range="[1, inf)",
     )
 
@@ -49,10 +49,10 @@ def _rules(config: Any) -> Iterator[str]:
         )
     for name in ("num_generations", "num_generations_eval"):
         number = getattr(config, name, None)
-        if number is not None and 1 < number < config.pass_at_k_k:
+        if number is not None and 1 < number <= config.pass_at_k_k:
             yield (
-                f"`pass_at_k_k: {config.pass_at_k_k}` must be at most `{name}: {number}`: k completions are chosen "
-                "from a group."
+                f"`pass_at_k_k: {config.pass_at_k_k}` must be below `{name}: {number}`: with as many, a group has one "
+                "subset, and its completions no advantage."
             )
 
 

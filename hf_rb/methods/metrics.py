@@ -3,7 +3,7 @@
 from hf_rb.methods.record import Metric
 
 
-__all__ = ["SHAPING_METRICS", "TOKEN_METRICS", "TRAINER_METRICS"]
+__all__ = ["ROUTER_METRICS", "SHAPING_METRICS", "TOKEN_METRICS", "TRAINER_METRICS"]
 
 TOKEN_METRICS = (
     Metric("forward_kl", "KL(teacher ‖ student)", "[0, inf)", "lower"),
@@ -21,6 +21,8 @@ TRAINER_METRICS = (
         "shaping/answered", "share of completions with an answer, where a shaper reads answers", "[0, 1]", "higher"
     ),
     Metric("outside_vocabulary_fraction", "share of labels that teacher and student do not share", "[0, 1]", "lower"),
+    Metric("search/f1", "mean F1 of the answers of a search agent, by the reward `search_f1`", "[0, 1]", "higher"),
+    Metric("search/well_formed", "share of its completions that are of the agreed form", "[0, 1]", "higher"),
 )
 """Numbers that trainers log with every method."""
 
@@ -32,3 +34,15 @@ SHAPING_METRICS = (
     Metric("delta_abs", "mean absolute change of an advantage", "[0, inf)"),
 )
 """Numbers that GRPO logs of every shaper, as `shaping/<key>/<name>`."""
+
+ROUTER_METRICS = (
+    Metric("max_vio", "most loaded expert over the mean load, less 1, in an optimizer step", "[0, inf)", "lower"),
+    Metric("global_max_vio", "the same over everything since the last log", "[0, inf)", "lower"),
+    Metric("dead", "number of experts that no token has chosen since the last log", "[0, inf)", "lower"),
+    Metric("load_entropy", "entropy of the load over that of an even one", "[0, 1]", "higher"),
+    Metric("entropy", "mean entropy of a token's routing over the largest there is", "[0, 1]"),
+    Metric("lambda_learned", "alignment of the learned rows with their experts, see `alignment`", "[0, 1]"),
+    Metric("lambda_effective", "that of the rows that route", "[0, 1]"),
+    Metric("lambda_random", "that of random rows after a power step", "[0, 1]"),
+)
+"""Means over layers that the router doctor logs, as `router/<name>`; with `layers` also `router/<layer>/<name>`."""

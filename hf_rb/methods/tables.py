@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hf_rb.methods.metrics import SHAPING_METRICS, TOKEN_METRICS, TRAINER_METRICS
+from hf_rb.methods.metrics import ROUTER_METRICS, SHAPING_METRICS, TOKEN_METRICS, TRAINER_METRICS
 from hf_rb.methods.record import Method, Metric, ObjectiveMethod
 from hf_rb.methods.registry import PACKAGE, entries, methods
 from hf_rb.utils.fields import default_of
@@ -65,6 +65,7 @@ def methods_page() -> str:
     parts += ["## Metrics", "", "In evaluation `eval_` stands before a name.", ""]
     parts += [*_metrics((*TRAINER_METRICS, *TOKEN_METRICS)), ""]
     parts += ["Of every shaper, behind `shaping/<key>/`:", "", *_metrics(SHAPING_METRICS), ""]
+    parts += ["With `router_doctor`, means over the layers:", "", *_metrics(ROUTER_METRICS, "router/"), ""]
     for method in ours:
         if method.metrics:
             prefix = f"shaping/{method.key}/" if method.kind == "shaper" else ""

@@ -66,6 +66,12 @@ def test_a_record_of_the_other_level_is_refused():
             method = ShaperMethod(key="tokens", name="Tokens", summary="Nothing.")
 
 
+def test_pass_at_k_of_a_whole_group_says_nothing():
+    correct = torch.tensor([True, False, False, False])
+    found, _ = pass_at_k(correct, ~correct, 4, 4)
+    assert not found.any()
+
+
 def test_pass_at_k_in_the_pipeline_replaces_advantages():
     correct = torch.tensor([True, False, False, False, True, True, True, True])
     ctx = ShapingContext(

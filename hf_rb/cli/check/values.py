@@ -1,5 +1,6 @@
 """The values of a recipe against the entries of its keys: types, choices, ranges, and keys that there are not."""
 
+import json
 from collections.abc import Collection
 from difflib import get_close_matches
 from itertools import chain
@@ -123,6 +124,11 @@ _PYTHON = {
 
 
 def _convert(key: str, value: Any, types: list[str], from_text: bool) -> Any:
+    if isinstance(value, str) and value.startswith("{") and "dict" in types:  # as transformers takes it
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"`{key}: {value}` is no JSON ({error}). Write a mapping.") from None
     for kind in types:
         if _is(value, kind):
             return value

@@ -26,8 +26,10 @@ def packing_rules(config: Any) -> Iterator[str]:
             )
 
 
-def objective_rules(config: Any, **defaults: Any) -> Iterator[str]:
-    """Yields what is wrong with the fields of the objectives; `defaults` are those of TRL's fields that act on one."""
+def objective_rules(config: Any, of_trl: str | None = None, **defaults: Any) -> Iterator[str]:
+    """Yields what is wrong with the fields of the objectives; `defaults` are those of TRL's fields that act on one,
+    `of_trl` is the objective with which a trainer is TRL's.
+    """
     if problem := name_problem("objective", config.objective, "objective"):
         yield problem
         return
@@ -35,6 +37,11 @@ def objective_rules(config: Any, **defaults: Any) -> Iterator[str]:
         for field in entry.method.own if name != config.objective else ():
             if field in defaults and getattr(config, field) != defaults[field]:
                 yield f"`{field}: {getattr(config, field)}` {_remedy(config, name, field)}"
+    if getattr(config, "use_liger_kernel", False) and config.objective != of_trl:
+        yield (
+            "`use_liger_kernel: true` replaces the model's forward pass, and `objective: "
+            f"{config.objective}` has a loss and a forward pass of its own. Remove `use_liger_kernel`."
+        )
     yield from flag_rules(config, "objective", [config.objective], lambda name, field: _remedy(config, name, field))
 
 

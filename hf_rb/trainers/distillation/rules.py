@@ -36,7 +36,7 @@ def _fields_of_gkd() -> set[str]:
 
 def distillation_rules(config: Any) -> Iterator[str]:
     """Yields what is wrong with our fields of a [`DistillationConfig`]."""
-    yield from objective_rules(config, beta=1.0)
+    yield from objective_rules(config, beta=1.0, of_trl="jsd")
     entry = methods("objective").get(config.objective)
     if entry and entry.method.completions == "dataset":
         yield (

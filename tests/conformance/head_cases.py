@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import gkd_cases
 import torch
 import transformers
+from gkd_cases import TRAINER
 from helpers.tiny_zoo import build_tiny
 from torch.distributed.fsdp import fully_shard
 
@@ -13,7 +13,7 @@ from hf_rb.ops.logit_source import LogitSource
 from hf_rb.utils import compat
 
 
-CASES = {name: gkd_cases.CASES[name] for name in ("forward_kl", "on-policy jsd")}
+ROWS = ("forward_kl", "jsd, on-policy")
 SHARDED = ("LlamaForCausalLM", "ModernBertDecoderForCausalLM")
 INPUTS = {"input_ids": torch.arange(20, 32).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
 
@@ -53,8 +53,9 @@ def outcome():
 
 
 def two_processes(models, folder):
-    """The cases on both processes, in half the batch, then what both see of single models."""
-    results = {name: gkd_cases.train(models, per_device_train_batch_size=2, **case) for name, case in CASES.items()}
+    """The rows on both processes, in half the batch, then what both see of single models."""
+    TRAINER.models = models
+    results = {name: TRAINER.train_row(TRAINER.rows[name], "2 processes")[:2] for name in ROWS}
     results["outcome"] = outcome()
     results |= {name: sharded(name) for name in SHARDED}
     return results
