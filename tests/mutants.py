@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-RECORDS = "tests/methods/test_registry.py"
+RECORDS = "tests/methods/test_registry.py tests/conformance/test_refusals_of_configs.py"
 # Modules of ../hf_rb, the tests that mirror them, and the share that these must find.
 MODULES = {
     **{f"objectives/{name}": (f"tests/objectives/test_{name}.py tests/ops/test_lm_head.py {RECORDS}", 0.95) for name in ("akl", "gopd", "hpd", "loca")},
@@ -35,7 +35,7 @@ MODULES = {
     "weights/engine": ("tests/weights", 0.85),
     "quantizers/loading/selection": ("tests/quantizers/test_linear_kinds.py tests/quantizers/test_readers.py tests/quantizers/test_left_experts.py", 0.85),
     "io/files": ("tests/test_files.py", 0.85),
-    "io/safetensors": ("tests/test_safetensors.py", 0.85),
+    "io/safetensors": ("tests/test_weight_files.py tests/quantizers/test_streaming.py", 0.85),
     "utils/fields": ("tests/test_fields.py", 0.85),
 }  # fmt: skip
 SWAPS = {

@@ -8,7 +8,10 @@ correct,
     A⁺ = (1 - R̄) / σ,              A⁻ = (1 - R̄ - C(n-1, k-1) / C(N-1, k-1)) / σ.
 
 A⁺ is the advantage of a correct completion, A⁻ of a wrong one. Where σ = 0 (fewer than k wrong ones, or no correct
-one) the group carries no signal and its advantages are 0. k = 1 is GRPO with the population's standard deviation.
+one) the group carries no signal and its advantages are 0. k = 1 is GRPO with the population's standard deviation. Of a
+group with fewer than k scored completions the advantages are 0 too, and R̄ says whether one is correct.
+
+The advantages take the place of GRPO's: other rewards, their weights and `scale_rewards` act no more.
 
 Shapes: N rollouts in contiguous groups of `group_size`; float32.
 """
@@ -111,6 +114,7 @@ class PassAtKShaper(SequenceShaper):
         ),
         summary="GRPO with advantages for one correct completion among k, so that hard prompts weigh more.",
         flags=PassAtKFlags,
+        replaces=True,
         rules=_rules,
         metrics=(
             Metric("reward", "mean probability that one of k completions of a group is correct", "[0, 1]", "higher"),

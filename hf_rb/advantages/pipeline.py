@@ -162,6 +162,7 @@ class Shaper(Protocol):
     name: str
     level: Literal["sequence", "token"]
     additive: bool = False
+    replaces: bool = False
     requires: Requires = Requires()
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -173,6 +174,7 @@ class Shaper(Protocol):
                     f'"{cls.method.level}"`. Derive it from the other base class, or correct the record.'
                 )
             cls.name, cls.level, cls.additive = cls.method.key, cls.method.level, cls.method.additive
+            cls.replaces = cls.method.replaces
 
     @classmethod
     def from_config(cls, args: Any, trainer: Any) -> "Shaper":
@@ -220,6 +222,11 @@ def build_shapers(names: Iterable[str], args: Any, trainer: Any) -> list[Shaper]
     return [find("shaper", name).load().from_config(args, trainer) for name in names]
 
 
+def _place(shaper: Shaper) -> tuple[bool, bool, bool]:
+    is_token = shaper.level == "token"
+    return is_token, not getattr(shaper, "replaces", False), is_token and shaper.additive
+
+
 def check_shapers(
     shapers: Sequence[Shaper],
     columns: Iterable[str],
@@ -255,13 +262,12 @@ def check_shapers(
     names = [shaper.name for shaper in shapers]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Advantage shapers run once each, and {_listed(repeated)} is listed more than once.")
-    ordered = sorted(
-        shapers, key=lambda shaper: (shaper.level == "token", shaper.level == "token" and shaper.additive)
-    )
+    ordered = sorted(shapers, key=_place)
     if ordered != list(shapers):
         raise ValueError(
-            "Advantage shapers run in the order sequence, token-wise factors, token-wise offsets. Write "
-            f"`advantage_shapers: [{', '.join(shaper.name for shaper in ordered)}]` instead of [{', '.join(names)}]."
+            "Advantage shapers run in the order new advantages, sequence, token-wise factors, token-wise offsets. "
+            f"Write `advantage_shapers: [{', '.join(shaper.name for shaper in ordered)}]` instead of "
+            f"[{', '.join(names)}]."
         )
     columns = list(columns)
     for shaper in shapers:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from hf_rb.cli import schemas
-from hf_rb.cli.check import check, read_overrides, read_recipe
+from hf_rb.cli.check import add_local_code, check, read_overrides, read_recipe
 from hf_rb.io.model_folder import check_models
 from hf_rb.io.resources import find_recipe, resource_folder
 from hf_rb.methods.recipes import flatten
@@ -29,12 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num_processes", help="processes to launch (default: what the accelerate config says)")
     if parser.get_default("verb") != "sft":
-        parser.add_argument(
-            "--allow_local_code",
-            action="append",
-            metavar="MODULE:ATTRIBUTE",
-            help="an objective, a shaper or a reward function that the recipe names and that may be imported",
-        )
+        add_local_code(parser)
     keys = "keys of hf_rb beside those of TRL, in the recipe or as `--key value`"
     parser.add_argument_group(keys, schemas.listing(parser.get_default("verb")))
     parser.set_defaults(overrides=[])

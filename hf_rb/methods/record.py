@@ -197,16 +197,19 @@ class ShaperMethod(Method):
             Whether it maps one number a rollout or one number a token.
         additive (`bool`, *optional*, defaults to `False`):
             Whether a token shaper adds to what it is given; one that multiplies may not follow it.
+        replaces (`bool`, *optional*, defaults to `False`):
+            Whether a sequence shaper makes advantages anew, whatever it is given. It runs first.
     """
 
     level: Literal["sequence", "token"] = "sequence"
     additive: bool = False
+    replaces: bool = False
     kind: ClassVar[Kind] = "shaper"
 
     @property
     def stage(self) -> int:
-        """Place in the pipeline: shapers of sequences, factors of tokens, offsets of tokens."""
-        return 0 if self.level == "sequence" else 1 + self.additive
+        """Place in the pipeline: new advantages, other shapers of sequences, factors of tokens, offsets of tokens."""
+        return int(not self.replaces) if self.level == "sequence" else 2 + self.additive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,8 @@ Records of methods stand in files that import torch. `hf-rb check` needs the rec
 the file, keeps the statements that the record refers to, and leaves out the rest.
 """
 
+import __future__
+
 import ast
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
@@ -79,7 +82,10 @@ def record(module: str, name: str) -> Any:
         TypeError: It has none.
         ImportError, NameError: As [`evaluate`].
     """
-    node = _read(module).defined.get(name)
+    source = _read(module)
+    node = source.defined.get(name)
+    if isinstance(node, ast.ImportFrom):
+        return record(source.module_of(node), source.renamed[name])
     if isinstance(node, ast.ClassDef) and _attribute(node, "method") is None:
         raise TypeError(
             f"`{name}` has no record: a class attribute `method`, such as `ShaperMethod(...)` of `hf_rb.methods`"
@@ -102,8 +108,34 @@ class _Source:
     def __init__(self, module: str, path: Path):
         self.module, self.path = module, path
         self.package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        self.body = parsed(path).body
+        tree = parsed(path)
+        self.body = [*_statements(tree.body)]
         self.defined = {name: node for node in self.body for name in _defines(node)}
+        imports = [node for node in self.body if isinstance(node, ast.ImportFrom)]
+        self.renamed = {alias.asname or alias.name: alias.name for node in imports for alias in node.names}
+        has_future = any(node.module == "__future__" for node in imports)
+        self.flags = __future__.annotations.compiler_flag if has_future else 0
+
+    def module_of(self, node: ast.ImportFrom) -> str:
+        """Returns the full name of the module that an import names."""
+        parts = self.package.split(".")
+        base = parts[: len(parts) - node.level + 1] if node.level else []
+        return ".".join([*base, *filter(None, [node.module])])
+
+    def constants(self) -> Iterator[str]:
+        """Yields the names that the module assigns."""
+        return (name for name, node in self.defined.items() if isinstance(node, ast.Assign | ast.AnnAssign))
+
+    def run(self, node: ast.stmt, namespace: dict[str, Any]) -> None:
+        """Runs a statement, in which dataclasses find their module."""
+        code = compile(ast.Module([node], []), str(self.path), "exec", self.flags, dont_inherit=True)
+        stand_in = ModuleType(self.module)
+        is_new = sys.modules.setdefault(self.module, stand_in) is stand_in
+        try:
+            exec(code, namespace)  # noqa: S102 (an import would run it too)
+        finally:
+            if is_new:
+                del sys.modules[self.module]
 
 
 @cache
@@ -112,6 +144,16 @@ def _read(module: str) -> _Source:
     if path is None:
         raise ImportError(f"there is no module `{module}`")
     return _Source(module, path)
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yields statements, and those inside `if`, `else` and `try`; none for type checkers alone."""
+    for node in body:
+        if isinstance(node, ast.If | ast.Try):
+            is_typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            yield from _statements([*(() if is_typing else node.body), *node.orelse])
+        else:
+            yield node
 
 
 def _defines(node: ast.stmt) -> list[str]:
@@ -151,19 +193,24 @@ def _run(source: _Source, namespace: dict[str, Any], wanted: set[str]) -> None:
         if isinstance(node, ast.ImportFrom):
             namespace |= _imported(source, node, names)
         elif names and (not isinstance(node, ast.Import) or all(is_torch_free(alias.name) for alias in node.names)):
-            exec(compile(ast.Module([node], []), str(source.path), "exec"), namespace)  # noqa: S102 (an import would too)
+            source.run(node, namespace)
 
 
 def _imported(source: _Source, node: ast.ImportFrom, names: set[str]) -> dict[str, Any]:
     """Returns what `from module import names` gives. Of a module that may import torch, the names are evaluated."""
-    parts = source.package.split(".")
-    base = [*parts[: len(parts) - node.level + 1]] if node.level else []
-    module = ".".join([*base, *filter(None, [node.module])])
+    module = source.module_of(node)
     found = {}
     for alias in node.names:
         known = alias.asname or alias.name
         if known in names and is_torch_free(module):
             found[known] = getattr(import_module(module), alias.name)
         elif known in names:
-            found[known] = evaluate(module, alias.name)
+            found[known] = _evaluated(module, alias.name)
     return found
+
+
+def _evaluated(module: str, name: str) -> Any:
+    """Returns the value of a name of a module, or a module of that name in a package."""
+    if source_file(f"{module}.{name}") is None or name in _read(module).defined:
+        return evaluate(module, name)
+    return SimpleNamespace(**{one: evaluate(f"{module}.{name}", one) for one in _read(f"{module}.{name}").constants()})

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_rb.advantages import ShapingContext, run_pipeline
+from hf_rb.advantages import EdasShaper, ShapingContext, TokenShaper, check_shapers, run_pipeline
 from hf_rb.advantages.pass_at_k import PassAtKShaper, pass_at_k
+from hf_rb.methods import ShaperMethod
 
 
 def by_subsets(correct, k):
@@ -48,6 +49,21 @@ def test_pass_at_k_of_an_unscored_completion_counts_nowhere():
 def test_pass_at_k_refuses_a_k_below_one():
     with pytest.raises(ValueError, match="k=0 must be at least 1"):
         pass_at_k(torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool), 2, 0)
+
+
+def test_pass_at_k_runs_first():
+    with pytest.raises(
+        ValueError, match=r"Write `advantage_shapers: \[pass_at_k, edas\]` instead of \[edas, pass_at_k\]"
+    ):
+        check_shapers([EdasShaper(), PassAtKShaper()], ["prompt"], ["right"], has_correct=True)
+    check_shapers([PassAtKShaper(), EdasShaper()], ["prompt"], ["right"], has_correct=True)
+
+
+def test_a_record_of_the_other_level_is_refused():
+    with pytest.raises(TypeError, match="Tokens is a shaper of one number a token, and its record says"):
+
+        class Tokens(TokenShaper):
+            method = ShaperMethod(key="tokens", name="Tokens", summary="Nothing.")
 
 
 def test_pass_at_k_of_a_whole_group_says_nothing():

@@ -185,3 +185,33 @@ def test_a_class_is_evaluated_with_what_it_needs_alone(monkeypatch, tmp_path):
         static.evaluate("partly", "C")
     with pytest.raises(ImportError, match="does not define `D`"):
         static.evaluate("partly", "D")
+
+
+FORMS = {
+    "the future": "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hf_rb import GRPOConfig\n"
+    "from hf_rb.methods import ShaperMethod\ndef _rules(config: GRPOConfig):\n    yield from ()\n",
+    "a try": "try:\n    from hf_rb.methods import ShaperMethod\nexcept ImportError:\n    raise\n_rules = None\n",
+    "a quoted annotation": "from dataclasses import dataclass\nfrom hf_rb.methods import ShaperMethod, flag\n@dataclass\n"
+    "class Flags:\n    brevity_alpha: 'float' = flag(0.1, help='Strength.')\n_rules = Flags\n",
+}
+
+
+@pytest.mark.parametrize("code", FORMS.values(), ids=FORMS)
+def test_record_is_read_in_the_forms_of_ordinary_modules(monkeypatch, tmp_path, code):
+    record = "ShaperMethod(key='brevity', name='B', summary='', rules=_rules)"
+    code += f"import nowhere\nclass Brevity(nowhere.Base):\n    method = {record}\n"
+    install(monkeypatch, tmp_path / "site", "brevity-pkg", code, shaper={"brevity": "Brevity"})
+    assert find("shaper", "brevity").method.name == "B"
+
+
+def test_record_is_found_where_a_package_hands_it_on(monkeypatch, tmp_path):
+    package = tmp_path / "handing"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .inner import Brevity as Short\n")
+    (package / "constants.py").write_text("NAME = 'Brevity'\n")
+    (package / "inner.py").write_text(
+        "import nowhere\nfrom hf_rb.methods import ShaperMethod\nfrom . import constants\n"
+        "class Brevity(nowhere.Base):\n    method = ShaperMethod(key='brevity', name=constants.NAME, summary='')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert static.record("handing", "Short").name == "Brevity"

@@ -15,7 +15,7 @@ from hf_rb.cli import schemas
 from hf_rb.cli.check.findings import Findings
 from hf_rb.cli.check.fix import fix
 from hf_rb.cli.check.plan import make_plan, recover_lines
-from hf_rb.cli.check.recipe import read_overrides, read_recipe
+from hf_rb.cli.check.recipe import add_local_code, read_overrides, read_recipe
 from hf_rb.cli.check.rules import RULES, TRAINED, group_warnings, training_rules, upcycle_rules
 from hf_rb.cli.check.values import ValueChecker
 from hf_rb.cli.schemas.libraries import class_fields
@@ -27,7 +27,7 @@ from hf_rb.trainers.grpo.rules import grpo_warnings, pipeline_line
 from hf_rb.utils.output import json_text
 
 
-__all__ = ["Findings", "check", "read_overrides", "read_recipe", "upcycle_rules"]
+__all__ = ["Findings", "add_local_code", "check", "read_overrides", "read_recipe", "upcycle_rules"]
 
 EXAMPLE = "hf-rb check profit/tiny-cpu"
 
@@ -37,13 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--for", dest="target", choices=[*schemas.RECIPES], help="the verb to check for (default: by the keys)"
     )
-    parser.add_argument(
-        "--allow_local_code",
-        action="append",
-        default=[],
-        metavar="MODULE:ATTRIBUTE",
-        help="code that a recipe names: an objective, a shaper or a reward function (nothing is imported)",
-    )
+    add_local_code(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(
         "--fix",

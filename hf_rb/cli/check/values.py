@@ -57,7 +57,9 @@ class ValueChecker:
             return
         close = nearest_key(key, keys)
         message = f"unknown key `{prefix}{key}`" + (f"; did you mean `{prefix}{close}`?" if close else ".")
-        owners = [] if prefix else [f"`hf-rb {verb}`" for verb in schemas.RECIPES if key in schemas.load(verb)]
+        # The keys of other verbs are not read for a typo.
+        verbs = () if prefix or get_close_matches(str(key), keys, n=1, cutoff=0.9) else schemas.RECIPES
+        owners = [f"`hf-rb {verb}`" for verb in verbs if key in schemas.load(verb)]
         if owners:
             self.findings.errors.append(
                 f"`{key}` is a key of {' and '.join(owners)}, and this recipe is for `hf-rb {self.findings.verb}`. "

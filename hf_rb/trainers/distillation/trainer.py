@@ -53,16 +53,8 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
     on-policy distillation by sampled tokens. A teacher whose chat template is another than the student's reads prompts
     in its own.
 
-    Also logged, over all trained tokens since the last log (`eval_` before them in evaluation), unless the loss is
-    TRL's own:
-
-    - `kept_fraction`, the share of tokens that are trained on
-    - with every other objective than `"gopd"`: `forward_kl`, `reverse_kl` (with `gopd_full_vocab`, from the mixture of
-      teacher and reference that the loss is about), and for `"akl"` `akl/weight` and `akl/head_size`
-    - with `"gopd"`: `gopd/advantage` with its extremes; `gopd/teacher_log_ratio`, whose mean estimates KL(student ‖
-      teacher), which the mean of the loss does not unless the scale is 1; with a reference `gopd/reward`, log(teacher
-      / reference), with its extremes, and `gopd/reference_log_ratio`, whose mean estimates KL(student ‖ reference);
-      with `gopd_tis_cap` `gopd/tis_weight`
+    `docs/methods.md` lists the numbers that are logged beside TRL's, over all trained tokens since the last log
+    (`eval_` before them in evaluation). Where the loss is TRL's own there are none.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, **kwargs:

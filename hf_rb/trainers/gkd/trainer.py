@@ -63,11 +63,8 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
       alone.
     - Teacher and student may differ in the padding of their vocabulary. Labels outside the shared ids are left out.
 
-    These are logged, over all tokens since the last log (`eval_` before them in evaluation, where `loss` is the
-    objective on the evaluation data): `forward_kl`, `reverse_kl`, `entropy` of the student, `ce`, its cross-entropy on
-    the labels, `kd`, the divergence before `kd_alpha` mixes it, `kept_fraction`, the share of tokens that are trained
-    on, and what belongs to the objective, as `akl/weight`, `loca/corrected_fraction`, `hpd/suppressed_fraction` or
-    `gopd/advantage`.
+    `docs/methods.md` lists the numbers that are logged, over all tokens since the last log. `eval_` stands before them
+    in evaluation, where `loss` is the objective on the evaluation data.
 
     Args:
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
@@ -326,7 +323,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         """Returns what [`_chunked_loss`] does, from all logits."""
         objective, shared = self.objective, slice(self.teacher.vocabulary)
         # Then the logits too are TRL's.
-        is_trl = isinstance(objective, JSD) and objective.kd_alpha == 1 and objective.loca_alpha is None
+        is_trl = type(objective) is JSD and objective.kd_alpha == 1 and objective.loca_alpha is None
         sources = [source for source in (self.teacher, self.reference) if hasattr(source, "model")]
         models: list[Any] = [self.accelerator.unwrap_model(model), *(source.model for source in sources)]
         with wide_heads(*([] if is_trl else models)):

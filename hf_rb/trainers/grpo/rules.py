@@ -47,8 +47,8 @@ def _name_rules(names: list[str]) -> Iterator[str]:
         yield f"`advantage_shapers: [{', '.join(names)}]` has a shaper twice. Each runs once."
     elif placed != ordered:
         yield (
-            "Advantage shapers run in the order sequence, token-wise factors, token-wise offsets. Write "
-            f"`advantage_shapers: [{', '.join(ordered)}]` instead of [{', '.join(placed)}]."
+            "Advantage shapers run in the order new advantages, sequence, token-wise factors, token-wise offsets. "
+            f"Write `advantage_shapers: [{', '.join(ordered)}]` instead of [{', '.join(placed)}]."
         )
 
 

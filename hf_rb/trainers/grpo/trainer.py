@@ -40,14 +40,8 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
     (https://huggingface.co/papers/2605.17333): of the wrong answers to a prompt, the common ones are pushed down
     harder than the rare ones. [`~hf_rb.advantages.Shaper`] says how to write a shaper.
 
-    Also logged (`eval_` before them in evaluation):
-
-    - of every shaper what it reports, and the `mean` and `std` of the advantages after it, the fraction that it
-      `changed` and the mean absolute change, `delta_abs`: `shaping/<name>/...`
-    - `shaping/answered`, the fraction of completions with an answer, where a shaper reads answers
-    - with `hidden_align_coef`: `hidden_align/cosine`, between the completions of a prompt, whose distance from 1 is
-      the loss; `hidden_align/cosine_across`, between those of different prompts; `hidden_align/aligned`, the fraction
-      of completions
+    `docs/methods.md` lists the numbers that are logged beside TRL's (`eval_` before them in evaluation): of every
+    shaper as `shaping/<key>/...`, and of Hidden-Align.
 
     With `log_completions` the table of completions has the columns `shaped_advantage` (the mean over the completion's
     tokens) and those of the shapers, beside `advantage`, TRL's own. Evaluation shapes too, unless it writes one
