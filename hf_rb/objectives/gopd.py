@@ -232,10 +232,8 @@ class GOPD(Objective):
         if reference is not None:
             stats |= {"reward": teacher - reference, "reference_kl_sampled": student - reference}
         if self.flags.gopd_tis_cap is not None:
-            log_weight = (student - tokens["sampler_logp"]).nan_to_num(0)  # NaN: the sampler did not say
-            weight = log_weight.clamp(-20, 20).exp().clamp(max=self.flags.gopd_tis_cap)
-            stats["tis_weight"] = weight
-            advantage = weight * advantage
+            stats["tis_weight"] = self._importance(student, tokens)
+            advantage = stats["tis_weight"] * advantage
         # The ratio q / sg[q] is 1 in value; the derivative of -A q / sg[q] by log q is -A.
         return Term(-advantage, None, labels.unsqueeze(-1), -advantage.unsqueeze(-1), stats)
 
@@ -243,7 +241,14 @@ class GOPD(Objective):
         log_q = -cross_entropy(student_logits.float(), tokens["labels"], reduction="none")
         teacher, reference = self._clamped(log_q.detach(), tokens["teacher_logp"], tokens.get("reference_logp"))
         advantage = gopd_advantage(log_q, teacher, reference, self.flags.reward_scale)
+        if self.flags.gopd_tis_cap is not None:
+            advantage = self._importance(log_q.detach(), tokens) * advantage
         return -advantage * (log_q - log_q.detach()).exp()
+
+    def _importance(self, student: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """Returns the truncated importance weights of the labels; 1 where the sampler did not say (NaN)."""
+        log_weight = (student - tokens["sampler_logp"]).nan_to_num(0)
+        return log_weight.clamp(-20, 20).exp().clamp(max=self.flags.gopd_tis_cap)
 
     def _clamped(
         self, student: torch.Tensor, teacher: torch.Tensor, reference: torch.Tensor | None

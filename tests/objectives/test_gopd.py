@@ -121,6 +121,10 @@ def test_truncated_importance_weight():
     assert_close(scored.stats["tis_weight"], weight)
     assert_close(scored.stats["loss"], -1.160489 * weight, atol=1e-5, rtol=0)
     assert_close(grad, weight[:, None] * tiled([1], 1.25)[1])
+    given = {"labels": torch.tensor([1, 1, 1]), "teacher_logp": TEACHER[[1, 1, 1]], "sampler_logp": sampler}
+    given["reference_logp"] = REFERENCE[[1, 1, 1]]
+    dense = GOPD(reward_scale=1.25, gopd_tis_cap=5.0).dense(STUDENT.repeat(3, 1), TEACHER.repeat(3, 1), given)
+    assert_close(dense, scored.stats["loss"])
 
 
 @pytest.mark.parametrize("bound", [0.1, 0.5, 10.0])
