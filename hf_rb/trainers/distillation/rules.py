@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from hf_rb.methods.registry import catalog, methods
+from hf_rb.methods.registry import methods
 from hf_rb.methods.rules import defaults_of
 from hf_rb.trainers.common.rules import objective_rules
 
@@ -30,7 +30,7 @@ def only_gkd(name: str) -> str | None:
 def _fields_of_gkd() -> set[str]:
     """Returns the flags of objectives that need the dataset's completions, and of what is mixed into a divergence."""
     labelled = [entry.method for entry in methods("objective").values() if entry.method.completions == "dataset"]
-    mixed = [catalog()[key] for key in ("llm_neo", "loca")]
+    mixed = [methods("trainer")[key].method for key in ("llm_neo", "loca")]
     return {"teacher_cache", *(name for method in (*labelled, *mixed) for name in defaults_of(method))}
 
 
