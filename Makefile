@@ -13,7 +13,7 @@ TORCH_FITS := from importlib.metadata import version; assert tuple(map(int, vers
 # Files of the repository that have a public schema.
 SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema
 
-.PHONY: demo test test-first test-slow coverage check format types hooks schemas bench
+.PHONY: demo test test-first test-slow coverage check format types generated hooks mutants bench
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-rb demo --output runs/demo --overwrite
@@ -51,11 +51,16 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Small changes that some test should notice; hours for all modules: MUTANTS_ARGS="objectives/akl --count 20".
+mutants: $(VENV)/.installed
+	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
+
+# The pages of docs/ that follow from the records of methods.
+generated: $(VENV)/.installed
+	$(BIN)/python -m hf_rb.methods.tables docs/methods.md
+
 hooks: $(VENV)/.installed-dev
 	$(BIN)/pre-commit install
-
-schemas: $(VENV)/.installed
-	$(BIN)/python -m hf_rb.cli.schemas
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

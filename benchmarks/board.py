@@ -40,6 +40,16 @@ class Row(NamedTuple):
     peer: bool = False
 
 
+def others(key: str, named: dict[str, str], runs: Callable[[Any], bool]) -> dict[str, str]:
+    """Returns the flags of the methods with a paper that no row names yet, by their names."""
+    from hf_rb.methods.recipes import KEYS
+    from hf_rb.methods.registry import methods
+
+    taken = " ".join(named.values()).split()
+    found = (entry.method for entry in methods(KEYS[key]).values())
+    return {one.name: f"--{key} {one.key}" for one in found if one.paper and runs(one) and one.key not in taken}
+
+
 def supervised(steps: int) -> Iterator[Row]:
     common = (
         f"{TRAIN} --dataset_config prompt_completion --max_steps {steps} --per_device_train_batch_size 32 --max_length 256 "
@@ -57,6 +67,7 @@ def supervised(steps: int) -> Iterator[Row]:
         "HPD": "--objective hpd",
         "LoCa": "--objective forward_kl --loca_alpha 0.95",
     }
+    objectives |= others("objective", objectives, lambda method: method.completions != "student")
     yield from (Row(name, flags, (f"{gkd} {flags}",)) for name, flags in objectives.items())
     lora = "--objective forward_kl --kd_alpha 0.9 --use_peft --lora_target_modules all-linear --lora_r 16"
     adapter = gkd.replace("{out}", "{work}")
@@ -105,6 +116,8 @@ def sampled(steps: int) -> Iterator[Row]:
         "SRaR, offline judge": f"--advantage_shapers srar --srar_judge tiny --srar_step_pattern '(?m)(?:^|(?<=\\. ))(?=[A-Z])' {rubric}",
         "Hidden-Align": f"--hidden_align_coef 0.1 {plain}",
     }
+    runs = others("advantage_shapers", shapers, lambda method: method.key != "calibadv")
+    shapers |= {name: f"{flags} {plain}" for name, flags in runs.items()}
     yield from (Row(name, flags, (f"{grpo} {flags}",)) for name, flags in shapers.items())
     distillation = f"distillation {common} {plain} {TEACHER}"
     yield Row("on-policy distillation", "--objective gopd", (f"{distillation} --objective gopd",), peer=True)

@@ -55,10 +55,11 @@ def _dense(objective: str, x: dict):
 
 
 def _tiled(objective: str, x: dict, monitor: bool = False):
+    from hf_rb.methods.registry import find
+    from hf_rb.objectives.hpd import HPD
     from hf_rb.ops.lm_head import Head, TeacherLogits, lm_head_loss
-    from hf_rb.ops.rules import DivergenceRule, HpdRule
 
-    rule = HpdRule(monitor=monitor) if objective == "hpd" else DivergenceRule(objective, monitor=monitor)
+    rule = HPD(monitor=monitor) if objective == "hpd" else find("objective", objective).load()(monitor=monitor)
     tokens = {"labels": x["labels"], "uniforms": x["uniforms"]} if objective == "hpd" else {}
     weights = x["uniforms"].new_full((len(x["hidden"]),), 1 / len(x["hidden"]))
     teacher = [TeacherLogits(x["teacher_hidden"], Head(x["teacher_weight"]))]

@@ -216,13 +216,13 @@ def check(name: str, dtype: torch.dtype, rows: int) -> dict:
 
 
 def layer_and_matrix(bias: bool = True):
-    from hf_rb import PTQTPConfig
+    from hf_rb.quantizers.ptqtp.format import layout_of
     from hf_rb.quantizers.ptqtp.layers import PTQTPLinear
     from hf_rb.quantizers.ptqtp.solver import quantize_matrix
 
     weight = torch.randn(768, 1024, device="cuda") * 0.02
     found = quantize_matrix(weight)
-    layer = PTQTPLinear(1024, 768, bias, PTQTPConfig(), device="cuda", dtype=torch.bfloat16)
+    layer = PTQTPLinear(1024, 768, bias, layout_of(1024, 128, 2), device="cuda", dtype=torch.bfloat16)
     layer.weight.data, layer.weight_scale.data = found.packed, found.scales
     torch.nn.init.normal_(layer.bias)
     return layer, layer.dequantize(torch.float32)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "hf_rb"
 # From the ground up: a folder imports only from folders before it. `hf_rb/__init__` stands on all.
 ORDERS = {
     "": (
-        "utils", "tiny", "io", "methods", "objectives", "ops", "advantages", "rl", "agents", "rewards", "judges", "evaluation", "teachers", "hub", "models",
+        "utils", "methods", "tiny", "io", "objectives", "ops", "advantages", "rl", "agents", "rewards", "judges", "evaluation", "teachers", "hub", "models",
         "quantizers", "weights", "trainers", "recover", "report", "scripts", "cli", "integrations",
     ),
     "quantizers": ("rules", "config", "kernels", "packed", "allocation", "loading", "ptqtp", "d2quant", "folders"),

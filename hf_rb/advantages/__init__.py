@@ -1,6 +1,6 @@
 """Shaping of GRPO's advantages: pure functions on groups of rollouts, and the pipeline that runs them in a trainer."""
 
-from hf_rb.advantages.calibadv import CalibAdvShaper, calibadv, silver_documents, step_quality
+from hf_rb.advantages.calibadv import CalibAdvShaper, calibadv
 from hf_rb.advantages.edas import EdasShaper, edas, edas_warmup
 from hf_rb.advantages.pipeline import (
     Requires,
@@ -13,6 +13,7 @@ from hf_rb.advantages.pipeline import (
     run_pipeline,
 )
 from hf_rb.advantages.rubrics import parse_rubric, parse_verdicts
+from hf_rb.advantages.search_steps import silver_documents, step_quality
 from hf_rb.advantages.srar import SrarShaper, srar_offsets, srar_step_scores
 
 

@@ -21,23 +21,23 @@ Shapes: N rollouts in contiguous groups of `group_size`; advantages `(N,)`, runs
 """
 
 import math
-from collections.abc import Callable, Collection, Hashable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from hf_rb.advantages.pipeline import Requires, Shaped, ShapingContext, TokenShaper
+from hf_rb.methods import Metric, Paper, ShaperMethod, flag
 
 
 __all__ = [
     "SEQUENCE_MEAN_LOSSES",
+    "CalibAdvFlags",
     "CalibAdvShaper",
     "calibadv",
     "ends_with_tool_call",
     "model_runs",
-    "silver_documents",
-    "step_quality",
-    "word_similarity",
 ]
 
 SEQUENCE_MEAN_LOSSES = ("grpo", "sapo")
@@ -141,105 +141,6 @@ def _check_lengths(
             raise ValueError(f"`quality` is between 0 and 1; rollout {i} has {list(q)}.")
 
 
-def silver_documents(
-    rewards: torch.Tensor | Sequence[float],
-    documents: Sequence[Sequence[Collection[Hashable]]],
-    group_size: int,
-    qualify: float = 0.7,
-) -> list[set]:
-    """
-    Returns the documents that the best rollouts of every group retrieved.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(N,)`):
-            Rewards, 0 for an invalid format. NaN does not qualify.
-        documents (`Sequence` of length N):
-            For each rollout, for each of its search steps, the ids of the documents it returned.
-        group_size (`int`):
-            Rollouts of one prompt.
-        qualify (`float`, *optional*, defaults to `0.7`):
-            Reward from which on a rollout qualifies. Of those, the ones with the highest reward count.
-
-    Returns:
-        `list[set]`: one set a group; empty if no rollout qualified.
-    """
-    rewards = torch.as_tensor(rewards)
-    # Compared as a tensor, in its own type: a reward of 0.7 in float32 is less than Python's 0.7.
-    qualified, rewards = (rewards >= qualify).tolist(), rewards.tolist()
-    silver = []
-    for start in range(0, len(rewards), group_size):
-        group = [i for i in range(start, start + group_size) if qualified[i]]
-        best = max((rewards[i] for i in group), default=None)
-        silver.append({doc for i in group if rewards[i] == best for step in documents[i] for doc in step})
-    return silver
-
-
-def step_quality(
-    documents: Sequence[Collection[Hashable]],
-    silver: Set[Hashable],
-    thoughts: Sequence[str] | None = None,
-    max_similarity: float = 0.5,
-    max_overlap: int = 1,
-) -> list[float]:
-    """
-    Scores the search steps of one rollout.
-
-    Args:
-        documents (`Sequence` of length S):
-            For each search step, the ids of the documents it returned.
-        silver (`Set`):
-            The group's silver documents.
-        thoughts (`Sequence[str]` of length S, *optional*):
-            What the model thought before each search.
-        max_similarity (`float`, *optional*, defaults to `0.5`):
-            A step whose thought is more similar than this to an earlier one is redundant.
-        max_overlap (`int`, *optional*, defaults to `1`):
-            A step that shares more documents than this with an earlier one is redundant.
-
-    Returns:
-        `list[float]`: the fraction of each step's documents that are silver and new to the rollout; 0 if it is
-        redundant.
-    """
-    returned = [set(step) for step in documents]
-    seen, quality = set(), []
-    for t, step in enumerate(returned):
-        useful = len((step & silver) - seen) if silver else 0
-        seen |= step
-        redundant = useful and (
-            any(len(step & earlier) > max_overlap for earlier in returned[:t])
-            or thoughts is not None
-            and any(word_similarity(thoughts[t], earlier) > max_similarity for earlier in thoughts[:t])
-        )
-        quality.append(0.0 if redundant else useful / max(len(step), 1))
-    return quality
-
-
-def word_similarity(first: str, second: str) -> float:
-    """Returns 1 minus the word-level edit distance over the longer one's number of words; 0 for two empty texts."""
-    words, others = first.split(), second.split()
-    longest = max(len(words), len(others))
-    return 1 - _edit_distance(words, others) / longest if longest else 0.0
-
-
-def _edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
-    # Myers (1999) in Hyyrö's form: a column of the table of differences is two integers, so that a word costs a few
-    # integer operations instead of a pass over the other text.
-    places: dict[str, int] = {}
-    for i, word in enumerate(first):
-        places[word] = places.get(word, 0) | 1 << i
-    every, last = (1 << len(first)) - 1, 1 << len(first) >> 1
-    up, down, distance = every, 0, len(first)
-    for word in second:
-        equal = places.get(word, 0)
-        vertical = equal | down
-        horizontal = ((equal & up) + up) ^ up | equal
-        right, left = down | every & ~(horizontal | up), up & horizontal
-        distance += bool(right & last) - bool(left & last) if first else 1
-        right, left = right << 1 | 1, left << 1
-        up, down = every & (left | ~(vertical | right)), every & right & vertical
-    return distance
-
-
 def model_runs(mask: torch.Tensor) -> list[list[tuple[int, int]]]:
     """
     Finds the runs of model tokens.
@@ -275,6 +176,89 @@ def ends_with_tool_call(completion: str | list[dict], runs: int) -> bool:
     return bool(completion) and (completion[-1]["role"] == "tool" or bool(completion[-1].get("tool_calls")))
 
 
+@dataclass
+class CalibAdvFlags:
+    """Flags of the shaper `calibadv`."""
+
+    calibadv_soft: bool = flag(
+        True, "Whether search steps that found good documents are penalised less for a wrong answer."
+    )
+    calibadv_pos_neg_ratio: float | None = flag(
+        1.0,
+        "Positive over negative advantage of the answers of a group, summed over tokens, after rebalancing; null "
+        "does not rebalance.",
+        range="(0, inf)",
+    )
+    calibadv_max_gain: float | None = flag(
+        None,
+        "Largest factor by which rebalancing multiplies an advantage. Not in the paper, where it is unbounded.",
+        range="[1, inf)",
+    )
+    calibadv_weighting: str = flag(
+        "token",
+        "Weight of a token where the answers of a group are balanced: each the same (`token`, the authors' code),"
+        " or as much as in the loss (`loss`). The two differ with `loss_type: grpo` and `sapo`, which average "
+        "over the tokens of each completion first.",
+        choices=["token", "loss"],
+    )
+    calibadv_qualify: float = flag(0.7, "Reward from which on the documents of a completion count as good.")
+    calibadv_answer_must_not_call_tool: bool = flag(
+        True,
+        "Whether a last turn that calls a tool is a search step, and such a completion has no answer; `False` is "
+        "the authors' code.",
+    )
+    calibadv_step_field: str | None = flag(
+        None,
+        "Field of the rollouts that holds the quality of each search step, as a `rollout_func` returns it. By "
+        "default quality comes from silver documents.",
+    )
+
+
+def _rules(config: Any) -> Iterator[str]:
+    """Fields of CalibAdv that another of its fields has switched off."""
+    if not config.calibadv_soft and config.calibadv_pos_neg_ratio is None:
+        yield (
+            "`calibadv_soft: false` and `calibadv_pos_neg_ratio: null` leave CalibAdv nothing to do. Remove one of "
+            "them, or `calibadv`."
+        )
+    without = {
+        "calibadv_pos_neg_ratio: null": (
+            config.calibadv_pos_neg_ratio is None,
+            {"calibadv_max_gain": None, "calibadv_weighting": "token"},
+        ),
+        "calibadv_soft: false": (not config.calibadv_soft, {"calibadv_qualify": 0.7, "calibadv_step_field": None}),
+        "calibadv_step_field": (config.calibadv_step_field is not None, {"calibadv_qualify": 0.7}),
+    }
+    for reason, (switched_off, fields) in without.items():
+        for name, default in fields.items():
+            if switched_off and getattr(config, name) != default:
+                yield f"`{name}: {getattr(config, name)}` has no effect with `{reason}`. Remove one of the two."
+    if config.calibadv_pos_neg_ratio is not None and config.multi_objective_aggregation == "normalize_then_sum":
+        yield (
+            "`multi_objective_aggregation: normalize_then_sum` centres advantages over the batch, and CalibAdv "
+            "balances positive with negative ones in each group, which may have one kind only. Set "
+            "`multi_objective_aggregation: sum_then_normalize`, or `calibadv_pos_neg_ratio: null`."
+        )
+
+
+def _recipe_rules(config: Any) -> Iterator[str]:
+    if config.calibadv_soft and not (config.environment or config.calibadv_step_field):
+        yield (
+            "`advantage_shapers: [calibadv]` reads what tools return, and there are none: write `environment: "
+            "search`, or `calibadv_soft: false` to balance answers only."
+        )
+
+
+def _warnings(config: Any) -> Iterator[str]:
+    is_balanced = config.calibadv_pos_neg_ratio is not None and config.calibadv_weighting == "token"
+    if is_balanced and config.loss_type in ("grpo", "sapo"):
+        yield (
+            f"`loss_type: {config.loss_type}` averages over the tokens of each completion first, and CalibAdv "
+            "balances answers token by token, as in its paper's loss. `calibadv_weighting: loss` balances what this "
+            "loss adds up."
+        )
+
+
 class CalibAdvShaper(TokenShaper):
     """
     CalibAdv in the pipeline.
@@ -296,7 +280,30 @@ class CalibAdvShaper(TokenShaper):
             over all tokens, as in the authors' code.
     """
 
-    name = "calibadv"
+    method = ShaperMethod(
+        key="calibadv",
+        name="CalibAdv",
+        paper=Paper(
+            "2604.18235",
+            "Negative Advantages Is a Double-Edged Sword: Calibrating advantages in GRPO for Search Agents",
+            "Jiayi Wu, Ruobing Xie, Zeqian Huang, Lei Jiang, Can Xu, Kangyang Luo, Bochen Lin, Ming Gao, Xiang Li",
+        ),
+        summary="GRPO for search agents that spares the searches of a wrong rollout which found what the best "
+        "rollouts found, and balances the right and the wrong answers of a group.",
+        level="token",
+        flags=CalibAdvFlags,
+        rules=_rules,
+        recipe_rules=_recipe_rules,
+        warnings=_warnings,
+        metrics=(
+            Metric("steps_per_rollout", "mean number of search steps of a rollout", "[0, inf)"),
+            Metric("step_quality", "mean quality of a search step", "[0, 1]", "higher"),
+            Metric("steps_relieved", "share of search steps that are punished less", "[0, 1]"),
+            Metric("gain", "mean factor of rebalancing", "(0, inf)"),
+            Metric("gain_max", "largest factor of rebalancing", "(0, inf)"),
+            Metric("groups_one_sided", "groups without a negative answer to balance", "[0, inf)"),
+        ),
+    )
 
     def __init__(
         self,

@@ -16,15 +16,17 @@ over W, so before the clip the mean of the group stays. Where all classes are eq
 Shapes: N rollouts in contiguous groups of `group_size`; advantages and correct `(N,)`, answers a list of N.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from hf_rb.advantages.pipeline import Requires, SequenceShaper, Shaped, ShapingContext
+from hf_rb.methods import Metric, Paper, ShaperMethod, flag
 
 
-__all__ = ["NO_ANSWER", "EdasShaper", "edas", "edas_warmup", "error_classes"]
+__all__ = ["NO_ANSWER", "EdasFlags", "EdasShaper", "edas", "edas_warmup", "error_classes"]
 
 NO_ANSWER = ("cluster", "skip", "singleton")
 
@@ -184,6 +186,56 @@ def _shape(
     return torch.where(wrong, shaped.to(advantages.dtype), advantages), wrong & (delta.abs() > bound)
 
 
+@dataclass
+class EdasFlags:
+    """Flags of the shaper `edas`."""
+
+    edas_alpha: float = flag(0.4, "Strength of EDAS on groups with several different errors.", range="[0, inf)")
+    edas_beta: float = flag(
+        0.3,
+        "Strength of EDAS on groups whose wrong answers are all the same. The paper: 0.3 with DAPO, 0.2 with GRPO.",
+        range="[0, inf)",
+    )
+    edas_kappa: float = flag(2.0, "EDAS moves an advantage by at most this part of itself, 1/kappa.", range="(1, inf)")
+    edas_no_answer: str = flag(
+        "cluster",
+        "Wrong completions without an answer are one error (`cluster`, the authors' code), left alone (`skip`), or"
+        " an error each (`singleton`).",
+        choices=["cluster", "skip", "singleton"],
+    )
+    edas_equivalence: str = flag(
+        "auto",
+        "When two answers are the same: as rewards and evaluation compare them "
+        "([`~hf_rb.rl.answers.same_answer`]), with `math-verify` where it is installed (`auto`) or not without it "
+        "(`math`; needs `pip install 'hf_rb[math]'`); or where their texts are, up to case and surrounding blanks "
+        "(`string`).",
+        choices=["auto", "math", "string"],
+    )
+    edas_warmup_start: int = flag(0, "Optimizer step at which EDAS starts.", range="[0, inf)")
+    edas_warmup_steps: int = flag(0, "Steps over which the strengths of EDAS grow to their values.", range="[0, inf)")
+    edas_format_reward: str | None = flag(
+        None,
+        "Reward function that scores the format. EDAS leaves wrong completions alone to which it gives less than "
+        "0.5, as the authors' code does.",
+    )
+
+
+def _rules(config: Any) -> Iterator[str]:
+    if config.correct_reward is None:
+        yield (
+            "`advantage_shapers: [edas]` needs to know which completions are wrong. Set `correct_reward` to the name "
+            "of a reward function, such as `correct_reward: exact_answer_reward`."
+        )
+
+
+def _warnings(config: Any) -> Iterator[str]:
+    if config.mask_truncated_completions and config.edas_no_answer == "cluster":
+        yield (
+            "`mask_truncated_completions` takes truncated completions out of the loss, and to EDAS they remain one "
+            "error, that of no answer. `edas_no_answer: skip` leaves them out there too."
+        )
+
+
 class EdasShaper(SequenceShaper):
     """
     EDAS in the pipeline. Reads `ShapingContext.wrong` and `ShapingContext.answers`.
@@ -199,7 +251,30 @@ class EdasShaper(SequenceShaper):
             Name of a reward function. Wrong rollouts to which it gives less than 0.5 are left as they are.
     """
 
-    name = "edas"
+    method = ShaperMethod(
+        key="edas",
+        name="EDAS",
+        paper=Paper(
+            "2605.17333",
+            "Leveraging Error Diversity in Group Rollouts for Reinforcement Learning",
+            "Wenpu Liu, Yuqi Xu, Weichu Xie, Yongfu Zhu, Shuai Dong, Ziyue Wang, Wenqi Shao, Xiaoying Zhang, Tong"
+            " Yang, Nan Duan, Jiaqi Wang",
+        ),
+        summary="GRPO that, among the wrong completions of a prompt, punishes the error which most of them share "
+        "harder and rare errors less.",
+        flags=EdasFlags,
+        rules=_rules,
+        warnings=_warnings,
+        metrics=(
+            Metric("groups_diverse", "groups with several different errors", "[0, inf)"),
+            Metric("groups_collapsed", "groups whose wrong answers are all the same", "[0, inf)", "lower"),
+            Metric("groups_skipped", "groups with at most one wrong answer, which EDAS leaves alone", "[0, inf)"),
+            Metric("wrong_per_group", "mean number of wrong answers in a group", "[0, inf)", "lower"),
+            Metric("classes_per_group", "mean number of different errors in a group", "[0, inf)"),
+            Metric("clipped", "share of wrong answers whose change met the bound of `edas_kappa`", "[0, 1]"),
+            Metric("warmup", "factor of the strengths", "[0, 1]"),
+        ),
+    )
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ Token shapers that multiply (CalibAdv) run before those that add (SRaR): the sum
 A shaper of your own:
 
     class Halve(SequenceShaper):
-        name = "halve"
+        method = ShaperMethod(key="halve", name="Halve", summary="Halves the advantages of wrong completions.")
         requires = Requires(correct=True)
 
         def shape(self, ctx, advantages):
@@ -28,11 +28,12 @@ them on this process; T tokens, right-padded; F reward functions.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
-from hf_rb.methods.registry import registered_shapers
+from hf_rb.methods import ShaperMethod
+from hf_rb.methods.registry import find
 
 
 __all__ = [
@@ -157,10 +158,23 @@ class Requires:
 class Shaper(Protocol):
     """Base of both kinds of shaper. Subclass [`SequenceShaper`] or [`TokenShaper`]."""
 
+    method: ClassVar[ShaperMethod]
     name: str
     level: Literal["sequence", "token"]
     additive: bool = False
+    replaces: bool = False
     requires: Requires = Requires()
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "method" in vars(cls):
+            if getattr(cls, "level", cls.method.level) != cls.method.level:
+                raise TypeError(
+                    f"{cls.__name__} is a shaper of one number a {cls.level}, and its record says `level="
+                    f'"{cls.method.level}"`. Derive it from the other base class, or correct the record.'
+                )
+            cls.name, cls.level, cls.additive = cls.method.key, cls.method.level, cls.method.additive
+            cls.replaces = cls.method.replaces
 
     @classmethod
     def from_config(cls, args: Any, trainer: Any) -> "Shaper":
@@ -203,24 +217,14 @@ def build_shapers(names: Iterable[str], args: Any, trainer: Any) -> list[Shaper]
             The trainer they will shape for.
 
     Raises:
-        TypeError: A name that stands for something else.
-        ValueError: An unknown name.
+        ValueError: An unknown name, or one that stands for something else.
     """
-    known = registered_shapers()
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"There is no advantage shaper {name!r}. Choose among {_listed(known)}, install the package that has "
-                "it, or pass an object through `shapers=[...]`."
-            )
-    loaded = [(name, known[name].load()) for name in names]
-    for name, found in loaded:
-        if not hasattr(found, "from_config"):
-            raise TypeError(
-                f"{name!r} is {found!r}, no class of advantage shapers. Name one that derives from `SequenceShaper` "
-                "or `TokenShaper` of `hf_rb.advantages`."
-            )
-    return [found.from_config(args, trainer) for _, found in loaded]
+    return [find("shaper", name).load().from_config(args, trainer) for name in names]
+
+
+def _place(shaper: Shaper) -> tuple[bool, bool, bool]:
+    is_token = shaper.level == "token"
+    return is_token, not getattr(shaper, "replaces", False), is_token and shaper.additive
 
 
 def check_shapers(
@@ -258,13 +262,12 @@ def check_shapers(
     names = [shaper.name for shaper in shapers]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Advantage shapers run once each, and {_listed(repeated)} is listed more than once.")
-    ordered = sorted(
-        shapers, key=lambda shaper: (shaper.level == "token", shaper.level == "token" and shaper.additive)
-    )
+    ordered = sorted(shapers, key=_place)
     if ordered != list(shapers):
         raise ValueError(
-            "Advantage shapers run in the order sequence, token-wise factors, token-wise offsets. Write "
-            f"`advantage_shapers: [{', '.join(shaper.name for shaper in ordered)}]` instead of [{', '.join(names)}]."
+            "Advantage shapers run in the order new advantages, sequence, token-wise factors, token-wise offsets. "
+            f"Write `advantage_shapers: [{', '.join(shaper.name for shaper in ordered)}]` instead of "
+            f"[{', '.join(names)}]."
         )
     columns = list(columns)
     for shaper in shapers:

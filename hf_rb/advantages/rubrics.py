@@ -3,10 +3,24 @@
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+from urllib.parse import urlsplit
+
+from hf_rb.methods import flag
 
 
-__all__ = ["ITEM_TYPES", "WEIGHTS", "JudgeRequest", "RubricItem", "parse_rubric", "parse_verdicts"]
+__all__ = [
+    "ITEM_TYPES",
+    "WEIGHTS",
+    "JudgeFlags",
+    "JudgeRequest",
+    "RubricItem",
+    "judge_rules",
+    "parse_rubric",
+    "parse_verdicts",
+]
 
 WEIGHTS = {"SUGGEST": 0.8, "PITFALL": -1.0, "BONUS": 1.0}
 """R_τ of the paper. ANSWER items are shown to the judge and never scored."""
@@ -105,3 +119,55 @@ def parse_verdicts(reply: str | list, num_items: int) -> list[dict]:
     if wrong := [number for number, count in counts.items() if count > 1 or not 1 <= number <= num_items]:
         raise ValueError(f"The judge's reply has items {wrong} twice or outside the rubric of {num_items} items.")
     return reply
+
+
+@dataclass
+class JudgeFlags:
+    """Flags of the way to a judge of steps."""
+
+    srar_judge_api_key_env: str | None = flag(
+        None, "Name of the environment variable that holds the key of `srar_judge`. Never the key.", secret=True
+    )
+    srar_judge_timeout: float = flag(60.0, "Seconds an answer of the judge may take.", range="(0, inf)")
+    srar_judge_retries: int = flag(2, "Further attempts where a request to the judge fails.", range="[0, inf)")
+    srar_judge_concurrency: int = flag(
+        32, "Requests to the judge that one process keeps open at a time.", range="[1, inf)"
+    )
+    srar_judge_kwargs: dict | str | None = flag(
+        None,
+        "More fields of the request to the judge, such as `max_tokens`. The temperature is 0 unless it is among them.",
+        secret=True,
+    )
+
+
+def judge_rules(config: Any) -> Iterator[str]:
+    """Yields what keeps a config from reaching its judge. No message repeats what may be a key."""
+    judge = config.srar_judge
+    is_url = judge is not None and judge.startswith(("http://", "https://"))
+    if judge is not None and judge != "tiny" and not is_url:
+        yield (
+            f"`srar_judge` cannot be {judge!r}: write the base URL of an OpenAI-compatible endpoint, such as "
+            "http://localhost:8000/v1, or `tiny`."
+        )
+    if is_url and (urlsplit(judge).username or urlsplit(judge).query):
+        yield (
+            "`srar_judge` holds a user name or a query. Write the bare base URL, and the name of the environment "
+            "variable that holds the key as `srar_judge_api_key_env`."
+        )
+    if is_url and not config.srar_judge_model:
+        yield "`srar_judge` is an endpoint: set `srar_judge_model` to the model that it serves."
+    if not is_url:
+        for name in ("srar_judge_model", *(one.name for one in fields(JudgeFlags))):
+            if getattr(config, name) != getattr(JudgeFlags, name, None):
+                yield f"`{name}` acts only where `srar_judge` is the URL of an endpoint. Set it, or remove `{name}`."
+    # By convention names are in capitals, and keys are not.
+    if config.srar_judge_api_key_env and not re.fullmatch("[A-Z][A-Z0-9_]*", config.srar_judge_api_key_env):
+        yield (
+            "`srar_judge_api_key_env` is the name of an environment variable, such as JUDGE_API_KEY, in capitals. If "
+            "a key stands there, take it out and revoke it."
+        )
+    if {"api_key", "authorization", "headers"} & {str(key).lower() for key in config.srar_judge_kwargs or {}}:
+        yield (
+            "`srar_judge_kwargs` is part of the request's body and no place for a key. Name the environment variable "
+            "that holds it as `srar_judge_api_key_env`."
+        )

@@ -19,35 +19,39 @@ Shapes: N rollouts in contiguous groups of `group_size`; per-step quantities are
 steps count from 1 and 0 is the whole completion.
 """
 
-import functools
 import inspect
 import logging
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from hf_rb.advantages.pipeline import Requires, Shaped, ShapingContext, TokenShaper
-from hf_rb.advantages.rubrics import WEIGHTS, JudgeRequest, RubricItem, parse_rubric, parse_verdicts
+from hf_rb.advantages.rubrics import (
+    WEIGHTS,
+    JudgeFlags,
+    JudgeRequest,
+    RubricItem,
+    judge_rules,
+    parse_rubric,
+    parse_verdicts,
+)
+from hf_rb.advantages.solution_steps import STEP_HEADER, find_steps, token_spans
+from hf_rb.methods import Metric, Paper, ShaperMethod, flag
 
 
 __all__ = [
-    "STEP_HEADER",
+    "SrarFlags",
     "SrarShaper",
-    "find_steps",
     "srar_offsets",
     "srar_step_scores",
-    "token_spans",
 ]
 
 logger = logging.getLogger(__name__)
-
-STEP_HEADER = re.compile(r"^#{1,6}[ \t]*Step[ \t]+\d+", re.MULTILINE | re.IGNORECASE)
-"""Where a step begins: a line such as `### Step 1:`."""
 
 
 def srar_step_scores(
@@ -138,71 +142,59 @@ def _normalised(value: float, mean: float, std: float, eps: float) -> float:
     return 0.0 if std <= eps else (value - mean) / (std + eps)
 
 
-def find_steps(text: str, pattern: str | re.Pattern = STEP_HEADER) -> list[tuple[int, int]]:
-    """
-    Finds the steps of a completion: each from its `### Step N:` header to the next, numbered by order, whatever N is.
+@dataclass
+class SrarFlags(JudgeFlags):
+    """Flags of the shaper `srar`."""
 
-    Args:
-        text (`str`):
-            The completion.
-        pattern (`str` or `re.Pattern`, *optional*):
-            Matches where a step begins, in place of such headers.
+    srar_coef: float = flag(1.0, "Weight of the step scores, which are added to the advantages.", range="[0, inf)")
+    srar_gk: str = flag(
+        "code",
+        "Which completions the score of a step is compared with: those with a criterion that is met in it (`code`,"
+        " the authors'), or with a criterion that the judge places in it, met or not (`paper`). Also what becomes "
+        "of steps that do not exist, see [`~hf_rb.advantages.srar_step_scores`].",
+        choices=["code", "paper"],
+    )
+    srar_ddof: int = flag(
+        1, "1 divides step scores by the unbiased standard deviation, 0 by that of the population.", choices=[0, 1]
+    )
+    srar_eps: float = flag(
+        1e-4,
+        "Number added to the standard deviation that divides step scores. A step whose scores deviate no more "
+        "than this has no offset. 1e-4 is TRL's for advantages; the authors' code uses 1e-6.",
+        range="[0, inf)",
+    )
+    srar_only_mixed: bool = flag(True, "Whether only groups with correct and wrong completions are judged.")
+    srar_step_pattern: str | None = flag(
+        None, "Regular expression that matches where a step begins. Defaults to headers such as `### Step 1:`."
+    )
+    srar_judge: str | None = flag(
+        None,
+        "Who judges steps: the base URL of an OpenAI-compatible endpoint (`http://localhost:8000/v1`), or `tiny`, "
+        "an offline judge for `tiny:math`. The trainer's `judge` takes any callable.",
+        secret=True,
+    )
+    srar_judge_model: str | None = flag(None, "Model that the endpoint of `srar_judge` serves.")
 
-    Returns:
-        `list[tuple[int, int]]`: first character and character after the last. Without a header the whole text is one
-        step.
-    """
-    starts = [match.start() for match in re.finditer(pattern, text)] or [0]
-    return list(zip(starts, [*starts[1:], len(text)], strict=True))
+
+def _rules(config: Any) -> Iterator[str]:
+    try:
+        re.compile(config.srar_step_pattern or "")
+    except re.error as error:
+        yield f"`srar_step_pattern: {config.srar_step_pattern}` is not a regular expression: {error}."
+    yield from judge_rules(config)
 
 
-def token_spans(
-    ids: Sequence[int], decode: Callable[[Sequence[int]], str], spans: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """
-    Turns characters of `decode(ids)` into tokens.
-
-    Args:
-        ids (`Sequence[int]` of length L):
-            Tokens.
-        decode (`Callable[[Sequence[int]], str]`):
-            Their text. A prefix of the tokens must decode to a prefix of the text, but for a character that it cuts in
-            two.
-        spans (`Sequence[tuple[int, int]]`):
-            First character and character after the last, in ascending order.
-
-    Returns:
-        `list[tuple[int, int]]`: first token and token after the last of each span. A token that holds characters of
-        two spans belongs to the later one.
-    """
-
-    @functools.cache
-    def characters(count: int) -> int:
-        # A character that is cut in two decodes to replacement characters, sometimes to more than the whole one.
-        return len(decode(ids[:count]).rstrip("\ufffd")) if count < len(ids) else len(decode(ids))
-
-    @functools.cache
-    def token_of(character: int, low: int) -> int:
-        # The first token after which the text is longer than `character`. Decoding is what costs, and text grows
-        # almost evenly with tokens: interpolation takes a few attempts where halving takes ten. Halving ends it when
-        # the text is uneven.
-        high, attempts = len(ids), 0
-        while low < high:
-            middle = (low + high) // 2
-            if attempts < 8:
-                before, after = characters(low), characters(high)
-                middle = low + (high - low) * max(character - before, 0) // max(after - before, 1)
-                middle = min(middle, high - 1)
-            low, high = (low, middle) if characters(middle + 1) > character else (middle + 1, high)
-            attempts += 1
-        return low
-
-    found, start = [], 0
-    for first, last in spans:
-        start = token_of(first, start)
-        stop = token_of(last, start)
-        found.append((start, stop))
-    return found
+def _recipe_rules(config: Any) -> Iterator[str]:
+    if config.srar_judge is None:
+        yield (
+            "`advantage_shapers: [srar]` needs a judge of steps: write `srar_judge: ...`, the URL of an endpoint or "
+            "`tiny`."
+        )
+    if config.srar_only_mixed and config.correct_reward is None:
+        yield (
+            "`advantage_shapers: [srar]` judges groups with correct and wrong completions. Set `correct_reward`, or "
+            "`srar_only_mixed: false`."
+        )
 
 
 class SrarShaper(TokenShaper):
@@ -231,8 +223,31 @@ class SrarShaper(TokenShaper):
             As in [`srar_offsets`].
     """
 
-    name = "srar"
-    additive = True
+    method = ShaperMethod(
+        key="srar",
+        name="SRaR",
+        paper=Paper(
+            "2605.17291",
+            "Step-wise Rubric Rewards for LLM Reasoning",
+            "Weichu Xie, Haozhe Zhao, Wenpu Liu, Yongfu Zhu, Liang Chen, Minghao Ye, Zirong Chen, Yuqi Xu, Shuai "
+            "Dong, Ziyue Wang, Xinbo Xu, Kean Shi, Ruoyu Wu, Xiaoying Zhang, Wenqi Shao, Baobao Chang, Nan Duan, "
+            "Jiaqi Wang",
+        ),
+        summary="GRPO with a judge that finds the items of a rubric in the steps of a solution; steps better than"
+        " the same step of the other completions gain, worse ones lose.",
+        level="token",
+        additive=True,
+        flags=SrarFlags,
+        rules=_rules,
+        recipe_rules=_recipe_rules,
+        metrics=(
+            Metric("judged", "rollouts that were judged", "[0, inf)"),
+            Metric("judge_failed", "rollouts whose judge failed", "[0, inf)", "lower"),
+            Metric("steps_per_rollout", "mean number of steps of a judged rollout", "[0, inf)"),
+            Metric("satisfied", "share of the verdicts that an item is satisfied", "[0, 1]", "higher"),
+            Metric("step_out_of_range", "share of the verdicts on steps that do not exist", "[0, 1]", "lower"),
+        ),
+    )
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ VERBS = {
     "export": ("hf_rb.cli.export", "Write a quantized model in the format of GPTQ."),
     "upcycle": ("hf_rb.cli.upcycle", "Make a mixture of experts from a dense model."),
     "router-report": ("hf_rb.cli.router_report", "Look at the routers of a mixture of experts."),
-    "merge": ("hf_rb.cli.merge", "Make models from models: interpolate, graft (Shadow-FT), refine (Timber)."),
+    "merge": ("hf_rb.cli.merge", "Make models from models, without training."),
     "recover": ("hf_rb.cli.recover", "Quantize a model and win the loss back by distillation."),
     "eval": ("hf_rb.cli.eval", "Measure perplexity, accuracy, size and speed of a model."),
     "report": (
@@ -44,6 +44,7 @@ VERBS = {
         "Write one HTML file about runs and models: curves, tokens, advantages, errors, routers.",
     ),
     "push": ("hf_rb.cli.push", "Upload a model or an adapter to the Hub."),
+    "methods": ("hf_rb.cli.methods", "List the methods that are installed, with their papers."),
     "doctor": ("hf_rb.cli.doctor", "Print versions, and try what is installed: for a bug report."),
 }
 

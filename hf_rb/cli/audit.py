@@ -32,6 +32,8 @@ _ROWS_OF_DATA = 64
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    from hf_rb.cli.check import add_local_code
+
     parser.add_argument("--config", metavar="RECIPE", help="a recipe of `hf-rb gkd` or `hf-rb distillation`")
     parser.add_argument("--batches", type=int, default=2, help="batches to compare (default 2)")
     parser.add_argument("--batch_size", type=int, default=4, help="sequences of a batch (default 4)")
@@ -41,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the differences as JSON")
     parser.set_defaults(overrides=[])
+    add_local_code(parser)
     parser.usage = f"{parser.prog} --config RECIPE [--batches N] [--batch_size N] [--tolerance X] [--key value ...]"
 
 
@@ -48,12 +51,15 @@ def run(args: argparse.Namespace) -> int:
     from hf_rb.cli.check import check, read_overrides, read_recipe
     from hf_rb.io.model_folder import check_models
     from hf_rb.io.resources import find_recipe
+    from hf_rb.methods.recipes import flatten
+    from hf_rb.methods.registry import allow
 
     if args.config is None:
         given = args.overrides[:1]
         raise ValueError(f"Write `hf-rb audit --config {given[0] if given and given[0][0] != '-' else 'RECIPE'}`.")
     path = find_recipe(args.config)
-    recipe = read_recipe(path)
+    allow(args.allow_local_code)
+    recipe = flatten(read_recipe(path))
     verb = check(path, recipe).verb
     if verb not in ("gkd", "distillation"):
         raise ValueError(

@@ -17,6 +17,8 @@ EXAMPLE = "hf-rb cache-teacher akl/tiny-cpu outputs/teacher-cache --k 64"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    from hf_rb.cli.check import add_local_code
+
     parser.add_argument("recipe", help="a recipe of `hf-rb gkd`: a YAML file, or the name of a recipe of hf_rb")
     parser.add_argument(
         "folder",
@@ -33,6 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace another cache in the folder")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(overrides=[])
+    add_local_code(parser)
     parser.usage = f"{parser.prog} RECIPE [FOLDER] [--teacher_model_name_or_path MODEL] [--k K] [--key value ...]"
 
 
@@ -40,9 +43,12 @@ def run(args: argparse.Namespace) -> int:
     from hf_rb.cli.check import check, read_overrides, read_recipe
     from hf_rb.io.model_folder import check_models
     from hf_rb.io.resources import find_recipe
+    from hf_rb.methods.recipes import flatten
+    from hf_rb.methods.registry import allow
 
     path = find_recipe(args.recipe)
-    recipe = read_recipe(path)
+    allow(args.allow_local_code)
+    recipe = flatten(read_recipe(path))
     named = recipe.pop("teacher_model_name_or_path", None)
     teacher = args.teacher_model_name_or_path or named
     folder = args.folder or recipe.get("teacher_cache")

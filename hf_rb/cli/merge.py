@@ -1,16 +1,20 @@
 """`hf-rb merge`: makes models from models, without training."""
 
 import argparse
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from dataclasses import MISSING, Field, asdict
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args
 
 from hf_rb.io.model_folder import find_model
-from hf_rb.utils.dtypes import WEIGHT_TYPES
+from hf_rb.methods.registry import catalog
 from hf_rb.utils.output import json_text
+from hf_rb.weights.options import Lambdas, arguments, check_models, records, unusable
+from hf_rb.weights.report import root
 
 
 if TYPE_CHECKING:
-    from hf_rb.weights import MergeReport
+    from hf_rb.weights import MergeReport, TensorReport
 
 EXAMPLE = """hf-rb merge --method linear --start Qwen/Qwen3-4B-Instruct-2507 --end Qwen/Qwen3-4B-Thinking-2507 \\
       --lambda 0.4,0.6,0.8 --files-from end outputs/interpolated
@@ -18,76 +22,71 @@ EXAMPLE = """hf-rb merge --method linear --start Qwen/Qwen3-4B-Instruct-2507 --e
   hf-rb merge --method graft --tuned outputs/adapter-of-base --onto Qwen/Qwen3-4B outputs/grafted
   hf-rb merge --method timber --base Qwen/Qwen3-4B-Base --model Qwen/Qwen3-4B --lambda 0.2 outputs/refined"""
 
-# Options by the methods that have them, and those that a method cannot do without.
-MODELS = {"linear": ("start", "end"), "graft": ("base", "tuned", "onto"), "timber": ("base", "model")}
-NEEDED = {"linear": ("start", "end"), "graft": ("tuned", "onto"), "timber": ("model",)}
-OPTIONS = {
-    "linear": ("lam", "rules", "rank", "files_from", "extrapolate"),
-    "graft": ("keep_adapter",),
-    "timber": ("lam", "extrapolate", "spectra", "device"),
-}
-SHARED = ("include", "mismatch", "dtype", "overwrite", "resume", "progress")
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", choices=list(MODELS), required=True, help="what to do with the models")
+    methods = records()
+    names = "; ".join(f"{command}: {method.name}" for command, method in methods.items())
+    parser.add_argument("--method", type=_method, choices=list(methods), required=True, help=names)
     parser.add_argument("destination", metavar="DEST", help="folder to write; of several lambdas, a folder of folders")
     models = parser.add_argument_group("models: tiny:student, a folder or a Hub id")
-    models.add_argument("--start", metavar="MODEL", help="linear: the model, or LoRA adapter, at lambda 0")
-    models.add_argument("--end", metavar="MODEL", help="linear: the model, or LoRA adapter, at lambda 1")
-    models.add_argument("--base", metavar="MODEL", help="graft, timber: the Base model")
-    models.add_argument("--tuned", metavar="MODEL", help="graft: Base after its fine-tuning, or its LoRA adapter")
-    models.add_argument("--onto", metavar="MODEL", help="graft: the Instruct model that gets what Base has learned")
-    models.add_argument(
-        "--model", metavar="MODEL", help="timber: the Instruct model, or a LoRA adapter without --base"
-    )
-    parser.add_argument(
-        "--lambda",
-        dest="lam",
-        type=_lambdas,
-        metavar="X[,X...]",
-        help="in [0, 1], several for a sweep; linear: place between start and end (default 0.5); timber: factor of "
-        "the tail (default 0.2). A negative one after an equals sign: --lambda=-0.5,0",
-    )
-    parser.add_argument(
-        "--rule",
-        dest="rules",
-        type=_rule,
-        action="append",
-        metavar="PATTERN=X",
-        help="linear: another lambda for some tensors, as layers:0-11=0.8 or attn=0; may be repeated, the first that "
-        "fits holds",
-    )
-    parser.add_argument("--rank", type=int, metavar="R", help="linear, adapters: rank of the result (default: exact)")
-    parser.add_argument(
-        "--include",
-        metavar="PATTERN",
-        help="tensors to change: all, linear, attn, mlp, embed, head, norm, router, layers:0-11 or a regular "
-        "expression (default: linear, with --method linear all)",
-    )
-    parser.add_argument(
-        "--files-from",
-        choices=["start", "end"],
-        help="linear: whose configuration, tokenizer, chat template and generation config; must be said where they "
-        "differ",
-    )
-    parser.add_argument(
-        "--mismatch", choices=["refuse", "skip"], help="tensors that do not fit: refuse (default), or keep as they are"
-    )
-    parser.add_argument("--dtype", choices=WEIGHT_TYPES, help="type of all floating tensors")
-    parser.add_argument("--device", help="timber: where to decompose (default: the GPU if there is one)")
-    _add_switch(parser, "--spectra", help="timber: effective ranks of both models too (default: yes)")
-    _add_switch(parser, "--keep-adapter", help="graft: write the adapter as one of --onto (default: merge it)")
-    _add_switch(parser, "--extrapolate", help="lambdas outside [0, 1] are meant (default: no)")
-    _add_switch(parser, "--overwrite", help="replace a folder that is not empty (default: no)")
-    _add_switch(parser, "--resume", help="go on with what an interrupted call has left (default: yes)")
-    _add_switch(parser, "--progress", help="show a progress bar, on a terminal (default: yes)")
+    helps: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # of which methods, by the text
+    kinds: dict[str, Field | None] = {}
+    for command, method in methods.items():
+        for role, text in method.models.items():
+            kinds[role] = None
+            helps[role][text + " (two or more times)" * (role in method.several)].append(command)
+        for name, field in arguments(method).items():
+            kinds.setdefault(name, field)
+            helps[name][_help(field)].append(command)
+    choices = [role for method in methods.values() if len(method.files_from) > 1 for role in method.files_from]
+    patterns: dict[str, list[str]] = defaultdict(list)
+    for command, method in methods.items():
+        patterns[method.include].append(command)
+    included = "; ".join(f"{pattern} with {', '.join(of)}" for pattern, of in patterns.items())
+    for name, field in kinds.items():
+        text = "; ".join(
+            text if len(of) == len(methods) else f"{', '.join(of)}: {text}" for text, of in helps[name].items()
+        )
+        if field is None:
+            models.add_argument(_option(name), dest=name, metavar="MODEL", action="append", help=text)
+            continue
+        given = _argument(field)
+        if name == "files_from":
+            given["choices"] = list(dict.fromkeys(choices))
+        text += f" (default: {included})" * (name == "include")
+        parser.add_argument(_option(name), dest=name, help=text, **given)
     parser.add_argument("--json", action="store_true", help="print the report, tensor by tensor, as JSON")
 
 
-def _add_switch(parser: argparse.ArgumentParser, name: str, help: str) -> None:
-    """Adds a flag with its opposite; `None` where neither is given, so that a flag of another method is noticed."""
-    parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=help)
+def _help(field: Field) -> str:
+    text = field.metadata["help"].rstrip(".")
+    default = None if field.default is MISSING else field.default
+    default = ("yes" if default else "no") if isinstance(default, bool) else default
+    limits = f", in {field.metadata['range']}" if "range" in field.metadata else ""
+    return text[0].lower() + text[1:] + limits + ("" if default is None else f" (default: {default})")
+
+
+def _option(name: str) -> str:
+    # `lambda` is a word of Python; what may be given several times stands for one of them.
+    return "--" + {"lam": "lambda", "rules": "rule"}.get(name, name.replace("_", "-"))
+
+
+def _argument(field: Field) -> dict[str, Any]:
+    """Keywords of `add_argument` for a flag. All defaults are `None`, so that a flag of another method is noticed."""
+    types = [kind for kind in get_args(field.type) or [field.type] if kind is not NoneType]
+    if bool in types:
+        return {"action": argparse.BooleanOptionalAction}
+    if field.type == Lambdas:
+        return {"type": _lambdas, "metavar": "X[,X...]"}
+    if field.type == dict[str, float]:
+        return {"type": _rule, "action": "append", "metavar": "PATTERN=X"}
+    return {"type": types[0]} | ({"choices": field.metadata["choices"]} if "choices" in field.metadata else {})
+
+
+def _method(name: str) -> str:
+    if problem := unusable().get(name):
+        raise argparse.ArgumentTypeError(problem)
+    return name
 
 
 def _lambdas(text: str) -> float | list[float]:
@@ -108,48 +107,46 @@ def _rule(text: str) -> tuple[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     models, options = read_arguments(args)
-    for name in filter(None, models.values()):  # told before torch is imported
-        find_model(name, adapter=True)
+    method = records()[args.method]
+    for role, given in models.items():  # told before torch is imported
+        for name in given if isinstance(given, list) else [given]:
+            find_model(name, adapter=role in method.adapters)
 
     from hf_rb import weights
 
-    function = {"linear": weights.interpolate, "graft": weights.graft, "timber": weights.refine}[args.method]
-    report = function(destination=args.destination, **models, **options)
+    report = weights.merge_models(args.method, models, args.destination, **options)
     if args.json:
-        print(json_text(report and asdict(report)))
-    elif report is None:
-        print(f"Saved in {args.destination}: the adapter, as it is, as one of {args.onto}.")
+        print(json_text(asdict(report)))
+    elif not report.tensors:
+        print(f"Saved in {args.destination}: the adapter, as it is, as one of {models[method.receiver]}.")
     else:
         print(summary(report, args.destination))
     return 0
 
 
 def read_arguments(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the models and the options of the method's function.
+    """Returns the models and the options of the method.
 
     Raises:
         ValueError: A model is missing, or an argument is one of another method.
     """
-    method = args.method
-    given = {name for name in vars(args) if getattr(args, name) is not None}
-    own = {*MODELS[method], *OPTIONS[method], *SHARED}
-    foreign = {name for names in (*MODELS.values(), *OPTIONS.values()) for name in names} - own
-    if unused := sorted(foreign & given):
-        names = ", ".join(
-            "--" + {"lam": "lambda", "rules": "rule"}.get(name, name.replace("_", "-")) for name in unused
-        )
-        raise ValueError(f"{names} does nothing with --method {method}: leave it out.")
-    if missing := [name for name in NEEDED[method] if name not in given]:
-        raise ValueError(f"--method {method} needs {' and '.join(f'--{name} MODEL' for name in missing)}.")
-    options = {name: getattr(args, name) for name in (*OPTIONS[method], *SHARED) if name in given}
-    if "rules" in options:
-        options["rules"] = dict(options["rules"])
-    models = {name: getattr(args, name) for name in MODELS[method]}
-    return models, options
+    methods = records()
+    method = methods[args.method]
+    own, known = (
+        {name for one in of for name in (*one.models, *arguments(one))} for of in ([method], methods.values())
+    )
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if unused := sorted((known - own) & given.keys()):
+        raise ValueError(f"{', '.join(map(_option, unused))} does nothing with --method {args.method}: leave it out.")
+    models = {role: given[role] for role in method.models if role in given}
+    check_models(method, models)
+    models = {role: names if role in method.several else names[0] for role, names in models.items()}
+    options = {name: given[name] for name in arguments(method) if name in given}
+    return models, {name: dict(value) if name == "rules" else value for name, value in options.items()}
 
 
 def summary(report: "MergeReport", destination: str) -> str:
-    """A table by kinds of tensors, and what a user should know."""
+    """Returns a table by kinds of tensors, and notes for a user."""
     from pathlib import Path
 
     from hf_rb.utils.output import format_table
@@ -158,14 +155,16 @@ def summary(report: "MergeReport", destination: str) -> str:
     kinds: dict[str, list] = {}
     for tensor in report.tensors:
         kinds.setdefault(tensor.kept or kind_of(tensor.name), []).append(tensor)
-    columns = [(name, show) for name, (show, _) in COLUMNS.items() if show(report.merged) is not None]
+    metrics = {one.name: (one.stat or one.name, one.range, one.meaning) for one in catalog()[report.method].metrics}
+    known = COLUMNS | metrics
+    columns = {name: column for name, column in known.items() if _cell(report.merged, *column) != "-"}
     rows = [
         [f"{kind} (kept)" if tensors[0].kept else kind, str(len(tensors)), f"{sum(t.weights for t in tensors):,}"]
-        + [(show([t for t in tensors if not t.kept]) if not tensors[0].kept else None) or "-" for _, show in columns]
+        + [_cell(tensors, *column) for column in columns.values()]
         for kind, tensors in [*kinds.items(), ("all merged", report.merged)]
     ]
-    lines = [format_table(["tensors", "number", "weights", *(name for name, _ in columns)], rows), ""]
-    lines += [f"{name}: {COLUMNS[name][1]}" for name, _ in columns]
+    lines = [format_table(["tensors", "number", "weights", *columns], rows), ""]
+    lines += [f"{name}: {meaning}" for name, (*_, meaning) in columns.items()]
     if similar := report.sigma():
         lines.append(f"sigma in the layers: {similar[0]:.4f}, mean over tensors; {similar[1]:.4f}, ratio of the sums")
         lines.append("  (the sum of |A - B| over that of |A| + |B|: 0 for equal models, at most 1)")
@@ -192,45 +191,28 @@ def kind_of(name: str) -> str:
     return next((part for part in reversed(parts) if not part.isdigit()), name)
 
 
-def _root(tensors: list, key: str, place: int = -1) -> float | None:
-    values = [tensor.measured.get(key) for tensor in tensors]
-    if not values or None in values:
-        return None
-    return sum((value[place] if isinstance(value, list) else value) ** 2 for value in values) ** 0.5
+def _cell(tensors: list["TensorReport"], key: str, to: str, meaning: str) -> str:
+    """A norm of several tensors together, over another one, or the mean of a metric with a range; of a sweep, at its
+    last lambda.
+    """
+    values = [tensor.measured[key] for tensor in tensors if key in tensor.measured]
+    if to.startswith(("[", "(")):
+        mean = sum(values) / len(values) if values else 0.0
+        return "-" if not values else f"{mean:.1f}" if to.endswith("inf)") else f"{mean:.4f}"
+    if len(values) < len(tensors) or not all(to in tensor.measured for tensor in tensors):
+        return "-"
+    whole = root(tensors, to)
+    return f"{root(tensors, key) / whole if whole else 0:.2e}"
 
 
-def _ratio(key: str, to: str) -> Any:
-    def show(tensors: list) -> str | None:
-        value, whole = _root(tensors, key), _root(tensors, to)
-        return None if value is None or whole is None else f"{value / whole if whole else 0:.2e}"
-
-    return show
-
-
-def _mean(key: str, form: str) -> Any:
-    def show(tensors: list) -> str | None:
-        values = [tensor.measured[key] for tensor in tensors if key in tensor.measured]
-        return format(sum(values) / len(values), form) if values else None
-
-    return show
-
-
-# Norms of all tensors of a row together, relative to another; of a sweep, the change of the last lambda.
 COLUMNS = {
-    "difference": (_ratio("difference", "norm"), "norm of the difference of the two models, over that of the weights"),
+    "difference": ("difference", "norm", "norm of the difference of the two models, over that of the weights"),
     "change": (
-        _ratio("change", "norm"),
+        "change",
+        "norm",
         "norm of what was changed, over that of the weights; of a sweep, at its last lambda",
     ),
-    "delta": (_ratio("wanted", "norm"), "norm of what tuning has taught, over that of the weights"),
-    "delta lost": (_ratio("error", "wanted"), "norm of what rounding has lost of it, over its own"),
-    "erank Base": (
-        _mean("erank_base", ".1f"),
-        "effective rank, the number of directions that count, mean over matrices",
-    ),
-    "erank model": (_mean("erank_model", ".1f"), "the same of the Instruct model"),
-    "erank D": (_mean("erank", ".1f"), "the same of D, their difference"),
-    "k": (_mean("k", ".1f"), "directions of D that stay as they are; those behind are multiplied by lambda"),
-    "rank": (_mean("rank", ".1f"), "all directions of D"),
-    "energy kept": (_mean("energy", ".4f"), "share of the first k in the square of D's norm"),
+    "delta": ("wanted", "norm", "norm of what tuning has taught, over that of the weights"),
+    "delta lost": ("error", "wanted", "norm of what rounding has lost of it, over its own"),
 }
+"""Key, the norm that it is divided by, and meaning of the columns that any method may have."""

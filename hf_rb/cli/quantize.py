@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_rb.cli import schemas
 from hf_rb.cli.check import check, read_recipe
 from hf_rb.io.files import check_replaceable
 from hf_rb.io.model_folder import find_model
 from hf_rb.io.resources import find_recipe
+from hf_rb.methods.registry import find, methods, name_problem
 from hf_rb.utils.dtypes import WEIGHT_TYPES_OR_AUTO
-from hf_rb.utils.fields import described, validate
+from hf_rb.utils.fields import described, documented, flag, validate
 from hf_rb.utils.output import json_text
 
 
@@ -24,6 +26,7 @@ __all__ = ["QuantizeArguments"]
 EXAMPLE = "hf-rb quantize tiny:student outputs/student-ptqtp --packing dense"
 
 
+@documented
 @dataclass
 class QuantizeArguments:
     """
@@ -34,36 +37,29 @@ class QuantizeArguments:
             Model folder, Hub id or embedded model (`tiny:student`).
         output_dir (`str`):
             Folder for the quantized model.
-        quantization_config (`dict`, *optional*):
-            `quant_method` and the fields of its config. Defaults to PTQTP as [`PTQTPConfig`] has it.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type in which the weights are read and what is not quantized gets saved.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace a folder that is not empty.
-        stream (`bool`, *optional*, defaults to `False`):
-            Whether to quantize tensor by tensor, with the memory of one; an interrupted run goes on where it was.
-        resume (`bool`, *optional*, defaults to `True`):
-            Whether streaming and calibration go on with unfinished work; otherwise it is thrown away.
-        eval_data (`str`, *optional*):
-            Text on which the perplexity is measured before and after: a text file, a JSON-lines file with the column
-            `text`, a dataset of the Hub (`NAME` or `NAME:CONFIG`), or `tiny:math`, the default for embedded models.
     """
 
     model_name_or_path: str = field(metadata=described("Model folder, Hub id or embedded model (tiny:student)."))
     output_dir: str = field(metadata=described("Folder for the quantized model."))
-    quantization_config: dict[str, Any] = field(
-        default_factory=dict, metadata=described("`quant_method` and the fields of its config.")
+    quantization_config: dict[str, Any] = flag(
+        {}, "`quant_method` and the fields of its config. Defaults to PTQTP as [`PTQTPConfig`] has it."
     )
-    dtype: str = field(
-        default="auto", metadata=described("Type of what is not quantized.", choices=WEIGHT_TYPES_OR_AUTO)
+    dtype: str = flag(
+        "auto",
+        "Type of what is not quantized; `auto` is that of the files.",
+        choices=WEIGHT_TYPES_OR_AUTO,
     )
-    overwrite: bool = field(default=False, metadata=described("Whether to replace a folder that is not empty."))
-    stream: bool = field(
-        default=False, metadata=described("Whether to quantize tensor by tensor, with the memory of one.")
+    overwrite: bool = flag(False, "Whether to replace a folder that is not empty.")
+    stream: bool = flag(
+        False, "Whether to quantize tensor by tensor, with the memory of one; an interrupted run goes on where it was."
     )
-    resume: bool = field(default=True, metadata=described("Whether to go on with unfinished work."))
-    eval_data: str | None = field(
-        default=None, metadata=described("Text file or dataset on which the perplexity is measured before and after.")
+    resume: bool = flag(
+        True, "Whether streaming and calibration go on with unfinished work; otherwise it is thrown away."
+    )
+    eval_data: str | None = flag(
+        None,
+        "Text on which the perplexity is measured before and after: a text file, a JSON-lines file with the column"
+        " `text`, a dataset of the Hub (`NAME` or `NAME:CONFIG`), or `tiny:math`, the default for embedded models.",
     )
 
     def __post_init__(self):
@@ -75,16 +71,19 @@ class QuantizeArguments:
 
 def _rules(arguments: QuantizeArguments) -> Iterator[str]:
     config = arguments.quantization_config
-    calibrated = config.get("quant_method") == "d2quant" and config.get("backend") != "rtn"
+    entry = methods("quantizer").get(config.get("quant_method", "ptqtp"))
+    calibrated = entry is not None and entry.method.is_calibrated(config)
     if not arguments.resume and not arguments.stream and not calibrated:
         yield (
             "`resume=False` (`--no-resume`) is for streaming and calibration: add `stream=True` (`--stream`), or "
             "leave it out."
         )
-    if arguments.stream and calibrated:
+    if arguments.stream and entry and calibrated:
+        fields = entry.method.uncalibrated or {}
+        written = " and ".join(f"`{name}={value!r}` (`--{name} {value}`)" for name, value in fields.items())
         yield (
-            "`stream=True` (`--stream`) quantizes tensor by tensor, which D²Quant can with `backend='rtn'` "
-            "(`--backend rtn`) only: a calibrated run needs the model, and goes on where it was without `--stream`."
+            f"`stream=True` (`--stream`) quantizes tensor by tensor, which {entry.method.name} can with {written} "
+            "only: a calibrated run needs the model, and goes on where it was without `--stream`."
         )
 
 
@@ -94,87 +93,93 @@ def configure(parser: argparse.ArgumentParser, method: str | None = None) -> Non
     parser.add_argument("destination", metavar="DEST", nargs="?", help="folder for the quantized model")
     parser.add_argument("--config", metavar="RECIPE", help="a YAML file or a recipe of hf_rb; arguments override it")
     if method is None:
-        parser.add_argument("--method", choices=[*METHOD_ARGUMENTS], help="quantization method (default ptqtp)")
+        names = "{" + ",".join(methods("quantizer")) + "}"
+        parser.add_argument("--method", type=_method, metavar=names, help="quantization method (default ptqtp)")
     else:
         parser.set_defaults(method=method)
-    parser.add_argument("--group-size", type=int, help="weights of a row that share their scales (default 128)")
-    parser.add_argument("--skip", nargs="+", metavar="PATTERN", help="modules to leave as they are, by name or ending")
-    parser.add_argument(
-        "--dtype", choices=WEIGHT_TYPES_OR_AUTO, help="type of what is not quantized (default: as saved)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
-    parser.add_argument(
-        "--stream", action="store_true", help="tensor by tensor, with the memory of one; goes on if killed"
-    )
-    parser.add_argument("--no-resume", action="store_true", help="throw away what an interrupted run has left")
-    parser.add_argument(
-        "--eval-data", metavar="TEXT", help="text file or dataset (NAME:CONFIG) for the perplexity before and after"
-    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    for name, (title, add_arguments) in METHOD_ARGUMENTS.items():
-        if method in (None, name):
-            add_arguments(parser.add_argument_group(title))
+    for name, entry in schemas.load("quantize").items():
+        if name not in _GIVEN_OTHERWISE:
+            _add_option(parser, name, entry)
+    for title, fields in _options([method] if method else [*methods("quantizer")]).items():
+        group = parser.add_argument_group(title) if title else parser
+        for name, entry in fields.items():
+            _add_option(group, name, entry, _DEST)
 
 
-def _configure_ptqtp(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--planes", type=int, choices=[1, 2, 3], help="ternary planes (default 2)")
-    parser.add_argument(
-        "--planes-per-layer",
-        type=_by_pattern,
-        nargs="+",
-        metavar="PATTERN=N",
-        help="other planes, by name or ending of modules; or nsds:2.5, the sensitive layers 3 and the others 2",
-    )
-    parser.add_argument(
-        "--tol-mode", choices=["absolute", "relative", "absolute_strict"], help="stopping rule (default absolute)"
-    )
-    parser.add_argument(
-        "--multistart",
-        action="store_true",
-        help="also solve from other starting points, keep the best (not the paper's)",
-    )
-    parser.add_argument(
-        "--scale-mode", choices=["free", "tied"], help="tied: 4-bit codes that `hf-rb export` can write"
-    )
-    parser.add_argument("--packing", choices=["dense", "nibble"], help="bytes in the file (default dense)")
-    parser.add_argument(
-        "--activations", choices=["exact", "int8"], help="int8: round inputs of layers where that is faster"
-    )
-    parser.add_argument("--no-qk", action="store_true", help="leave q_proj and k_proj as they are")
+_GIVEN_OTHERWISE = ("model_name_or_path", "output_dir", "quantization_config")
+# Fields that no command line sets, and those whose option has another name.
+_NO_OPTIONS = ("quant_method", "format_version", "dequantize")
+_DEST = "quantization_config."
+_SPELLED = {"modules_to_not_convert": "skip", "quantize_qk": "qk"}
 
 
-def _configure_d2quant(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--bits", type=int, choices=[2, 3, 4], help="bits of a code (default 2)")
-    parser.add_argument(
-        "--bits-per-layer",
-        type=_by_pattern,
-        nargs="+",
-        metavar="PATTERN=N",
-        help="other bits, by name or ending of modules; or nsds:3.0, the sensitive layers 4 and the others 2",
-    )
-    parser.add_argument(
-        "--backend", choices=["gptaq", "gptq", "rtn"], help="rtn: round to nearest, without data (default gptaq)"
-    )
-    parser.add_argument(
-        "--dataset",
-        metavar="TEXT",
-        help="calibration text: a file, a dataset (NAME:CONFIG), wikitext2, c4, c4-new or tiny:math",
-    )
-    parser.add_argument("--num-samples", type=int, help="sequences of calibration text (default 128)")
-    parser.add_argument("--seqlen", type=int, help="tokens of a sequence (default 2048)")
-    parser.add_argument("--batch-size", type=int, help="sequences that run at a time (default 1)")
-    parser.add_argument("--seed", type=int, help="which sequences (default 0)")
-    parser.add_argument("--no-dsq", action="store_true", help="integer grids for down projections too")
-    parser.add_argument(
-        "--dsq-weighting",
-        choices=["hessian", "none"],
-        help="what columns count in the fit of dual scales (default hessian; none is the paper's)",
-    )
-    parser.add_argument("--no-dac", action="store_true", help="leave the mean shift after attention")
-    parser.add_argument("--no-rotate", action="store_true", help="do not rotate the hidden state")
+def _options(names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns the fields of methods by title, those of several methods without one, and with what these agree on."""
+    found: dict[str, dict[str, dict[str, Any]]] = {"": {}}
+    keys = {name: schemas.load(name) for name in names}
+    for name in names:
+        method = find("quantizer", name).method
+        for field_name, entry in keys[name].items():
+            if field_name in (*_NO_OPTIONS, *method.written):
+                continue
+            all_entries = [other[field_name] for other in keys.values() if field_name in other]
+            common = {key: one for key, one in entry.items() if all(other.get(key) == one for other in all_entries)}
+            title = "" if len(all_entries) > 1 else method.name
+            found.setdefault(title, {})[field_name] = {"types": entry["types"], "help": entry["help"]} | common
+    return found
 
 
-METHOD_ARGUMENTS = {"ptqtp": ("PTQTP", _configure_ptqtp), "d2quant": ("D²Quant", _configure_d2quant)}
+def _add_option(parser: Any, name: str, entry: dict[str, Any], prefix: str = "") -> None:
+    """Adds the options of a field, by its type, choices and default."""
+    types, default, choices = {*entry["types"]} - {"null"}, entry.get("default"), entry.get("choices", [])
+    text = entry["help"].partition(". ")[0].rstrip(".").replace("%", "%%")
+    spelled, on = _SPELLED.get(name, name).replace("_", "-"), [one for one in choices if one not in (None, False)]
+    common = {"dest": prefix + name, "default": argparse.SUPPRESS}
+    if off := [False] if default is True else [one for one in choices if one in (None, False)]:
+        help = f"`{name}: {'null' if off[0] is None else 'false'}`: {text}"
+        parser.add_argument(f"--no-{spelled}", action="store_const", const=off[0], help=help, **common)
+        if len(on) < 2:
+            return
+    if default is not None and default is not False:
+        text += f" (default {default})"
+    option: dict[str, Any] = {"type": _TYPES.get(tuple(sorted(types)), str), "metavar": name.upper()}
+    if types == {"bool"}:
+        option = {"action": "store_true"}
+    elif "dict" in types:
+        option = {"type": _by_pattern, "nargs": "+", "metavar": "PATTERN=N", "action": _Settings}
+    elif on:
+        option |= {"choices": on, "metavar": None}
+    elif types == {"list[str]"}:
+        option |= {"nargs": "+", "metavar": "PATTERN"}
+    try:
+        parser.add_argument(f"--{spelled}", help=text, **option, **common)
+    except argparse.ArgumentError:
+        pass  # the verb itself has an option of this name: a recipe can set the field
+
+
+class _Settings(argparse.Action):
+    """Makes one value of `PATTERN=N ...` or `nsds:N`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        strategies = [one for one in values if isinstance(one, str)]
+        if strategies and len(values) > 1:
+            what = f"{strategies[0]!r} says what every layer gets: leave out what stands beside it."
+            raise argparse.ArgumentError(self, what)
+        setattr(namespace, self.dest, strategies[0] if strategies else dict(values))
+
+
+def _method(text: str) -> str:
+    if problem := name_problem("quantizer", text, "--method"):
+        raise argparse.ArgumentTypeError(problem)
+    return text
+
+
+def _integer_or_text(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+_TYPES = {("int",): int, ("float",): float, ("int", "str"): _integer_or_text}
 
 
 def _by_pattern(text: str) -> tuple[str, int] | str:
@@ -226,58 +231,19 @@ def read_arguments(args: argparse.Namespace) -> QuantizeArguments:
         ValueError: What `hf-rb check` finds wrong with the two, or no model or folder given.
     """
     values = read_recipe(find_recipe(args.config)) if args.config else {}
-    given = {
-        "model_name_or_path": args.model,
-        "output_dir": args.destination,
-        "dtype": args.dtype,
-        "overwrite": args.overwrite or None,
-        "stream": args.stream or None,
-        "resume": False if args.no_resume else None,
-        "eval_data": args.eval_data,
-    }
-    flag = vars(args).get  # the arguments of one method may be all that there are
-    method = {
-        "quant_method": flag("method"),
-        "group_size": flag("group_size"),
-        "planes": flag("planes"),
-        "scale_mode": flag("scale_mode"),
-        "packing": flag("packing"),
-        "modules_to_not_convert": flag("skip"),
-        "quantize_qk": False if flag("no_qk") else None,
-        "planes_per_layer": _settings(flag("planes_per_layer")),
-        "tol_mode": flag("tol_mode"),
-        "multistart": flag("multistart") or None,
-        "activations": flag("activations"),
-        "bits": flag("bits"),
-        "bits_per_layer": _settings(flag("bits_per_layer")),
-        "backend": flag("backend"),
-        "dataset": flag("dataset"),
-        "num_samples": flag("num_samples"),
-        "seqlen": flag("seqlen"),
-        "batch_size": flag("batch_size"),
-        "seed": flag("seed"),
-        "dsq": False if flag("no_dsq") else None,
-        "dsq_weighting": flag("dsq_weighting"),
-        "dac": False if flag("no_dac") else None,
-        "rotate": False if flag("no_rotate") else None,
-    }
-    values |= _given(given)
+    places = {"model_name_or_path": args.model, "output_dir": args.destination}
+    options = {name: value for name, value in vars(args).items() if name in schemas.load("quantize")}
+    fields = {name.removeprefix(_DEST): value for name, value in vars(args).items() if name.startswith(_DEST)}
+    method = _given({"quant_method": args.method}) | fields
+    values |= _given(places) | options
     if isinstance(values.setdefault("quantization_config", {}), dict):  # anything else is refused below
-        values["quantization_config"] |= _given(method)
+        values["quantization_config"] |= method
     errors = check(Path(args.config or "the command line"), values, "quantize").errors
     if any(message.endswith("is missing.") for message in errors):
         errors.append("Write `hf-rb quantize MODEL DEST`, or give a recipe that names both with `--config`.")
     if errors:
         raise ValueError("\n".join(errors))
     return QuantizeArguments(**values)
-
-
-def _settings(given: list[tuple[str, int] | str] | None) -> dict[str, int] | str | None:
-    given = given or []
-    strategies = [one for one in given if isinstance(one, str)]
-    if strategies and len(given) > 1:
-        raise ValueError(f"{strategies[0]!r} says what every layer gets: leave out what stands beside it.")
-    return strategies[0] if strategies else dict(one for one in given if not isinstance(one, str)) or None
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -288,6 +254,7 @@ def _summary(report: "Report", folder: str) -> str:
     from hf_rb.evaluation import format_table
 
     rows, baseline = [], report.error_by_kind("baseline_error")
+    method = find("quantizer", report.method).method
     for kind, error in (report.error_by_kind() | {"all": report.error()}).items():
         layers = [layer for layer in report.layers if kind in (layer.kind, "all")]
         rtn = report.error("baseline_error") if kind == "all" else baseline[kind]
@@ -297,7 +264,7 @@ def _summary(report: "Report", folder: str) -> str:
         ["weights quantized", f"{sum(layer.weights for layer in report.layers):,} of {report.parameters:,}"],
         ["left as they are", ", ".join(_kinds(report.skipped)) or "-"],
         *([["  because the model reads them", _readers(report)]] if report.readers else []),
-        *([["solved a second time", str(report.resolved)]] if report.method == "ptqtp" else []),
+        *([["solved a second time", str(report.resolved)]] if method.solves_again else []),
         ["solver", f"{report.seconds:.1f} s, {report.weights_per_second / 1e6:.1f} M weights/s"],
         ["weight files", f"{report.file_bytes:,} bytes; before {report.source_bytes:,}"],
         ["true bits per weight", f"{report.bits_per_weight:.2f}, embeddings and scales included"],
@@ -367,8 +334,8 @@ def _allocation(report: "Report") -> str:
         [layer.name, f"{layer.numerical:.4f}", f"{layer.structural:.4f}", f"{layer.score:.4f}", str(layer.given)]
         for layer in layers
     ]
-    given = "planes" if report.method == "ptqtp" else "bits"
-    return format_table(["decoder layer (NSDS)", "numerical", "structural", "sensitivity", given], rows)
+    unit = find("quantizer", report.method).method.unit
+    return format_table(["decoder layer (NSDS)", "numerical", "structural", "sensitivity", unit], rows)
 
 
 def _readers(report: "Report") -> str:

@@ -7,10 +7,11 @@ import subprocess
 from pathlib import Path
 
 from hf_rb.cli import schemas
-from hf_rb.cli.check import check, read_overrides, read_recipe
+from hf_rb.cli.check import add_local_code, check, read_overrides, read_recipe
 from hf_rb.io.model_folder import check_models
 from hf_rb.io.resources import find_recipe, resource_folder
-from hf_rb.methods.registry import LOCAL
+from hf_rb.methods.recipes import flatten
+from hf_rb.methods.registry import allow
 from hf_rb.utils import compat
 
 
@@ -27,13 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a file of `accelerate config`, or the name of one that ships with hf_rb (recipes/accelerate_configs)",
     )
     parser.add_argument("--num_processes", help="processes to launch (default: what the accelerate config says)")
-    if parser.get_default("verb") == "grpo":
-        parser.add_argument(
-            "--allow_local_code",
-            action="append",
-            metavar="MODULE:ATTRIBUTE",
-            help="a reward function or shaper of your own that the recipe names, and that may be imported",
-        )
+    if parser.get_default("verb") != "sft":
+        add_local_code(parser)
     keys = "keys of hf_rb beside those of TRL, in the recipe or as `--key value`"
     parser.add_argument_group(keys, schemas.listing(parser.get_default("verb")))
     parser.set_defaults(overrides=[])
@@ -43,8 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     recipe = find_recipe(args.recipe)
     local_code = getattr(args, "allow_local_code", None) or []
-    LOCAL.update(local_code)
-    values = read_recipe(recipe) | read_overrides(args.overrides, args.verb)
+    allow(local_code)
+    values = flatten(read_recipe(recipe)) | read_overrides(args.overrides, args.verb)
     report = check(recipe, values, args.verb)
     report.show()
     if report.errors:

@@ -11,7 +11,7 @@ from hf_rb.cli.check import check, read_recipe, upcycle_rules
 from hf_rb.io.files import check_replaceable
 from hf_rb.io.model_folder import check_apart, find_model
 from hf_rb.io.resources import find_recipe
-from hf_rb.utils.fields import described, validate
+from hf_rb.utils.fields import described, documented, flag, validate
 from hf_rb.utils.output import json_text
 
 
@@ -23,6 +23,7 @@ __all__ = ["UpcycleArguments"]
 EXAMPLE = "hf-rb upcycle tiny:student outputs/student-moe --experts 8 --top-k 2 --splits 2"
 
 
+@documented
 @dataclass
 class UpcycleArguments:
     """
@@ -33,30 +34,18 @@ class UpcycleArguments:
             Dense model: a folder, a Hub id or an embedded one (`tiny:student`).
         output_dir (`str`):
             Folder for the mixture.
-        num_experts (`int`, *optional*, defaults to `8`):
-            Experts of a layer, a multiple of `splits`.
-        top_k (`int`, *optional*, defaults to `2`):
-            Experts that a token uses.
-        splits (`int`, *optional*, defaults to `1`):
-            Parts into which the neurons of an MLP are cut: 1 copies, `num_experts` splits.
-        mpi (`bool`, *optional*, defaults to `False`):
-            Whether the routers are MPI's.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the routers.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace a folder that is not empty.
     """
 
     model_name_or_path: str = field(metadata=described("Dense model: a folder, a Hub id or an embedded one."))
     output_dir: str = field(metadata=described("Folder for the mixture."))
-    num_experts: int = field(default=8, metadata=described("Experts of a layer.", range="[2, inf)"))
-    top_k: int = field(default=2, metadata=described("Experts that a token uses.", range="[1, inf)"))
-    splits: int = field(
-        default=1, metadata=described("Parts into which the neurons of an MLP are cut.", range="[1, inf)")
+    num_experts: int = flag(8, "Experts of a layer, a multiple of `splits`.", range="[2, inf)")
+    top_k: int = flag(2, "Experts that a token uses.", range="[1, inf)")
+    splits: int = flag(
+        1, "Parts into which the neurons of an MLP are cut: 1 copies, `num_experts` splits.", range="[1, inf)"
     )
-    mpi: bool = field(default=False, metadata=described("Whether the routers are MPI's."))
-    seed: int = field(default=0, metadata=described("Seed of the routers."))
-    overwrite: bool = field(default=False, metadata=described("Whether to replace a folder that is not empty."))
+    mpi: bool = flag(False, "Whether the routers are MPI's.")
+    seed: int = flag(0, "Seed of the routers.")
+    overwrite: bool = flag(False, "Whether to replace a folder that is not empty.")
 
     def __post_init__(self):
         validate(self, upcycle_rules)

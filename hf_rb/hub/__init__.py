@@ -14,7 +14,8 @@ from hf_rb.hub.card import (
 from hf_rb.hub.loading import Loading, adapter_settings, model_loading, read_loading
 from hf_rb.hub.push import Upload, check_repo_id, plan_upload, push_folder
 from hf_rb.hub.results import add_results, add_section, card_with_results, read_results
-from hf_rb.methods.table import METHODS, Method
+from hf_rb.methods import Method
+from hf_rb.methods.registry import catalog
 
 
 __all__ = [
@@ -40,3 +41,6 @@ __all__ = [
     "render_results",
     "write_model_card",
 ]
+
+METHODS = catalog()
+"""The methods of this package and of installed ones, by key."""

@@ -21,7 +21,7 @@ from hf_rb import __version__
 from hf_rb.hub.loading import Loading, read_loading
 from hf_rb.io.model_folder import public_name
 from hf_rb.io.resources import resource_folder
-from hf_rb.methods.table import METHODS
+from hf_rb.methods.registry import catalog
 
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class ModelCardData:
         model_name (`str`):
             Name of the model, not a path.
         methods (`Sequence[str]`, *optional*, defaults to `()`):
-            Keys of [`METHODS`], in the order in which they were applied.
+            Keys of [`~hf_rb.hub.METHODS`], in the order in which they were applied.
         base_model (`str` or `Sequence[str]`, *optional*):
             Hub id, folder or embedded model (`"tiny:student"`), several of a merge. Only a Hub id is linked and enters
             the metadata; a folder shows by its name alone.
@@ -102,7 +102,7 @@ class ModelCardData:
         made_here (`bool`, *optional*, defaults to `True`):
             Whether hf_rb has made the model, and not only its card.
         summaries (`Mapping[str, str]`, *optional*):
-            What methods did here, by their keys, where the sentence of [`METHODS`] says more or less.
+            What methods did here, by their keys, where the sentence of [`~hf_rb.hub.METHODS`] says more or less.
         sections (`Mapping[str, str]`, *optional*):
             More sections, Markdown by heading.
 
@@ -131,8 +131,8 @@ class ModelCardData:
 
     def __post_init__(self) -> None:
         for key in self.methods:
-            if key not in METHODS:
-                raise ValueError(f"There is no method {key!r}; the methods are {', '.join(METHODS)}.")
+            if key not in catalog():
+                raise ValueError(f"There is no method {key!r}; the methods are {', '.join(catalog())}.")
         if self.library_name not in ("transformers", "peft"):
             raise ValueError(f"`library_name` must be 'transformers' or 'peft', not {self.library_name!r}.")
 
@@ -157,7 +157,7 @@ class ModelCardData:
 
 def render_card(data: ModelCardData) -> str:
     """Returns the text of `README.md`."""
-    methods = [METHODS[key] for key in data.methods]
+    methods = [catalog()[key] for key in data.methods]
     loading = data.loading or Loading()
     kinds = {method.kind for method in methods}
     loading = replace(

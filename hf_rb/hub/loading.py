@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_rb import __version__
-from hf_rb.io.model_folder import ADAPTER_CONFIG, PACKED, local_folder
+from hf_rb.io.model_folder import ADAPTER_CONFIG, local_folder
+from hf_rb.methods.registry import methods
 
 
 __all__ = ["Loading", "adapter_settings", "hf_rb_requirement", "model_loading", "read_json", "read_loading"]
@@ -78,13 +79,15 @@ class Loading:
     @property
     def needs_hf_rb(self) -> bool:
         """Returns whether only hf_rb has the format or the class of the weights."""
-        return self.mpi or self.method in PACKED
+        return self.mpi or self.method in methods("quantizer")
 
     def packages(self, adapter: bool) -> list[str]:
         """Returns what pip must install, for a model or for one with an adapter."""
         images = ["pillow", "torchvision"] if self.reader == "AutoProcessor" and "image" in (self.task or "") else []
         if self.needs_hf_rb:
-            return [hf_rb_requirement(), *images]  # its dependencies are transformers, torch, PEFT and more
+            entry = methods("quantizer").get(self.method or "")
+            others = [entry.package] if entry and entry.package != "hf_rb" else []
+            return [hf_rb_requirement(), *others, *images]  # its dependencies are transformers, torch, PEFT and more
         beside = [*(["peft"] if adapter else []), *_LOADERS.get(self.method or "", ())]
         return [_at_least("transformers"), "torch", *images, *map(_at_least, beside)]
 

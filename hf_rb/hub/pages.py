@@ -12,7 +12,8 @@ import huggingface_hub
 from hf_rb.hub.card import ModelCardData, render_card
 from hf_rb.hub.loading import adapter_settings, hf_rb_requirement, read_json, read_loading
 from hf_rb.io.files import MANIFEST
-from hf_rb.io.model_folder import ADAPTER_CONFIG, PACKED, public_name
+from hf_rb.io.model_folder import ADAPTER_CONFIG, public_name
+from hf_rb.methods.registry import methods
 
 
 __all__ = ["CACHE_FORMAT", "cache_card", "existing_card", "model_card", "paths_in", "report_card"]
@@ -36,16 +37,17 @@ def model_card(folder: Path) -> str:
     if not (config or adapter) and any(folder.glob("*.gguf")):
         return _gguf_card(folder, name)
     loading = read_loading(folder)
-    methods = [loading.method] if config and loading.method in PACKED else ["mpi"] if config and loading.mpi else []
+    ours = loading.method if loading.method in methods("quantizer") else "mpi" if loading.mpi else None
+    used = [ours] if config and ours else []
     data = ModelCardData(
         name,
-        methods,
+        used,
         base_model=adapter.get("base_model_name_or_path"),
         hyperparameters=adapter_settings(adapter) if adapter else {},
-        tags=[loading.method] if config and loading.method and loading.method not in PACKED else [],
+        tags=[loading.method] if config and loading.method and loading.method != ours else [],
         library_name="peft" if adapter and not config else "transformers",
         loading=loading,
-        made_here=bool(methods),
+        made_here=bool(used),
     )
     return render_card(data)
 

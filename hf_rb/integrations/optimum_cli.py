@@ -1,4 +1,5 @@
-"""`optimum-cli ptqtp` and `optimum-cli d2quant`: `hf-rb quantize` where optimum's users look for it.
+"""`optimum-cli ptqtp`, `optimum-cli d2quant`, and so for every quantizer: `hf-rb quantize` where optimum's users look
+for it.
 
 An installation puts this file into optimum's namespace, as `optimum/commands/register/register_hf_rb.py`, whose files
 optimum imports for its `REGISTER_COMMANDS`. Imported by every `optimum-cli`, so nothing heavy here. There the file
@@ -12,6 +13,8 @@ from typing import cast
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from hf_rb import cli
+from hf_rb.methods import Method
+from hf_rb.methods.registry import methods
 from hf_rb.utils.versions import UnsupportedVersion
 
 
@@ -34,16 +37,11 @@ class _Quantize(BaseOptimumCLICommand):
         sys.exit(cli.run(quantize, cast(Namespace, self.args)))
 
 
-class PTQTPCommand(_Quantize):
-    """`optimum-cli ptqtp MODEL DEST`."""
-
-    COMMAND = CommandInfo(name="ptqtp", help="Quantize a model to ternary planes (PTQTP, hf_rb) and save it.")
-
-
-class D2QuantCommand(_Quantize):
-    """`optimum-cli d2quant MODEL DEST --dataset TEXT`."""
-
-    COMMAND = CommandInfo(name="d2quant", help="Quantize a model to 2 or 3 bits (D²Quant, hf_rb) and save it.")
+def _command(name: str, method: Method, package: str) -> type[_Quantize]:
+    info = CommandInfo(name=name, help=f"Quantize a model with {method.name} ({package}) and save it.")
+    return type(f"{name}Command", (_Quantize,), {"COMMAND": info, "__doc__": f"`optimum-cli {name} MODEL DEST`."})
 
 
-REGISTER_COMMANDS = [PTQTPCommand, D2QuantCommand] if _works else []
+REGISTER_COMMANDS = (
+    [_command(name, entry.method, entry.package) for name, entry in methods("quantizer").items()] if _works else []
+)

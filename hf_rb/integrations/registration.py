@@ -1,7 +1,7 @@
 """Registers our classes with the Hugging Face libraries, whatever is imported first.
 
-A hook stores names, never classes, and imports none of our own modules: at that moment the library is still half
-imported.
+A hook stores names, never classes, and imports no module of ours or of another package that may import a library: at
+that moment the library is still half imported. The records of methods are read from their sources.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from hf_rb.methods.registry import methods
 from hf_rb.utils import compat
 from hf_rb.utils.import_hooks import on_import
 
@@ -46,15 +47,6 @@ class _OurQuantizationConfig(metaclass=_OurConfigs):
     """Stands for our quantization configs in an `isinstance` test without importing them."""
 
 
-_CONFIGS = {
-    "d2quant": "hf_rb.quantizers.d2quant.config:D2QuantConfig",
-    "ptqtp": "hf_rb.quantizers.ptqtp.config:PTQTPConfig",
-}
-_QUANTIZERS = {
-    "d2quant": "hf_rb.quantizers.d2quant.quantizer:D2QuantQuantizer",
-    "ptqtp": "hf_rb.quantizers.ptqtp.quantizer:PTQTPQuantizer",
-}
-
 _MODEL_TYPES = {
     "mpi_mixtral": "hf_rb.models.mpi_mixtral.configuration_mpi_mixtral:MPIMixtralConfig",
     "mpi_olmoe": "hf_rb.models.mpi_olmoe.configuration_mpi_olmoe:MPIOlmoeConfig",
@@ -71,8 +63,9 @@ def _register_models(auto: ModuleType) -> None:
 def _register_quantizers(auto: Any) -> None:
     # `resolve`, not attributes: those are kept, and other plug-ins may have registered since.
     configs, quantizers = map(compat.resolve, ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"))
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING = LazyMapping(configs, **_CONFIGS)
-    auto.AUTO_QUANTIZER_MAPPING = LazyMapping(quantizers, **_QUANTIZERS)
+    ours = {name: entry.method for name, entry in methods("quantizer").items()}
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING = LazyMapping(configs, **{name: one.config for name, one in ours.items()})
+    auto.AUTO_QUANTIZER_MAPPING = LazyMapping(quantizers, **{name: one.quantizer for name, one in ours.items()})
     # The config types whose `get_loading_attributes` may override what a checkpoint stores, as `dequantize=True` does.
     types = compat.resolve("LOADING_ATTRIBUTES_CONFIG_TYPES")
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, _OurQuantizationConfig)

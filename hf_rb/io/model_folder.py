@@ -12,12 +12,12 @@ from typing import Any
 
 from hf_rb import tiny
 from hf_rb.io.files import check_replaceable
+from hf_rb.methods.registry import methods
 
 
 __all__ = [
     "ADAPTER_CONFIG",
     "COMPANIONS",
-    "PACKED",
     "adapter_beside",
     "check_apart",
     "check_model",
@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 ADAPTER_CONFIG = "adapter_config.json"
-PACKED = ("ptqtp", "d2quant")  # methods whose files our verbs rewrite
 
 _NOWHERE = (
     "There is no folder {}, and the Hub has no such model or cannot be reached: write tiny:student, the path of a "
@@ -195,10 +194,11 @@ def find_packed(source: str | Path, destination: str | Path, overwrite: bool) ->
     folder, destination = find_model(str(source)), Path(destination)
     check_apart(folder, destination)
     method = quantization_method(folder)
-    if method not in PACKED:
+    ours = methods("quantizer")  # whose files our verbs rewrite
+    if method not in ours:
         found = f"quantized with {method}" if method else "not quantized"
         raise ValueError(
-            f"{source} is {found}. Give the folder of a model that was quantized with {' or '.join(PACKED)}."
+            f"{source} is {found}. Give the folder of a model that was quantized with {' or '.join(ours)}."
         )
     check_replaceable(destination.resolve(), overwrite)
     return folder

@@ -20,17 +20,16 @@ at most 2 min(r, s), with r and s what teacher and student give to the rest, and
 Shapes: logits `(..., V)`, student first; results `(...)`, float32.
 """
 
+from dataclasses import dataclass
+
 import torch
 
-from hf_rb.objectives.divergences import (
-    _weighted_sum,
-    forward_kl_rule,
-    log_probs_of,
-    reverse_kl_rule,
-)
+from hf_rb.methods import Metric, ObjectiveMethod, Paper, flag
+from hf_rb.objectives.divergences import _weighted_sum, forward_kl_rule, log_probs_of, reverse_kl_rule
+from hf_rb.objectives.objective import Divergence
 
 
-__all__ = ["HEAD_RULES", "adaptive_kl", "adaptive_kl_rule", "adaptive_kl_weight"]
+__all__ = ["AKL", "AklFlags", "HEAD_RULES", "adaptive_kl", "adaptive_kl_rule", "adaptive_kl_weight"]
 
 HEAD_RULES = ("paper", "code")
 # Cumulative sums in float32 land on either side of μ when they should equal it; this much is taken for equal.
@@ -38,6 +37,19 @@ _TOLERANCE = 1e-6
 # The head of nearly every position is among this many most probable tokens. Where it is not, as many times more are
 # looked at.
 _CANDIDATES = 64
+
+
+@dataclass
+class AklFlags:
+    """Flags of `objective: akl`."""
+
+    akl_mu: float = flag(0.5, "Teacher mass of the head of adaptive KL.", range="(0, 1]")
+    akl_head_rule: str = flag(
+        "paper",
+        "The head of adaptive KL: the smallest set of tokens that reaches `akl_mu` (`paper`), or without the token "
+        "that crosses it (`code`, the authors').",
+        choices=["paper", "code"],
+    )
 
 
 def adaptive_kl(
@@ -167,3 +179,38 @@ def _is_head(values: torch.Tensor, mu: float, head_rule: str) -> torch.Tensor:
     member = mass - values < mu - _TOLERANCE if head_rule == "paper" else mass < mu + _TOLERANCE
     member[..., 0] = True
     return member
+
+
+class AKL(Divergence):
+    """Adaptive KL as an objective."""
+
+    method = ObjectiveMethod(
+        key="akl",
+        name="AKL",
+        paper=Paper(
+            "2404.02657",
+            "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
+            "Taiqiang Wu, Chaofan Tao, Jiahao Wang, Runming Yang, Zhe Zhao, Ngai Wong",
+        ),
+        summary="Distillation that weighs forward and reverse KL at every token by where student and teacher differ: "
+        "among the teacher's most probable tokens or in its tail.",
+        flags=AklFlags,
+        mixes=True,
+        cached=True,
+        metrics=(
+            Metric("akl/weight", "AKL weight of the head", "[0, 1]", stat="akl_weight"),
+            Metric("akl/head_size", "number of tokens in AKL's head", "[1, inf)", stat="akl_head_size"),
+        ),
+    )
+    flags: AklFlags
+
+    def divergence(
+        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, has_rest: bool = False
+    ) -> torch.Tensor:
+        flags = self.flags
+        return adaptive_kl(student_logits, teacher_logits, flags.akl_mu, flags.akl_head_rule, has_rest=has_rest)
+
+    def with_derivative(
+        self, log_q: torch.Tensor, log_p: torch.Tensor, has_rest: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        return adaptive_kl_rule(log_q, log_p, self.flags.akl_mu, self.flags.akl_head_rule, has_rest)

@@ -14,11 +14,87 @@ computed once for a generation: 1/m_g Σ_i (1 - u_i · T_i) has the value of the
 Shapes: N rollouts in contiguous groups of `group_size`; H hidden size; float32.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch.nn.functional import normalize
 
+from hf_rb.methods import Method, Metric, Paper, flag
 
-__all__ = ["alignment_targets", "cross_group_cosine", "hidden_align", "target_loss"]
+
+__all__ = ["HiddenAlignFlags", "alignment_targets", "cross_group_cosine", "hidden_align", "target_loss"]
+
+
+@dataclass
+class HiddenAlignFlags:
+    """Flags of Hidden-Align."""
+
+    hidden_align_coef: float = flag(
+        0.0,
+        "Weight of an auxiliary loss that aligns the hidden states before the answers of the correct completions "
+        "of a prompt; 0 is off. A reconstruction of https://huggingface.co/papers/2606.03234, without code to "
+        "compare with.",
+        range="[0, inf)",
+    )
+    hidden_align_marker: str | None = flag(
+        None,
+        "Text before which `hidden_align_coef` takes the hidden state. Defaults to what `answer_extractor` looks for.",
+    )
+    hidden_align_all_correct: bool = flag(
+        False, "Whether `hidden_align_coef` aligns groups with correct completions only too, which have no advantage."
+    )
+
+
+def _rules(config: Any) -> Iterator[str]:
+    if config.hidden_align_coef > 0 and config.correct_reward is None:
+        yield (
+            f"`hidden_align_coef: {config.hidden_align_coef}` aligns correct completions. Set `correct_reward` to "
+            "the name of the reward function that says which are."
+        )
+    if config.hidden_align_marker == "":
+        yield (
+            "`hidden_align_marker` is empty, and a hidden state is taken before it. Write the text with which "
+            "answers begin."
+        )
+    for name, default in (("hidden_align_marker", None), ("hidden_align_all_correct", False)):
+        if config.hidden_align_coef == 0 and getattr(config, name) != default:
+            yield (
+                f"`{name}: {getattr(config, name)}` has no effect with `hidden_align_coef: 0.0`. Set the weight, or "
+                "remove it."
+            )
+
+
+def _warnings(config: Any) -> Iterator[str]:
+    once = config.steps_per_generation in (None, config.gradient_accumulation_steps)
+    if config.hidden_align_coef > 0 and (config.num_iterations > 1 or not once):
+        yield (
+            "`hidden_align_coef` aligns with states of the policy that wrote the completions, and here it takes "
+            "several steps on them: the gradient is exact in the first only."
+        )
+
+
+METHOD = Method(
+    key="hidden_align",
+    name="Hidden-Align",
+    paper=Paper(
+        "2606.03234",
+        "Right Makes Might: Aligning Verified Hidden States Empowers RL Reasoning",
+        "Ziyue Wang, Aomufei Yuan, Yongfu Zhu, Shuai Dong, Wenpu Liu, Yiran Yao, Weichu Xie, Yuqi Xu, Caoyuan Ma,"
+        " Wenqi Shao, Xiaoying Zhang, Nan Duan, Jiaqi Wang",
+    ),
+    summary="An auxiliary loss beside GRPO that pulls together the hidden states from which the correct "
+    "completions of a prompt go on to their answer; reconstructed from the abstract.",
+    flags=HiddenAlignFlags,
+    rules=_rules,
+    warnings=_warnings,
+    metrics=(
+        Metric("hidden_align/cosine", "cosine between aligned completions of a prompt", "[-1, 1]", "higher"),
+        Metric("hidden_align/cosine_across", "cosine between aligned completions of different prompts", "[-1, 1]"),
+        Metric("hidden_align/aligned", "share of completions that are aligned", "[0, 1]"),
+    ),
+)
 
 
 def hidden_align(states: torch.Tensor, aligned: torch.Tensor, group_size: int) -> torch.Tensor:

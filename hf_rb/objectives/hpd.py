@@ -19,12 +19,31 @@ Signs are taken from log p - log q, because k underflows to 0 for improbable tok
 Shapes: logits `(..., V)`, labels and samples `(...)`; float32.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
+from hf_rb.methods import Metric, ObjectiveMethod, Paper, flag
+from hf_rb.objectives.objective import Objective, Tokens, given, log_prob, monitored
+from hf_rb.objectives.token_rule import Term
 
-__all__ = ["hpd_loss", "hpd_rule", "hpd_weights", "inverse_cdf_sample"]
+
+__all__ = ["HPD", "HpdFlags", "hpd_loss", "hpd_rule", "hpd_weights", "inverse_cdf_sample"]
 
 _FLOOR = -87.0
+
+
+@dataclass
+class HpdFlags:
+    """Flags of `objective: hpd`."""
+
+    hpd_sample: bool = flag(
+        True, "Whether HPD draws a token from the student at every position; `False` is the paper's ablation."
+    )
+    hpd_reinforce: bool = flag(
+        True, "Whether HPD sends the mass taken from the drawn token to the label; `False` is the paper's ablation."
+    )
 
 
 def hpd_weights(
@@ -151,3 +170,65 @@ def inverse_cdf_sample(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Ten
     # u times the total can round up to the total, which no token's cumulative sum exceeds.
     target = torch.minimum(uniforms.to(total).unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+class HPD(Objective):
+    """HPD as an objective. Reads `tokens["labels"]` and `tokens["uniforms"]`."""
+
+    method = ObjectiveMethod(
+        key="hpd",
+        name="HPD",
+        paper=Paper(
+            "2604.20244",
+            "Hybrid Policy Distillation for LLMs",
+            "Wenhong Zhu, Ruobing Xie, Rui Wang, Pengfei Liu",
+        ),
+        summary="Distillation on fixed text that also draws one token from the student at every position and lowers "
+        "it where the student overrates it.",
+        flags=HpdFlags,
+        completions="dataset",
+        because="it trains on the completions of the dataset",
+        metrics=(
+            Metric("hpd/label_weight", "HPD weight of the label", stat="hpd_w_label", extremes=True),
+            Metric("hpd/sample_weight", "HPD weight of the draw", "(-inf, 0]", stat="hpd_w_sample", extremes=True),
+            Metric(
+                "hpd/overestimated_fraction", "share of labels that HPD lowers", "[0, 1]", stat="hpd_overestimated"
+            ),
+            Metric("hpd/suppressed_fraction", "share of lowered draws", "[0, 1]", stat="hpd_suppressed"),
+            Metric(
+                "hpd/reinforced_fraction",
+                "share of tokens where the label gets what is taken from the draw",
+                "[0, 1]",
+                stat="hpd_reinforced",
+            ),
+        ),
+    )
+    flags: HpdFlags
+    draws = True
+    vanishes = False
+
+    def __init__(self, monitor: bool = True, **flags: Any):
+        super().__init__(**flags)
+        self.monitor = monitor
+
+    def __call__(
+        self, log_q: torch.Tensor, log_p: torch.Tensor | None, log_probs: torch.Tensor, tokens: Tokens
+    ) -> Term:
+        labels, log_p, flags = tokens["labels"], given(log_p), self.flags
+        more = monitored(log_q, log_p, log_probs) if self.monitor else {}
+        samples = inverse_cdf_sample(log_q.exp(), tokens["uniforms"])
+        loss, values, stats = hpd_rule(log_q, log_p, labels, samples, flags.hpd_sample, flags.hpd_reinforce)
+        # The branches: the label's probability is too high; so is that of the drawn token; what is taken goes to the
+        # label.
+        stats["hpd_overestimated"] = stats["hpd_w_label"] < 0
+        if flags.hpd_sample:
+            stats["hpd_suppressed"] = stats["hpd_w_sample"] < 0
+        if flags.hpd_sample and flags.hpd_reinforce:
+            stats["hpd_reinforced"] = (stats["hpd_w_label"] > 0) & stats["hpd_suppressed"]
+        stats |= {"nll": -log_prob(log_probs, labels), **more}
+        return Term(loss, None, torch.stack([labels, samples], dim=-1), values.T, stats)
+
+    def dense(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        samples = inverse_cdf_sample(student_logits.detach().float().log_softmax(-1).exp(), tokens["uniforms"])
+        sample, reinforce = self.flags.hpd_sample, self.flags.hpd_reinforce
+        return hpd_loss(student_logits, teacher_logits, tokens["labels"], samples, sample, reinforce)

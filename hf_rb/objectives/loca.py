@@ -15,10 +15,64 @@ the label; a cache stores the most probable token and the label, so that s is ex
 Shapes: probabilities `(..., V)`, labels `(...)`; float32.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
+from hf_rb.methods import Method, Metric, Paper, flag
+from hf_rb.objectives.mixing import label_rules
 
-__all__ = ["loca_calibrate", "loca_scale"]
+
+__all__ = ["LocaFlags", "loca_calibrate", "loca_scale"]
+
+
+@dataclass
+class LocaFlags:
+    """Flags of LoCa."""
+
+    loca_alpha: float | None = flag(
+        None,
+        "Switches LoCa (https://huggingface.co/papers/2409.04778) on: where the teacher prefers another token to "
+        "the label, its distribution is calibrated so that the label wins by `1 - loca_alpha`. Needs `lmbda=0`.",
+        range="(0, 1]",
+    )
+
+
+def _rules(config: Any) -> Iterator[str]:
+    if config.loca_alpha is None:
+        return
+    yield from label_rules(config, "loca_alpha")
+    if config.seq_kd:
+        yield (
+            f"`loca_alpha: {config.loca_alpha}` corrects the teacher by the labels of the dataset, and with `seq_kd: "
+            "true` the labels are the teacher's own. Remove one of the two."
+        )
+
+
+METHOD = Method(
+    key="loca",
+    name="LoCa",
+    paper=Paper(
+        "2409.04778",
+        "LoCa: Logit Calibration for Knowledge Distillation",
+        "Runming Yang, Taiqiang Wu, Yujiu Yang",
+    ),
+    summary="Distillation from a teacher that is calibrated wherever it prefers another token to the label, so that "
+    "the label wins by a small margin.",
+    flags=LocaFlags,
+    rules=_rules,
+    metrics=(
+        Metric("loca/scale", "LoCa scale", "(0, 1]", stat="loca_scale"),
+        Metric(
+            "loca/corrected_fraction",
+            "share of tokens where LoCa calibrates the teacher",
+            "[0, 1]",
+            stat="loca_corrected",
+        ),
+    ),
+)
 
 
 def loca_scale(top: torch.Tensor, label: torch.Tensor, alpha: float = 0.95) -> torch.Tensor:

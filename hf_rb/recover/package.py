@@ -14,6 +14,7 @@ from hf_rb.hub import ModelCardData, Result, write_model_card
 from hf_rb.io.files import atomic_folder
 from hf_rb.io.model_folder import copy_companions
 from hf_rb.io.resumable import write_json
+from hf_rb.methods.registry import methods
 from hf_rb.quantizers.folders.quantize import describe
 from hf_rb.recover.config import RecoverConfig
 from hf_rb.recover.measuring import ADAPTER
@@ -22,10 +23,16 @@ from hf_rb.recover.report import RecoverReport
 
 __all__ = ["merged_model", "write_package"]
 
-METHODS_OF_OBJECTIVE = {"forward_kl": ["llm_neo"], "akl": ["akl"], "hpd": ["hpd"], "sft": []}
 SUMMARIES = {
     "llm_neo": "Distillation into LoRA; here by the forward KL alone, from the model itself in full precision.",
 }
+
+
+def _methods(objective: str) -> list[str]:
+    """Returns the methods of a card: that of the objective, which trains an adapter."""
+    if objective == "forward_kl":
+        return ["llm_neo"]
+    return [objective] if objective != "sft" and methods("objective")[objective].method.paper else []
 
 
 def merged_model(base: Path, trained: Path, destination: Path, dtype: str) -> None:
@@ -53,7 +60,7 @@ def write_package(
         write_json(folder / "report.json", report.to_dict())
         card = ModelCardData(
             name,
-            [*packed, *METHODS_OF_OBJECTIVE[config.objectives[0]], "recover"],
+            [*packed, *_methods(config.objectives[0]), "recover"],
             base_model=config.model_name_or_path,
             hyperparameters={
                 "quantization_config": quantization["hyperparameters"],

@@ -16,6 +16,7 @@ from hf_rb.io.model_folder import companions
 from hf_rb.io.resumable import file_stamps, write_json
 from hf_rb.io.texts import read_texts
 from hf_rb.io.weight_files import find_weights
+from hf_rb.methods.registry import find
 from hf_rb.quantizers import quantize
 from hf_rb.quantizers.folders.quantize import open_source
 from hf_rb.recover import failures
@@ -325,11 +326,11 @@ def _calibration_stamp(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _title(config: dict[str, Any]) -> str:
-    if config["quant_method"] == "ptqtp":
-        planes = config.get("planes", 2)
-        return f"PTQTP, {planes} plane{'s' * (planes > 1)}"
-    data = ", without data" if config.get("backend") == "rtn" else ""
-    return f"D²Quant, {config.get('bits', 2)} bits{data}"
+    method = find("quantizer", config["quant_method"]).method
+    data = ", without data" if method.uncalibrated and not method.is_calibrated(config) else ""
+    number = config.get(method.unit, getattr(method.config_class(), method.unit, None)) if method.unit else None
+    units = f", {number} {method.unit.removesuffix('s' * (number == 1))}" if number else ""
+    return f"{method.name}{units}{data}"
 
 
 def _name(data: str) -> str:

@@ -176,7 +176,7 @@ def step_format_reward(completions: list, answer_extractor: Extractor = boxed_an
     Returns 1.0 for every completion with at least one `### Step N:` header and an answer, right or wrong, else 0.0:
     the format that SRaR asks for (https://huggingface.co/papers/2605.17291).
     """
-    from hf_rb.advantages.srar import STEP_HEADER
+    from hf_rb.advantages.solution_steps import STEP_HEADER
 
     texts = map(completion_text, completions)
     return [float(STEP_HEADER.search(text) is not None and answer_extractor(text) is not None) for text in texts]

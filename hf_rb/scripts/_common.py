@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,12 +23,15 @@ from transformers.utils import is_torch_xla_available
 from hf_rb import tiny
 from hf_rb.io.data_files import BUILDERS, file_problem
 from hf_rb.io.model_folder import check_model
+from hf_rb.methods.recipes import KEYS, flatten
+from hf_rb.methods.registry import allow
 from hf_rb.ops.packing import LeakingPacking
+from hf_rb.trainers.common.configs import with_flags_of
 from hf_rb.trainers.common.routers import add_router_doctor
 from hf_rb.trainers.common.token_samples import add_token_samples
 from hf_rb.trainers.distillation.rules import only_gkd
 from hf_rb.utils.devices import cpu_arguments
-from hf_rb.utils.fields import described
+from hf_rb.utils.fields import documented, flag
 from hf_rb.utils.renamed import former_key, nearest_key
 
 
@@ -46,42 +49,24 @@ __all__ = [
 ]
 
 
+@documented
 @dataclass
 class ScriptArguments(trl.ScriptArguments):
-    """
-    TRL's script arguments, and:
+    """TRL's script arguments, and ours."""
 
-    Args:
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether a model and checkpoints that `output_dir` already holds are deleted when training starts.
-        token_samples (`bool`, *optional*, defaults to `True`):
-            Whether to write what a method does to the tokens of the first 16 sequences of the training data into
-            `output_dir`, as text and numbers, for `hf-rb report`.
-        router_doctor (`str`, *optional*):
-            What is logged of a mixture's routers, for `hf-rb report` and the trackers: `"mean"`, the mean over the
-            layers of load, dead experts, entropies and λ, or `"layers"`, every layer's too.
-    """
-
-    overwrite: bool = field(
-        default=False,
-        metadata=described(
-            "Whether a model and checkpoints that `output_dir` already holds are deleted when training starts."
-        ),
+    overwrite: bool = flag(
+        False, "Whether a model and checkpoints that `output_dir` already holds are deleted when training starts."
     )
-    token_samples: bool = field(
-        default=True,
-        metadata=described(
-            "Whether to write what a method does to the tokens of the first 16 sequences of the training data into "
-            "`output_dir`, as text and numbers, for `hf-rb report`."
-        ),
+    token_samples: bool = flag(
+        True,
+        "Whether to write what a method does to the tokens of the first 16 sequences of the training data into "
+        "`output_dir`, as text and numbers, for `hf-rb report`.",
     )
-    router_doctor: str | None = field(
-        default=None,
-        metadata=described(
-            "What is logged of a mixture's routers, for `hf-rb report` and the trackers: `mean`, the mean over the "
-            "layers of load, dead experts, entropies and λ, or `layers`, every layer's too.",
-            choices=["mean", "layers"],
-        ),
+    router_doctor: str | None = flag(
+        None,
+        "What is logged of a mixture's routers, for `hf-rb report` and the trackers: `mean`, the mean over the "
+        "layers of load, dead experts, entropies and λ, or `layers`, every layer's too.",
+        choices=["mean", "layers"],
     )
 
 
@@ -142,6 +127,7 @@ class RecipeParser(trl.TrlParser):
     """
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
+        values = flatten(values)
         for action in self._actions:
             value = values.get(action.dest)
             is_scalar = isinstance(value, str | int | float) and not isinstance(value, bool)
@@ -183,17 +169,19 @@ def parse(parser: trl.TrlParser, argv: Sequence[str] | None = None) -> tuple:
     Raises:
         ValueError: A key or an argument is unknown; the message names the nearest known one.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = _allow_local_code(sys.argv[1:] if argv is None else argv)
     argv = [part for item in argv for part in (item.split("=", 1) if item.startswith("--config=") else [item])]
-    known = [field.name for dataclass_type in parser.dataclass_types for field in fields(dataclass_type) if field.init]
     recipe: Any = {}
-    if "--config" in argv[:-1]:
-        path = argv[argv.index("--config") + 1]
+    path = argv[argv.index("--config") + 1] if "--config" in argv[:-1] else ""
+    if path:
         with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)
         if not isinstance(recipe, dict):
             recipe = {}  # the parser refuses it
-        _refuse_unknown(recipe, [*known, "env"], path)
+    recipe = flatten(recipe)
+    parser = _with_flags_of(parser, recipe | _named_methods(argv))
+    known = [field.name for dataclass_type in parser.dataclass_types for field in fields(dataclass_type) if field.init]
+    _refuse_unknown(recipe, [*known, "env"], path)
     if not (torch.accelerator.is_available() or is_torch_xla_available()) and (added := _for_cpu(argv, recipe)):
         argv = [*argv, *added]
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -203,6 +191,33 @@ def parse(parser: trl.TrlParser, argv: Sequence[str] | None = None) -> tuple:
         flags = [argument.removeprefix("--").partition("=")[0] for argument in rest if argument.startswith("--")]
         _refuse_unknown(flags or rest, known, "the command line")
     return tuple(parsed)
+
+
+def _named_methods(argv: Sequence[str]) -> dict[str, Any]:
+    """Returns the methods that the command line names, by key."""
+    keys = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for key, kind in KEYS.items():
+        keys.add_argument(f"--{key}", nargs="+" if kind == "shaper" else None, default=argparse.SUPPRESS)
+    return vars(keys.parse_known_args(argv)[0])
+
+
+def _with_flags_of(parser: trl.TrlParser, values: dict[str, Any]) -> trl.TrlParser:
+    """Returns a parser that also knows the flags of the methods of other packages that values name."""
+    types = tuple(with_flags_of(one, values) for one in parser.dataclass_types)
+    if types == tuple(parser.dataclass_types):
+        return parser
+    return RecipeParser(types, prog=parser.prog, allow_abbrev=False)
+
+
+def _allow_local_code(argv: Sequence[str]) -> list[str]:
+    """Notes what the command line allows to be imported; returns the other arguments. No key of a recipe can say
+    this.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--allow_local_code", action="append", default=[])
+    known, rest = parser.parse_known_args(argv)
+    allow(known.allow_local_code)
+    return rest
 
 
 def _for_cpu(argv: Sequence[str], recipe: dict[str, Any]) -> list[str]:

@@ -20,50 +20,35 @@ A recipe may name code, `module:attribute`, as a reward function or as a shaper.
 line names it too: `--allow_local_code module:attribute`, as often as needed.
 """
 
-import argparse
 import inspect
-import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import trl
 
 from hf_rb import GRPOConfig, GRPOTrainer
-from hf_rb.methods.registry import LOCAL
 from hf_rb.rl.rewards import build_reward, reward_problem
 from hf_rb.scripts import _common
-from hf_rb.utils.fields import described
+from hf_rb.utils.fields import documented, flag
 
 
 __all__ = ["GRPOScriptArguments", "build", "main", "make_parser", "prepare"]
 
 
+@documented
 @dataclass
 class GRPOScriptArguments(_common.ScriptArguments):
-    """
-    The script arguments of every trainer, and:
+    """Script arguments of every trainer, and those of GRPO."""
 
-    Args:
-        reward_funcs (`list[str]`, *optional*):
-            Reward functions: keys of `hf_rb.rewards.REWARDS`, or `module:attribute` of code that
-            `--allow_local_code` allows.
-        reward_model_name_or_path (`str`, *optional*):
-            Reward model, a Hub id or a folder. It comes before the functions.
-    """
-
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata=described(
-            "Reward functions: `exact_answer_reward`, `math_accuracy_reward`, `answer_format_reward`, "
-            "`step_format_reward`, `search_f1`, those of TRL's script, or `module:attribute` of code that "
-            "`--allow_local_code` allows."
-        ),
+    reward_funcs: list[str] | None = flag(
+        None,
+        "Reward functions: `exact_answer_reward`, `math_accuracy_reward`, `answer_format_reward`, "
+        "`step_format_reward`, `search_f1`, those of TRL's script, or `module:attribute` of code that "
+        "`--allow_local_code` allows.",
     )
-    reward_model_name_or_path: str | None = field(
-        default=None,
-        metadata=described("Reward model, a Hub id or a folder. It comes before the functions of `reward_funcs`."),
+    reward_model_name_or_path: str | None = flag(
+        None, "Reward model, a Hub id or a folder. It comes before the functions of `reward_funcs`."
     )
 
 
@@ -74,7 +59,7 @@ def make_parser() -> trl.TrlParser:
 
 def prepare(argv: Sequence[str] | None = None) -> tuple:
     """Reads the arguments and the data; everything that can be wrong before a model is loaded is found here."""
-    script_args, args, model_args, mixture = _common.read(make_parser(), _allow_local_code(argv))
+    script_args, args, model_args, mixture = _common.read(make_parser(), argv)
     if not script_args.reward_funcs and not script_args.reward_model_name_or_path:
         raise ValueError("There is no reward. Set `reward_funcs`, such as `reward_funcs: [exact_answer_reward]`.")
     functions = _reward_functions(script_args, args)
@@ -91,23 +76,6 @@ def prepare(argv: Sequence[str] | None = None) -> tuple:
                     f"{' and '.join(f'`{column}`' for column in missing)}."
                 )
     return script_args, args, model_args, mixture, splits
-
-
-def _allow_local_code(argv: Sequence[str] | None) -> list[str]:
-    """Notes what the command line allows to be imported; returns the other arguments. No key of a recipe can say
-    this.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--allow_local_code", action="append", default=[])
-    known, rest = parser.parse_known_args(argv)
-    for name in known.allow_local_code:
-        module, _, attribute = name.partition(":")
-        if not module or not attribute:
-            raise ValueError(f"`--allow_local_code {name}` is not of the form `module:attribute`.")
-    LOCAL.update(known.allow_local_code)
-    if known.allow_local_code and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    return rest
 
 
 def _reward_functions(script_args: GRPOScriptArguments, args: GRPOConfig) -> list[Callable]:

@@ -16,7 +16,7 @@ accelerate launch -m hf_rb.scripts.sft \
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,49 +25,33 @@ from transformers import AutoTokenizer
 
 from hf_rb import SFTConfig, SFTTrainer, tiny
 from hf_rb.scripts import _common
-from hf_rb.utils.fields import described
+from hf_rb.utils.fields import documented, flag
 from hf_rb.weights.rules import graft_rules
 
 
 __all__ = ["SFTScriptArguments", "build", "main", "make_parser", "prepare"]
 
 
+@documented
 @dataclass
 class SFTScriptArguments(_common.ScriptArguments):
-    """
-    The script arguments of every trainer, and those of Shadow-FT (https://huggingface.co/papers/2505.12716):
+    """Script arguments of every trainer, and those of Shadow-FT (https://huggingface.co/papers/2505.12716)."""
 
-    Args:
-        graft_onto (`str`, *optional*):
-            Instruct model that gets what the model in training, its Base, has learned. Base is trained with its
-            tokenizer and chat template.
-        graft_output_dir (`str`, *optional*):
-            Folder for the grafted model. Defaults to `grafted` in `output_dir`.
-        graft_include (`str`, *optional*):
-            Tensors that get their delta: `linear`, `all` or a regular expression. Defaults to `linear`, with adapters
-            to all that they adapt.
-        graft_dtype (`str`, *optional*):
-            Type of the grafted model. Defaults to that of the Instruct model; in 16 bits small deltas are rounded
-            away.
-    """
-
-    graft_onto: str | None = field(
-        default=None,
-        metadata=described(
-            "Instruct model that gets what its Base has learned, and whose tokenizer Base is trained with."
-        ),
+    graft_onto: str | None = flag(
+        None,
+        "Instruct model that gets what the model in training, its Base, has learned. Base is trained with its "
+        "tokenizer and chat template.",
     )
-    graft_output_dir: str | None = field(
-        default=None, metadata=described("Folder for the grafted model (default: `grafted` in `output_dir`).")
+    graft_output_dir: str | None = flag(None, "Folder for the grafted model. Defaults to `grafted` in `output_dir`.")
+    graft_include: str | None = flag(
+        None,
+        "Tensors that get their delta: `linear`, `all` or a regular expression. Defaults to `linear`, with "
+        "adapters to all that they adapt.",
     )
-    graft_include: str | None = field(
-        default=None, metadata=described("Tensors that get their delta: `linear`, `all` or a regular expression.")
-    )
-    graft_dtype: str | None = field(
-        default=None,
-        metadata=described(
-            "Type of the grafted model (default: the Instruct model's).", choices=("float32", "bfloat16", "float16")
-        ),
+    graft_dtype: str | None = flag(
+        None,
+        "Type of the grafted model. Defaults to that of the Instruct model; in 16 bits small deltas are rounded away.",
+        choices=("float32", "bfloat16", "float16"),
     )
 
 

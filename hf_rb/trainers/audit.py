@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,7 +14,7 @@ from hf_rb.ops import lm_head
 from hf_rb.ops.backbone import model_inputs, width_of
 from hf_rb.ops.sequences import Sequences
 from hf_rb.teachers import CachedTeacher, LocalTeacher, cache_teacher
-from hf_rb.trainers.common.distilling import dense_losses, log_prob
+from hf_rb.trainers.common.distilling import compared_rows
 from hf_rb.trainers.common.gopd import RoutedTeacher, copy_of
 from hf_rb.trainers.distillation.trainer import DistillationTrainer, loss_mask, whole_sequences
 from hf_rb.trainers.gkd.trainer import GKDTrainer
@@ -90,7 +90,7 @@ def audit(
         differences["balance loss"] = _balance_losses(trainer, paths, kept)
     if captured is not None:
         differences["cache of all tokens"] = _cache_of_all_tokens(trainer, captured, kept)
-    if trainer.args.objective != "hpd":
+    if trainer.objective.vanishes:
         paths.make_student_its_teacher()
         for batch, scale in zip(kept, largest, strict=True):
             loss, gradient = _loss_and_gradient(trainer, paths.loss, [paths.seen_by_student(batch)])
@@ -201,8 +201,7 @@ class _Paths:
         trainer.teacher = twin
         if trainer.reference is not None:
             trainer.reference = twin
-        if hasattr(trainer._rule, "kd_alpha"):  # of the divergence alone
-            trainer._rule = replace(trainer._rule, kd_alpha=1.0, loca_alpha=None)
+        trainer.objective = trainer.objective.alone()
 
 
 def _paths(trainer: Any) -> _Paths:
@@ -282,7 +281,7 @@ class _CachedPaths(_GkdPaths):
         log_q, log_p = _on_events(logits[:, : trainer.teacher.vocabulary], events)
         if log_p.shape[-1] > events.ids.shape[-1]:
             tokens["rest"] = events.rest
-        losses = dense_losses(trainer._rule, log_q, log_p, tokens)
+        losses = trainer.objective.dense(log_q, log_p, tokens)
         return (trainer._weights(keep, batch["items"].clamp(min=1)) * losses).sum()
 
 
@@ -310,7 +309,7 @@ class _DistillationPaths(_Paths):
         return self.trainer.compute_loss(self.trainer.model, batch)
 
     def dense(self, batch: Batch) -> torch.Tensor:
-        trainer, args = self.trainer, self.trainer.args
+        trainer = self.trainer
         mask = loss_mask(batch)
         shared = slice(trainer.teacher.vocabulary)
         length = batch["completion_ids"].shape[1]
@@ -322,18 +321,12 @@ class _DistillationPaths(_Paths):
         rows = chosen(trainer.model(**whole_sequences(batch, "prompt"), use_cache=False).logits)
         teacher_rows = self._teacher_rows(whole_sequences(batch, prompt), batch, chosen, mask)
         tokens = {"labels": batch["completion_ids"][mask]}
-        if args.objective == "gopd":
-            reference_rows = None
-            if trainer.reference is not None:
-                prompt = "prompt" if trainer.reference_is_start else prompt
-                reference_rows = chosen(trainer.reference.logits(whole_sequences(batch, prompt)))
-            if not args.gopd_full_vocab:
-                tokens["teacher_logp"] = log_prob(teacher_rows, tokens["labels"])
-                if reference_rows is not None:
-                    tokens["reference_logp"] = log_prob(reference_rows, tokens["labels"])
-            elif reference_rows is not None:
-                teacher_rows = args.reward_scale * teacher_rows + (1 - args.reward_scale) * reference_rows
-        losses = dense_losses(trainer._rule, rows, teacher_rows, tokens)
+        reference_rows = None
+        if trainer.reference is not None:
+            prompt = "prompt" if trainer.reference_is_start else prompt
+            reference_rows = chosen(trainer.reference.logits(whole_sequences(batch, prompt)))
+        teacher_rows = compared_rows(trainer.objective, teacher_rows, reference_rows, tokens)
+        losses = trainer.objective.dense(rows, teacher_rows, tokens)
         weights = trainer._token_weights(mask, batch, batch["num_items_in_batch"] / trainer.accelerator.num_processes)
         return (weights[mask] * losses).sum()
 

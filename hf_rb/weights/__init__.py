@@ -1,6 +1,4 @@
-"""Models made from models, without training: interpolation, Shadow-FT's graft and Timber, file by file over
-safetensors.
-"""
+"""Models made from models, without training, file by file over safetensors."""
 
 from typing import TYPE_CHECKING
 
@@ -11,6 +9,7 @@ if TYPE_CHECKING:
     from hf_rb.weights.adapters import adapter_problems, combine_adapters
     from hf_rb.weights.callback import GraftCallback
     from hf_rb.weights.interpolation import interpolate, interpolate_tensors
+    from hf_rb.weights.merging import merge_models
     from hf_rb.weights.report import MergeReport, TensorReport
     from hf_rb.weights.shadow_ft import graft, graft_tensors, sigma
     from hf_rb.weights.timber import effective_rank, refine, refine_tensors
@@ -26,6 +25,7 @@ __all__ = [
     "graft_tensors",
     "interpolate",
     "interpolate_tensors",
+    "merge_models",
     "refine",
     "refine_tensors",
     "sigma",

@@ -244,22 +244,18 @@ def combine_adapters(
         [`MergeReport`] with the norms `wanted` of the sum and `error` of what a smaller rank has lost of it.
 
     Raises:
-        FileExistsError: The destination is not empty and `overwrite` is `False`.
-        FileNotFoundError: There is no such adapter.
+        FileExistsError, FileNotFoundError: As [`merge_models`].
         ValueError: An adapter is no plain LoRA, they are of different models, or the destination holds one of them.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` is {rank}; write 1 or more, or leave it out to keep all of both.")
     opened = [Adapter(find_model(str(name), adapter=True), str(name)) for name in adapters]
     bases = {adapter.config.get("base_model_name_or_path") for adapter in opened}
-    if len(bases) > 1:
-        raise ValueError(
-            f"The adapters are of different models: {', '.join(sorted(map(str, bases)))}. Their deltas cannot be "
-            "added."
-        )
-    layouts = {bool(adapter.config.get("fan_in_fan_out")) for adapter in opened}
-    if len(layouts) > 1:
-        raise ValueError("The adapters differ in `fan_in_fan_out`: they are of different models.")
+    layouts = {f"fan_in_fan_out: {bool(adapter.config.get('fan_in_fan_out'))}" for adapter in opened}
+    for found in (bases, layouts):
+        if len(found) > 1:
+            names = ", ".join(sorted(map(str, found)))
+            raise ValueError(f"The adapters are of different models: {names}. Their deltas cannot be added.")
     report = MergeReport(
         "interpolation",
         {f"adapter {number}": adapter.public_name for number, adapter in enumerate(opened, start=1)},
@@ -324,7 +320,7 @@ def write_adapter(
         _write_rest(folder, destination.name, first, config, report)
 
 
-def retarget(adapter: Adapter, source: Source, destination: str | Path, overwrite: bool) -> None:
+def retarget(adapter: Adapter, source: Source, destination: str | Path, overwrite: bool) -> MergeReport:
     """Writes an adapter as one of another model, for which it must fit."""
     adapter.weights_of(source)
     check_apart(adapter.folder, Path(destination))
@@ -334,6 +330,7 @@ def retarget(adapter: Adapter, source: Source, destination: str | Path, overwrit
         shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
         copy_companions(source.folder, folder)
         _write_rest(folder, Path(destination).name, adapter, config, report)
+    return report
 
 
 def _write_rest(folder: Path, name: str, adapter: Adapter, config: dict[str, Any], report: MergeReport) -> None:

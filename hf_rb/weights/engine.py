@@ -28,9 +28,11 @@ from hf_rb.io.files import check_replaceable, publish_folder
 from hf_rb.io.model_folder import check_apart, copy_companions, public_name
 from hf_rb.io.resumable import STATE, finish, partial_folder, unfinished, write_json
 from hf_rb.io.safetensors import TensorFile, read_header, write_index
+from hf_rb.methods.registry import catalog
 from hf_rb.utils.progress import tqdm
 from hf_rb.weights.journal import Journal
-from hf_rb.weights.operation import Job, Operation, Options
+from hf_rb.weights.operation import Job, Operation
+from hf_rb.weights.options import Options
 from hf_rb.weights.plan import MergePlan
 from hf_rb.weights.report import MergeReport, TensorReport
 from hf_rb.weights.source import Source, holds_own_head, says_tied
@@ -45,16 +47,8 @@ SYNC_BYTES, SYNC_SECONDS = 1 << 26, 10.0
 
 
 def merge(operation: Operation, sources: Sequence[Source], destination: str | Path, options: Options) -> MergeReport:
-    """
-    Runs an operation over the files of its models, the receiving one first.
-
-    Returns:
-        [`MergeReport`]
-
-    Raises:
-        FileExistsError: The destination is not empty and `overwrite` is `False`.
-        ValueError: The models do not fit together, a weight is NaN or infinite, the destination holds one of the
-            models, or the unfinished work beside it is another one.
+    """Runs an operation over the files of its models, the receiving one first. Returns and raises as
+    [`~hf_rb.weights.merge_models`].
     """
     started = time.monotonic()
     destination = Path(destination).resolve()
@@ -140,8 +134,8 @@ class _Writer:
                 for key, value in piece.sums.items():
                     sums[key] += value
                 if piece.row or count == weights:
-                    suffix, values = piece.row or ("", {})
-                    rows.append(TensorReport(job.name + suffix, count, measured=self._measured(sums) | values))
+                    measured = self._measured(sums) | dict(piece.values)
+                    rows.append(TensorReport(job.name + (piece.row or ""), count, measured=measured))
                     weights, count, sums = weights - count, 0, Counter()
         except ValueError as error:
             raise ValueError(f"{job.name}: {error}") from error
@@ -160,11 +154,11 @@ class _Writer:
 
     def report(self, journal: Journal) -> MergeReport:
         return MergeReport(
-            self.plan.operation.method,
+            self.plan.operation.method.key,
             {source.role: public_name(source.name) for source in self.plan.sources},
-            self.plan.files_from,
+            self.plan.giver.role,
             {
-                "include": self.plan.options.include,
+                "include": self.plan.include,
                 "mismatch": self.plan.options.mismatch,
                 **self.plan.operation.options(),
             },
@@ -184,7 +178,7 @@ class _Writer:
             shown = report.models | report.options | ({} if lam is None else {"lambda": lam})
             card = ModelCardData(
                 name if lam is None else one.name,
-                [self.plan.operation.method],
+                [key for key in [self.plan.operation.method.key] if key in catalog()],
                 base_model=[source.name for source in self.plan.sources],
                 hyperparameters={key: value for key, value in shown.items() if value not in (None, {}, "refuse")},
                 tags=["merge"],

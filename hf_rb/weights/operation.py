@@ -1,59 +1,92 @@
-"""Operation on one tensor of a merge. A method is a subclass of [`Operation`], which [`~hf_rb.weights.engine.merge`]
-runs.
+"""Operation on one tensor of a merge. A method is a subclass of [`Operation`] with a record, which
+[`~hf_rb.weights.merge_models`] and `hf-rb merge` run.
 
-An operation that averages two models, as a worked example:
+A merge that averages two models, as a worked example. Another package registers it in the entry-point group
+`hf_rb.merges`, as `average = "its.module:Average"`:
 
 ```python
+from dataclasses import dataclass
+
+from hf_rb.methods import MergeMethod, flag
+from hf_rb.weights import merge_models
+from hf_rb.weights.operation import Operation, Piece, measure, pieces
+
+
+@dataclass
+class AverageFlags:
+    share: float = flag(0.5, "Share of the other model.", range="[0, 1]")
+
+
 class Average(Operation):
-    method = "interpolation"  # key in `hf_rb.hub.METHODS`: what the card says, and its paper
-    # roles: the user says which model gives configuration and tokenizer, where they differ
-    files_from = ("one", "other")
+    method = MergeMethod(
+        key="average",
+        name="Average",
+        summary="The mean of two models.",
+        models={"one": "a model", "other": "another one"},  # `--one MODEL --other MODEL`; the first one receives
+        files_from=("one", "other"),  # the user says which gives configuration and tokenizer, where they differ
+        flags=AverageFlags,  # `--share X`
+    )
 
     def pieces(self, job):
-        other = job.others["other"]  # the receiving model's tensor is `job.entry`
+        share, other = self.flags.share, job.others["other"]  # the receiving model's tensor is `job.entry`
         for ours, theirs in pieces(job.entry, other):  # flat, float32, at most ELEMENTS values each
-            results = [(0.5 * (ours + theirs)).to(job.dtype)]  # one result, as there is no sweep
-            yield Piece(results, measure(ours, ours, theirs, results))
+            results = [((1 - share) * ours + share * theirs).to(job.dtype)]  # one result, as there is no sweep
+            yield Piece(results, measure(ours, results, compared=(ours, theirs)))
 
 
-report = merge(Average(), [Source("one", "a"), Source("other", "b")], "average", Options(include="linear"))
+report = merge_models(Average, {"one": "a", "other": "b"}, "average", share=0.5)
 ```
 
-The first source receives: its tensors, names, shapes and files are those of the result. The engine calls `pieces` for
-every tensor that `include` selects and that both models have, writes the results in the order in which they come, adds
-up their `sums` and takes the root. An operation that makes several results at a time sets `sweep` to their lambdas and
-yields as many results in each piece. One that yields several rows of the report for a tensor, for instance one for
-each expert of a stack, ends each with `Piece.row`. `keeps` copies tensors that the method cannot treat, `dtype` widens
-the result, and `options` and `notes` go into the report.
+The result has the tensors, names, shapes and files of the receiving model. The engine calls `pieces` for every tensor
+that `include` selects and that all models have, writes the results in the order in which they come, adds up their
+`sums` and takes the root. With a flag `lam` (`hf_rb.weights.options.lambda_flag`) a user may give several lambdas:
+each piece then has a result for every one of `self.lams`. An operation that yields several rows of the report for a
+tensor, for instance one for each expert of a stack, ends each with `Piece.row`. `keeps` copies tensors that the method
+cannot treat, `dtype` widens the result, `of_adapters` takes LoRA adapters, and `notes` go into the report.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import reduce
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_rb.io.safetensors import Entry
-from hf_rb.utils.dtypes import WEIGHT_TYPES
-from hf_rb.weights.report import TensorReport
+from hf_rb.methods import MergeMethod
+from hf_rb.methods.rules import defaults_of
+from hf_rb.utils.fields import validate
+from hf_rb.weights.options import Options, check_lambdas
+from hf_rb.weights.report import MergeReport, TensorReport
 
 
-__all__ = [
-    "ELEMENTS",
-    "Job",
-    "Operation",
-    "Options",
-    "Piece",
-    "check_finite",
-    "check_lambdas",
-    "measure",
-    "pieces",
-    "square",
-]
+__all__ = ["ELEMENTS", "Job", "Operation", "Piece", "Request", "check_finite", "measure", "pieces", "square"]
 
 ELEMENTS = 1 << 18  # of a piece: small enough for a processor's cache
+
+
+NoFlags = make_dataclass("NoFlags", [])
+
+
+@dataclass(frozen=True)
+class Request:
+    """
+    Merge that was asked for.
+
+    Attributes:
+        models (`dict[str, str]`): Names as the user wrote them, by role; of several with a number, `"tuned 1"`.
+        adapters (`dict[str, Path]`): Folders of those that are LoRA adapters, by role.
+        destination (`Path`): Folder to write.
+        options (`Options`): Options of every merge.
+    """
+
+    models: dict[str, str]
+    adapters: dict[str, Path]
+    destination: Path
+    options: Options
 
 
 @dataclass(frozen=True)
@@ -74,37 +107,77 @@ class Job:
 class Piece:
     """A flat piece of each result, rounded to the job's type, with what was measured on it.
 
-    `sums` are added up over the pieces of a tensor. `row` ends a row of the report: the name it gets, behind the
-    tensor's, and values that are no sums.
+    `sums` are added up over the pieces of a tensor, and their roots reported. `values` are reported as they are, the
+    last ones of a tensor. `row` ends a row of the report before the tensor ends: its name, behind the tensor's.
     """
 
     results: Sequence[Tensor]
     sums: Mapping[str, Any]
-    row: tuple[str, dict[str, Any]] | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    row: str | None = None
 
 
 class Operation:
     """
     Operation on one tensor. A method is a subclass.
 
+    Args:
+        flags:
+            Values of the method's flags.
+
     Attributes:
-        method (`str`): Key in `hf_rb.hub.METHODS`.
-        files_from (`tuple[str, ...]`): Roles of the models whose configuration, tokenizer and so on the result may
-            get.
+        method (`MergeMethod`): Its record.
+        silent (`tuple[str, ...]`): Flags that do not change what is computed, and that no report needs.
+        flags (`Any`): The flags, an instance of `method.flags`.
+        lams (`tuple[float, ...]`): Lambdas, of a method with the flag `lam`.
         sweep (`tuple[float, ...]`, *optional*): The lambdas of several results; `None` for one result.
+        include (`str`): Pattern of the tensors to change, where the user gives none.
+
+    Raises:
+        ValueError: A flag is out of range.
     """
 
-    method: str
-    files_from: tuple[str, ...]
-    sweep: tuple[float, ...] | None = None
+    method: MergeMethod
+    silent: tuple[str, ...] = ()
+
+    def __init__(self, **flags: Any):
+        self.flags: Any = (self.method.flags or NoFlags)(**flags)
+        self.lams, self.sweep, self.include = (), None, self.method.include
+        validate(self.flags, self.method.rules)
+        for limits in [one.metadata["limits"] for one in fields(self.flags) if "limits" in one.metadata]:
+            self.lams = check_lambdas(self.flags.lam, limits, getattr(self.flags, "extrapolate", None))
+            self.sweep = None if isinstance(self.flags.lam, int | float) else self.lams
+
+    def changed(self) -> list[str]:
+        """Returns the flags that are not at their defaults."""
+        return [name for name, default in defaults_of(self.method).items() if getattr(self.flags, name) != default]
+
+    def of_adapters(self, request: Request) -> "Operation | MergeReport":
+        """Merges adapters, or returns the operation that does it to the other models; of a method that takes some."""
+        raise NotImplementedError
+
+    def check_whole(self, request: Request) -> None:
+        """Raises `ValueError` for options that only models have, where adapters are merged."""
+        options = [name for name in ("include", "files_from", "dtype") if getattr(request.options, name) is not None]
+        flags = [name for name in self.changed() if name not in ("lam", "extrapolate", *self.method.for_adapters)]
+        if idle := [f"`{name}`" for name in (*flags, *options)]:
+            raise ValueError(f"The result is an adapter, which is written as a whole: leave out {' and '.join(idle)}.")
+        if self.sweep is not None:
+            raise ValueError("Adapters take one lambda at a time; give one value.")
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises `ValueError` for flags that do not fit the receiving model, by the names of its tensors."""
 
     def keeps(self, name: str, entry: Entry) -> str | None:
         """Returns the reason for which a tensor that the user has included is copied nevertheless."""
         return None
 
     def dtype(self, entry: Entry, others: Mapping[str, Entry]) -> torch.dtype:
-        """Type of the result."""
-        return entry.dtype
+        """Returns the type of the result. Where it may be either of two models in all but weights, that is the one
+        that holds both: else one of them could not be hit exactly.
+        """
+        types = [others[role].dtype for role in self.method.files_from if role in others]
+        return reduce(torch.promote_types, types, entry.dtype)
 
     def pieces(self, job: Job) -> Iterator[Piece]:
         """Yields the tensor's pieces in order."""
@@ -112,52 +185,13 @@ class Operation:
 
     def options(self) -> dict[str, Any]:
         """Returns the options that were asked for, for the report."""
-        return {}
+        lam = {"lambda": self.lams[0] if self.sweep is None else list(self.lams)} if self.lams else {}
+        shown = [name for name in defaults_of(self.method) if name not in ("extrapolate", *self.silent)]
+        return lam | {name: getattr(self.flags, name) for name in shown if name != "lam" or not lam}
 
     def notes(self, rows: list[TensorReport]) -> list[str]:
         """Returns notes on the result for a user."""
         return []
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of all operations; see [`~hf_rb.weights.interpolate`]."""
-
-    include: str
-    mismatch: str = "refuse"
-    files_from: str | None = None
-    dtype: str | None = None
-    overwrite: bool = False
-    resume: bool = True
-    progress: bool = True
-
-    def __post_init__(self):
-        if self.mismatch not in ("refuse", "skip"):
-            raise ValueError(f"`mismatch` cannot be {self.mismatch!r}; write 'refuse' or 'skip'.")
-        if self.dtype not in (None, *WEIGHT_TYPES):
-            raise ValueError(
-                f"`dtype` cannot be {self.dtype!r}; write 'float32', 'bfloat16' or 'float16', or leave it out."
-            )
-
-
-def check_lambdas(lam: float | Sequence[float], extrapolate: bool) -> tuple[float, ...]:
-    """Returns the lambdas as a tuple.
-
-    Raises:
-        ValueError: There is none, two are equal, or one is outside [0, 1] and `extrapolate` is `False`.
-    """
-    lams = (lam,) if isinstance(lam, int | float) else tuple(lam)
-    if not lams or len({f"{value:g}" for value in lams}) < len(lams):
-        raise ValueError(f"`lam` is {lam!r}: give one value, or several different ones for a sweep.")
-    for value in lams:
-        if not float("-inf") < value < float("inf"):
-            raise ValueError(f"lambda is {value}; write a number in [0, 1].")
-        if not (extrapolate or 0 <= value <= 1):
-            raise ValueError(
-                f"lambda is {value}, which is outside [0, 1] and extrapolates. Write a value in [0, 1], or say that "
-                "it is meant with `extrapolate=True` (`--extrapolate`)."
-            )
-    return lams
 
 
 def pieces(*entries: Entry) -> Iterator[tuple[Tensor, ...]]:
@@ -179,18 +213,22 @@ def check_finite(values: Tensor, where: str) -> None:
         )
 
 
-def measure(receiving: Tensor, one: Tensor, other: Tensor, results: Sequence[Tensor]) -> dict[str, Any]:
-    """Returns the sums behind the norms of [`MergeReport`], `one` and `other` being the models that are compared."""
-    difference = one - other
+def measure(
+    receiving: Tensor, results: Sequence[Tensor], compared: tuple[Tensor, Tensor] | None = None
+) -> dict[str, Any]:
+    """Returns the sums behind the norms of [`MergeReport`], with the difference of two models if they are given."""
     changes = [square(result.to(receiving.dtype).view(-1) - receiving) for result in results]
     if not all(map(isfinite, changes)):
         raise ValueError(
             f'the result is too large for {results[0].dtype}. Write `dtype="float32"` (`--dtype float32`).'
         )
-    return {
-        "norm": square(receiving),
+    sums = {"norm": square(receiving), "change": torch.tensor(changes, dtype=torch.float64)}
+    if compared is None:
+        return sums
+    one, other = compared
+    difference = one - other
+    return sums | {
         "difference": square(difference),
-        "change": torch.tensor(changes, dtype=torch.float64),
         "sigma": difference.abs().sum().item(),
         "absolute": (one.abs().sum() + other.abs().sum()).item(),
     }

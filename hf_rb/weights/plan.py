@@ -12,7 +12,8 @@ from hf_rb.io.model_folder import companions
 from hf_rb.io.resumable import file_stamps
 from hf_rb.io.safetensors import Entry, standard_names
 from hf_rb.io.skeleton import loading_problem
-from hf_rb.weights.operation import Job, Operation, Options
+from hf_rb.weights.operation import Job, Operation
+from hf_rb.weights.options import Options
 from hf_rb.weights.patterns import matcher, select
 from hf_rb.weights.reasons import difference, padding
 from hf_rb.weights.source import EMBEDDINGS, HEADS, TIE, Source, content, some, vocabulary_problem, with_ties_of
@@ -20,6 +21,8 @@ from hf_rb.weights.source import EMBEDDINGS, HEADS, TIE, Source, content, some, 
 
 __all__ = ["MergePlan"]
 
+SKIP = '`mismatch="skip"` (`--mismatch skip`)'
+CHOOSE = "Give models of one shape, choose tensors with `include` (`--include`)"
 # Keys of a configuration that change nothing in what the model computes.
 SILENT = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
@@ -30,11 +33,13 @@ class MergePlan:
     def __init__(self, operation: Operation, sources: Sequence[Source], options: Options):
         self.operation, self.sources, self.options = operation, sources, options
         self.receiver, self.others = sources[0], sources[1:]
+        self.include: str = options.include or operation.include
         self.notes: list[str] = []
         self.untied = False
+        operation.check(self.receiver.entries)
         self._check_architecture()
         self._give_head()
-        included = select(options.include, self.receiver.entries)
+        included = select(self.include, self.receiver.entries)
         self.dropped = self._extra()
         kept = self._kept(included)
         self.shards = [
@@ -42,8 +47,12 @@ class MergePlan:
         ]
         self.names = standard_names(len(self.shards))
         self.files_from = self._files_from()
-        self.giver = next(source for source in sources if source.role == self.files_from)
+        self.giver = self._source(self.files_from)
         self._check_loading()
+
+    def _source(self, role: str) -> Source:
+        """Returns the model of a role, the first one of several."""
+        return next(source for source in self.sources if source.role in (role, f"{role} 1"))
 
     def _refuse(self, problem: str, remedy: str, other: Source | None = None) -> None:
         """Raises, or notes the problem; `other` is a model in which the receiving one does not find its tensors, or
@@ -59,14 +68,13 @@ class MergePlan:
             if (theirs := other.config.get("model_type")) != ours.get("model_type"):
                 self._refuse(
                     f"{self.receiver.role} is a {ours.get('model_type')} model and {other.role} a {theirs} model",
-                    'Give models of one architecture, or `mismatch="skip"` (`--mismatch skip`) to merge the tensors '
-                    "that fit.",
+                    f"Give models of one architecture, or {SKIP} to merge the tensors that fit.",
                 )
 
     def _give_head(self) -> None:
         """Gives a receiving model that ties its head a head of its own, where another model has one that is merged."""
         for other in self.others:
-            for name in filter(matcher(self.options.include), list(other.entries)):
+            for name in filter(matcher(self.include), list(other.entries)):
                 ours = self.receiver.name_of(name) if name.endswith(HEADS) else None
                 if ours and ours.endswith(EMBEDDINGS) and other.own_head(name, ours):
                     self.receiver.untie(name)
@@ -80,13 +88,12 @@ class MergePlan:
         """Names that only other models have."""
         extra = []
         for other in self.others:
-            known = filter(matcher(self.options.include), other.entries)
+            known = filter(matcher(self.include), other.entries)
             names = [name for name in known if self.receiver.name_of(name) is None]
             if names:
                 self._refuse(
                     f"{self.receiver.role} has no {some(names)}, which {other.role} has",
-                    "Give models of one shape, choose tensors with `include` (`--include`), or leave these out with "
-                    '`mismatch="skip"` (`--mismatch skip`).',
+                    f"{CHOOSE}, or leave these out with {SKIP}.",
                     other,
                 )
             extra += names
@@ -104,8 +111,8 @@ class MergePlan:
         if vocabulary and embeddings:
             self._refuse(
                 vocabulary,
-                "Their rows would mix different tokens. Give models with one tokenizer, or "
-                f'`mismatch="skip"` (`--mismatch skip`) to keep the embeddings of {self.receiver.role}.',
+                f"Their rows would mix different tokens. Give models with one tokenizer, or {SKIP} to keep the "
+                f"embeddings of {self.receiver.role}.",
             )
             kept |= dict.fromkeys(embeddings, "another vocabulary")
         for other in self.others:
@@ -119,8 +126,7 @@ class MergePlan:
             if missing:
                 self._refuse(
                     f"{other.role} has no {some(missing)}, which {self.receiver.role} has",
-                    "Give models of one shape, choose tensors with `include` (`--include`), or keep these of "
-                    f'{self.receiver.role} with `mismatch="skip"` (`--mismatch skip`).',
+                    f"{CHOOSE}, or keep these of {self.receiver.role} with {SKIP}.",
                     other,
                 )
                 kept |= dict.fromkeys(missing, f"not in {other.role}")
@@ -130,7 +136,7 @@ class MergePlan:
                     f"{some([*shapes])} differs in shape: {self.receiver.entries[name].shape} in "
                     f"{self.receiver.role}, {shapes[name]} in {other.role}",
                     padding(self.receiver, other, name)
-                    or 'Give models of one shape, or keep what differs with `mismatch="skip"` (`--mismatch skip`).',
+                    or f"Give models of one shape, or keep what differs with {SKIP}.",
                 )
                 kept |= dict.fromkeys(shapes, f"another shape in {other.role}")
         if included <= kept.keys():
@@ -160,8 +166,8 @@ class MergePlan:
 
     def _files_from(self) -> str:
         """Role of the model that everything but the weights comes from."""
-        roles = [source.role for source in self.sources]
-        chosen, choices = self.options.files_from, self.operation.files_from
+        receiver = self.receiver.role
+        chosen, choices = self.options.files_from, self.operation.method.files_from
         if len(choices) == 1:
             return choices[0]
         if chosen is not None and chosen not in choices:
@@ -173,23 +179,21 @@ class MergePlan:
                 f'`files_from="{choices[-1]}"` (`--files-from {choices[-1]}`) or `{choices[0]}`.'
             )
         chosen = chosen or choices[0]
-        if self.skipped and chosen != roles[0]:
+        if self.skipped and chosen != receiver:
             raise ValueError(
-                f"The result has the shapes of {roles[0]}, since tensors that do not fit are skipped; it cannot have "
-                f'the files of {chosen}. Write `files_from="{roles[0]}"` (`--files-from {roles[0]}`).'
+                f"The result has the shapes of {receiver}, since tensors that do not fit are skipped; it cannot have "
+                f'the files of {chosen}. Write `files_from="{receiver}"` (`--files-from {receiver}`).'
             )
         return chosen
 
     def _different_files(self) -> list[str]:
-        ours, theirs = ({file.name: file for file in companions(source.folder)} for source in self.sources)
-        different = [
-            name
-            for name in sorted(ours.keys() | theirs.keys())
-            if not name.startswith(("LICENSE", "NOTICE"))
-            and (name not in ours or name not in theirs or content(ours[name]) != content(theirs[name]))
-        ]
-        configs = [{k: v for k, v in source.config.items() if k not in SILENT} for source in self.sources]
-        return (["config.json"] if configs[0] != configs[1] else []) + different
+        sources = [self._source(role) for role in self.operation.method.files_from]
+        found = [{file.name: file for file in companions(source.folder)} for source in sources]
+        names = [name for name in sorted({*found[0]}.union(*found)) if not name.startswith(("LICENSE", "NOTICE"))]
+        texts = {name: [content(files[name]) if name in files else None for files in found] for name in names}
+        different = [name for name in names if not _same(texts[name])]
+        configs = [{k: v for k, v in source.config.items() if k not in SILENT} for source in sources]
+        return ([] if _same(configs) else ["config.json"]) + different
 
     def _check_loading(self) -> None:
         """Refuses a result that lacks a parameter: where no model has its configuration and its tensors, transformers
@@ -214,20 +218,10 @@ class MergePlan:
         for source in self.sources:
             stamps = file_stamps([source.folder / "config.json", *source.files])
             files |= {f"{source.role}/{name}": stamp for name, stamp in stamps.items()}
-        asked = {
-            key: value for key, value in asdict(self.options).items() if key not in ("overwrite", "resume", "progress")
-        }
+        asked = {k: v for k, v in asdict(self.options).items() if k not in ("overwrite", "resume", "progress")}
         models = {source.role: str(source.folder) for source in self.sources}
-        return {
-            "files": files,
-            "options": {
-                "method": self.operation.method,
-                "hf_rb": __version__,
-                **models,
-                **asked,
-                **self.operation.options(),
-            },
-        }
+        made = {"method": self.operation.method.key, "hf_rb": __version__, "include": self.include}
+        return {"files": files, "options": asked | models | made | self.operation.options()}
 
     def config(self, untied: bool) -> dict[str, Any]:
         """The configuration of the result, which ties its head as the receiving model does unless it holds a head of
@@ -241,6 +235,10 @@ class MergePlan:
         config = with_ties_of(self.giver.config, None if untied else self.receiver.config) | {key: dtype}
         config.pop("transformers_weights", None)  # the files of the result have the usual names
         return config
+
+
+def _same(values: list[Any]) -> bool:
+    return all(value == values[0] for value in values)
 
 
 def _telling(config: dict[str, Any]) -> dict[str, Any]:

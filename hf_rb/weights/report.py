@@ -8,7 +8,7 @@ from typing import Any
 from hf_rb.weights.patterns import LAYER
 
 
-__all__ = ["MergeReport", "TensorReport"]
+__all__ = ["MergeReport", "TensorReport", "root"]
 
 
 @dataclass
@@ -37,9 +37,8 @@ class MergeReport:
     Every merged tensor has, as Frobenius norms, `norm` of the receiving model's tensor, `difference` of the two models
     that are compared (the two ends; Base and Instruct), and `change` from the receiving model's tensor to the result,
     in a sweep a list with one value for each lambda; and `sigma`, the sum of |A - B| over that of |A| + |B| for the
-    same two models, with the denominator as `absolute`. Grafting adds `wanted`, the norm of the delta, and `error`,
-    the norm of what was applied minus what was wanted. Timber adds `erank`, `k`, `rank`, `energy`, `erank_base` and
-    `erank_model`.
+    same two models, with the denominator as `absolute`. Where a delta is applied, there are `wanted`, its norm, and
+    `error`, the norm of what was applied minus what was wanted. A method adds the metrics of its record.
 
     Attributes:
         method (`str`): Key of the method in `hf_rb.hub.METHODS`.
@@ -69,8 +68,7 @@ class MergeReport:
 
     def norm(self, key: str, index: int | None = None) -> float:
         """Frobenius norm over all merged tensors together; `index` is the place in a sweep."""
-        values = (tensor.measured[key] for tensor in self.merged)
-        return sqrt(sum((value if index is None else value[index]) ** 2 for value in values))
+        return root(self.merged, key, index)
 
     def sigma(self) -> tuple[float, float] | None:
         """
@@ -81,6 +79,13 @@ class MergeReport:
         compared = [t for t in self.merged if "sigma" in t.measured]
         chosen = [t for t in compared if LAYER.search(t.name) and "bias" not in t.name and "norm" not in t.name]
         return mean_and_ratio((t.measured["sigma"], t.measured["absolute"]) for t in chosen) if chosen else None
+
+
+def root(tensors: Iterable[TensorReport], key: str, index: int | None = None) -> float:
+    """Frobenius norm over several tensors together; of a sweep, at its last lambda unless `index` says another."""
+    values = (tensor.measured[key] for tensor in tensors)
+    chosen = (value[-1 if index is None else index] if isinstance(value, list) else value for value in values)
+    return sqrt(sum(value**2 for value in chosen))
 
 
 def mean_and_ratio(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:

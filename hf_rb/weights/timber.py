@@ -14,22 +14,21 @@ experts as one matrix.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, exp
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_rb.io.model_folder import find_model
 from hf_rb.io.safetensors import Entry
-from hf_rb.weights.adapters import Adapter, factor_svd, is_adapter, write_adapter
-from hf_rb.weights.engine import merge
-from hf_rb.weights.operation import Job, Operation, Options, Piece, check_finite, check_lambdas, measure
+from hf_rb.methods import MergeMethod, Metric, Paper, flag
+from hf_rb.weights.adapters import Adapter, factor_svd, write_adapter
+from hf_rb.weights.merging import documented_merge, merge_models
+from hf_rb.weights.operation import Job, Operation, Piece, Request, check_finite, measure
+from hf_rb.weights.options import Extrapolating, Lambdas, Model, lambda_flag
 from hf_rb.weights.report import MergeReport, TensorReport
-from hf_rb.weights.source import Source
 
 
-__all__ = ["Spectrum", "effective_rank", "kept_rank", "refine", "refine_tensors", "singular_values"]
+__all__ = ["Spectrum", "Timber", "effective_rank", "kept_rank", "refine", "refine_tensors", "singular_values"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,9 @@ class Spectrum:
     rank: int
     energy: float
     tail: float
+
+    def reported(self) -> dict[str, float]:
+        return {key: value for key, value in vars(self).items() if key != "tail"}
 
     @classmethod
     def of(cls, values: Tensor) -> "Spectrum":
@@ -123,112 +125,79 @@ def _values(squares: Tensor) -> Tensor:
     return torch.where(squares > noise, squares, 0).sqrt()
 
 
-def refine(
-    base: str | Path | None,
-    model: str | Path,
-    destination: str | Path,
-    lam: float | Sequence[float] = 0.2,
-    *,
-    include: str = "linear",
-    mismatch: str = "refuse",
-    extrapolate: bool = False,
-    spectra: bool = True,
-    device: str | None = None,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    resume: bool = True,
-    progress: bool = True,
-) -> MergeReport:
-    """
-    Refines an Instruct model by its Base model, matrix by matrix, in the memory of one matrix in float64; without
-    training and data.
-
-    The folder appears at `destination` in one step when it is complete. Until then the work lies beside it in a hidden
-    folder, from which the same call goes on after it was interrupted or killed. Everything but weights is the Instruct
-    model's, and so is every tensor that is no matrix. The matrices of fused experts are refined one by one.
-
-    Args:
-        base (`str` or `Path`, *optional*):
-            The Base model. `None` for an adapter, whose own delta is refined (ours, not the paper's).
-        model (`str` or `Path`):
-            The Instruct model, or any model that was tuned from Base; or a LoRA adapter.
-        destination (`str` or `Path`):
-            Folder to write; of a sweep, the folder of the folders `lambda-0.2`, ….
-        lam (`float` or sequence of `float`, *optional*, defaults to `0.2`):
-            Factor of the tail in [0, 1]: 1 changes nothing, 0 cuts it off.
-        include (`str`, *optional*, defaults to `"linear"`):
-            Pattern of the tensors to refine. `"all"` is what the released code does; embeddings then take most of the
-            time.
-        mismatch (`str`, *optional*, defaults to `"refuse"`):
-            What happens to tensors that Base lacks or that have other shapes there, and to embeddings of another
-            vocabulary: `"refuse"` them, or `"skip"` them, which keeps the Instruct model's.
-        extrapolate (`bool`, *optional*, defaults to `False`):
-            Whether lambdas outside [0, 1] are meant.
-        spectra (`bool`, *optional*, defaults to `True`):
-            Whether the effective ranks of both models are reported too, which takes about as long again.
-        device (`str`, *optional*):
-            Where matrices are decomposed. Defaults to the GPU if there is one.
-        dtype (`str`, *optional*):
-            Type of all floating tensors. Defaults to that of the Instruct model.
-        overwrite, resume, progress:
-            As in [`interpolate`].
-
-    Returns:
-        [`MergeReport`]
-
-    Raises:
-        FileExistsError: The destination is not empty and `overwrite` is `False`.
-        FileNotFoundError: There is no such model, or a shard is missing.
-        ValueError: The models do not fit together, a lambda is out of range, a pattern means nothing, a weight is NaN,
-            or the unfinished work is another one.
-    """
-    lams = check_lambdas(lam, extrapolate)
-    folder = find_model(str(model), adapter=True)
-    if is_adapter(folder):
-        if base is not None or len(lams) > 1 or include != "linear" or dtype:
-            raise ValueError("An adapter is refined by itself, with one lambda: leave out base, include and dtype.")
-        return refine_adapter(folder, str(model), destination, lams[0], overwrite)
-    if base is None:
-        raise ValueError(f"{model} is a model: give its Base model as well (`--base MODEL`).")
-    options = Options(include, mismatch, None, dtype, overwrite, resume, progress)
-    operation = Timber(lams, spectra, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    operation.sweep = None if isinstance(lam, int | float) else lams
-    return merge(operation, [Source("model", model), Source("base", base)], destination, options)
-
-
-def refine_adapter(
-    folder: Path, name: str, destination: str | Path, lam: float, overwrite: bool = False
-) -> MergeReport:
-    """
-    Refines the deltas of a LoRA adapter, which are again of its rank. Not in the paper: there D is the whole
-    difference of two models.
-    """
-    adapter = Adapter(folder, name)
-    report = MergeReport("timber", {"model": adapter.public_name}, "model", {"lambda": lam})
-    report.notes.append("Refining the delta of an adapter is hf_rb's extension, not in the paper.")
-    factors = {}
-    for module in adapter.modules:
-        a, b = adapter.factors(module)
-        u, values, v = factor_svd(a, b)
-        spectrum = Spectrum.of(values)
-        if lam != 1 and spectrum.tail:
-            values = torch.where(torch.arange(len(values)) < spectrum.k, values, lam * values)
-            a, b = (v * values.sqrt()).mT.float(), (u * values.sqrt()).float()
-        factors[module] = a, b
-        measured = {key: getattr(spectrum, key) for key in ("erank", "k", "rank", "energy")}
-        measured |= {"norm": values.norm().item(), "change": (1 - lam) * spectrum.tail}
-        report.tensors.append(TensorReport(module, a.shape[1] * b.shape[0], measured=measured))
-    write_adapter(destination, [adapter], factors, report, overwrite)
-    return report
+@dataclass
+class TimberFlags(Extrapolating):
+    lam: Lambdas = lambda_flag(0.2, "Factor of the tail: 1 changes nothing, 0 cuts it off")
+    spectra: bool = flag(
+        True, "Whether the effective ranks of both models are reported too, which takes about as long again."
+    )
+    device: str | None = flag(None, "Where matrices are decomposed. Defaults to the GPU if there is one.")
 
 
 class Timber(Operation):
     """The equations above, for every matrix of a tensor."""
 
-    method, files_from = "timber", ("model",)
+    method = MergeMethod(
+        key="timber",
+        name="Timber",
+        paper=Paper(
+            "2509.23595",
+            "Timber: Training-free Instruct Model Refining with Base via Effective Rank",
+            "Taiqiang Wu, Runming Yang, Tao Liu, Jiahao Wang, Zenan Xu, Ngai Wong",
+        ),
+        summary="Weakens, in every weight matrix of an Instruct model, the part of its difference from Base that "
+        "lies behind the difference's effective rank; without training.",
+        models={
+            "base": "its Base model",
+            "model": "the Instruct model, or any that was tuned from Base; or a LoRA adapter, without Base",
+        },
+        adapters=("model",),
+        optional=("base",),
+        receiver="model",
+        flags=TimberFlags,
+        metrics=(
+            Metric(
+                "erank Base",
+                "effective rank, the number of directions that count, mean over matrices",
+                "[0, inf)",
+                stat="erank_base",
+            ),
+            Metric("erank model", "the same of the Instruct model", "[0, inf)", stat="erank_model"),
+            Metric("erank D", "the same of D, their difference", "[0, inf)", stat="erank"),
+            Metric("k", "directions of D that stay as they are; those behind are multiplied by lambda", "[0, inf)"),
+            Metric("rank", "all directions of D", "[0, inf)"),
+            Metric("energy kept", "share of the first k in the square of D's norm", "[0, 1]", stat="energy"),
+        ),
+    )
+    silent = ("device",)
 
-    def __init__(self, lams: tuple[float, ...], spectra: bool, device: str):
-        self.lams, self.spectra, self.device = lams, spectra, device
+    def __init__(self, **flags: Any):
+        super().__init__(**flags)
+        self.device = self.flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def of_adapters(self, request: Request) -> MergeReport:
+        """
+        Refines the deltas of a LoRA adapter, which are again of its rank. Not in the paper: there D is the whole
+        difference of two models.
+        """
+        self.check_whole(request)
+        lam = self.lams[0]
+        adapter = Adapter(request.adapters["model"], request.models["model"])
+        report = MergeReport("timber", {"model": adapter.public_name}, "model", {"lambda": lam})
+        report.notes.append("Refining the delta of an adapter is hf_rb's extension, not in the paper.")
+        factors = {}
+        for module in adapter.modules:
+            a, b = adapter.factors(module)
+            u, values, v = factor_svd(a, b)
+            spectrum = Spectrum.of(values)
+            if lam != 1 and spectrum.tail:
+                values = torch.where(torch.arange(len(values)) < spectrum.k, values, lam * values)
+                a, b = (v * values.sqrt()).mT.float(), (u * values.sqrt()).float()
+            factors[module] = a, b
+            measured = spectrum.reported() | {"norm": values.norm().item(), "change": (1 - lam) * spectrum.tail}
+            report.tensors.append(TensorReport(module, a.shape[1] * b.shape[0], measured=measured))
+        write_adapter(request.destination, [adapter], factors, report, request.options.overwrite)
+        return report
 
     def keeps(self, name: str, entry: Entry) -> str | None:
         return "no matrix" if len(entry.shape) < 2 else None
@@ -240,8 +209,8 @@ class Timber(Operation):
             suffix = "" if expert is None else f"[{expert}]"
             try:
                 refined, spectrum = refine_tensors(base, model, self.lams)
-                values = {key: getattr(spectrum, key) for key in ("erank", "k", "rank", "energy")}
-                if self.spectra:
+                values = spectrum.reported()
+                if self.flags.spectra:
                     values |= {
                         "erank_base": effective_rank(singular_values(base)),
                         "erank_model": effective_rank(singular_values(model)),
@@ -250,20 +219,29 @@ class Timber(Operation):
                 refined, values = [model] * len(self.lams), {"failed": True}
             results = [matrix.to(job.dtype).cpu().view(-1) for matrix in refined]
             flat_model, flat_base = model.cpu().view(-1), base.cpu().view(-1)
-            yield Piece(results, measure(flat_model, flat_model, flat_base, results), (suffix, values))
+            yield Piece(results, measure(flat_model, results, compared=(flat_model, flat_base)), values, suffix)
 
     def _read(self, entry: Entry, expert: int | None) -> Tensor:
         matrix = entry.read(expert).to(self.device, torch.float64)
         check_finite(matrix, str(entry.file))
         return matrix if matrix.ndim == 2 else matrix.view(matrix.shape[0], -1)
 
-    def options(self) -> dict[str, Any]:
-        return {"lambda": self.lams[0] if self.sweep is None else list(self.lams), "spectra": self.spectra}
-
     def notes(self, rows: list[TensorReport]) -> list[str]:
         failed = [row.name for row in rows if row.measured.get("failed")]
-        return (
-            [f"{len(failed)} matrices ({failed[0]}, …) could not be decomposed and stay as they are."]
-            if failed
-            else []
-        )
+        text = "{} matrices ({}, …) could not be decomposed and stay as they are."
+        return [text.format(len(failed), failed[0])] if failed else []
+
+
+@documented_merge(Timber)
+def refine(
+    base: Model | None, model: Model, destination: Model, lam: Lambdas = TimberFlags.lam, **options: Any
+) -> MergeReport:
+    """
+    Refines an Instruct model by its Base model, matrix by matrix, in the memory of some copies of one in float64;
+    without training and data.
+
+    Everything but weights is the Instruct model's, and so is every tensor that is no matrix. The matrices of fused
+    experts are refined one by one, and an adapter's own delta, which is ours, not the paper's. With the pattern
+    `"all"`, as in the released code, embeddings take most of the time.
+    """
+    return merge_models(Timber, {"base": base, "model": model}, destination, lam=lam, **options)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hf_rb.advantages import CalibAdvShaper, ShapingContext, calibadv, run_pipeline, silver_documents, step_quality
-from hf_rb.advantages.calibadv import ends_with_tool_call, model_runs, word_similarity
+from hf_rb.advantages.calibadv import ends_with_tool_call, model_runs
+from hf_rb.advantages.search_steps import word_similarity
 
 
 def grpo(rewards, group_size, eps=1e-4):

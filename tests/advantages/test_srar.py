@@ -19,7 +19,7 @@ from hf_rb.advantages import (
     srar_step_scores,
 )
 from hf_rb.advantages.rubrics import WEIGHTS, RubricItem
-from hf_rb.advantages.srar import find_steps, token_spans
+from hf_rb.advantages.solution_steps import find_steps, token_spans
 
 
 RUBRIC = ["SUGGEST"] * 4 + ["PITFALL", "BONUS"]

@@ -10,7 +10,7 @@ from helpers.random_models import save_qwen3
 from hf_rb import tiny
 from hf_rb.cli import main
 from hf_rb.io.resources import find_recipe
-from hf_rb.ops import rules
+from hf_rb.objectives.gopd import GOPD
 from hf_rb.teachers import CachedTeacher
 
 
@@ -139,13 +139,13 @@ def test_a_difference_between_cache_and_teacher_is_found(capsys, cached_recipe, 
 
 def test_a_difference_is_found(capsys, monkeypatch):
     """A wrong gradient with a right loss, in the tile loop alone."""
-    right = rules.GopdRule.__call__
+    right = GOPD.__call__
 
     def wrong(self, *args):
         term = right(self, *args)
         return term._replace(values=1.01 * term.values)
 
-    monkeypatch.setattr(rules.GopdRule, "__call__", wrong)
+    monkeypatch.setattr(GOPD, "__call__", wrong)
     code, rows = audit(capsys, "--config", "exopd/tiny-cpu")
     assert code == 1
     assert not rows["as trained"]["ok"]

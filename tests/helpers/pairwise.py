@@ -1,13 +1,15 @@
 """All pairs of parameter values in the fast suite, the rest of their product in the slow one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations, product
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 
-__all__ = ["covering_cases", "pairwise"]
+__all__ = ["cover", "covering_cases", "pairwise"]
+
+Case = TypeVar("Case", bound=Hashable)
 
 
 def covering_cases(sizes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -16,14 +18,19 @@ def covering_cases(sizes: Sequence[int]) -> list[tuple[int, ...]]:
     pairs that are missing, and the first of several such cases, until no pair is missing.
     """
     cases = list(product(*map(range, sizes)))
-    if len(sizes) < 2:
-        return cases
-    pairs = {case: set(combinations(enumerate(case), 2)) for case in cases}
-    missing = set().union(*pairs.values())
+    return cases if len(sizes) < 2 else cover(cases, lambda case: combinations(enumerate(case), 2))
+
+
+def cover(cases: Sequence[Case], meetings: Callable[[Case], Iterable[Hashable]]) -> list[Case]:
+    """Returns cases in which everything happens that does in any of them, chosen as [`covering_cases`] does. `meetings` says of a
+    case what happens in it.
+    """
+    happens = {case: set(meetings(case)) for case in cases}
+    missing = set().union(*happens.values())
     found = []
     while missing:
-        found.append(max(cases, key=lambda case: len(missing & pairs[case])))
-        missing -= pairs[found[-1]]
+        found.append(max(cases, key=lambda case: len(missing & happens[case])))
+        missing -= happens[found[-1]]
     return found
 
 

@@ -213,3 +213,9 @@ def test_weight_of_a_cache_is_off_by_what_cancels_in_the_rest(pair, mu, rule, sh
     least = head / total
     most = head / (total - 2 * torch.minimum(r, s)).clamp(min=1e-9)
     assert (cached["akl_weight"] >= least - 1e-4)[filled].all() and (cached["akl_weight"] <= most + 1e-4)[filled].all()
+
+
+def test_weight_of_equal_distributions_is_a_half():
+    """Any weight gives the same loss of 0; what is logged is the middle."""
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(adaptive_kl_weight(logits, logits), torch.full((4,), 0.5))

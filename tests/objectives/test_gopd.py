@@ -1,10 +1,13 @@
+import re
+from dataclasses import fields
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_rb.objectives.gopd import gopd_advantage
+from hf_rb.objectives.gopd import GOPD, GopdFlags, gopd_advantage
 from hf_rb.ops.lm_head import Head, lm_head_loss
-from hf_rb.ops.rules import GopdRule
 
 
 STUDENT, TEACHER, REFERENCE = (
@@ -38,7 +41,7 @@ def tiled(tokens, scale, weights=None, **extra):
         "reference_logp": REFERENCE[tokens],
         **extra,
     }
-    rule = GopdRule(scale, tis_cap=5.0 if "sampler_logp" in extra else None)
+    rule = GOPD(reward_scale=scale, gopd_tis_cap=5.0 if "sampler_logp" in extra else None)
     scored = lm_head_loss(logits, Head(torch.eye(3)), rule, given, weights=weights)
     scored.loss.backward()
     return scored, logits.grad
@@ -118,3 +121,71 @@ def test_truncated_importance_weight():
     assert_close(scored.stats["tis_weight"], weight)
     assert_close(scored.stats["loss"], -1.160489 * weight, atol=1e-5, rtol=0)
     assert_close(grad, weight[:, None] * tiled([1], 1.25)[1])
+    given = {"labels": torch.tensor([1, 1, 1]), "teacher_logp": TEACHER[[1, 1, 1]], "sampler_logp": sampler}
+    given["reference_logp"] = REFERENCE[[1, 1, 1]]
+    dense = GOPD(reward_scale=1.25, gopd_tis_cap=5.0).dense(STUDENT.repeat(3, 1), TEACHER.repeat(3, 1), given)
+    assert_close(dense, scored.stats["loss"])
+
+
+@pytest.mark.parametrize("bound", [0.1, 0.5, 10.0])
+def test_clamp_bounds_both_log_ratios(bound):
+    rule = GOPD(reward_scale=1.25, gopd_logratio_clamp=bound)
+    given = {"labels": torch.arange(3), "teacher_logp": TEACHER, "reference_logp": REFERENCE}
+    own, reward = (TEACHER - STUDENT).clamp(-bound, bound), (TEACHER - REFERENCE).clamp(-bound, bound)
+    states = STUDENT.repeat(3, 1)
+    term = rule(states, None, states, given)
+    assert_close(term.loss, -(own + 0.25 * reward))
+    assert_close(term.stats["reverse_kl_sampled"], -own)
+    assert_close(term.stats["reward"], reward)
+    assert_close(term.stats["reference_kl_sampled"], reward - own)
+    assert_close(rule.dense(states, states, given), term.loss)
+
+
+def test_without_reference_nothing_is_said_of_it():
+    rule = GOPD()
+    term = rule(STUDENT[None], None, STUDENT[None], {"labels": torch.tensor([1]), "teacher_logp": TEACHER[[1]]})
+    assert {*term.stats} == {"advantage", "reverse_kl_sampled", "entropy"}
+    assert_close(term.stats["entropy"], torch.special.entr(STUDENT.exp()).sum()[None])
+
+
+@pytest.mark.parametrize(
+    "scale, needs, mixture", [(1.0, False, (1.0, 0.0)), (1.25, True, (1.25, -0.25)), (0.0, True, (0.0, 1.0))]
+)
+def test_objective_of_the_whole_vocabulary_mixes_with_the_scale(scale, needs, mixture):
+    keys = {"reward_scale": scale, "gopd_aggregation": "token-mean"}
+    full = GOPD.from_config(SimpleNamespace(**DEFAULTS | keys | {"gopd_full_vocab": True}))
+    sampled = GOPD.from_config(SimpleNamespace(**DEFAULTS | keys))
+    assert full.mixture == mixture and not full.sampled and sampled.sampled
+    assert full.needs_reference == sampled.needs_reference == needs
+    assert full.aggregation == sampled.aggregation == "token-mean"
+
+
+DEFAULTS = {field.name: field.default for field in fields(GopdFlags)}
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "use_vllm": False}
+FINE = [{}, {"min_p": 0.0}, {"reward_scale": 1.25, "reference_model_name_or_path": "r"}, {"gopd_full_vocab": True},
+        {"use_vllm": True, "gopd_tis_cap": 5.0}, {"gopd_logratio_clamp": 1.0}, {"gopd_teacher_column": "domain"}]  # fmt: skip
+WRONG = {
+    "temperature": ({"temperature": 0.9}, "needs `temperature: 1.0`: .*; got `temperature: 0.9`"),
+    "top_p": ({"top_p": 0.9}, "needs `top_p: 1.0`"),
+    "top_k": ({"top_k": 1}, "needs `top_k: 0`"),
+    "min_p": ({"min_p": 0.1}, "needs `min_p: None`"),
+    "penalty": ({"repetition_penalty": 1.1}, "needs `repetition_penalty: 1.0`"),
+    "generation": ({"generation_kwargs": {"num_beams": 2}}, r"`generation_kwargs: \{num_beams: 2\}` replaces plain draws"),
+    "reference": ({"reference_model_name_or_path": "r"}, "has no effect with `reward_scale: 1.0`"),
+    "cap, full": ({"gopd_full_vocab": True, "gopd_tis_cap": 5.0, "use_vllm": True}, "`gopd_tis_cap: 5.0` acts on sampled"),
+    "clamp, full": ({"gopd_full_vocab": True, "gopd_logratio_clamp": 0.5}, "`gopd_logratio_clamp: 0.5` acts on sampled"),
+    "cap": ({"gopd_tis_cap": 5.0}, "needs a sampler that reports log-probabilities"),
+    "column, GKD": ({"gopd_teacher_column": "domain", "seq_kd": False}, "which GKD has turned into tokens"),
+    "column, full": ({"gopd_teacher_column": "domain", "gopd_full_vocab": True}, "names several teachers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", FINE)
+def test_rules_of_gopd_find_nothing_wrong(keys):
+    assert [*GOPD.method.rules(SimpleNamespace(**DEFAULTS | NEUTRAL | keys))] == []
+
+
+@pytest.mark.parametrize("keys, message", WRONG.values(), ids=WRONG)
+def test_rules_of_gopd_say_one_thing(keys, message):
+    [found] = GOPD.method.rules(SimpleNamespace(**DEFAULTS | NEUTRAL | keys))
+    assert re.search(message, found)

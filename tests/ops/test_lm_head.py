@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_rb.objectives.akl import adaptive_kl
+from hf_rb.objectives.akl import AKL, adaptive_kl
 from hf_rb.objectives.divergences import forward_kl, jsd, reverse_kl
-from hf_rb.objectives.hpd import hpd_loss, inverse_cdf_sample
+from hf_rb.objectives.gopd import GOPD
+from hf_rb.objectives.hpd import HPD, hpd_loss, inverse_cdf_sample
 from hf_rb.objectives.loca import loca_calibrate
+from hf_rb.objectives.standard import JSD, ForwardKL, ReverseKL
 from hf_rb.ops import lm_head
 from hf_rb.ops.lm_head import CachedLogits, Head, TeacherLogits, lm_head_loss
 from hf_rb.ops.lm_head_queries import lm_head_log_probs
-from hf_rb.ops.rules import DivergenceRule, GopdRule, HpdRule
 
 
 N, V, H, H_TEACHER = 23, 301, 16, 24
@@ -62,11 +63,11 @@ def dense(case, objective, temperature=1.0, **options):
 
 
 RULES = {
-    "forward_kl": DivergenceRule("forward_kl"),
-    "reverse_kl": DivergenceRule("reverse_kl"),
-    "jsd": DivergenceRule("jsd", beta=0.3),
-    "akl": DivergenceRule("akl"),
-    "akl_code": DivergenceRule("akl", akl_mu=0.7, akl_head_rule="code"),
+    "forward_kl": ForwardKL(),
+    "reverse_kl": ReverseKL(),
+    "jsd": JSD(beta=0.3),
+    "akl": AKL(),
+    "akl_code": AKL(akl_mu=0.7, akl_head_rule="code"),
 }
 
 
@@ -108,7 +109,7 @@ def test_cross_entropy_and_loca(case):
     nll = -log_q.gather(-1, case["labels"].unsqueeze(-1)).squeeze(-1)
     calibrated = loca_calibrate(teacher.softmax(-1), case["labels"], 0.9)
     expected = ((0.3 * nll + 0.7 * forward_kl(student, calibrated.log())) * case["weights"]).sum()
-    result = tiled(case, DivergenceRule("forward_kl", kd_alpha=0.7, loca_alpha=0.9))
+    result = tiled(case, ForwardKL(kd_alpha=0.7, loca_alpha=0.9))
     assert_close(result.loss, expected)
     for mine, reference in zip(gradients(case, result.loss), gradients(case, expected), strict=True):
         assert_close(mine, reference, rtol=1e-4, atol=1e-5)
@@ -119,7 +120,7 @@ def test_hpd_equals_dense_with_the_same_draw(case, tile_rows):
     student, teacher = logits_of(case)
     samples = inverse_cdf_sample(student.detach().softmax(-1), case["uniforms"])
     expected = hpd_loss(student, teacher, case["labels"], samples)
-    result = tiled(case, HpdRule(), tile_rows=tile_rows)
+    result = tiled(case, HPD(), tile_rows=tile_rows)
     assert_close(result.stats["loss"], expected)
     for mine, reference in zip(
         gradients(case, result.loss), gradients(case, (expected * case["weights"]).sum()), strict=True
@@ -134,7 +135,7 @@ def test_gopd_gradient_is_the_advantage_times_the_score(case):
     advantage = (1.25 * (log_t - reference_logp) - (log_q - reference_logp)).detach()
     expected = -(advantage * log_q * case["weights"]).sum()
     tokens = {"teacher_logp": log_t, "reference_logp": reference_logp}
-    result = tiled(case, GopdRule(1.25), teacher=None, tokens=tokens)
+    result = tiled(case, GOPD(reward_scale=1.25), teacher=None, tokens=tokens)
     assert_close(result.stats["advantage"], advantage)
     for mine, reference in zip(gradients(case, result.loss), gradients(case, expected), strict=True):
         assert_close(mine, reference, rtol=1e-4, atol=1e-5)
@@ -196,10 +197,10 @@ def test_the_rest_of_a_cache_is_the_largest_event_and_no_token():
         return lm_head_loss(q, Head(torch.eye(52)), rule, tokens, teacher).stats
 
     for teacher in (cached, everything):
-        found = stats(DivergenceRule("akl"), teacher=teacher)
+        found = stats(AKL(), teacher=teacher)
         assert (found["akl_weight"].item(), found["loss"].item()) == pytest.approx((1.0, 0.052325), abs=1e-6)
         for label, scale in ((0, 1.0), (1, 0.818182)):
-            loca = stats(DivergenceRule("forward_kl", loca_alpha=0.9), label, teacher)
+            loca = stats(ForwardKL(loca_alpha=0.9), label, teacher)
             assert loca["loca_scale"].item() == pytest.approx(scale, abs=1e-6)
 
 
@@ -207,7 +208,7 @@ def test_the_rest_of_a_cache_is_the_largest_event_and_no_token():
 def test_worked_numbers_of_a_cache(k, loss):
     p, q = torch.tensor([[0.60, 0.25, 0.08, 0.04, 0.02, 0.01]]), torch.tensor([[0.30, 0.30, 0.05, 0.05, 0.10, 0.20]])
     cached = CachedLogits(torch.arange(k)[None], p[:, :k].log(), p[:, k:].sum(-1).log())
-    found = lm_head_loss(q.log(), Head(torch.eye(6)), DivergenceRule("akl"), {}, cached).stats
+    found = lm_head_loss(q.log(), Head(torch.eye(6)), AKL(), {}, cached).stats
     assert found["loss"].item() == pytest.approx(loss, abs=1e-6)
 
 
@@ -269,7 +270,7 @@ def test_log_probs(case):
     )
 
 
-@pytest.mark.parametrize("rule", [DivergenceRule("forward_kl"), HpdRule()])
+@pytest.mark.parametrize("rule", [ForwardKL(), HPD()])
 def test_a_rule_that_compares_refuses_a_missing_teacher(case, rule):
     with pytest.raises(TypeError, match="compares the student with a teacher, and none is given"):
         tiled(case, rule, teacher=None)

@@ -100,11 +100,3 @@ def test_loading_needs_no_data():
     config = D2QuantConfig(dequantize=True)
     assert config.get_loading_attributes() == {"dequantize": True}
     assert "dequantize" not in config.to_dict()
-
-
-def test_other_versions_and_keys():
-    stored = D2QuantConfig(dataset="x").to_dict()
-    with pytest.raises(ValueError, match="D²Quant format version 9, this hf_rb reads 1"):
-        D2QuantConfig.from_dict(stored | {"format_version": 9})
-    with pytest.raises(ValueError, match="no key 'group_siz'; did you mean 'group_size'"):
-        D2QuantConfig.from_dict(stored | {"group_siz": 64})

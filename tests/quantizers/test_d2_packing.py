@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.d2_matrices import from_kernels, pack, unpack
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,7 +34,7 @@ KINDS = [(2, False), (3, False), (4, False), (2, True), (3, True)]
 def test_worked_example():
     codes = torch.tensor([[3, 0, 1, 2, 2, 1, 0, 3]], dtype=torch.uint8)
     made = AffineCodes(codes, torch.tensor([[0.5, 2.0]]).half(), torch.tensor([[1, 2]], dtype=torch.uint8), 2, 4)
-    packed = packing.pack(made)
+    packed = pack(made)
     # A group of four 2-bit codes is a byte, the first code in the lowest bits: 3 + 0 * 4 + 1 * 16 + 2 * 64.
     assert packed["weight"].tolist() == [[147, 2 + 1 * 4 + 0 * 16 + 3 * 64]]
     assert packed["weight_zero"].tolist() == [[1 + 2 * 4]]
@@ -43,7 +44,7 @@ def test_worked_example():
 def test_three_bits_are_two_tensors():
     codes = torch.tensor([[7, 0, 5, 2, 3, 4, 1, 6]], dtype=torch.uint8)
     zero = torch.tensor([[5, 1, 7, 2]], dtype=torch.uint8)
-    packed = packing.pack(AffineCodes(codes, torch.ones(1, 4).half(), zero, 3, 2))
+    packed = pack(AffineCodes(codes, torch.ones(1, 4).half(), zero, 3, 2))
     # Lower bits 3|0, 1|2, 3|0, 1|2; of n = 2 codes each is one byte's own. Third bits 1|0, 1|0, 0|1, 0|1.
     assert packed["weight"].tolist() == [[3, 1 + 2 * 4, 3, 1 + 2 * 4]]
     assert packed["weight_hi"].tolist() == [[1, 1, 2, 2]]
@@ -61,11 +62,11 @@ def test_three_bits_are_two_tensors():
 def test_unpack_inverts_pack(kind, rows, columns, group_size, seed):
     bits, dual = kind
     made = random_codes(bits, dual, rows, columns, group_size, seed)
-    packed = packing.pack(made)
-    found = packing.unpack(packed, columns, group_size, bits)
+    packed = pack(made)
+    found = unpack(packed, columns, group_size, bits)
     assert type(found) is type(made)
     assert torch.equal(found.dequantize(), made.dequantize())
-    again = packing.pack(found)
+    again = pack(found)
     assert again.keys() == packed.keys() and all(torch.equal(again[name], packed[name]) for name in packed)
     # The kernels see what the codes say: at 3 bits one addition is in another order.
     memory = packing.for_kernels(made)
@@ -85,7 +86,7 @@ def test_unpack_inverts_pack(kind, rows, columns, group_size, seed):
     ],
 )
 def test_packed_bytes_are_the_stated_bits_per_weight(kind, bits_per_weight):
-    packed = packing.pack(random_codes(*kind, 64, 1024, 128))
+    packed = pack(random_codes(*kind, 64, 1024, 128))
     packed.pop("weight_column", None)  # in the scales of another matrix
     assert 8 * sum(tensor.nbytes for tensor in packed.values()) / (64 * 1024) == bits_per_weight
 
@@ -94,7 +95,7 @@ def test_matrices_of_the_quantizers():
     weight = torch.randn(12, 200, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
     for made in (grids.round_to_nearest(weight, 2, 64), dsq.round_to_nearest(weight, 3, 64)):
-        found = packing.unpack(packing.pack(made), 200, 64, made.bits)
+        found = unpack(pack(made), 200, 64, made.bits)
         assert torch.equal(found.dequantize(), made.dequantize())
 
 
@@ -105,7 +106,7 @@ def test_experts_keep_their_dimensions():
     stacked = PackedWeight.join(memory, torch.stack)
     stored = packing.to_file(layout, stacked)
     for i, one in enumerate(made):
-        alone, expert = packing.pack(one), stored[i].named("weight")
+        alone, expert = pack(one), stored[i].named("weight")
         assert expert.keys() == alone.keys() and all(torch.equal(expert[name], alone[name]) for name in alone)
     found = packing.from_file(layout, stored).parts()
     assert all(torch.equal(found[part], tensor) for part, tensor in stacked.parts().items())
@@ -117,11 +118,11 @@ def test_scaling_rows(bits):
     layout = packing.layout_of(40, 16, bits)
     factor = torch.rand(6, generator=torch.Generator().manual_seed(1)) * 3 + 0.1
     memory = packing.for_kernels(made)
-    scaled = packing.from_kernels(layout, replace(memory, scale=packing.scale_rows(layout, memory.scale, factor)))
+    scaled = from_kernels(layout, replace(memory, scale=packing.scale_rows(layout, memory.scale, factor)))
     assert torch.equal(scaled.codes, made.codes) and torch.equal(scaled.zero, made.zero)
     assert torch.equal(scaled.scale, (made.scale.float() * factor[:, None]).half())
     nothing = packing.scale_rows(layout, memory.scale, factor * torch.tensor([1, 0, 1, 1, 1, 1]))
-    assert not packing.from_kernels(layout, replace(memory, scale=nothing)).dequantize()[1].any()
+    assert not from_kernels(layout, replace(memory, scale=nothing)).dequantize()[1].any()
     for beyond in (1e8, 1e-9):
         with pytest.raises(ValueError, match="out of the range of float16"):
             packing.scale_rows(layout, memory.scale, factor * beyond)
@@ -160,7 +161,7 @@ HELD = {(bits, dual): {"", "_scale", "_column" if dual else "_zero", "_hi" * (bi
     ],
 )
 def test_damaged_tensors(kind, suffix, damage, message):
-    packed = packing.pack(random_codes(*kind, 4, 300, 128))
+    packed = pack(random_codes(*kind, 4, 300, 128))
     packed[f"weight{suffix}"] = damage(packed.get(f"weight{suffix}"))
     with pytest.raises(DamagedTensor, match=message) as error:
         stored = PackedWeight.collect("weight", packed.get)

@@ -10,13 +10,8 @@ from helpers.checkpoints import (
     SIZES,
     assert_same,
     experts,
-    fused_experts,
     qwen3,
-    square_transposed_experts,
     tensors,
-    transposed_experts,
-    untied_with_biases,
-    without_head,
 )
 from helpers.round_trips import INPUT, load, logits, same_files, train
 from peft import LoraConfig, get_peft_model
@@ -26,7 +21,7 @@ from transformers.utils import logging
 
 from hf_rb import D2QuantConfig, tiny
 from hf_rb.cli import main
-from hf_rb.quantizers import dequantize_checkpoint, export_gptq, quantize, quantize_checkpoint
+from hf_rb.quantizers import dequantize_checkpoint, export_gptq, quantize_checkpoint
 from hf_rb.quantizers.d2quant import D2QuantLinear
 from hf_rb.quantizers.d2quant.calibrate import pipeline
 from hf_rb.quantizers.d2quant.format import is_dual
@@ -42,50 +37,6 @@ def back():
 
 def layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, D2QuantLinear)}
-
-
-@pytest.mark.parametrize(
-    ("model", "options"),
-    [
-        (dict(architecture="qwen3", tied=True), dict()),
-        (dict(architecture="qwen3", tied=False, bias=True), dict(bits=3)),
-        (dict(architecture="llama", dtype=torch.float32), dict(bits=4, clip_search=False)),
-        (dict(architecture="llama", tied=False), dict(group_size=64, dsq=False)),
-        (
-            dict(architecture="qwen3"),
-            dict(bits_per_layer={"o_proj": 4, "layers.1.mlp.down_proj": 3}, modules_to_not_convert=["k_proj"]),
-        ),
-        (dict(architecture="llama", dtype=torch.float32), dict(bits=3, modules_to_not_convert=["up_proj"])),
-    ],
-)
-def test_round_trip(make_model, tmp_path, model, options):
-    quantized = load(make_model(**model), rtn(**options))
-    expected = logits(quantized)
-    quantized.save_pretrained(tmp_path / "one")
-    loaded = load(tmp_path / "one")
-    assert torch.equal(logits(loaded), expected)
-    loaded.save_pretrained(tmp_path / "two")
-    assert same_files(tmp_path / "one", tmp_path / "two")
-
-    stored = tensors(tmp_path / "one")
-    down = "model.layers.0.mlp.down_proj.weight"
-    kept = quantized.config.quantization_config.column_modules or []
-    assert stored[down].dtype == torch.uint8 and stored[down].shape != (192, 160)
-    dual = options.get("dsq", True) and options.get("bits", 2) < 4
-    assert stored[f"{down}_scale"].ndim == 2 + dual and (f"{down}_zero" in stored) is not dual
-    assert (f"{down}_column" in stored) is (down.removesuffix(".weight") in kept)
-    assert bool(kept) is ("up_proj" in options.get("modules_to_not_convert", ()))
-    assert not any(parameter.requires_grad for name, parameter in loaded.named_parameters() if "weight_" in name)
-
-    plain = load(tmp_path / "one", back())
-    assert not layers(plain) and plain.dtype == loaded.dtype
-    torch.testing.assert_close(logits(plain), expected, atol=0.05, rtol=0.05)  # its weights are rounded to bfloat16
-    plain.save_pretrained(tmp_path / "plain")
-    assert torch.equal(logits(load(tmp_path / "plain")), logits(plain))
-    assert torch.equal(logits(loaded.dequantize()), logits(plain)) and not layers(loaded)
-
-    dequantize_checkpoint(tmp_path / "one", tmp_path / "folder")
-    assert torch.equal(logits(load(tmp_path / "folder")), logits(plain))
 
 
 def test_bits_of_layers(make_model):
@@ -113,22 +64,12 @@ def test_weights_are_those_of_the_rounding(make_model):
     assert (layer.mlp.up_proj.dequantize() - expected).norm() < 5e-4 * expected.norm()
 
 
-def test_report(make_model):
-    report = load(make_model(), rtn()).hf_quantizer.report
-    assert len(report.layers) == 14 and report.skipped == ["lm_head"]
-    errors = report.error_by_kind()
-    assert 0.28 < errors["down_proj"] < errors["up_proj"] < 0.4
+def test_sign_planes_lose_less(make_model):
+    errors = load(make_model(), rtn()).hf_quantizer.report.error_by_kind()
+    assert errors["down_proj"] < errors["up_proj"]
 
 
 # Tensor by tensor.
-
-
-def relu(folder):
-    sizes = dict(hidden_size=64, ffn_dim=160, num_hidden_layers=2, num_attention_heads=4, vocab_size=96)
-    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=64))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.bfloat16().save_pretrained(folder)
 
 
 def smaller_neuron(folder, factor=0.0):
@@ -136,32 +77,6 @@ def smaller_neuron(folder, factor=0.0):
     model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
     model.model.layers[0].mlp.down_proj.weight.data[:, 7] *= factor
     model.save_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("make", "options"),
-    [
-        (qwen3, dict()),
-        (smaller_neuron, dict()),
-        (qwen3, dict(bits=3, modules_to_not_convert=["up_proj"])),
-        (untied_with_biases, dict(bits_per_layer={"up_proj": 4})),
-        (relu, dict(group_size=64)),
-        (without_head, dict(bits=3)),
-        (experts, dict()),
-        (fused_experts, dict(bits=3)),
-        (transposed_experts, dict()),
-        (square_transposed_experts, dict(dsq=False)),
-    ],
-)
-def test_streaming_writes_the_same_tensors(tmp_path, make, options):
-    torch.manual_seed(1)
-    make(tmp_path / "source")
-    in_memory = quantize(tmp_path / "source", tmp_path / "a", rtn(**options))
-    streamed = quantize_checkpoint(tmp_path / "source", tmp_path / "b", rtn(**options))
-    assert_same(tmp_path / "b", tmp_path / "a")
-    assert (tmp_path / "b" / "config.json").read_text() == (tmp_path / "a" / "config.json").read_text()
-    assert [layer.name for layer in streamed.layers] == [layer.name for layer in in_memory.layers]
-    assert torch.equal(logits(load(tmp_path / "b")), logits(load(tmp_path / "a")))
 
 
 def test_columns_of_any_size(tmp_path):
@@ -348,56 +263,6 @@ def test_adapters(make_model):
 
 
 # Refusals.
-
-
-@pytest.mark.parametrize("dequantize", [False, True])
-@pytest.mark.parametrize(
-    ("suffix", "damage", "message"),
-    [
-        ("", lambda tensor: tensor[:, 1:].contiguous(), r"down_proj.weight(_hi)?: Expected torch.uint8 of shape"),
-        ("", None, r"down_proj.weight: (not in the checkpoint|There are scales and no packed tensor)"),
-        ("_hi", None, r"down_proj.weight_hi: not in the checkpoint"),
-        ("_scale", None, r"down_proj.weight_scale: not in the checkpoint"),
-        ("_scale", lambda tensor: tensor * torch.nan, r"down_proj.weight_scale: A scale is negative, infinite or NaN"),
-        ("_column", lambda tensor: torch.ones(160), r"down_proj.weight_column: There is no such tensor"),
-    ],
-)
-def test_damaged_files(make_model, tmp_path, suffix, damage, message, dequantize):
-    load(make_model(), rtn(bits=3)).save_pretrained(tmp_path)
-    stored, name = load_file(tmp_path / "model.safetensors"), f"model.layers.0.mlp.down_proj.weight{suffix}"
-    old = stored.pop(name, None)
-    if damage is not None:
-        stored[name] = damage(old)
-    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"model.layers.0.mlp.{message}"):
-        load(tmp_path, back() if dequantize else None)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(bits_per_layer={"_proj": 3}), "'_proj' matches no module of Qwen3ForCausalLM; did you mean 'down_proj'"),
-        (dict(bits_per_layer={"lm_head": 3}), "`bits_per_layer` has 'lm_head', which matches nothing"),
-        (
-            dict(modules_to_not_convert=["model"]),
-            "nothing to quantize in Qwen3ForCausalLM: its weights are in 15 Linear, 1 Embedding",
-        ),
-        (dict(dequantize=True), "`dequantize=True` is for loading a D²Quant checkpoint"),
-    ],
-)
-def test_options_that_cannot_act(make_model, options, message):
-    with pytest.raises(ValueError, match=message):
-        load(make_model(), rtn(**options))
-
-
-def test_bad_weights_are_named(make_model, tmp_path):
-    source = make_model()
-    stored = load_file(source / "model.safetensors")
-    stored["model.layers.0.mlp.down_proj.weight"][3, 4] = torch.nan
-    (tmp_path / "config.json").write_text((source / "config.json").read_text())
-    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="model.layers.0.mlp.down_proj.weight: The weight has a NaN"):
-        load(tmp_path, rtn())
 
 
 def test_gelu_keeps_its_column_scales(tmp_path, caplog):

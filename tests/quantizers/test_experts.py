@@ -1,71 +1,23 @@
 """Fused experts: five architectures through `from_pretrained` and `save_pretrained`."""
 
-import copy
-import pickle
 import shutil
 
 import pytest
 import torch
 from helpers.mixtures import MOE, MOE_SIZES
-from helpers.round_trips import INPUT, load, logits, same_files
+from helpers.round_trips import INPUT, load, logits
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from hf_rb import PTQTPConfig, tiny
-from hf_rb.quantizers.packed.experts import projections
 from hf_rb.quantizers.ptqtp import PTQTPLinear, solve
 from hf_rb.quantizers.ptqtp.layers import PTQTPExperts
 
 
-ARCHITECTURES = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss"]
-
-
 def experts_of(model):
     return [module for module in model.modules() if isinstance(module, PTQTPExperts)]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_round_trip(make_moe, tmp_path, architecture):
-    source = make_moe(architecture)
-    quantized = load(source, PTQTPConfig(), dtype=torch.float32)
-    layers = experts_of(quantized)
-    assert len(layers) == (1 if architecture == "deepseek_v3" else 2)
-    assert {tuple(layer.layouts) for layer in layers} == {("gate_up_proj", "down_proj")}
-    assert not any("experts" in name for name in quantized.hf_quantizer.report.skipped)
-    for name, module in load(source).named_modules():
-        if projections(module):
-            packed = quantized.get_submodule(name)
-            for parameter in ("gate_up_proj", "down_proj"):
-                weight = getattr(module, parameter).float()
-                weight = weight.mT if module.is_transposed else weight
-                assert 0.13 < (packed.unpacked(parameter) - weight).norm() / weight.norm() < 0.18
-    expected = logits(quantized)
-
-    quantized.save_pretrained(tmp_path / "one")
-    loaded = load(tmp_path / "one", dtype="auto")
-    assert torch.equal(logits(loaded), expected)
-    loaded.save_pretrained(tmp_path / "two")
-    assert same_files(tmp_path / "one", tmp_path / "two")
-
-    # The names are those of the model's own checkpoint.
-    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "one"))
-    packed = [name for name, tensor in after.items() if tensor.dtype == torch.uint8]
-    assert after.keys() == before.keys() | {f"{name}_scale" for name in packed}
-    assert all(after[name].shape != before[name].shape for name in packed)
-    assert all(after[f"{name}_scale"].dtype == torch.float16 for name in packed)
-
-    plain = load(tmp_path / "one", PTQTPConfig(dequantize=True))
-    assert not experts_of(plain) and not any(isinstance(module, PTQTPLinear) for module in plain.modules())
-    torch.testing.assert_close(logits(plain), expected, atol=1e-4, rtol=1e-4)
-    plain.save_pretrained(tmp_path / "plain")
-    assert load_file(tmp_path / "plain" / "model.safetensors").keys() == before.keys()
-    assert torch.equal(logits(load(tmp_path / "plain")), logits(plain))
-
-    assert torch.equal(logits(loaded.dequantize()), logits(plain))
-    loaded.save_pretrained(tmp_path / "dequantized")
-    assert same_files(tmp_path / "plain", tmp_path / "dequantized")
 
 
 def test_embedded_model(tmp_path):
@@ -83,29 +35,6 @@ def test_an_expert_is_solved_on_its_own(make_moe):
     for half, name in enumerate(("gate_proj", "up_proj")):
         expected = solve(weights[f"model.layers.1.mlp.experts.2.{name}.weight"]).dequantize()
         assert torch.equal(experts.unpacked("gate_up_proj")[2].chunk(2)[half], expected)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "options", "planes"),
-    [
-        ("qwen3_moe", dict(planes=1), dict(gate_up_proj=1, down_proj=1)),
-        ("qwen3_moe", dict(planes_per_layer={"down_proj": 3}, packing="nibble"), dict(gate_up_proj=2, down_proj=3)),
-        ("gpt_oss", dict(planes_per_layer={"mlp.experts": 3}), dict(gate_up_proj=3, down_proj=3)),
-        ("gpt_oss", dict(scale_mode="tied", group_size=64), dict(gate_up_proj=2, down_proj=2)),
-        ("qwen3_moe", dict(modules_to_not_convert=["down_proj"]), dict(gate_up_proj=2)),
-        ("gpt_oss", dict(modules_to_not_convert=["experts.gate_up_proj"]), dict(down_proj=2)),
-        ("qwen3_moe", dict(modules_to_not_convert=["experts"]), None),
-    ],
-)
-def test_options_decide_which_experts_are_packed(make_moe, tmp_path, architecture, options, planes):
-    model = load(make_moe(architecture, num_hidden_layers=1), PTQTPConfig(**options), dtype=torch.float32)
-    expected = logits(model)
-    found = [{name: layout.num_scales for name, layout in experts.layouts.items()} for experts in experts_of(model)]
-    assert found == ([planes] if planes else [])
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(load(tmp_path)), expected)
-    torch.testing.assert_close(logits(load(tmp_path, PTQTPConfig(dequantize=True))), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits(model.dequantize()), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_names_of_the_model(make_moe, tmp_path):
@@ -164,15 +93,6 @@ def test_routers_stay(make_moe):
         nn.Linear
     ] * 2
     assert isinstance(model.model.layers[0].mlp.shared_expert.down_proj, PTQTPLinear)
-
-
-def test_a_deep_copy_of_packed_experts_stands_alone(make_moe):
-    model = load(make_moe("qwen3_moe"), PTQTPConfig())
-    expected = logits(model)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(other), expected)
-    other.dequantize()
-    assert torch.equal(logits(model), expected) and experts_of(model) and not experts_of(other)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from hf_rb import PTQTPConfig
 from hf_rb.quantizers.loading.adapters import ParamWrapper
-from hf_rb.quantizers.ptqtp import PTQTPLinear
 from hf_rb.utils import compat
 
 
@@ -43,34 +42,6 @@ def packed(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
 
 
-def test_all_linear_trains(base):
-    with torch.inference_mode():
-        base(INPUT)  # what a kernel keeps from here must not stop training
-    before = packed(base)
-    model = get_peft_model(base, LoraConfig(target_modules="all-linear", r=4))
-    assert sum(isinstance(module, PTQTPLinear) for module in model.modules()) == 14
-    model(INPUT, labels=INPUT).loss.backward()
-    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert len([name for name in trained if "lora_B" in name]) == 14 and all("lora" in name for name in trained)
-    model.zero_grad()
-    losses = train(model, 4)
-    assert losses[-1] < losses[0] - 0.1
-    after = packed(model)
-    assert len(after) == len(before) == 14
-    assert all(torch.equal(*pair) for pair in zip(before.values(), after.values(), strict=True))
-
-
-def test_adapters_save_and_load(base, folder, tmp_path):
-    model = adapted(base)
-    expected = logits(model)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(load(folder)))
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(load(folder), tmp_path)
-    assert torch.equal(logits(again), expected)
-    assert torch.equal(logits(again.unload()), logits(load(folder)))
-
-
 def test_adapters_save_and_load_by_transformers(base, folder, tmp_path):
     if problem := compat.native_adapters_problem():
         pytest.skip(problem)
@@ -82,21 +53,6 @@ def test_adapters_save_and_load_by_transformers(base, folder, tmp_path):
     assert torch.equal(logits(native), expected)
     native.save_pretrained(tmp_path / "native")
     assert not (tmp_path / "native" / "model.safetensors").exists()  # only the adapter
-
-
-@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
-def test_merging_needs_plain_weights(base, merge):
-    model = adapted(base)
-    expected, before = logits(model), packed(model)
-    with pytest.raises(
-        ValueError, match=r"14 packed layers of this model: dequantize first. Write `model.dequantize\(\)`"
-    ):
-        getattr(model, merge)()
-    assert torch.equal(logits(model), expected) and packed(model).keys() == before.keys()
-    model.dequantize()
-    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
-    merged = getattr(model, merge)() or model
-    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_merged_model_is_an_ordinary_one(base, tmp_path):

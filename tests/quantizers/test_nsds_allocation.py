@@ -102,7 +102,7 @@ def test_refuses_what_is_no_strategy():
     with pytest.raises(ValueError, match="ties two scales"):
         PTQTPConfig(planes_per_layer="nsds:2.5", scale_mode="tied")
     with pytest.raises(ValueError, match="`bits_per_layer` as text must be 'nsds:' and an average.*; got 'zd:3.0'"):
-        allocate_layers("bits_per_layer", "zd:3.0", torch.nn.Identity(), None)
+        allocate_layers(D2QuantConfig.record, "zd:3.0", torch.nn.Identity(), None)
 
 
 def test_refuses_models_that_it_cannot_score(make_moe, make_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 
@@ -21,8 +22,8 @@ from hf_rb.quantizers.ptqtp import PTQTPLinear
 
 
 @pytest.fixture
-def source(make_model):
-    folder = make_model()
+def source(make_model, tmp_path_factory):
+    folder = shutil.copytree(make_model(), tmp_path_factory.mktemp("with") / "companions")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "tokenizer_config.json").write_text("{}")
     return folder

@@ -13,13 +13,6 @@ from helpers.checkpoints import (
     SIZES,
     assert_same,
     experts,
-    fused_experts,
-    qwen3,
-    second_copy_of_tied_tensor,
-    square_transposed_experts,
-    transposed_experts,
-    untied_with_biases,
-    without_head,
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -38,43 +31,6 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     Qwen3ForCausalLM(Qwen3Config(**SIZES)).bfloat16().save_pretrained(folder, max_shard_size="150KB")
     return folder
-
-
-@pytest.mark.parametrize(
-    ("make", "config", "dtype"),
-    [
-        (qwen3, PTQTPConfig(), "auto"),
-        (qwen3, PTQTPConfig(group_size=64, packing="nibble", quantize_qk=False, scale_mode="tied"), "bfloat16"),
-        (
-            untied_with_biases,
-            PTQTPConfig(modules_to_not_convert=["down_proj"], planes_per_layer={"o_proj": 1}),
-            "auto",
-        ),
-        (without_head, PTQTPConfig(), "auto"),
-        (second_copy_of_tied_tensor, PTQTPConfig(), "auto"),
-        (experts, PTQTPConfig(), "auto"),
-        (fused_experts, PTQTPConfig(packing="nibble"), "auto"),
-        (transposed_experts, PTQTPConfig(), "auto"),
-        (square_transposed_experts, PTQTPConfig(), "auto"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_same_tensors_as_in_memory(tmp_path, make, config, dtype):
-    torch.manual_seed(1)
-    make(tmp_path / "source")
-    in_memory = quantize(tmp_path / "source", tmp_path / "a", config, dtype=dtype)
-    streamed = quantize_checkpoint(tmp_path / "source", tmp_path / "b", config, dtype=dtype)
-    assert_same(tmp_path / "b", tmp_path / "a")
-    assert (tmp_path / "b" / "config.json").read_text() == (tmp_path / "a" / "config.json").read_text()
-    assert (tmp_path / "b" / "generation_config.json").is_file()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "source"]
-    assert sorted(streamed.skipped) == sorted(in_memory.skipped)
-    assert [layer.name for layer in streamed.layers] == [layer.name for layer in in_memory.layers]
-    assert streamed.error() == pytest.approx(in_memory.error(), rel=1e-9)
-    loaded = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("a", "b")]
-    ids = torch.arange(12)[None]
-    logits = [model(ids).logits for model in loaded]
-    assert torch.equal(*logits) and logits[0].isfinite().all()
 
 
 def large_checkpoint(folder: Path) -> int:

@@ -10,6 +10,7 @@ from hf_rb.cli.check import check, read_recipe
 from hf_rb.cli.quantize import QuantizeArguments
 from hf_rb.cli.upcycle import UpcycleArguments
 from hf_rb.io.resources import resource_folder
+from hf_rb.methods.registry import entries
 from hf_rb.recover import RecoverConfig
 
 
@@ -17,20 +18,14 @@ FOLDER = resource_folder("recipes")
 ALL = sorted(FOLDER.rglob("*.yaml"))
 ACCELERATE = [path for path in ALL if path.parent.name == "accelerate_configs"]
 RECIPES = [path for path in ALL if path not in ACCELERATE]
-VERBS = {
-    "d2quant": "quantize",
-    "ptqtp": "quantize",
+KINDS = {"objective": "gkd", "shaper": "grpo", "quantizer": "quantize"}
+VERBS = {entry.method.key: KINDS.get(entry.method.kind) for entry in entries()} | {
     "recover": "recover",
     "profit": "sft",
     "shadow_ft": "sft",
-    "akl": "gkd",
-    "hpd": "gkd",
     "llm_neo": "gkd",
     "loca": "gkd",
     "exopd": "distillation",
-    "edas": "grpo",
-    "calibadv": "grpo",
-    "srar": "grpo",
     "mpi": "upcycle",
     "mpi/tiny-cpu-sft": "sft",
     "mpi/qwen3-0.6b-sft": "sft",

@@ -187,7 +187,7 @@ def test_recover_of_an_unbroken_model_trains_nothing(tmp_path, capsys, monkeypat
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"objectives": ["reverse_kl"]}, "`objectives` cannot have 'reverse_kl'"),
+        ({"objectives": ["gopd"]}, "`objectives` cannot have 'gopd'"),
         ({"objectives": ["hpd"], "cached_teacher": True}, "needs the teacher's whole distribution"),
         ({"examples": []}, "`examples: []` must hold one value"),
         ({"examples": [0]}, "`examples` cannot have 0"),

@@ -235,7 +235,7 @@ def test_axes_say_what_they_count(profit_run, kd_run, rl_run, monkeypatch):
 
     for start, x, y in (
         ("Probability of the labels", "probability of the label", "labels"),
-        ("AKL's weight", "weight of the forward KL", "tokens"),
+        ("AKL weight of the head", "akl/weight", "tokens"),
         ("The same, counted", "advantage", "rollouts"),
     ):
         assert (axis(start).get_xlabel(), axis(start).get_ylabel()) == (x, y)
@@ -274,7 +274,7 @@ def test_distillation_shows_where_they_differ(kd_run, no_drawings):
     assert "colour" in report.html() and "colour" not in text and "    Q a b" not in text  # colours say all of it
     assert "| KL(student ‖ teacher) | 2.6 | 2.6 |" in text and "| top-10 tokens in common | 0.5 | 0.5 |" in text
     assert "| AKL weight of the head | 0.6 | 0.6 |" in text
-    assert "| before training | 50.0% | 50.0% | 50.0% | 50.0% |" in text
+    assert "| HPD weight of the label | 0.25 | 0.25 |" in text and "| HPD weight of the draw | -0.1 | -0.1 |" in text
     assert "| 'Q a' → ' b' | 5 | 0.1 |" in text
 
 

@@ -11,7 +11,8 @@ import torch
 from hf_rb import tiny
 from hf_rb.advantages.pipeline import ShapingContext, run_pipeline
 from hf_rb.advantages.rubrics import JudgeRequest, parse_rubric, parse_verdicts
-from hf_rb.advantages.srar import SrarShaper, find_steps
+from hf_rb.advantages.solution_steps import find_steps
+from hf_rb.advantages.srar import SrarShaper
 from hf_rb.rl.judges import Endpoint, Judge, check_rubrics, judge_from_config, judge_messages, judge_tiny
 from hf_rb.tiny.problems import generate
 

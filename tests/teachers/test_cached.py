@@ -15,9 +15,11 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from hf_rb.methods.registry import find
+from hf_rb.objectives.akl import AKL
+from hf_rb.objectives.standard import ForwardKL
 from hf_rb.ops.lm_head import Head, TeacherLogits, lm_head_loss
 from hf_rb.ops.lm_head_queries import lm_head_top_k
-from hf_rb.ops.rules import DivergenceRule
 from hf_rb.teachers import CachedTeacher, TrainerWithTeacher, bytes_per_token, cache_teacher
 
 
@@ -47,7 +49,7 @@ def test_cache_teacher_says_what_it_reads_of_a_trainer(capturing):
 
 def losses(trainer, teacher, batches, rule=None):
     """Losses and gradients of all batches under a teacher, by the token ids of the sequence's beginning up to the label."""
-    rule, found = rule or DivergenceRule("forward_kl"), {}
+    rule, found = rule or ForwardKL(), {}
     torch.manual_seed(0)
     weight = torch.randn(trainer.model.config.vocab_size, 16)
     for batch, keep in batches(trainer):
@@ -78,7 +80,7 @@ def assert_same(found, expected):
 def test_all_tokens_cached_is_the_teacher(capturing, batches, tmp_path, objective):
     report = cache_teacher(capturing, tmp_path, k=capturing.teacher.vocabulary, dtype="float32")
     assert report.truncation_kl == pytest.approx(0, abs=1e-5) and report.tail_mass == 0
-    teacher, rule = CachedTeacher(tmp_path), DivergenceRule(objective)
+    teacher, rule = CachedTeacher(tmp_path), find("objective", objective).load()()
     teacher.prepare(capturing)
     assert_same(losses(capturing, teacher, batches, rule), losses(capturing, capturing.teacher, batches, rule))
 
@@ -143,7 +145,7 @@ def test_a_batch_without_labels(capturing, cache):
     events = teacher.score(batch, torch.zeros(1, 2, dtype=torch.bool))
     assert events.ids.shape == (0, 9)
     hidden = torch.zeros(0, 4, requires_grad=True)
-    loss = lm_head_loss(hidden, Head(torch.randn(1024, 4)), DivergenceRule("forward_kl"), {}, events).loss
+    loss = lm_head_loss(hidden, Head(torch.randn(1024, 4)), ForwardKL(), {}, events).loss
     loss.backward()
     assert loss == 0
 
@@ -197,7 +199,7 @@ def test_a_teacher_that_is_sure(make_trainer, batches, tmp_path, dtype):
     with torch.no_grad():
         trainer.teacher.model.model.norm.weight.mul_(4.0)
     cache_teacher(trainer, tmp_path, k=24, dtype=dtype)
-    teacher, rule = CachedTeacher(tmp_path), DivergenceRule("akl")
+    teacher, rule = CachedTeacher(tmp_path), AKL()
     teacher.prepare(trainer)
     for batch, keep in batches(trainer):
         events, log_probs = (

@@ -7,6 +7,7 @@ import pytest
 import torch
 import trl.trainer.distillation_trainer as trls
 from datasets import Dataset
+from helpers.fake_vllm import fake_vllm, log_probs
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import set_seed
@@ -43,11 +44,15 @@ def data():
     )
 
 
+def completion_of(prompt):
+    return [5 + sum(prompt) % 90, *prompt[3 : 3 + len(prompt) % 5]]
+
+
 class Injected(DistillationTrainer):
     """Takes given completions in place of sampling any."""
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        return [[5 + sum(prompt) % 90, *prompt[3 : 3 + len(prompt) % 5]] for prompt in prompt_ids]
+        return [completion_of(prompt) for prompt in prompt_ids]
 
 
 @pytest.fixture
@@ -73,11 +78,6 @@ def loss_of(trainer, batch):
     loss.backward()
     gradient = {name: part.grad for name, part in trainer.model.named_parameters() if part.grad is not None}
     return loss.item(), gradient
-
-
-def log_probs(model, prompt, completion):
-    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1)[range(len(completion)), completion]
 
 
 # The reference
@@ -234,32 +234,9 @@ def test_an_unknown_teacher_raises(make, teacher, data):
 # Importance weights
 
 
-class FakeVLLM:
-    """Stands for TRL's handle of vLLM: samples given ids, with log-probabilities that differ from the student's."""
-
-    shift = 0.5
-
-    def __init__(self, model, processing_class, logprobs, **kwargs):
-        self.model, self.logprobs = model, logprobs
-
-    def sync_weights(self):
-        pass
-
-    @torch.no_grad()
-    def generate(self, prompts, images, num_generations, profiler):
-        completions = [[5 + sum(prompt) % 90, *prompt[3 : 3 + len(prompt) % 5]] for prompt in prompts]
-        values = [
-            [[value - self.shift] for value in log_probs(self.model, prompt, completion).tolist()]
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        values[0][0] = [None]  # NaN
-        return prompts, completions, values if self.logprobs == 0 else None, None
-
-
 @pytest.mark.parametrize("cap, weight", [(5.0, 0.5), (1.2, 0.5)])
 def test_truncated_importance_weights(make, monkeypatch, cap, weight):
-    monkeypatch.setattr(trls, "is_vllm_available", lambda: True)
-    monkeypatch.setattr(trls, "VLLMGeneration", FakeVLLM)
+    fake_vllm(monkeypatch, completion_of)
     flags = {**EXOPD, "use_vllm": True, "gopd_aggregation": "token-mean"}
     plain, capped = (
         make(flags, trainer=DistillationTrainer),
@@ -383,29 +360,6 @@ def test_nothing_to_train_on_is_a_finite_zero(make, flags):
     assert all(not part.any() for part in gradient.values())
 
 
-@pytest.mark.parametrize(
-    "flags, names",
-    [
-        ({"objective": "akl"}, {"forward_kl", "reverse_kl", "akl/weight", "akl/head_size"}),
-        (
-            EXOPD,
-            {"gopd/advantage", "gopd/advantage_min", "gopd/advantage_max", "gopd/reward", "gopd/reward_min"}
-            | {"gopd/reward_max", "gopd/teacher_log_ratio", "gopd/reference_log_ratio"},
-        ),
-    ],
-)
-def test_metrics(make, flags, names):
-    trainer = make({**flags, "max_steps": 1})
-    trainer.train()
-    logs = trainer.state.log_history[0]
-    assert names | {"entropy", "kept_fraction"} <= logs.keys()
-    batch = generation_batch(trainer)
-    kept = batch["completion_mask"].sum()
-    assert logs["kept_fraction"] == pytest.approx((kept / (kept + batch["prompt_mask"].sum())).item())
-    if flags == EXOPD:
-        assert logs["gopd/reward_min"] < logs["gopd/reward"] < logs["gopd/reward_max"]
-
-
 def test_evaluation(make, data):
     trainer = make({**EXOPD, "per_device_eval_batch_size": 4}, eval_dataset=data)
     metrics = trainer.evaluate()
@@ -421,75 +375,10 @@ def test_evaluation(make, data):
     assert metrics["eval_loss"] == pytest.approx(-torch.stack(means).mean().item(), rel=1e-4, abs=1e-5)
 
 
-def test_resuming_is_exact(make, tmp_path):
-    """The reference is the start of the run, not the checkpoint."""
-    flags = {**EXOPD, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "run")}
-    trainer = make(flags)
-    trainer.train()
-    resumed = make({**flags, "output_dir": str(tmp_path / "again")})
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    torch.testing.assert_close(dict(resumed.model.state_dict()), dict(trainer.model.state_dict()), rtol=0, atol=0)
-    assert resumed.state.log_history[2]["gopd/reference_log_ratio"] == pytest.approx(
-        trainer.state.log_history[2]["gopd/reference_log_ratio"], rel=1e-6
-    )
-
-
 # Refusals
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    {
-        "hpd": ({"objective": "hpd"}, "`objective: hpd` trains on the completions of the dataset"),
-        "beta": ({"objective": "akl", "beta": 0.5}, "`beta: 0.5` acts on `objective: jsd` only"),
-        "temperature": ({**EXOPD, "temperature": 0.7}, "`objective: gopd` needs `temperature: 1.0`"),
-        "top_p": ({**EXOPD, "top_p": 0.9}, "`objective: gopd` needs `top_p: 1.0`"),
-        "top_k": ({**EXOPD, "top_k": 50}, "`objective: gopd` needs `top_k: 0`"),
-        "min_p": ({**EXOPD, "min_p": 0.1}, "`objective: gopd` needs `min_p: None`"),
-        "repetition": ({**EXOPD, "repetition_penalty": 1.1}, "needs `repetition_penalty: 1.0`"),
-        "greedy": (
-            {**EXOPD, "generation_kwargs": {"do_sample": False}},
-            "`generation_kwargs: {do_sample: False}` replaces plain draws",
-        ),
-        "mu": ({"objective": "akl", "akl_mu": 1.5}, r"`akl_mu` must be in \(0, 1\]"),
-        "scale off": ({"reward_scale": 1.25}, "`reward_scale: 1.25` acts on `objective: gopd` only"),
-        "scale": ({**EXOPD, "reward_scale": -1.0}, "`reward_scale` must be in"),
-        "aggregation": ({**EXOPD, "gopd_aggregation": "mean"}, "`gopd_aggregation` cannot be 'mean'"),
-        "cap": ({**EXOPD, "gopd_tis_cap": 5.0}, "`gopd_tis_cap: 5.0` needs a sampler that reports log-probabilities"),
-        "clamp": ({**EXOPD, "gopd_full_vocab": True, "gopd_logratio_clamp": 5.0}, "acts on sampled tokens"),
-        "routed": (
-            {**EXOPD, "gopd_full_vocab": True, "gopd_teacher_column": "domain"},
-            "compares the student with one teacher's logits",
-        ),
-        "no column": (
-            {**EXOPD, "teacher_model_name_or_path": {"a": "b"}},
-            "go together; got `teacher_model_name_or_path: {'a': 'b'}`",
-        ),
-        "no reward": (
-            {"objective": "gopd", "reference_model_name_or_path": "x"},
-            "has no effect with `reward_scale: 1.0`",
-        ),
-    }.values(),
-)
-def test_config_refuses(config, flags, message):
-    with pytest.raises(ValueError, match=message):
-        DistillationConfig(**config, **flags)
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    {
-        "kd_alpha": 0.5,
-        "loca_alpha": 0.95,
-        "teacher_cache": "folder",
-        "hpd_sample": False,
-        "hpd_reinforce": False,
-    }.items(),
-)
-def test_what_only_gkd_can_do(config, student, name, value):
-    message = rf"`{name}` acts on the completions of the dataset.* Use `GKDTrainer` \(`hf-rb gkd`\) with `lmbda: 0.0`"
-    with pytest.raises(TypeError, match=message):
-        DistillationConfig(**config, **{name: value})
+def test_what_only_gkd_can_do(config, student):
     with pytest.raises(TypeError, match="Use `GKDTrainer`"):
         DistillationTrainer(str(student), str(student), GKDConfig(**config))
     assert "objective" in inspect.signature(DistillationConfig).parameters
@@ -614,14 +503,6 @@ def test_routing_skips_absent_teachers():
         assert routed.log_probs(inputs, keep, torch.tensor([3, 4, 5])).tolist() == [-3, -4, -5]
         assert (one.calls, two.calls) == (int(in_step), 1)
         assert routed.vocabulary == 9
-
-
-def test_card_names_the_method(make, tmp_path):
-    trainer = make({**EXOPD, "output_dir": str(tmp_path)})
-    trainer.create_model_card()
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "2602.12125" in card
-    assert "reward_scale" in card
 
 
 def test_tools(make):

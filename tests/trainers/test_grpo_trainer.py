@@ -1,18 +1,17 @@
 import functools
 import json
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pandas
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
+from helpers.plugins import install
+from peft import PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rb import GRPOConfig, GRPOTrainer
 from hf_rb.advantages import EdasShaper, Requires, SequenceShaper, Shaped, TokenShaper, edas, srar_offsets
-from hf_rb.methods import registry
 from hf_rb.objectives.hidden_align import hidden_align
 from hf_rb.rl import answers
 from hf_rb.rl.rewards import EXTRACTORS, answer_format_reward, exact_answer_reward, math_accuracy_reward
@@ -318,18 +317,12 @@ def test_objects_win_over_the_config(make):
     assert generate(make(EDAS, shapers=[]))["advantages"].tolist() == base.tolist()
 
 
-def test_an_installed_package_registers_one(make, monkeypatch):
-    entry = EntryPoint("halve", f"{__name__}:Halve", registry.GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
-    trainer = make({**EDAS, "advantage_shapers": ["edas", "halve"]})
-    assert [type(shaper) for shaper in trainer.shapers] == [EdasShaper, Halve]
-
-
-def test_a_package_may_not_take_a_built_in_name(config, monkeypatch):
-    entry = EntryPoint("edas", "elsewhere:Edas", registry.GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
-    with pytest.raises(ValueError, match="'edas' of 'elsewhere:Edas'.* is a built-in of hf_rb"):
-        GRPOConfig(**{**config, **EDAS, "num_generations": 4})
+def test_an_installed_package_registers_one(make, monkeypatch, tmp_path):
+    code = f"from hf_rb.methods import ShaperMethod\nfrom {__name__} import Halve as Base\n\n"
+    code += "class Halved(Base):\n    method = ShaperMethod(key='halved', name='Halved', summary='Halves.')\n"
+    install(monkeypatch, tmp_path / "site", "halving", code, shaper={"halved": "Halved"})
+    trainer = make({**EDAS, "advantage_shapers": ["edas", "halved"]})
+    assert [shaper.name for shaper in trainer.shapers] == ["edas", "halved"]
 
 
 def test_an_extractor_of_ones_own(make):
@@ -504,57 +497,6 @@ def test_math_equivalence_without_math_verify(make, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"advantage_shapers": ["eda"], "correct_reward": "x"}, "cannot hold 'eda'; did you mean 'edas'?"),
-        ({"advantage_shapers": ["other"]}, "it must be one of 'edas', 'calibadv', 'srar'"),
-        ({"advantage_shapers": "edas"}, r"is a list: write `advantage_shapers: \[edas\]`"),
-        ({"advantage_shapers": ["os:system"]}, "add `--allow_local_code os:system` if you trust it"),
-        ({"advantage_shapers": ["edas"]}, "needs to know which completions are wrong. Set `correct_reward`"),
-        ({**EDAS, "advantage_shapers": ["edas", "edas"]}, "has a shaper twice"),
-        (
-            {"advantage_shapers": ["srar", "calibadv"]},
-            r"Write `advantage_shapers: \[calibadv, srar\]` instead of \[srar, calibadv\]",
-        ),
-        ({"edas_alpha": 0.2}, r"no effect without the shaper 'edas'. Write `advantage_shapers: \[edas\]`"),
-        ({"srar_coef": 0.5}, "no effect without the shaper 'srar'"),
-        ({"srar_eps": 1e-6}, "no effect without the shaper 'srar'"),
-        ({"srar_eps": -1.0}, r"`srar_eps` must be in \[0, inf\)"),
-        ({**EDAS, "edas_kappa": 1.0}, r"`edas_kappa` must be in \(1, inf\); got 1.0"),
-        ({**EDAS, "edas_alpha": -0.1}, r"`edas_alpha` must be in \[0, inf\)"),
-        ({**EDAS, "edas_no_answer": "drop"}, "`edas_no_answer` cannot be 'drop'"),
-        (
-            {"advantage_shapers": ["calibadv"], "multi_objective_aggregation": "normalize_then_sum"},
-            "or `calibadv_pos_neg_ratio: null`",
-        ),
-        ({"hidden_align_coef": 0.1}, "aligns correct completions. Set `correct_reward`"),
-        ({"hidden_align_marker": "=>"}, "no effect with `hidden_align_coef: 0.0`"),
-        (
-            {"hidden_align_marker": "", "hidden_align_coef": 0.1, "correct_reward": "x"},
-            "`hidden_align_marker` is empty",
-        ),
-        ({"correct_threshold": 0.9}, "`correct_threshold: 0.9` has no effect without `correct_reward`"),
-        ({"edas_format_reward": "x"}, "no effect without the shaper 'edas'"),
-        ({**CALIBADV, "calibadv_soft": False, "calibadv_pos_neg_ratio": None}, "leave CalibAdv nothing to do"),
-        (
-            {**CALIBADV, "calibadv_pos_neg_ratio": None, "calibadv_max_gain": 5.0},
-            "`calibadv_max_gain: 5.0` has no effect",
-        ),
-        (
-            {**CALIBADV, "calibadv_pos_neg_ratio": None, "calibadv_weighting": "loss"},
-            "`calibadv_weighting: loss` has no",
-        ),
-        ({**CALIBADV, "calibadv_soft": False, "calibadv_qualify": 0.5}, "no effect with `calibadv_soft: false`"),
-        ({**CALIBADV, "calibadv_soft": False, "calibadv_step_field": "q"}, "no effect with `calibadv_soft: false`"),
-        ({**CALIBADV, "calibadv_step_field": "q", "calibadv_qualify": 0.5}, "no effect with `calibadv_step_field`"),
-    ],
-)
-def test_config_rules(config, flags, message):
-    with pytest.raises(ValueError, match=message):
-        GRPOConfig(**{**config, "num_generations": 4, **flags})
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
         (
             {"importance_sampling_level": "sequence"},
             "`importance_sampling_level: sequence` is defined with one advantage",
@@ -696,40 +638,6 @@ def test_tools(make):
 
 
 # Training
-
-
-@pytest.mark.parametrize("flags", [{}, {"beta": 0.1, "gradient_checkpointing": True}])
-def test_lora(make, flags):
-    flags = {**EDAS, "hidden_align_coef": 0.5, "learning_rate": 1e-2, **flags}
-    trainer = make(flags, peft_config=LoraConfig(r=4, target_modules="all-linear"))
-    trainer.train()
-    assert logged(trainer)["hidden_align/aligned"] > 0
-    assert any(part.any() for name, part in trainer.model.named_parameters() if "lora_B" in name)
-
-
-def test_resuming_is_exact(make):
-    flags = {
-        **EDAS,
-        "max_steps": 3,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "edas_warmup_steps": 3,
-        "hidden_align_coef": 0.5,
-        "log_completions": True,
-        "learning_rate": 1e-3,
-    }
-    whole = make(flags)
-    whole.train()
-    resumed = make(flags)
-    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir, "checkpoint-2")))
-    ignored = ("runtime", "per_second", "step_time", "epoch")
-    last, expected = (
-        {key: value for key, value in trainer.state.log_history[2].items() if not key.endswith(ignored)}
-        for trainer in (resumed, whole)
-    )
-    assert last == expected
-    assert expected["shaping/edas/warmup"] == pytest.approx(2 / 3)
-    torch.testing.assert_close(dict(resumed.model.state_dict()), dict(whole.model.state_dict()), rtol=0, atol=0)
 
 
 def test_the_checkpoint_has_a_card(make):

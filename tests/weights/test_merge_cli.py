@@ -1,6 +1,9 @@
 """`hf-rb merge`: what reaches the functions, what is refused, what is printed."""
 
 import json
+import re
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -22,12 +25,15 @@ def three(tmp_path):
 
 @pytest.fixture
 def called(monkeypatch):
-    """What the function of a method is called with."""
+    """What `merge_models` is called with."""
     from hf_rb import weights
 
+    def merge_models(method, models, destination, **options):
+        seen.update(models, method=method, destination=destination, **options)
+        return weights.MergeReport(method, {}, "")
+
     seen = {}
-    for name in ("interpolate", "graft", "refine"):
-        monkeypatch.setattr(weights, name, lambda name=name, **kwargs: seen.update(kwargs, function=name))
+    monkeypatch.setattr(weights, "merge_models", merge_models)
     monkeypatch.setattr("hf_rb.cli.merge.find_model", lambda name, adapter: None)  # the models are letters
     return seen
 
@@ -69,6 +75,9 @@ def test_timber_sweep(three, tmp_path, capsys):
     assert main(["merge", "--method", "timber", *models, "--lambda", "0,0.5", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "erank D" in out and "energy kept" in out and "erank Base" in out
+    # Norms over norms, effective ranks and k with one digit, the share of the energy with four.
+    (row,) = re.findall(r"^all merged .*$", out, re.MULTILINE)
+    assert re.search(r" \d\.\d\de[+-]\d\d( +\d\.\d){5} +[01]\.\d{4}$", row)
     assert "erank D: the same of D, their difference" in out and "k: directions of D" in out  # the table explained
     assert f"Saved in {tmp_path}/out/lambda-0 (lambda 0), {tmp_path}/out/lambda-0.5 (lambda 0.5): " in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["lambda-0", "lambda-0.5", "merge.json"]
@@ -95,8 +104,8 @@ def test_adapters(tmp_path, capsys):
 def test_booleans_of_linear(called, name, value):
     flag = f"--{name}" if value else f"--no-{name}"
     assert main(["merge", "--method", "linear", "--start", "a", "--end", "b", "out", flag]) == 0
-    assert called[name] is value and called["function"] == "interpolate"
-    assert set(called) == {"function", "destination", "start", "end", name}
+    assert called[name] is value and called["method"] == "linear"
+    assert set(called) == {"method", "destination", "start", "end", name}
 
 
 @pytest.mark.parametrize(("method", "name"), [("graft", "keep_adapter"), ("timber", "spectra")])
@@ -133,7 +142,7 @@ def test_a_boolean_takes_no_text(called, text, capsys):
             "expected a number, or several as 0.2,0.5,0.8",
         ),
         (["--method", "linear", "--start", "a", "--end", "b", "--rule", "attn", "out"], "expected PATTERN=LAMBDA"),
-        (["--method", "slerp", "out"], "invalid choice: 'slerp'"),
+        (["--method", "slurp", "out"], "invalid choice: 'slurp'"),
         (["--method", "linear", "--start", "nowhere", "--end", "b", "out"], "There is no folder nowhere"),
     ],
 )
@@ -186,3 +195,16 @@ def test_a_sweep_is_evaluated_and_drawn(tmp_path, capsys):
     assert "is no sweep" in capsys.readouterr().err
     assert main(["eval", sweep, "--plot", str(again)]) == 2
     assert "is asked for none of them" in capsys.readouterr().err
+
+
+def test_help_and_bad_input_need_no_torch():
+    code = """
+import sys
+from hf_rb.cli import main
+assert main(["merge", "--help"]) == 0
+for arguments in (["--method", "ties"], ["--method", "graft", "--density", "1"], ["--method", "slerp", "--start", "nowhere", "--end", "b"]):
+    assert main(["merge", *arguments, "out"]) == 2
+print({"torch", "transformers"} & {*sys.modules})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")

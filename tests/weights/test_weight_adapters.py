@@ -90,8 +90,8 @@ class TestGraft:
         assert str(tmp_path) not in (tmp_path / "out/README.md").read_text()
         for name, tensor in merged(instruct, tmp_path / "out").items():
             assert torch.equal(tensor, merged(instruct, adapter)[name])
-        with pytest.raises(ValueError, match="leave out `include` and `dtype`"):
-            graft(adapter, instruct, tmp_path / "no", keep_adapter=True, dtype="float32")
+        with pytest.raises(ValueError, match="written as a whole: leave out `include` and `dtype`"):
+            graft(adapter, instruct, tmp_path / "no", keep_adapter=True, dtype="float32", include="attn")
         with pytest.raises(ValueError, match="An adapter holds its delta: leave out `base`"):
             graft(adapter, instruct, tmp_path / "no", base=base)
 
@@ -229,8 +229,9 @@ class TestCombined:
             interpolate(one, two, tmp_path / "out")
         with pytest.raises(ValueError, match="one is an adapter and one a model"):
             interpolate(one, models[0], tmp_path / "out")
-        with pytest.raises(ValueError, match="leave out rules, include, files_from and dtype"):
-            interpolate(one, one, tmp_path / "out", dtype="float32")
+        for option in ({"rules": {"attn": 1.0}}, {"include": "attn"}, {"files_from": "start"}, {"dtype": "float32"}):
+            with pytest.raises(ValueError, match=f"written as a whole: leave out `{[*option][0]}`"):
+                interpolate(one, one, tmp_path / "out", **option)
         with pytest.raises(ValueError, match="one lambda at a time"):
             interpolate(one, one, tmp_path / "out", [0.1, 0.2])
         with pytest.raises(ValueError, match="`rank` is 0"):
@@ -276,8 +277,13 @@ class TestRefined:
         refine(None, adapter, tmp_path / "same", 1.0)
         for name, tensor in merged(models[0], tmp_path / "same").items():
             torch.testing.assert_close(tensor, before[name], atol=1e-6, rtol=1e-6)
-        with pytest.raises(ValueError, match="refined by itself, with one lambda"):
+        with pytest.raises(ValueError, match="An adapter holds its delta: leave out `base`"):
             refine(models[0], adapter, tmp_path / "no")
+        for option in ({"include": "attn"}, {"dtype": "float32"}, {"spectra": False}):
+            with pytest.raises(ValueError, match=f"written as a whole: leave out `{[*option][0]}`"):
+                refine(None, adapter, tmp_path / "no", **option)
+        with pytest.raises(ValueError, match="one lambda at a time"):
+            refine(None, adapter, tmp_path / "no", [0.1, 0.2])
 
 
 def test_adapters_of_files_without_a_prefix(tmp_path):

@@ -9,23 +9,25 @@ import argparse
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from hf_rb.cli import schemas
 from hf_rb.cli.check.findings import Findings
 from hf_rb.cli.check.fix import fix
 from hf_rb.cli.check.plan import make_plan, recover_lines
-from hf_rb.cli.check.recipe import read_overrides, read_recipe
+from hf_rb.cli.check.recipe import add_local_code, read_overrides, read_recipe
 from hf_rb.cli.check.rules import RULES, TRAINED, group_warnings, training_rules, upcycle_rules
 from hf_rb.cli.check.values import ValueChecker
+from hf_rb.cli.schemas.libraries import class_fields
 from hf_rb.io.data_files import column_rules
 from hf_rb.io.resources import find_recipe
-from hf_rb.methods.registry import LOCAL, pipeline_line
-from hf_rb.trainers.grpo.rules import grpo_warnings
+from hf_rb.methods.recipes import flatten, foreign
+from hf_rb.methods.registry import allow
+from hf_rb.trainers.grpo.rules import grpo_warnings, pipeline_line
 from hf_rb.utils.output import json_text
 
 
-__all__ = ["Findings", "check", "read_overrides", "read_recipe", "upcycle_rules"]
+__all__ = ["Findings", "add_local_code", "check", "read_overrides", "read_recipe", "upcycle_rules"]
 
 EXAMPLE = "hf-rb check profit/tiny-cpu"
 
@@ -35,13 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--for", dest="target", choices=[*schemas.RECIPES], help="the verb to check for (default: by the keys)"
     )
-    parser.add_argument(
-        "--allow_local_code",
-        action="append",
-        default=[],
-        metavar="MODULE:ATTRIBUTE",
-        help="code that a recipe for `hf-rb grpo` names (nothing is imported)",
-    )
+    add_local_code(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(
         "--fix",
@@ -51,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    LOCAL.update(args.allow_local_code)
+    allow(args.allow_local_code)
     for path in map(find_recipe, args.recipes if args.fix else ()):
         recipe = read_recipe(path)
         text, changes = fix(path.read_text(encoding="utf-8"), recipe, schemas.load(args.target or _verb_of(recipe)))
@@ -78,13 +74,23 @@ def check(path: Path, recipe: dict[str, Any], verb: str | None = None) -> Findin
             keys.
     """
     recipe = {key: value for key, value in recipe.items() if key != "env"}
-    likely = _verb_of(recipe)
-    verb = verb or likely
+    verb = verb or _verb_of(recipe)
     findings = Findings(str(path), verb)
-    if 2 * _known(recipe, verb) < _known(recipe, likely):  # one line, in place of one for every key
+    known = _known(recipe, verb)
+    if 2 * known < len(recipe) and 2 * known < _known(recipe, likely := _verb_of(recipe)):
+        # One line, in place of one for every key.
         findings.errors.append(f"this is a recipe for `hf-rb {likely}`, not for `hf-rb {verb}`.")
         return findings
-    values = ValueChecker(findings).values(recipe, schemas.load(verb))
+    try:
+        recipe = flatten(recipe)
+    except ValueError as error:
+        findings.errors.append(str(error))
+        return findings
+    keys = schemas.load(verb)
+    for entry in foreign(recipe, keys):  # methods of other packages
+        flags = cast(type, entry.method.flags)
+        keys = keys | class_fields(f"{flags.__module__}:{flags.__qualname__}")
+    values = ValueChecker(findings).values(recipe, keys)
     try:
         _apply_rules(findings, SimpleNamespace(**values))
     except AttributeError as error:
@@ -115,8 +121,13 @@ def _apply_rules(findings: Findings, args: Any) -> None:
 
 
 def _verb_of(recipe: dict[str, Any]) -> str:
-    """Returns the verb that knows the most keys of a recipe."""
-    return max(schemas.RECIPES, key=lambda verb: _known(recipe, verb))
+    """Returns the verb that knows the most keys of a recipe. Keys of verbs behind one that knows all are not read."""
+    known = {}
+    for verb in schemas.RECIPES:
+        known[verb] = _known(recipe, verb)
+        if known[verb] == len(recipe):
+            break
+    return max(known, key=known.__getitem__)
 
 
 def _known(recipe: dict[str, Any], verb: str) -> int:

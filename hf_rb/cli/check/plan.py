@@ -6,11 +6,14 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from hf_rb.cli import schemas
 from hf_rb.cli.check.memory import WEIGHT_BYTES, Architecture, Run, estimate, estimate_audit, peak
 from hf_rb.io import data_files as data
 from hf_rb.io.model_folder import local_folder
+from hf_rb.methods.registry import methods
 from hf_rb.recover.config import TRAINING
 from hf_rb.utils.devices import cpu_arguments
 
@@ -220,10 +223,11 @@ def _quantized_bits(args: Any, config: Any) -> float | None:
         return 4.5
     if args.load_in_8bit or config.get("load_in_8bit"):
         return 8.5
-    group, method = config.get("group_size", 128), config.get("quant_method")
-    if method == "ptqtp":
-        return config.get("planes", 2) * (2 + 16 / group)
-    return config.get("bits", 2) + 24 / group if method == "d2quant" else None
+    method = str(config.get("quant_method"))
+    if method not in methods("quantizer"):
+        return None
+    defaults = {key: entry.get("default") for key, entry in schemas.load(method).items()}
+    return methods("quantizer")[method].method.memory_bits(SimpleNamespace(**defaults | config))
 
 
 def _frozen(args: Any, verb: str) -> list[tuple[str, dict]]:

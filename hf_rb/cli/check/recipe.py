@@ -1,5 +1,6 @@
 """A recipe's keys and values, from its file and from the command line."""
 
+import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,18 @@ from typing import Any
 from hf_rb.cli import schemas
 
 
-__all__ = ["read_overrides", "read_recipe"]
+__all__ = ["add_local_code", "read_overrides", "read_recipe"]
+
+
+def add_local_code(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that allows code to be imported which a recipe names."""
+    parser.add_argument(
+        "--allow_local_code",
+        action="append",
+        default=[],
+        metavar="MODULE:ATTRIBUTE",
+        help="an objective, a shaper or a reward function of your own that the recipe names and that may be imported",
+    )
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

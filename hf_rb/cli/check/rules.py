@@ -11,19 +11,19 @@ from hf_rb import tiny
 from hf_rb.cli import schemas
 from hf_rb.io.data_files import dataset_rules, file_problem, text_problem
 from hf_rb.io.resources import recipe_names
-from hf_rb.quantizers.rules import d2quant_rules, ptqtp_rules
+from hf_rb.methods.registry import methods
+from hf_rb.methods.rules import defaults_of
 from hf_rb.recover.config import recover_rules
 from hf_rb.rl.rewards import reward_name, reward_problem
-from hf_rb.trainers.common.rules import packing_rules
+from hf_rb.trainers.common.rules import packing_rules, trainer_rules
 from hf_rb.trainers.distillation.rules import distillation_rules
 from hf_rb.trainers.gkd.rules import gkd_rules
-from hf_rb.trainers.grpo.rules import agent_rules, grpo_rules
-from hf_rb.trainers.sft.rules import profit_rules
+from hf_rb.trainers.grpo.rules import agent_rules, grpo_recipe_rules, grpo_rules
 from hf_rb.utils.fields import Rule, value_problem
 from hf_rb.weights.rules import graft_rules
 
 
-__all__ = ["QUANTIZATION_RULES", "RULES", "TRAINED", "group_warnings", "training_rules", "upcycle_rules"]
+__all__ = ["RULES", "TRAINED", "group_warnings", "training_rules", "upcycle_rules"]
 
 
 def _name_rules(args: Any) -> Iterator[str]:
@@ -50,13 +50,6 @@ def _text_rules(args: Any) -> Iterator[str]:
     for key in ("eval_data", "eval_text", "train_text"):
         if (name := getattr(args, key, None)) and (problem := text_problem(key, name)):
             yield problem
-
-
-def _calibration_rules(config: Any) -> Iterator[str]:
-    # Only here: a saved model keeps the name of a text that need not be where it is loaded.
-    yield from d2quant_rules(config)
-    if isinstance(config.dataset, str) and config.backend != "rtn":
-        yield from filter(None, [text_problem("dataset", config.dataset)])
 
 
 def _tracker_rules(args: Any) -> Iterator[str]:
@@ -97,8 +90,9 @@ def _reward_rules(args: Any) -> Iterator[str]:
     if not names and not args.reward_model_name_or_path:
         yield "no reward: write `reward_funcs: [...]`."
     known = [reward_name(name) for name in names] + (args.reward_model_name_or_path or "").split("/")[-1:]
-    for key in ("correct_reward", "edas_format_reward"):
-        if (name := getattr(args, key)) is not None and name not in known:
+    flags = [name for entry in methods("shaper").values() for name in defaults_of(entry.method)]
+    for key in ("correct_reward", *(name for name in flags if name.endswith("_reward"))):
+        if isinstance(name := getattr(args, key, None), str) and name not in known:
             yield f"`{key}: {name}` is none of the reward functions, {', '.join(filter(None, known))}."
 
 
@@ -127,29 +121,6 @@ def group_warnings(args: Any) -> Iterator[str]:
                 f"groups of {number} do not fill the {batch} completions that a process generates at a time in "
                 f"{what}: this will run with {processes} processes or a multiple of them, and with no other number."
             )
-
-
-def _shaper_rules(args: Any) -> Iterator[str]:
-    """Yields problems of shapers, which a trainer takes as objects too, and a recipe can only name."""
-    if "srar" in args.advantage_shapers and args.srar_judge is None:
-        yield (
-            "`advantage_shapers: [srar]` needs a judge of steps: write `srar_judge: ...`, the URL of an endpoint or "
-            "`tiny`."
-        )
-    if "srar" in args.advantage_shapers and args.srar_only_mixed and args.correct_reward is None:
-        yield (
-            "`advantage_shapers: [srar]` judges groups with correct and wrong completions. Set `correct_reward`, or "
-            "`srar_only_mixed: false`."
-        )
-    if (
-        "calibadv" in args.advantage_shapers
-        and args.calibadv_soft
-        and not (args.environment or args.calibadv_step_field)
-    ):
-        yield (
-            "`advantage_shapers: [calibadv]` reads what tools return, and there are none: write `environment: "
-            "search`, or `calibadv_soft: false` to balance answers only."
-        )
 
 
 def training_rules(args: Any) -> Iterator[str]:
@@ -191,12 +162,11 @@ TRACKERS = (
     "trackio wandb"
 ).split()
 _COMMON: tuple[Rule, ...] = (_precision_rules, _tracker_rules, _source_rules, dataset_rules, _name_rules)
-QUANTIZATION_RULES: dict[str, Rule] = {"d2quant": _calibration_rules, "ptqtp": ptqtp_rules}
 RULES: dict[str, tuple[Rule, ...]] = {
-    "sft": (profit_rules, packing_rules, graft_rules, *_COMMON),
+    "sft": (trainer_rules, packing_rules, graft_rules, *_COMMON),
     "gkd": (gkd_rules, packing_rules, _teacher_rules, *_COMMON),
     "distillation": (distillation_rules, _teacher_rules, *_COMMON),
-    "grpo": (grpo_rules, agent_rules, _group_rules, _reward_rules, _shaper_rules, *_COMMON),
+    "grpo": (grpo_rules, agent_rules, _group_rules, _reward_rules, grpo_recipe_rules, *_COMMON),
     "quantize": (_text_rules, _name_rules),
     "upcycle": (upcycle_rules, _name_rules),
     "recover": (recover_rules, _text_rules, _name_rules),

@@ -1,13 +1,17 @@
 """The values of a recipe against the entries of its keys: types, choices, ranges, and keys that there are not."""
 
+import json
 from collections.abc import Collection
 from difflib import get_close_matches
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 from hf_rb.cli import schemas
 from hf_rb.cli.check.findings import Findings
-from hf_rb.cli.check.rules import QUANTIZATION_RULES, TRAINED
+from hf_rb.cli.check.rules import TRAINED
+from hf_rb.methods.registry import find, methods, name_problem
+from hf_rb.quantizers.rules import quantizer_rules
 from hf_rb.trainers.distillation.rules import only_gkd
 from hf_rb.utils.fields import value_problem
 from hf_rb.utils.renamed import former_key, nearest_key
@@ -45,17 +49,17 @@ class ValueChecker:
         if problem:
             self.findings.errors.append(problem)
             return
-        methods = [name for name in schemas.QUANTIZATION if key in schemas.load(name)]
-        if methods and prefix.endswith("quantization_config."):
-            instead = _COUNTERPARTS.get(key)
+        names = schemas.quantization() if prefix.endswith("quantization_config.") else ()
+        if owner := next((name for name in names if key in schemas.load(name)), None):
+            instead = _counterpart(key, owner, keys)
             hint = f"; this method has `{instead}` (`--{instead.replace('_', '-')}`)." if instead else "."
-            self.findings.errors.append(
-                f"`{prefix}{key}` is of `quant_method: {methods[0]}` (`--method {methods[0]}`){hint}"
-            )
+            self.findings.errors.append(f"`{prefix}{key}` is of `quant_method: {owner}` (`--method {owner}`){hint}")
             return
         close = nearest_key(key, keys)
         message = f"unknown key `{prefix}{key}`" + (f"; did you mean `{prefix}{close}`?" if close else ".")
-        owners = [] if prefix else [f"`hf-rb {verb}`" for verb in schemas.RECIPES if key in schemas.load(verb)]
+        # The keys of other verbs are not read for a typo.
+        verbs = () if prefix or get_close_matches(str(key), keys, n=1, cutoff=0.9) else schemas.RECIPES
+        owners = [f"`hf-rb {verb}`" for verb in verbs if key in schemas.load(verb)]
         if owners:
             self.findings.errors.append(
                 f"`{key}` is a key of {' and '.join(owners)}, and this recipe is for `hf-rb {self.findings.verb}`. "
@@ -87,27 +91,27 @@ class ValueChecker:
         converted.
         """
         method = config.get("quant_method") if isinstance(config, dict) else None
-        if isinstance(method, str) and method in schemas.QUANTIZATION:
+        if isinstance(method, str) and method in schemas.quantization():
             before = len(self.findings.errors)
             values = self.values(config, schemas.load(method), f"{key}.", from_text=False)
-            rules = QUANTIZATION_RULES[method](SimpleNamespace(**values))
+            record, namespace = find("quantizer", method).method, SimpleNamespace(**values)
+            rules = chain(quantizer_rules(record, namespace), record.recipe_rules(namespace))
             if len(self.findings.errors) == before:  # otherwise the rules would speak of defaults that nobody wrote
                 self.findings.errors += [f"`{key}`: {problem}" for problem in rules]
         elif key == "quantization_config" and isinstance(config, dict):
-            problem = value_problem(f"{key}.quant_method", str(method), choices=[*schemas.QUANTIZATION])
-            self.findings.errors += filter(None, [problem])
+            self.findings.errors += filter(None, [name_problem("quantizer", str(method), f"{key}.quant_method")])
         # Elsewhere it may be a method of another library; "quanto" is further away than this.
-        elif close := get_close_matches(str(method), schemas.QUANTIZATION, n=1, cutoff=0.8):
+        elif close := get_close_matches(str(method), schemas.quantization(), n=1, cutoff=0.8):
             self.findings.warnings.append(f"`{key}.quant_method` is {method!r}; did you mean {close[0]!r}?")
 
 
-# Keys of quantization methods with the same meaning, each for the other.
-_COUNTERPARTS = {
-    "bits": "planes",
-    "bits_per_layer": "planes_per_layer",
-    "planes": "bits",
-    "planes_per_layer": "bits_per_layer",
-}
+def _counterpart(key: str, owner: str, keys: Collection[str]) -> str | None:
+    """Returns the key of another quantizer that means what this one means for its owner."""
+    mine, all_methods = find("quantizer", owner).method, [entry.method for entry in methods("quantizer").values()]
+    same = {mine.unit: [one.unit for one in all_methods], mine.per_layer: [one.per_layer for one in all_methods]}
+    return next((one for one in same.get(key, ()) if one in keys), None)
+
+
 _PYTHON = {
     "null": type(None),
     "bool": bool,
@@ -120,6 +124,11 @@ _PYTHON = {
 
 
 def _convert(key: str, value: Any, types: list[str], from_text: bool) -> Any:
+    if isinstance(value, str) and value.startswith("{") and "dict" in types:  # as transformers takes it
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"`{key}: {value}` is no JSON ({error}). Write a mapping.") from None
     for kind in types:
         if _is(value, kind):
             return value

@@ -55,6 +55,7 @@ def make_entry(
     range: str | None = None,
     help: str = "",
     keys: dict[str, Any] | None = None,
+    own: bool = False,
     **default: Any,
 ) -> dict[str, Any]:
     """
@@ -73,6 +74,8 @@ def make_entry(
             Help, as argparse wants it.
         keys (`dict`, *optional*):
             Entries of the dataclass that its list holds.
+        own (`bool`, *optional*, defaults to `False`):
+            Whether the field is ours.
         default (*optional*):
             Its default. A field without one must be given.
     """
@@ -86,5 +89,6 @@ def make_entry(
         "range": range or _RANGES.get(name),
         "help": help.replace("%%", "%"),
         "keys": keys,
+        "own": own or None,
     }
     return {key: value for key, value in entry.items() if value is not None or key == "default"}

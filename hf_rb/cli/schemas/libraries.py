@@ -1,4 +1,4 @@
-"""Reads the fields of the libraries' config classes from their installed sources, without importing a library.
+"""Reads the fields of config classes from their sources, without importing a library.
 
 `class_fields("trl:SFTConfig")` finds the class as an import of that name does: it follows the imports of the sources,
 also those for type checkers alone, and then the base classes. A base class of the standard library, or one without a
@@ -12,14 +12,18 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_rb.cli.schemas.entry import TYPE_NAMES, make_entry
+from hf_rb.methods.static import parsed, source_file
 
 
 __all__ = ["Missing", "class_fields"]
+
+
+# A class that TRL may drop without notice, and ours that then stands in for it, by the name that is either.
+STAND_INS = {"GKDBaseConfig": ("trl.experimental.gkd:GKDConfig", "hf_rb.trainers.gkd.base_config:GKDArguments")}
 
 
 class Missing(ValueError):
@@ -34,9 +38,10 @@ class _Module:
         self.package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         self.names: dict[str, ast.ClassDef | ast.Import | ast.ImportFrom | ast.Assign] = {}
         self.renamed: dict[str, str] = {}
-        for node in _statements(ast.parse(path.read_text(encoding="utf-8")).body):
+        for node in _statements(parsed(path).body):
             if isinstance(node, ast.ClassDef):
-                self.names[node.name] = node
+                if not isinstance(self.names.get(node.name), ast.Assign):
+                    self.names[node.name] = node
             elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 self.names.setdefault(node.targets[0].id, node)
             elif isinstance(node, ast.Import | ast.ImportFrom):
@@ -84,8 +89,12 @@ def class_fields(source: str) -> dict[str, dict[str, Any]]:
     module, _, name = source.partition(":")
     found = _find(module, name)
     if not isinstance(found, _Class):
-        raise Missing(f"{_installed(module)} has no class `{module}.{name}`.{_remedy(module)}")
+        raise _missing(module, name)
     return dict(_fields(found))
+
+
+def _missing(module: str, name: str) -> Missing:
+    return Missing(f"{_installed(module)} has no class `{module}.{name}`.{_remedy(module)}")
 
 
 @cache
@@ -93,6 +102,8 @@ def _fields(found: _Class) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     for node in reversed(found.node.bases):
         base = _class(found.module, node)
+        if base is None and found.module.name.startswith("hf_rb.") and isinstance(node, ast.Attribute):
+            raise _missing(found.module.module_of(node.value), node.attr)
         if base is not None and base != found:
             entries |= _fields(base)
     if any("dataclass" in ast.unparse(decorator) for decorator in found.node.decorator_list):
@@ -131,13 +142,22 @@ def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str,
     if "ClassVar" in ast.unparse(node.annotation):
         return {}
     given: dict[str, ast.expr] = {}
-    if isinstance(node.value, ast.Call) and ast.unparse(node.value.func).endswith("field"):
+    about: dict[str, Any] = {}
+    function = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
+    is_flag = function.rpartition(".")[2] == "flag"  # ours
+    if isinstance(node.value, ast.Call) and is_flag:
+        named = {str(keyword.arg): keyword.value for keyword in node.value.keywords}
+        named |= dict(zip(("default", "help"), node.value.args, strict=False))
+        given["default"] = named.pop("default")
+        about = {name: _value(value, owner) for name, value in named.items()}
+    elif isinstance(node.value, ast.Call) and function.endswith("field"):
         given = {str(keyword.arg): keyword.value for keyword in node.value.keywords}
     elif node.value is not None:
         given = {"default": node.value}
     if "init" in given and _value(given["init"], owner) is False:
         return {}
-    about = _parts(given.get("metadata"), owner)
+    about = about or _parts(given.get("metadata"), owner)
+    is_own = is_flag or ast.unparse(given.get("metadata", ast.Constant(None))).startswith("described(")
     default = {}
     if "default_factory" in given:
         default = {"default": _made(given["default_factory"], owner)}
@@ -152,33 +172,26 @@ def _field(name: str, node: ast.AnnAssign, owner: _Class) -> dict[str, dict[str,
             range=about.get("range"),
             help=about.get("help") or "",
             keys=_nested(options, owner),
+            own=is_own,
             **default,
         )
     }
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yields statements and those inside `if`, `else` and `try`."""
+    """Yields statements and those inside `if`, `else` and `try`; those for type checkers come last."""
     for node in body:
         yield node
-        for part in ("body", "orelse") if isinstance(node, ast.If | ast.Try) else ():
+        is_typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        parts = ("orelse", "body") if is_typing else ("body", "orelse")
+        for part in parts if isinstance(node, ast.If | ast.Try) else ():
             yield from _statements(getattr(node, part))
 
 
 @cache
 def _module(name: str) -> _Module | None:
-    top, *inner = name.split(".")
-    spec = None if top in sys.stdlib_module_names else find_spec(top)
-    if spec is None:
-        return None
-    if spec.submodule_search_locations is None and spec.origin and spec.origin.endswith(".py") and not inner:
-        return _Module(name, Path(spec.origin))
-    for location in spec.submodule_search_locations or ():
-        folder = Path(location, *inner)
-        for path in (folder / "__init__.py", folder.parent / f"{folder.name}.py"):
-            if path.is_file():
-                return _Module(name, path)
-    return None
+    path = None if _top(name) in sys.stdlib_module_names else source_file(name)
+    return None if path is None else _Module(name, path)
 
 
 def _find(module: str, name: str) -> "_Class | tuple[_Module, ast.Assign] | None":
@@ -189,6 +202,9 @@ def _find(module: str, name: str) -> "_Class | tuple[_Module, ast.Assign] | None
         node = source.names.get(name)
         if isinstance(node, ast.ClassDef):
             return _Class(source, node)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id in source.names:
+            name = node.value.id  # another name for it
+            continue
         if isinstance(node, ast.Assign):
             return source, node
         if not isinstance(node, ast.ImportFrom):
@@ -204,7 +220,8 @@ def _class(module: _Module, node: ast.expr) -> _Class | None:
     node = node.value if isinstance(node, ast.Subscript) else node
     found = None
     if isinstance(node, ast.Name):
-        found = _find(module.name, node.id)
+        places = [*(one.split(":") for one in STAND_INS.get(node.id, ())), (module.name, node.id)]
+        found = next((one for place in places if isinstance(one := _find(*place), _Class)), None)
     elif isinstance(node, ast.Attribute):
         found = _find(module.module_of(node.value), node.attr)
     return found if isinstance(found, _Class) else None
@@ -223,7 +240,14 @@ def _value(node: ast.AST, owner: _Class) -> Any:
         if stated:  # the last: the first is for older versions of a library
             return _value(stated[-1].value, owner)
         found = _find(owner.module.name, node.id)
-        return None if found is None or isinstance(found, _Class) else _value(found[1].value, owner)
+        if found is None or isinstance(found, _Class):
+            return None
+        return _value(found[1].value, owner._replace(module=found[0]))
+    if isinstance(node, ast.List | ast.Tuple):
+        values = []
+        for one in node.elts:
+            values += _value(one.value, owner) or () if isinstance(one, ast.Starred) else [_value(one, owner)]
+        return values
     if isinstance(node, ast.Attribute):
         return _members(node.value, owner).get(node.attr)
     return None

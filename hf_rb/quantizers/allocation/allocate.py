@@ -11,9 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_rb.io.safetensors import Entry, read_header
+from hf_rb.methods import QuantizerMethod
 from hf_rb.quantizers.allocation import nsds
 from hf_rb.quantizers.packed.report import LayerAllocation
-from hf_rb.quantizers.rules import NSDS_RANGES, nsds_budget
+from hf_rb.quantizers.rules import nsds_budget
 from hf_rb.utils.progress import tqdm
 
 
@@ -31,14 +32,14 @@ PROJECTIONS = {
 
 
 def allocate_layers(
-    per_layer: str, strategy: str, model: PreTrainedModel, files: Sequence[str | Path] | None
+    method: QuantizerMethod, strategy: str, model: PreTrainedModel, files: Sequence[str | Path] | None
 ) -> list[LayerAllocation]:
     """
     Scores the decoder layers of a checkpoint by NSDS and says what each of them gets.
 
     Args:
-        per_layer (`str`):
-            `"bits_per_layer"` (2 or 4 bits, as in the paper) or `"planes_per_layer"` (2 or 3 planes).
+        method ([`~hf_rb.methods.QuantizerMethod`]):
+            Says what the least and the most sensitive layers get: 2 or 4 bits, as in the paper, 2 or 3 planes.
         strategy (`str`):
             `"nsds:"` and the average over layers.
         model (`transformers.PreTrainedModel`):
@@ -50,8 +51,8 @@ def allocate_layers(
         ValueError: The strategy is no such text; the weights are in no safetensors files; or the layers are not those
             of a dense decoder in the manner of Llama with an LM head.
     """
-    budget = nsds_budget(strategy)
-    if budget is None:
+    per_layer, budget = method.per_layer, nsds_budget(strategy)
+    if budget is None or method.nsds is None:
         raise ValueError(
             f"`{per_layer}` as text must be 'nsds:' and an average, such as 'nsds:2.5'; got {strategy!r}."
         )
@@ -61,7 +62,7 @@ def allocate_layers(
         raise ValueError(
             f"`{per_layer}={strategy!r}` compares the layers of a decoder in the manner of Llama by its LM head, and "
             f"{type(model).__name__} has no {lacks}. Name layers yourself: `{per_layer}={{'NAME': "
-            f"{NSDS_RANGES[per_layer][1]}}}`, with the end of a layer's name."
+            f"{method.nsds[1]}}}`, with the end of a layer's name."
         )
     for name, layer in layers.items():
         for role, projection in PROJECTIONS.items():
@@ -72,7 +73,7 @@ def allocate_layers(
                     f"`{per_layer}={strategy!r}` compares the "
                     f"{', '.join(path.rpartition('.')[2] for path in PROJECTIONS.values())} of layers; {name} of "
                     f"{type(model).__name__} has no {projection}. Name the layers yourself: `{per_layer}={{{name!r}: "
-                    f"{NSDS_RANGES[per_layer][1]}}}`."
+                    f"{method.nsds[1]}}}`."
                 )
             wanted[name, role] = f"{name}.{projection}.weight"
     head = _unembedding(model)
@@ -88,7 +89,7 @@ def allocate_layers(
                 nsds.layer_numbers(nsds.LayerWeights(gate=weights.pop("gate", None), **weights), head_dim, directions)
             )
     scores = nsds.combine(*zip(*numbers, strict=True))
-    given = nsds.allocate([one.score for one in scores], budget, *NSDS_RANGES[per_layer])
+    given = nsds.allocate([one.score for one in scores], budget, *method.nsds)
     return [LayerAllocation(*row) for row in zip(layers, *zip(*scores, strict=True), given, strict=True)]
 
 

@@ -40,13 +40,11 @@ __all__ = [
     "code_bits",
     "for_kernels",
     "from_file",
-    "from_kernels",
+    "grids_of",
     "is_dual",
     "layout_of",
-    "pack",
     "scale_rows",
     "to_file",
-    "unpack",
 ]
 
 ONES = (1, 1, 1, 1)
@@ -102,24 +100,13 @@ def for_kernels(codes: AffineCodes | DualCodes) -> PackedWeight:
     return PackedWeight(kernel_layout.pack(parts, layout), scale, column)
 
 
-def from_kernels(layout: Layout, weight: PackedWeight) -> AffineCodes | DualCodes:
-    """Inverse of [`for_kernels`]. Without column scales, those of sign planes are 1."""
-    parts = kernel_layout.unpack(weight.packed, layout)
-    numbers = parts[0] | parts[1] << 2 if len(parts) > 1 else parts[0]
-    if not is_dual(layout):
-        bits = code_bits(layout)
-        return AffineCodes(numbers, *_grids(weight.scale, bits), bits, layout.group_size)
-    signs = torch.stack([2 * (numbers >> plane & 1).to(torch.int8) - 1 for plane in range(code_bits(layout))])
-    columns = torch.ones(layout.in_features, device=signs.device) if weight.column is None else weight.column
-    return DualCodes(signs, weight.scale, columns, layout.group_size)
-
-
 def _scales(step: Tensor, zero: Tensor, bits: int) -> Tensor:
     lowest = -(step.float() * zero).half()
     return torch.stack([step, lowest, step] if bits == 3 else [step, lowest], -1)
 
 
-def _grids(scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def grids_of(scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Returns steps and zero points of the scales in memory."""
     # Rounding to float16 moves a lowest value by less than 1/100 of a step.
     step, lowest = scale[..., 0], scale[..., 1].float()
     zero = torch.where(step > 0, -lowest / step.float(), 0).round_().clamp_(0, 2**bits - 1)
@@ -143,7 +130,7 @@ def scale_rows(layout: Layout, scale: Tensor, factor: Tensor) -> Tensor:
         ValueError: A product is too large or too small for float16.
     """
     bits = code_bits(layout)
-    step, zero = _grids(scale, bits)
+    step, zero = grids_of(scale, bits)
     product = step.float() * factor[..., None]
     result = _scales(product.half(), zero, bits)
     if not result.isfinite().all() or ((result[..., 0].float() - product).abs() > product / 512).any():
@@ -160,7 +147,7 @@ def to_file(layout: Layout, weight: PackedWeight) -> PackedWeight:
     if bits == 3:
         stored.packed, stored.hi = _apart(weight.packed, layout)
     if not is_dual(layout):
-        stored.scale, zero = _grids(weight.scale, bits)
+        stored.scale, zero = grids_of(weight.scale, bits)
         stored.zero = _pack_zeros(zero, bits)
     return stored
 
@@ -180,7 +167,8 @@ def from_file(layout: Layout, stored: PackedWeight, column: bool = False) -> Pac
     Raises:
         DamagedTensor: A tensor is missing or too many, has another type or shape, or a scale that is none.
     """
-    _check(layout, stored.parts(), column)
+    kind = f"{code_bits(layout)}-bit {'sign planes' if is_dual(layout) else 'grids'}"
+    stored.check(kind, **_expected(layout, stored.packed.shape[:-1], column))
     weight = PackedWeight(stored.packed, stored.scale, stored.column)
     if stored.hi is not None:
         weight.packed = _together(stored.packed, stored.hi, layout)
@@ -192,10 +180,10 @@ def from_file(layout: Layout, stored: PackedWeight, column: bool = False) -> Pac
     return weight
 
 
-def _check(layout: Layout, tensors: dict[str, Tensor], column: bool) -> None:
-    bits, rows = code_bits(layout), tensors["packed"].shape[:-1]
-    widths = [_row_bytes(layout, part) for part in layout.parts]
-    expected = {"packed": (torch.uint8, (*rows, widths[0]))}
+def _expected(layout: Layout, rows: tuple[int, ...], column: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Returns type and shape of the tensors of a file."""
+    bits, widths = code_bits(layout), [_row_bytes(layout, part) for part in layout.parts]
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"packed": (torch.uint8, (*rows, widths[0]))}
     if bits == 3:
         expected["hi"] = torch.uint8, (*rows, widths[1])
     if is_dual(layout):
@@ -205,19 +193,7 @@ def _check(layout: Layout, tensors: dict[str, Tensor], column: bool) -> None:
         expected["zero"] = torch.uint8, (*rows, -(-layout.groups * bits // 8))
     if column:
         expected["column"] = torch.float32, (*rows[:-1], layout.in_features)
-    for part, (dtype, shape) in expected.items():
-        if part not in tensors:
-            raise DamagedTensor("not in the checkpoint.", part)
-        tensor = tensors[part]
-        if tensor.dtype != dtype or tensor.shape != shape:
-            found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise DamagedTensor(f"Expected {dtype} of shape {tuple(shape)}, got {found}.", part)
-    for part in tensors.keys() - expected.keys():
-        kind = "sign planes" if is_dual(layout) else "grids"
-        raise DamagedTensor(f"There is no such tensor for {bits}-bit {kind}; is the configuration another one?", part)
-    for part in ("scale", "column"):
-        if part in expected and not ((tensors[part] >= 0) & tensors[part].isfinite()).all():
-            raise DamagedTensor("A scale is negative, infinite or NaN: the file is damaged.", part)
+    return expected
 
 
 def _row_bytes(layout: Layout, part: Part) -> int:
@@ -257,41 +233,3 @@ def _unpack_zeros(packed: Tensor, bits: int, groups: int) -> Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream = (packed[..., None] >> places & 1).flatten(-2)[..., : groups * bits].unflatten(-1, (groups, bits))
     return (stream << places[:bits]).sum(-1, dtype=torch.uint8)
-
-
-def pack(codes: AffineCodes | DualCodes) -> dict[str, Tensor]:
-    """
-    Returns the tensors of file format v1, column scales among them.
-
-    Args:
-        codes (`AffineCodes` or `DualCodes`):
-            A quantized matrix.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `weight`, `weight_scale`, and of `weight_zero`, `weight_hi`, `weight_column` those
-        that there are.
-    """
-    layout = layout_of(codes.shape[1], codes.group_size, codes.bits, isinstance(codes, DualCodes))
-    return to_file(layout, for_kernels(codes)).named("weight")
-
-
-def unpack(tensors: dict[str, Tensor], in_features: int, group_size: int, bits: int) -> AffineCodes | DualCodes:
-    """
-    Inverse of [`pack`].
-
-    Args:
-        tensors (`dict[str, torch.Tensor]`):
-            Those of one matrix. Without `weight_column`, the column scales of sign planes are 1.
-        in_features (`int`):
-            Columns of the matrix.
-        group_size (`int`):
-            Neighbouring weights of a row that share their scales.
-        bits (`int`):
-            Bits of a code.
-
-    Raises:
-        DamagedTensor: See [`from_file`].
-    """
-    stored = PackedWeight.collect("weight", tensors.get)
-    layout = layout_of(in_features, group_size, bits, dual=stored.zero is None)
-    return from_kernels(layout, from_file(layout, stored, stored.column is not None))

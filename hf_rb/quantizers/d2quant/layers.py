@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hf_rb.quantizers.d2quant.format import code_bits, for_kernels, is_dual, layout_of
+from hf_rb.quantizers.d2quant.format import for_kernels, is_dual, layout_of
 from hf_rb.quantizers.d2quant.maths.dsq import DualCodes
 from hf_rb.quantizers.d2quant.maths.grids import AffineCodes
 from hf_rb.quantizers.packed.experts import PackedExperts
@@ -13,7 +13,13 @@ from hf_rb.quantizers.packed.linear import PackedLinear, PackedModule
 __all__ = ["D2QuantExperts", "D2QuantLinear"]
 
 
-class D2QuantLinear(PackedLinear):
+class _Codes(PackedModule):
+    def described(self, name: str) -> str:
+        column = ", column scales" if self.packed_weight(name).column is not None else ""
+        return f"{super().described(name)}{', sign planes' if is_dual(self.layouts[name]) else ''}{column}"
+
+
+class D2QuantLinear(_Codes, PackedLinear):
     """
     A linear layer whose weight has codes of 2, 3 or 4 bits, on integer grids or as sign planes.
 
@@ -42,24 +48,10 @@ class D2QuantLinear(PackedLinear):
         layer.bias = None if bias is None else nn.Parameter(bias.detach())
         return layer
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {_described(self, 'weight')}, group_size={self.layout.group_size}"
 
-
-class D2QuantExperts(PackedExperts):
+class D2QuantExperts(_Codes, PackedExperts):
     """
     Stands in for a fused experts module of transformers, with one or both of its weights packed as in
     [`D2QuantLinear`]: `(experts, out, layout.row_bytes)`, and `down_proj_column` `(experts, in)` where column scales
     are kept.
     """
-
-    def extra_repr(self) -> str:
-        stored = ", ".join(f"{name}: {_described(self, name)}" for name in self.layouts)
-        return f"{self.num_experts} of {self.experts_class.__name__}, {stored}"
-
-
-def _described(module: PackedModule, name: str) -> str:
-    """Says how a packed parameter is stored."""
-    layout = module.layouts[name]
-    column = ", column scales" if module.packed_weight(name).column is not None else ""
-    return f"bits={code_bits(layout)}{', sign planes' if is_dual(layout) else ''}{column}"

@@ -1,11 +1,11 @@
 """D²Quant as a quantization backend of `from_pretrained(..., quantization_config=D2QuantConfig(...))`."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_rb.io.texts import check_columns
@@ -16,10 +16,9 @@ from hf_rb.quantizers.d2quant.layers import D2QuantExperts, D2QuantLinear
 from hf_rb.quantizers.d2quant.maths import absorption, dsq, grids
 from hf_rb.quantizers.d2quant.streaming import ColumnScales
 from hf_rb.quantizers.kernels.layout import Layout
-from hf_rb.quantizers.loading.quantizer import PackingQuantizer, Place, Solved
-from hf_rb.quantizers.loading.selection import setting
-from hf_rb.quantizers.packed.experts import input_size
-from hf_rb.quantizers.packed.layer_kinds import LINEAR, features
+from hf_rb.quantizers.loading.matrices import Place, Solved
+from hf_rb.quantizers.loading.quantizer import PackingQuantizer
+from hf_rb.quantizers.packed.layer_kinds import LINEAR
 from hf_rb.quantizers.packed.linear import PackedModule
 from hf_rb.quantizers.packed.weight import PackedWeight
 
@@ -42,13 +41,13 @@ class D2QuantQuantizer(PackingQuantizer):
     """
 
     beside = ("scale", "zero", "hi", "column")
-    per_layer = "bits_per_layer"
+    linear_class, experts_class = D2QuantLinear, D2QuantExperts
     quantization_config: D2QuantConfig  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def __init__(self, quantization_config: D2QuantConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.codings: dict[str, Coding] = {}
-        self.calibrates = not self.pre_quantized and quantization_config.backend != "rtn"
+        self.calibrates = not self.pre_quantized and quantization_config.calibrated
         if self.calibrates and isinstance(quantization_config.dataset, str):
             check_columns(quantization_config.dataset)
 
@@ -63,54 +62,36 @@ class D2QuantQuantizer(PackingQuantizer):
         self.downs = set(absorption.down_projections(model))
         if self.calibrates:
             for name, module, weights in self.choose(model):
-                self._codings_of(name, module, weights)
+                fulls = [name] if isinstance(module, LINEAR) else [f"{name}.{weight}" for weight in weights]
+                self.codings |= {full: self._coding(full, self.units(full, name)) for full in fulls}
             from hf_rb.quantizers.d2quant.calibrate.checks import check_layers, check_model
 
             check_layers(model, self.codings)
             check_model(model, self.quantization_config)
             return model
         super()._process_model_before_weight_loading(model, **kwargs)
-        self.biased = [name for name, module in model.named_modules() if self._adds_bias(name, module)]
+        self.biased = [name for name, module in model.named_modules() if self._misses_bias(name, module)]
         add_biases(model, self.biased)
         return model
 
-    def pack_module(self, name: str, module: nn.Module, weights: list[str]) -> PackedModule:
-        layouts, columns, linear = {}, [], isinstance(module, LINEAR)
-        for weight, (bits, dual) in self._codings_of(name, module, weights).items():
-            width = features(module)[0] if linear else input_size(module, weight)
-            layouts[weight] = layout_of(width, self.quantization_config.group_size, bits, dual)
-            if dual and (not self.pre_quantized or self._keeps_column(name if linear else f"{name}.{weight}")):
-                columns.append(weight)
-        if not linear:
-            return D2QuantExperts(module, layouts, columns=tuple(columns))
-        bias = module.bias is not None or _among(name, self.quantization_config.bias_modules)
-        own: Any = module.weight
-        packed = D2QuantLinear(
-            *features(module),
-            bias,
-            layouts["weight"],
-            column=bool(columns),
-            device=own.device,
-            dtype=own.dtype,
-        )
-        return packed.stand_in_for(module)
+    def layout_of(self, name: str, in_features: int, units: int) -> Layout:
+        coding = self.codings[name] = self._coding(name, units)
+        return layout_of(in_features, self.quantization_config.group_size, *coding)
 
-    def _codings_of(self, name: str, module: nn.Module, weights: list[str]) -> dict[str, Coding]:
-        """Decides how the weights of a module are coded."""
-        config, found = self.quantization_config, {}
-        for weight in weights:
-            full = name if isinstance(module, LINEAR) else f"{name}.{weight}"
-            # pyrefly: ignore[bad-argument-type]  (a strategy is a dictionary by now)
-            bits = setting(config.bits_per_layer, config.bits, full, name)
-            found[weight] = self.codings[full] = Coding(bits, config.dsq and bits < 4 and full in self.downs)
-        return found
+    def has_column(self, name: str, layout: Layout) -> bool:
+        return is_dual(layout) and (not self.pre_quantized or self._keeps_column(name))
+
+    def adds_bias(self, name: str) -> bool:
+        return _among(name, self.quantization_config.bias_modules)
+
+    def _coding(self, name: str, bits: int) -> Coding:
+        return Coding(bits, self.quantization_config.dsq and bits < 4 and name in self.downs)
 
     def _keeps_column(self, name: str) -> bool:
         return _among(name, self.quantization_config.column_modules)
 
-    def _adds_bias(self, name: str, module: nn.Module) -> bool:
-        listed = not isinstance(module, PackedModule) and _among(name, self.quantization_config.bias_modules)
-        return listed and getattr(module, "bias", None) is None
+    def _misses_bias(self, name: str, module: nn.Module) -> bool:
+        return not isinstance(module, PackedModule) and self.adds_bias(name) and getattr(module, "bias", None) is None
 
     def solve(self, layout: Layout, matrix: Tensor) -> Solved:
         config, bits = self.quantization_config, code_bits(layout)
@@ -155,6 +136,23 @@ class D2QuantQuantizer(PackingQuantizer):
 
     def scale_bias(self, parameter: str, bias: Tensor, place: Place) -> Tensor:
         return self.columns.scale_bias(parameter.removesuffix(".bias"), bias, place)
+
+    def make_room(self, source: Any, config: PreTrainedConfig, stored: Container[str], packed: set[str]) -> set[str]:
+        if not (biased := self.quantization_config.bias_modules or []):
+            return set()
+        places = biases_by_switch(config, biased)
+        empty = {name for name in places if f"{name}.bias" not in stored}
+        if not places or not empty <= packed:
+            only_final = not places and biases_by_switch(config, biased[:-1])
+            remedy = "dac_final=False" if only_final else "dac=False"
+            raise ValueError(
+                f"{source} keeps corrections as biases of {len(biased)} modules ({biased[-1]}, …), for which an "
+                f"ordinary {config.model_type} has no place. Load it with "
+                "`quantization_config=D2QuantConfig(backend='rtn', dequantize=True)`, which keeps them in memory, or "
+                f"quantize with `{remedy}`."
+            )
+        setattr(config, BIAS_SWITCH, True)
+        return empty
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config

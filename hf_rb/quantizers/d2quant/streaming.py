@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_rb.quantizers.d2quant.format import scale_rows
 from hf_rb.quantizers.d2quant.maths.absorption import absorbable
 from hf_rb.quantizers.kernels.layout import Layout
-from hf_rb.quantizers.loading.quantizer import Place
+from hf_rb.quantizers.loading.matrices import Place
 from hf_rb.quantizers.packed.weight import PackedWeight
 
 
@@ -77,7 +77,7 @@ class ColumnScales:
                 float16 `(rows here, groups, scales)`, in the form of memory; changed in place.
             rows (`int`):
                 Rows of the whole partner.
-            place ([`~hf_rb.quantizers.loading.quantizer.Place`]):
+            place ([`~hf_rb.quantizers.loading.matrices.Place`]):
                 Which of them are here.
 
         Raises:

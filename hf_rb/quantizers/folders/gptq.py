@@ -36,7 +36,6 @@ from hf_rb.io.model_class import skeleton
 from hf_rb.io.model_folder import check_plain, copy_companions, find_packed, quantization_method
 from hf_rb.io.parameter_names import ParameterNames
 from hf_rb.io.safetensors import Checkpoint, Output, standard_names, write_index, write_tensors
-from hf_rb.quantizers.d2quant.biases import BIAS_SWITCH, biases_by_switch
 from hf_rb.quantizers.kernels.layout import Layout, unpack
 from hf_rb.quantizers.packed.layer_kinds import is_transposed
 from hf_rb.quantizers.packed.weight import SUFFIXES, PackedWeight
@@ -65,7 +64,7 @@ def dequantize_checkpoint(
 
     Args:
         source (`str` or `Path`):
-            Folder or Hub id of a model that was quantized with PTQTP or D²Quant.
+            Folder or Hub id of a model that was quantized with one of the methods of this package.
         destination (`str` or `Path`):
             Folder to write.
         dtype (`str`, *optional*):
@@ -86,7 +85,8 @@ def dequantize_checkpoint(
             destination holds it, or a packed tensor is damaged or missing.
     """
     packed = _PackedModel(source, destination, overwrite)
-    empty = packed.make_room(getattr(packed.config, "bias_modules", None) or [])
+    packed_layers = {name.removesuffix(".weight") for name in packed.weights}
+    empty = packed.quantizer.make_room(source, packed.model_config, packed.checkpoint.entries, packed_layers)
     cast = getattr(torch, dtype) if dtype else None
 
     def convert(name: str) -> dict[str, Output]:
@@ -129,8 +129,8 @@ def export_gptq(
     packed = _PackedModel(source, destination, overwrite)
     if packed.method != "ptqtp":
         raise ValueError(
-            f"{source} is quantized with D²Quant, whose sign planes and corrections GPTQ's format does not have. "
-            "Write an ordinary model with `hf-rb dequantize`."
+            f"{source} is quantized with {packed.config.record.name}, {packed.config.record.lacks}. Write an ordinary "
+            "model with `hf-rb dequantize`."
         )
     if packed.config.scale_mode != "tied":
         raise ValueError(
@@ -215,26 +215,6 @@ class _PackedModel:
                 self.weights[name] = _Packed(parameter, layout, shape, transposed)
         self._check(quantizer.layouts)
 
-    def make_room(self, biased: list[str]) -> set[str]:
-        """Turns the configuration into one with biases where the corrections are; returns the layers that then miss
-        theirs.
-        """
-        if not biased:
-            return set()
-        places = biases_by_switch(self.model_config, biased)
-        empty = {name for name in places if f"{name}.bias" not in self.checkpoint.entries}
-        if not places or any(f"{name}.weight" not in self.weights for name in empty):
-            only_final = not places and biases_by_switch(self.model_config, biased[:-1])
-            remedy = "dac_final=False" if only_final else "dac=False"
-            raise ValueError(
-                f"{self.source} keeps corrections as biases of {len(biased)} modules ({biased[-1]}, …), for which an "
-                f"ordinary {self.model_config.model_type} has no place. Load it with "
-                "`quantization_config=D2QuantConfig(backend='rtn', dequantize=True)`, which keeps them in memory, or "
-                f"quantize with `{remedy}`."
-            )
-        setattr(self.model_config, BIAS_SWITCH, True)
-        return empty
-
     def _check(self, parameters: Iterable[str]) -> None:
         names, found = self.checkpoint.entries, Counter()
         for name, weight in self.weights.items():
@@ -301,7 +281,7 @@ class _PackedModel:
                 (folder / "config.json").write_text(text, encoding="utf-8")
             copy_companions(self.folder, folder)
             size = model_size(folder)
-            origin, method = read_origin(self.folder) or "the original model", self.config.method
+            origin, method = read_origin(self.folder) or "the original model", self.config.record.name
             values = (
                 f"The weights have the values that quantizing {origin} with {method} has left, and no better ones."
             )

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def quantize(
     """
     folder, destination, config = open_source(source, destination, config, subfolder)
     work = partial_folder(destination.resolve())
-    if getattr(config, "calibrated", False):
+    if config.calibrated:
         calibrated: Any = config  # which has such a field
         config = calibrated = replace(calibrated, resume_dir=calibrated.resume_dir or str(work))
         if not resume:
@@ -179,9 +179,10 @@ def describe(config: PackedConfig) -> dict[str, Any]:
     """Returns what a model card says of a quantization config: `hyperparameters` and `summaries`, as [`ModelCardData`]
     has them.
     """
-    stored, silent = config.to_dict(), {*getattr(config, "written", ()), *getattr(config, "idle", ())}
+    stored, silent = config.to_dict(), {*config.record.written, *config.idle}
     # A card publishes no more than config.json.
     changed = [name for name in changed_hyperparameters(config) if name in stored and name not in silent]
+    changed.sort(key=[field.name for field in fields(PackedConfig)].__contains__)  # the method's own come first
     return {
         "hyperparameters": {key: stored[key] for key in changed},
         "summaries": {config.quant_method: config.summary},

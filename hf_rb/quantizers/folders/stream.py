@@ -4,7 +4,7 @@ resumed.
 The model exists on the meta device only. Its quantizer decides there what is quantized, and transformers' own renaming
 says which parameter a tensor of the files belongs to; the work on one matrix is
 `quantizer.quantize_tensor(parameter, module, matrix, place)`, which returns the stored tensors. A method whose tensors
-depend on one another may read those of another parameter for that ([`~hf_rb.quantizers.loading.quantizer.Place`]).
+depend on one another may read those of another parameter for that ([`~hf_rb.quantizers.loading.matrices.Place`]).
 
 Beside the destination lies the unfinished work, `.NAME.partial`:
 
@@ -44,7 +44,7 @@ from hf_rb.io.weight_files import weight_bytes
 from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.folders.quantize import complete_folder, open_source
 from hf_rb.quantizers.loading.conversion import moves_rows
-from hf_rb.quantizers.loading.quantizer import Place
+from hf_rb.quantizers.loading.matrices import Place
 from hf_rb.quantizers.packed.report import LayerReport, Report
 from hf_rb.quantizers.packed.weight import PackedWeight
 from hf_rb.utils.progress import tqdm

@@ -28,84 +28,56 @@ Two paths lead through a quantizer, and on both each weight is a [`~hf_rb.quanti
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from hf_rb.methods import QuantizerMethod
 from hf_rb.quantizers.allocation.allocate import allocate_layers
 from hf_rb.quantizers.config import PackedConfig
 from hf_rb.quantizers.kernels.layout import Layout
 from hf_rb.quantizers.loading.arrivals import Arrivals
 from hf_rb.quantizers.loading.conversion import Conversions
+from hf_rb.quantizers.loading.matrices import Place, Solved, by_block
 from hf_rb.quantizers.loading.mpi import refuse_mpi
-from hf_rb.quantizers.loading.selection import select
+from hf_rb.quantizers.loading.selection import select, setting
 from hf_rb.quantizers.packed.baseline import rtn
-from hf_rb.quantizers.packed.layer_kinds import is_transposed
-from hf_rb.quantizers.packed.linear import PackedModule
+from hf_rb.quantizers.packed.experts import PackedExperts, input_size
+from hf_rb.quantizers.packed.layer_kinds import LINEAR, features, is_transposed
+from hf_rb.quantizers.packed.linear import PackedLinear, PackedModule
 from hf_rb.quantizers.packed.report import LayerReport, Report
 from hf_rb.quantizers.packed.weight import SUFFIXES, PackedWeight
 from hf_rb.utils import compat
 from hf_rb.utils.import_hooks import require
 
 
-__all__ = ["PackingQuantizer", "Place", "Solved"]
-
-
-class Solved(NamedTuple):
-    """
-    A quantized matrix.
-
-    Attributes:
-        weight ([`~hf_rb.quantizers.packed.weight.PackedWeight`]): What it is in memory.
-        relative_error (`float`): Frobenius norm of what is lost over that of the matrix.
-        resolved (`bool`): Whether it was solved a second time.
-    """
-
-    weight: PackedWeight
-    relative_error: float
-    resolved: bool
-
-
-@dataclass(frozen=True)
-class Place:
-    """
-    Place of a file's matrix in its parameter.
-
-    Attributes:
-        expert (`int`, *optional*): Number of the expert.
-        first (`int`): First of its rows.
-        read (`Callable[[str], torch.Tensor]`): Returns what belongs there of another parameter, `(out, in)`.
-    """
-
-    expert: int | None
-    first: int
-    read: Callable[[str], Tensor]
+__all__ = ["PackingQuantizer"]
 
 
 class PackingQuantizer(HfQuantizer):
     """
     Quantizes a model while it loads, or loads one that is quantized already.
 
-    A method is a subclass that says how a weight is laid out ([`~PackingQuantizer.pack_module`]), how it is solved,
-    and how the tensors of a file differ from those in memory.
+    A method is a subclass that says how a weight is laid out ([`~PackingQuantizer.layout_of`]), how it is solved, and
+    how the tensors of a file differ from those in memory.
 
     Attributes:
+        linear_class (`type[PackedLinear]`), experts_class (`type[PackedExperts]`): What takes the place of layers.
         beside (`tuple[str, ...]`): The tensors that a file may have beside the packed ones, attributes of
             [`~hf_rb.quantizers.packed.weight.PackedWeight`].
-        per_layer (`str`): The field of the config that sets something for layers by name.
         report ([`~hf_rb.quantizers.Report`]):
             After quantizing: error, solver statistics and what was skipped. The model keeps it as
             `model.hf_quantizer.report`.
     """
 
     requires_calibration = False
+    linear_class: type[PackedLinear] = PackedLinear
+    experts_class: type[PackedExperts] = PackedExperts
     beside: tuple[str, ...] = ("scale",)
-    per_layer: str
     quantization_config: PackedConfig  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any):
@@ -117,13 +89,31 @@ class PackingQuantizer(HfQuantizer):
         self.unpacked: set[str] = set()  # layers that a file has packed and the model cannot have so
         if quantization_config.dequantize and not self.pre_quantized:
             raise ValueError(
-                f"`dequantize=True` is for loading a {quantization_config.method} checkpoint, and this one is not "
+                f"`dequantize=True` is for loading a {self.record.name} checkpoint, and this one is not "
                 "quantized. Quantize it first and call `model.dequantize()`, or leave `dequantize` out."
             )
 
     @abstractmethod
-    def pack_module(self, name: str, module: nn.Module, weights: list[str]) -> PackedModule:
-        """Returns the stand-in for a linear layer or fused experts, some `weights` of which are packed."""
+    def layout_of(self, name: str, in_features: int, units: Any) -> Layout:
+        """
+        Returns the layout of a weight.
+
+        Args:
+            name (`str`):
+                Full name of the layer, or of the parameter of fused experts.
+            in_features (`int`):
+                Its columns.
+            units (`int`):
+                What the config gives to it: its bits or planes. `None` for a method without a unit.
+        """
+
+    def has_column(self, name: str, layout: Layout) -> bool:
+        """Returns whether the inputs of a weight have a factor each."""
+        return False
+
+    def adds_bias(self, name: str) -> bool:
+        """Returns whether a packed layer gets a bias that its original has not."""
+        return False
 
     @abstractmethod
     def solve(self, layout: Layout, matrix: Tensor) -> Solved:
@@ -143,6 +133,11 @@ class PackingQuantizer(HfQuantizer):
         """
 
     @property
+    def record(self) -> QuantizerMethod:
+        """The record of the method."""
+        return self.quantization_config.record
+
+    @property
     def suffixes(self) -> tuple[str, ...]:
         """Suffixes of the tensors that a file may have beside the packed ones."""
         return tuple(SUFFIXES[part] for part in self.beside)
@@ -154,18 +149,18 @@ class PackingQuantizer(HfQuantizer):
     def preprocess_model(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         self.checkpoint_files = kwargs.get("checkpoint_files")
         if not self.quantization_config.dequantize:
-            refuse_mpi(model, self.checkpoint_files, self.quantization_config.method)
-        strategy = getattr(self.quantization_config, self.per_layer)
+            refuse_mpi(model, self.checkpoint_files, self.record.name)
+        strategy = getattr(self.quantization_config, self.record.per_layer, None)
         if isinstance(strategy, str):
-            found = allocate_layers(self.per_layer, strategy, model, self.checkpoint_files)
-            setattr(self.quantization_config, self.per_layer, {layer.name: layer.given for layer in found})
+            found = allocate_layers(self.record, strategy, model, self.checkpoint_files)
+            setattr(self.quantization_config, self.record.per_layer, {layer.name: layer.given for layer in found})
             self.report.allocation = found
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError(
-                f"{self.quantization_config.method} layers cannot be split over devices: leave out "
+                f"{self.record.name} layers cannot be split over devices: leave out "
                 "`distributed_config` and `tp_plan`."
             )
         for name, module, weights in self.choose(model):
@@ -185,12 +180,47 @@ class PackingQuantizer(HfQuantizer):
         """Returns what is packed, linear layers and fused experts with the names of their weights, and notes what is
         not.
         """
-        found = select(model, self.quantization_config, self.per_layer, self.pre_quantized, self.checkpoint_files)
+        found = select(model, self.quantization_config, self.pre_quantized, self.checkpoint_files)
         self.quantization_config, self.report.readers = found.config, found.readers
         self.report.skipped += found.skipped
         if self.pre_quantized:
             self.unpacked = set(found.readers)
         return found.packed
+
+    def pack_module(self, name: str, module: nn.Module, weights: list[str]) -> PackedModule:
+        """Returns the stand-in for a linear layer or fused experts, some `weights` of which are packed."""
+        is_linear, layouts, columns = isinstance(module, LINEAR), {}, []
+        for weight in weights:
+            full = name if is_linear else f"{name}.{weight}"
+            width = features(module)[0] if is_linear else input_size(module, weight)
+            layouts[weight] = self.layout_of(full, width, self.units(full, name))
+            if self.has_column(full, layouts[weight]):
+                columns.append(weight)
+        activations = getattr(self.quantization_config, "activations", "exact")
+        if not is_linear:
+            return self.experts_class(module, layouts, activations, tuple(columns))
+        own: Any = module
+        size = (*features(module), own.bias is not None or self.adds_bias(name))
+        place = {"device": own.weight.device, "dtype": own.weight.dtype}
+        packed = self.linear_class(*size, layouts["weight"], activations, bool(columns), **place)
+        return packed.stand_in_for(module)
+
+    def units(self, *names: str) -> Any:
+        """Returns how many bits or planes the config gives to what has these names."""
+        if not self.record.unit:
+            return None
+        by_pattern = getattr(self.quantization_config, self.record.per_layer)  # a strategy is a dictionary by now
+        return setting(by_pattern, getattr(self.quantization_config, self.record.unit), *names)
+
+    def make_room(self, source: Any, config: PreTrainedConfig, stored: Container[str], packed: set[str]) -> set[str]:
+        """
+        Turns the configuration of a quantized folder into one of an ordinary model that has a place for everything in
+        the files, and returns the `packed` layers that get a bias there and have none in what is `stored`.
+
+        Raises:
+            ValueError: There is no such configuration.
+        """
+        return set()
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = _owner(model, param_name)
@@ -248,7 +278,7 @@ class PackingQuantizer(HfQuantizer):
             self.report.add(LayerReport(name, block.numel(), error, resolved, *rtn(block)), seconds)
             return packed
 
-        return _by_block(module, weight, matrix, solve)
+        return by_block(module, weight, matrix, solve)
 
     def get_quantize_ops(self) -> compat.ConversionOps:
         return compat.IdentityOp()  # the conversion has done it
@@ -349,20 +379,6 @@ class PackingQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def _by_block(
-    module: PackedModule, name: str, matrix: Tensor, function: Callable[[Tensor], PackedWeight]
-) -> PackedWeight:
-    # Most checkpoints have gate and up apart: what comes out does not depend on that, and messages name the one.
-    joined = name == "gate_up_proj" and module.is_concatenated and len(matrix) == getattr(module, name).shape[-2]
-    results = []
-    for block, half in zip(matrix.chunk(2) if joined else [matrix], ("gate_proj", "up_proj"), strict=False):
-        try:
-            results.append(function(block))
-        except (ValueError, MemoryError) as error:
-            raise ValueError(f"{half}: {error}" if joined else str(error)) from error
-    return PackedWeight.join(results, torch.cat) if joined else results[0]
 
 
 def _owner(model: PreTrainedModel, name: str) -> tuple[Any, str]:

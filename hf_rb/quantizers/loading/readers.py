@@ -69,7 +69,7 @@ def note_readers(
         by = " and ".join(sorted(set(readers.values())))
         what = f"{len(readers)} linear layers of {type(model).__name__} ({kinds})"
         done = f"unpacks {what}" if pre_quantized else f"leaves {what} as they are"
-        logger.warning(f"{config.method} {done}, because {by} reads their weights.")
+        logger.warning(f"{config.record.name} {done}, because {by} reads their weights.")
     return readers, config
 
 

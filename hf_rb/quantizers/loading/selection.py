@@ -53,7 +53,6 @@ class Selection:
 def select(
     model: PreTrainedModel,
     config: PackedConfig,
-    per_layer: str,
     pre_quantized: bool,
     files: Sequence[str | Path] | None,
 ) -> Selection:
@@ -65,8 +64,6 @@ def select(
             Model on the meta device.
         config ([`PackedConfig`]):
             Names the parts that stay as they are.
-        per_layer (`str`):
-            The field of the config that sets something for layers by name.
         pre_quantized (`bool`):
             Whether the files of the model are quantized.
         files (`Sequence[str | Path]`, *optional*):
@@ -80,7 +77,8 @@ def select(
     experts = {name: weights for name, module in modules.items() if (weights := fused_experts(name, module))}
     blocks = {name.rpartition(".")[0] for name in experts}
     weights = [f"{name}.{weight}" for name in experts for weight in experts[name]]
-    settings = getattr(config, per_layer) or {}
+    per_layer = config.record.per_layer
+    settings = getattr(config, per_layer, None) or {}
     linear = [name for name, module in modules.items() if isinstance(module, LINEAR) and name not in experts]
     if not pre_quantized:
         patterns = [*_skips(config), *settings]
@@ -122,11 +120,11 @@ def select(
         weights = sum(modules[name].get_parameter(weight).numel() for name in unknown for weight in experts[name])
         kinds = ", ".join(sorted({type(module).__name__ for module in unknown.values()}))
         logger.warning(
-            f"{config.method} leaves {weights / 1e6:.1f}M weights of {type(model).__name__} as they are: it does not "
-            f"know how the fused experts of {kinds} are laid out."
+            f"{config.record.name} leaves {weights / 1e6:.1f}M weights of {type(model).__name__} as they are: it does "
+            f"not know how the fused experts of {kinds} are laid out."
         )
     if not found.packed:
-        raise ValueError(_nothing_to_pack(model, config.method, len(found.skipped)))
+        raise ValueError(_nothing_to_pack(model, config.record.name, len(found.skipped)))
     return found
 
 

@@ -130,6 +130,10 @@ class PackedExperts(PackedModule):
             output.index_add_(0, tokens, states.to(output.dtype))
         return output
 
+    def extra_repr(self) -> str:
+        stored = ", ".join(f"{name}: {self.described(name)}" for name in self.layouts)
+        return f"{self.num_experts} of {self.experts_class.__name__}, {stored}"
+
     @property
     def _first(self) -> str:
         return "gate_up_proj" if self.has_gate else "up_proj"

@@ -80,6 +80,10 @@ class PackedModule(nn.Module):
         """Returns whether a parameter is packed, or stands beside one that is."""
         return any(parameter in self.packed_weight(name).named(name) for name in self.layouts)
 
+    def described(self, name: str) -> str:
+        """Says how a packed parameter is stored, in the text of a model."""
+        return f"bits={sum(part.bits for part in self.layouts[name].parts)}"
+
     def unpacked(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the weights `(*rows, in_features)` of a packed parameter."""
         return self.packed_weight(name).dequantize(self.layouts[name], dtype)
@@ -203,6 +207,9 @@ class PackedLinear(PackedModule, nn.Linear):
         linear.weight = nn.Parameter(weight.T.contiguous() if self.is_transposed else weight)
         linear.bias = self.bias
         return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.described('weight')}, group_size={self.layout.group_size}"
 
     def forward(self, input: Tensor) -> Tensor:
         self.restore_scales()

@@ -86,6 +86,32 @@ class PackedWeight:
         """Returns the weight whose tensors `function` (`torch.cat`, `torch.stack`) makes of those of several."""
         return PackedWeight(**{part: function([getattr(one, part) for one in weights]) for part in weights[0].parts()})
 
+    def check(self, kind: str, **expected: tuple[torch.dtype, tuple[int, ...]]) -> None:
+        """
+        Checks the tensors of a file.
+
+        Args:
+            kind (`str`):
+                What is packed, for messages.
+            expected (`tuple[torch.dtype, tuple[int, ...]]`):
+                Type and shape of the tensors that there must be, by attribute. Others than the packed one must not be.
+
+        Raises:
+            DamagedTensor: A tensor is missing or too many, has another type or shape, or a scale that is none.
+        """
+        parts = self.parts()
+        for part, (dtype, shape) in expected.items():
+            if part not in parts:
+                raise DamagedTensor("not in the checkpoint.", part)
+            if parts[part].dtype != dtype or parts[part].shape != shape:
+                found = f"{parts[part].dtype} of shape {tuple(parts[part].shape)}"
+                raise DamagedTensor(f"Expected {dtype} of shape {tuple(shape)}, got {found}.", part)
+        for part in parts.keys() - expected.keys() - {"packed"}:
+            raise DamagedTensor(f"There is no such tensor for {kind}; is the configuration another one?", part)
+        for part in expected.keys() & {"scale", "column"}:
+            if not ((parts[part] >= 0) & parts[part].isfinite()).all():
+                raise DamagedTensor("A scale is negative, infinite or NaN: the file is damaged.", part)
+
     def dequantize(self, layout: Layout, dtype: torch.dtype) -> Tensor:
         """Returns the numbers `(*rows, in_features)` of a weight in the form of memory."""
         if self.column is None:

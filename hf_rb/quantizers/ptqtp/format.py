@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TritPlanes",
-    "check_scales",
     "layout_of",
     "packed_width",
     "repack",
@@ -201,16 +200,6 @@ def repack(packed: Tensor, layout: Layout, source: str, target: str) -> Tensor:
         if source != target:
             result[block] = _pack(digits, layout, target)
     return packed if source == target else result.view(*packed.shape[:-1], -1)
-
-
-def check_scales(scales: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises a `ValueError` for scales that no matrix has."""
-    if scales.dtype != torch.float16 or scales.shape != shape:
-        raise ValueError(
-            f"Expected float16 scales of shape {tuple(shape)}, got {scales.dtype} of shape {tuple(scales.shape)}."
-        )
-    if not ((scales >= 0) & scales.isfinite()).all():
-        raise ValueError("A scale is negative, infinite or NaN: the file is damaged.")
 
 
 # From here on digits are trits + 1, uint8 (planes, out, in).

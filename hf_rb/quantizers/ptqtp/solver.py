@@ -33,7 +33,7 @@ one of them. Every group is solved on its own, so neither threads nor blocks cha
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,25 +81,11 @@ def solve(
         weight (`torch.Tensor`):
             Matrix of shape `(out_features, in_features)`, any floating type. Solved in float64 sums, on its own
             device.
-        group_size (`int`, *optional*, defaults to `128`):
-            Neighbours in a row that share their scales. A shorter last group is solved on its true length.
-        planes (`int`, *optional*, defaults to `2`):
-            Ternary planes: 2 is the paper's method with 9 levels, 1 is plain ternary, 3 has 27 levels (not part of the
-            paper; starts from scales in the ratio 4:2:1).
-        max_iter (`int`, *optional*, defaults to `50`):
-            Upper limit of iterations; 14 is typical.
-        tol (`float`, *optional*, defaults to `1e-4`):
-            A group stops when its scales move less than this (Euclidean norm).
-        tol_mode (`str`, *optional*, defaults to `"absolute"`):
-            `"absolute"` is the paper's rule. It says little about a matrix of small weights, so one whose median
-            non-zero scale is below `30 * tol` is solved again with `"relative"`, which compares with `tol` times the
-            norm of the scales. `"absolute_strict"` never does that.
-        scale_mode (`str`, *optional*, defaults to `"free"`):
-            `"tied"` keeps `a_1 = 3 a_2` exactly, in `scale_dtype` too, which makes the result a symmetric integer code
-            from -4 to 4 (not part of the paper).
-        multistart (`bool`, *optional*, defaults to `False`):
-            Starts from other ratios of the scales as well and keeps the best for each group: 3:1 and 1.5:1 besides the
-            paper's start for two planes, 4:2:1 and 9:3:1 for three; one plane has one start. Not part of the paper.
+        group_size, planes, max_iter, tol, tol_mode, scale_mode, multistart:
+            As in [`PTQTPConfig`]. What moves of a group's scales is measured by the Euclidean norm; `"relative"`
+            compares it with `tol` times that of the scales. Tied scales are so in `scale_dtype` too, which makes the
+            result a symmetric integer code from -4 to 4. With `multistart` two planes also start from scales in the
+            ratios 3:1 and 1.5:1, three from 4:2:1, their only start otherwise, and 9:3:1.
         scale_dtype (`torch.dtype`, *optional*, defaults to `torch.float16`):
             Type of the returned scales; `torch.float64` leaves them as they are.
 
@@ -134,25 +120,13 @@ class QuantizedMatrix(NamedTuple):
 
 
 @_without_autograd
-def quantize_matrix(
-    weight: Tensor,
-    *,
-    group_size: int = 128,
-    planes: int = 2,
-    max_iter: int = 50,
-    tol: float = 1e-4,
-    tol_mode: str = "absolute",
-    scale_mode: str = "free",
-    multistart: bool = False,
-) -> QuantizedMatrix:
+def quantize_matrix(weight: Tensor, group_size: int = 128, planes: int = 2, **options: Any) -> QuantizedMatrix:
     """
     Solves a matrix as [`solve`] does and packs it, without ever holding all of its trits.
 
     Takes the arguments of [`solve`], raises what it raises.
     """
-    scales, resolved = fit_scales(
-        weight, group_size, planes, max_iter, tol, tol_mode, scale_mode, multistart=multistart
-    )
+    scales, resolved = fit_scales(weight, group_size, planes, **options)
     if solver := _compiled(weight):
         row_bytes = layout_of(weight.shape[1], group_size, planes).row_bytes
         packed, error, norm = solver.encode(weight, scales, group_size, row_bytes)
@@ -173,10 +147,10 @@ def fit_scales(
     weight: Tensor,
     group_size: int,
     planes: int,
-    max_iter: int,
-    tol: float,
-    tol_mode: str,
-    scale_mode: str,
+    max_iter: int = 50,
+    tol: float = 1e-4,
+    tol_mode: str = "absolute",
+    scale_mode: str = "free",
     scale_dtype: torch.dtype = torch.float16,
     multistart: bool = False,
 ) -> tuple[Tensor, bool]:

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hf_rb.methods import Metric
+from hf_rb.methods.metrics import TOKEN_METRICS
+from hf_rb.methods.registry import catalog
 from hf_rb.report.blocks import Block, Table, number
 from hf_rb.report.figures import curves, heat_map, histograms
 from hf_rb.report.panels import each
@@ -11,23 +14,34 @@ from hf_rb.report.sources import Source
 
 
 TITLE = "Distillation: student and teacher, token by token"
-LOGGED = ("forward_kl", "reverse_kl", "entropy", "ce", "kd", "kept_fraction", "akl/", "loca/", "hpd/", "gopd/")
-MEANS = {
-    "forward_kl": "KL(teacher ‖ student)",
-    "reverse_kl": "KL(student ‖ teacher)",
-    "top10": "top-10 tokens in common",
-    "akl_weight": "AKL weight of the head",
-    "loca_scale": "LoCa scale",
-    "hpd_w_label": "HPD weight of the label",
-    "hpd_w_sample": "HPD weight of the draw",
-    "advantage": "G-OPD advantage",
-}
 PLACES = 20  # columns of the map by position
 WORST = 12
 
 
 def shows(source: Source) -> bool:
-    return has(source, "forward_kl") or has(source, "loss") or bool(source.keys("forward_kl", "akl/", "hpd/", "gopd/"))
+    names = ("forward_kl", *map(_prefix, _metrics()))
+    return has(source, "forward_kl") or has(source, "loss") or bool(source.keys(*names))
+
+
+def _metrics() -> list[Metric]:
+    """Returns the metrics of objectives, and of what is mixed into one."""
+    known = ((method.kind, metric) for method in catalog().values() for metric in method.metrics)
+    return [metric for kind, metric in known if kind == "objective" or metric.stat]
+
+
+def _logged() -> list[str]:
+    """Returns the names of all metrics, and prefixes of those of a method."""
+    return [*(metric.name for metric in TOKEN_METRICS), "kept_fraction", *dict.fromkeys(map(_prefix, _metrics()))]
+
+
+def _prefix(metric: Metric) -> str:
+    return metric.name.partition("/")[0] + "/"
+
+
+def _meanings() -> dict[str, str]:
+    """Returns what the value of a token means, by its name in the samples."""
+    shown = [*(one for one in TOKEN_METRICS if one.name in ("forward_kl", "reverse_kl")), *_metrics()]
+    return {"top10": "top-10 tokens in common"} | {metric.stat or metric.name: metric.meaning for metric in shown}
 
 
 def build(sources: Sequence[Source], named: bool) -> list[Block]:
@@ -35,25 +49,25 @@ def build(sources: Sequence[Source], named: bool) -> list[Block]:
 
 
 def _build(source: Source) -> list[Block]:
-    blocks = logged(source, *LOGGED, caption="Of all trained tokens since the log before.")
+    blocks = logged(source, *_logged(), caption="Of all trained tokens since the log before.")
     found = [snapshot for snapshot in snapshots(source) if values(snapshot, "top10")]
     if not found:
         return blocks
-    names = [name for name in MEANS if values(found[0], name)]
-    rows = [[MEANS[name], *(number(_mean(values(one, name)), 3) for one in found)] for name in names]
+    meanings = _meanings()
+    names = [name for name in meanings if values(found[0], name)]
+    rows = [[meanings[name], *(number(_mean(values(one, name)), 3) for one in found)] for name in names]
     blocks.append(Table(["mean over a few sequences", *map(when, found)], rows))
     shade_by = "reverse_kl" if "reverse_kl" in names else "forward_kl" if "forward_kl" in names else "loss"
     blocks += _by_position(found, shade_by)
-    if "akl_weight" in names:
-        parts = {when(one): {"tokens": values(one, "akl_weight")} for one in found}
-        caption = "AKL's weight of the forward KL: 1 is forward alone, 0 reverse alone."
-        blocks.append(histograms(parts, caption, "weight of the forward KL", "tokens"))
-    if "hpd_w_label" in names:
-        blocks.append(_branches(found))
+    for metric in _metrics():
+        name = metric.stat or metric.name
+        if metric.range == "[0, 1]" and not {0.0, 1.0}.issuperset(values(found[0], name)):
+            parts = {when(one): {"tokens": values(one, name)} for one in found}
+            blocks.append(histograms(parts, f"{metric.meaning}, token by token.", metric.name, "tokens"))
     blocks += calibration(found)
     blocks.append(_worst(found[-1], shade_by))
     top = max(sorted(values(found[0], shade_by))[int(0.98 * (len(values(found[0], shade_by)) - 1))], 1e-6)
-    shown = MEANS.get(shade_by, "loss")
+    shown = _meanings().get(shade_by, "loss")
     caption = (
         f"{shown} of every token, of the sequences with the largest. The darker, the larger, up to {top:.3g}; "
         "without colour: not trained on."
@@ -78,26 +92,13 @@ def _by_position(found: Sequence[dict[str, Any]], name: str) -> list[Block]:
             for place, value in enumerate(numbers):
                 cells[PLACES * place // len(numbers)].append(value)
         rows.append([_mean(cell) for cell in cells])
-    label = MEANS.get(name, "loss")
+    label = _meanings().get(name, "loss")
     caption = f"Mean {label} by place in the trained tokens, from their first to their last."
     x_label = "place in the trained tokens of a sequence, %"
     if len(rows) < 2:
         middles = [100 * (place + 0.5) / PLACES for place in range(PLACES)]
         return [curves({label: {when(found[0]): (middles, [cell or 0.0 for cell in rows[0]])}}, caption, x_label)]
     return [heat_map(rows, [when(one) for one in found], caption, x_label, span=(0, 100))]
-
-
-def _branches(found: Sequence[dict[str, Any]]) -> Table:
-    """Of HPD: the label's probability is too low or too high, and so is that of the drawn token."""
-    rows = []
-    for snapshot in found:
-        label, sample = values(snapshot, "hpd_w_label"), values(snapshot, "hpd_w_sample") or None
-        over = sum(weight < 0 for weight in label) / len(label)
-        taken = sum(weight < 0 for weight in sample) / len(sample) if sample else 0.0
-        both = sum(a > 0 > b for a, b in zip(label, sample, strict=True)) / len(label) if sample else 0.0
-        rows.append([when(snapshot), f"{1 - over:.1%}", f"{over:.1%}", f"{taken:.1%}", f"{both:.1%}"])
-    headers = ["HPD's branches", "label raised", "label lowered", "draw suppressed", "and its mass to the label"]
-    return Table(headers, rows)
 
 
 def _worst(snapshot: dict[str, Any], name: str) -> Table:
@@ -119,7 +120,7 @@ def _worst(snapshot: dict[str, Any], name: str) -> Table:
         [f"{before!r} → {text!r}", number(value, 3), number(prob, 3)] for value, before, text, prob in found[:WORST]
     ]
     return Table(
-        ["what stands before → label", MEANS.get(name, "loss"), "student's probability of it"],
+        ["what stands before → label", _meanings().get(name, "loss"), "student's probability of it"],
         rows,
         f"Where they differ most, {when(snapshot)}.",
     )

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from hf_rb.hub.card import MADE
-from hf_rb.methods.table import METHODS
+from hf_rb.methods.registry import catalog
 from hf_rb.report.blocks import Block, Table, number
 from hf_rb.report.panels import evaluation, moe, quantization, recover
 from hf_rb.report.sources import Source
@@ -40,8 +40,9 @@ def _method(source: Source) -> str:
         return ", ".join(named)
     if trainer := re.search(r"\(`hf_rb\.(\w+)Trainer`\)", source.card):
         return trainer[1]
+    known = catalog()
     keys = source.tokens.get("methods", []) + [report["method"] for report in source.find(*quantization.KEYS)]
-    return ", ".join(METHODS[key].name if key in METHODS else key for key in keys)
+    return ", ".join(known[key].name if key in known else key for key in keys)
 
 
 def _numbers(source: Source) -> Iterator[str]:

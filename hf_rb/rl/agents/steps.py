@@ -7,8 +7,8 @@ in [0, 1] for each model turn that calls a tool. Every process calls it.
 import math
 from collections.abc import Callable
 
-from hf_rb.advantages.calibadv import silver_documents, step_quality
 from hf_rb.advantages.pipeline import Requires, ShapingContext
+from hf_rb.advantages.search_steps import silver_documents, step_quality
 from hf_rb.rl.agents.rewards import is_tool_error, is_well_formed, text_of
 
 

@@ -4,7 +4,6 @@ step of training.
 
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_rb import D2QuantConfig, PTQTPConfig, tiny
+from hf_rb import PTQTPConfig, tiny
+from hf_rb.methods.registry import find, methods
 from hf_rb.scripts.doctor.behaviours.trainers import TRAINERS, trial_run
 from hf_rb.scripts.doctor.findings import Skipped, expect
 from hf_rb.utils import compat
@@ -20,16 +20,12 @@ from hf_rb.utils import compat
 
 __all__ = ["adapter_trials", "quantization_trials", "training_trials"]
 
-CONFIGS: dict[str, Callable[..., Any]] = {
-    "ptqtp": PTQTPConfig,
-    "d2quant": partial(D2QuantConfig, bits=3, backend="rtn"),
-}
 Trials = Iterator[tuple[str, Callable[[], str | None]]]
 
 
 def quantization_trials() -> Trials:
     """Yields names and checks: each method on a dense model and on a mixture."""
-    for method in CONFIGS:
+    for method in methods("quantizer"):
         for member in ("student", "moe"):
             yield f"{method}, tiny:{member}: quantize, save, reload, dequantize", _round_trip(method, member)
 
@@ -51,13 +47,18 @@ def _loss(name: str) -> str:
 
 
 def _round_trip(method: str, member: str) -> Callable[[], str]:
+    record = find("quantizer", method).method
+
+    def config(**options: bool) -> Any:
+        return record.config_class()(**(record.uncalibrated or {}), **record.trial, **options)
+
     def check() -> str:
-        model = _load(tiny.path(member), quantization_config=CONFIGS[method]())
+        model = _load(tiny.path(member), quantization_config=config())
         expected = _logits(model)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             expect(torch.equal(_logits(_load(folder)), expected), "The reloaded model computes other logits.")
-            plain = _load(folder, quantization_config=CONFIGS[method](dequantize=True))
+            plain = _load(folder, quantization_config=config(dequantize=True))
             size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
         names = {type(module).__name__ for module in plain.modules() if hasattr(module, "layouts")}
         expect(not names, f"`dequantize=True` leaves {', '.join(sorted(names))}.")

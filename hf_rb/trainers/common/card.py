@@ -11,7 +11,6 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import HubStrategy
 
 from hf_rb.hub import (
-    METHODS,
     ModelCardData,
     Result,
     adapter_settings,
@@ -21,6 +20,7 @@ from hf_rb.hub import (
     push_folder,
     write_model_card,
 )
+from hf_rb.methods.registry import catalog
 from hf_rb.trainers.common.below import TrainerBelow
 from hf_rb.trainers.common.routers import has_mpi
 from hf_rb.utils import compat
@@ -54,11 +54,11 @@ class CardMixin(TrainerBelow):
 
     @property
     def _name(self) -> str:
-        return " + ".join([super()._name, *(METHODS[key].name for key in self._all_methods)])
+        return " + ".join([super()._name, *(catalog()[key].name for key in self._all_methods)])
 
     @property
     def _paper(self) -> dict[str, str]:
-        return METHODS[self._all_methods[0]].paper if self._all_methods else super()._paper
+        return catalog()[self._all_methods[0]].paper_of_trl if self._all_methods else super()._paper
 
     _carded: dict[str, Any] = {}  # what `create_model_card` was given
 

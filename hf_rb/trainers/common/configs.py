@@ -1,17 +1,18 @@
 """Base of our configs; a config of TRL's, or a user's subclass of one, in the place of one of ours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from hf_rb.methods.recipes import KEYS, flatten, foreign
 from hf_rb.trainers.common.below import ConfigBelow
 from hf_rb.utils.fields import Rule, validate
 
 
-__all__ = ["ConfigMixin", "own_config"]
+__all__ = ["ConfigMixin", "own_config", "with_flags_of"]
 
 
 class ConfigMixin(ConfigBelow):
@@ -20,8 +21,24 @@ class ConfigMixin(ConfigBelow):
     _rules: ClassVar[tuple[Rule, ...]] = ()
 
     def __post_init__(self) -> None:
+        self._take_flags_of_methods()
         super().__post_init__()
         validate(self, *self._rules)
+
+    def _take_flags_of_methods(self) -> None:
+        """Turns a mapping, as in `advantage_shapers=[{"edas": {"alpha": 0.3}}]`, into names and fields. The config
+        gets the fields of methods of other packages too.
+        """
+        values = flatten({key: getattr(self, key) for key in KEYS if hasattr(self, key)})
+        known = _defaults(type(self))
+        for name, value in values.items():
+            if name not in KEYS and getattr(self, name, value) not in (value, known.get(name)):
+                raise ValueError(f"`{name}` is given twice, {getattr(self, name)!r} and {value!r}. Remove one.")
+        wider = with_flags_of(type(self), values)
+        if wider is not type(self):
+            self.__class__ = wider
+            vars(self).update(_defaults(wider) | vars(self))
+        vars(self).update(values)
 
 
 Config = TypeVar("Config", bound=ConfigMixin)
@@ -49,7 +66,7 @@ def own_config(
     library_class = _library_class(type(args))
     if library_class is config_class.__bases__[-1]:
         # Not through the constructor: it would derive values again that `args` has derived already.
-        own = _restore(config_class, type(args), _defaults(config_class) | vars(args))
+        own = _restore((config_class, type(args)), type(args), _defaults(config_class) | vars(args))
         validate(own, *config_class._rules)
         return own
     # Not `args.to_dict()`, which replaces the value of every field called `..._token`, `eos_token` too.
@@ -81,20 +98,27 @@ def _defaults(config_class: type[ConfigMixin]) -> dict[str, Any]:
     return found
 
 
-def _restore(ours: type[Config], given: type[TrainingArguments], state: dict[str, Any]) -> Config:
-    own = object.__new__(_joined(ours, given))
+def with_flags_of(config_class: type[Config], values: Mapping[str, Any]) -> type[Config]:
+    """Returns a config class that also has the flags of those methods of other packages that values name."""
+    names = {field.name for field in fields(config_class)}
+    found = foreign(values, names) if names & KEYS.keys() else []
+    return _joined((config_class, *(entry.load().method.flags for entry in found)), config_class)
+
+
+def _restore(bases: tuple[type, ...], named: type, state: dict[str, Any]) -> Any:
+    own = object.__new__(_joined(bases, named))
     vars(own).update(state)
     return own
 
 
 @cache
-def _joined(ours: type[Config], given: type[TrainingArguments]) -> type[Config]:
-    """Returns a class that is both, under the name of the given one; ours if it is both already."""
-    if issubclass(ours, given):
-        return ours
+def _joined(bases: tuple[type, ...], named: type) -> Any:
+    """Returns a class of several bases, under the name of one of them; the first if it has all the others."""
+    if issubclass(bases[0], bases[1:]) or len(bases) == 1:
+        return bases[0]
 
     def reduce(self: Any) -> tuple[Callable, tuple]:  # trainers pickle their config, and no module has this class
-        return _restore, (ours, given, vars(self))
+        return _restore, (bases, named, vars(self))
 
-    names = {"__reduce__": reduce, "__module__": given.__module__, "__qualname__": given.__qualname__}
-    return dataclass(repr=False, eq=False)(type(given.__name__, (ours, given), names))
+    names = {"__reduce__": reduce, "__module__": named.__module__, "__qualname__": named.__qualname__}
+    return dataclass(repr=False, eq=False)(type(named.__name__, bases, names))

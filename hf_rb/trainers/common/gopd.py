@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, Trainer
 
+from hf_rb.objectives.objective import Objective
 from hf_rb.ops.backbone import width_of, without_peft
 from hf_rb.teachers import AdapterOffTeacher, LocalTeacher, ModelTeacher
 from hf_rb.trainers.common.distilling import init_kwargs_of
@@ -55,7 +56,9 @@ def token_weights(
     return weights / lengths.clamp(min=1) if aggregation == "seq-mean-token-mean" else weights
 
 
-def given_reference(args: Any, model: str | PreTrainedModel | None) -> str | PreTrainedModel | None:
+def given_reference(
+    args: Any, objective: Objective, model: str | PreTrainedModel | None
+) -> str | PreTrainedModel | None:
     """
     Returns the reference that a trainer was given, by argument or in its config, if any.
 
@@ -64,7 +67,7 @@ def given_reference(args: Any, model: str | PreTrainedModel | None) -> str | Pre
     """
     if model is None:
         return args.reference_model_name_or_path
-    if args.objective != "gopd" or args.reward_scale == 1:
+    if not objective.needs_reference:
         raise ValueError(
             "`reference_model` acts with `objective: gopd` and a `reward_scale` other than 1, where it does not "
             f"cancel; got `objective: {args.objective}` and `reward_scale: {args.reward_scale}`. Set them, or pass "
@@ -80,7 +83,7 @@ def make_reference(trainer: Any, model: str | PreTrainedModel | None, **init_kwa
     model's name.
     """
     args = trainer.args
-    if args.objective != "gopd" or args.reward_scale == 1:
+    if not trainer.objective.needs_reference:
         return None
     if model is None:
         return start_reference(trainer)

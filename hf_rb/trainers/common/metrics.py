@@ -1,12 +1,14 @@
 """Metrics that do not depend on how a batch is split, and those that a token rule reports."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from hf_rb.methods.metrics import TOKEN_METRICS
+from hf_rb.methods.registry import catalog
 from hf_rb.trainers.common.below import TrainerBelow
 
 
@@ -97,42 +99,6 @@ def check_finite(objective: str, step: int, loss: torch.Tensor, losses: torch.Te
     )
 
 
-# Values that token rules report, and their names in the logs.
-_MEANS = {
-    "forward_kl": "forward_kl",
-    "reverse_kl": "reverse_kl",
-    "entropy": "entropy",
-    "nll": "ce",
-    "kd": "kd",
-    "akl_weight": "akl/weight",
-    "akl_head_size": "akl/head_size",
-    "loca_scale": "loca/scale",
-    "hpd_w_label": "hpd/label_weight",
-    "hpd_w_sample": "hpd/sample_weight",
-    "advantage": "gopd/advantage",
-    "reward": "gopd/reward",
-    "reverse_kl_sampled": "gopd/teacher_log_ratio",
-    "reference_kl_sampled": "gopd/reference_log_ratio",
-    "tis_weight": "gopd/tis_weight",
-}
-_EXTREMES = ("hpd_w_label", "hpd_w_sample", "advantage", "reward")
-
-
-def _fractions(args: Any, stats: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields names of metrics, and of which tokens (N,) they are the fraction."""
-    if "loca_scale" in stats:
-        yield "loca/corrected_fraction", stats["loca_scale"] < 1
-    if "hpd_w_label" in stats:
-        # The branches of HPD: the label's probability is too high; so is that of the drawn token; what is taken goes
-        # to the label.
-        yield "hpd/overestimated_fraction", stats["hpd_w_label"] < 0
-        if args.hpd_sample:
-            suppressed = stats["hpd_w_sample"] < 0
-            yield "hpd/suppressed_fraction", suppressed
-            if args.hpd_reinforce:
-                yield "hpd/reinforced_fraction", (stats["hpd_w_label"] > 0) & suppressed
-
-
 def log_token_metrics(trainer: Any, stats: Mapping[str, torch.Tensor], is_token: torch.Tensor) -> None:
     """
     Adds to a trainer's metrics the means of what a rule reports of every token (N,), fractions and extremes.
@@ -147,11 +113,9 @@ def log_token_metrics(trainer: Any, stats: Mapping[str, torch.Tensor], is_token:
     """
     count = torch.tensor(len(stats["loss"]), device=stats["loss"].device)
     trainer._add_metric("kept_fraction", count, is_token.sum().to(count.device))
-    for name, key in _MEANS.items():
-        if name in stats:
-            trainer._add_metric(key, stats[name].sum(), count)
-    for key, is_counted in _fractions(trainer.args, stats):
-        trainer._add_metric(key, is_counted.sum(), count)
-    for name in _EXTREMES:
-        if name in stats:
-            trainer._add_extremes(_MEANS[name], stats[name])
+    for metric in (*TOKEN_METRICS, *trainer.objective.method.metrics, *catalog()["loca"].metrics):
+        stat = metric.stat or metric.name
+        if stat in stats:
+            trainer._add_metric(metric.name, stats[stat].sum(), count)
+            if metric.extremes:
+                trainer._add_extremes(metric.name, stats[stat])

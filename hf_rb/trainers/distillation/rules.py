@@ -3,8 +3,11 @@
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
+from hf_rb.methods.registry import methods
+from hf_rb.methods.rules import defaults_of
 from hf_rb.trainers.common.rules import objective_rules
 
 
@@ -15,7 +18,7 @@ def only_gkd(name: str) -> str | None:
     """Returns what to say of a field that acts on the completions of a dataset, where another trainer is
     configured.
     """
-    if name not in ("kd_alpha", "loca_alpha", "hpd_sample", "hpd_reinforce", "teacher_cache"):
+    if name not in _fields_of_gkd():
         return None
     return (
         f"`{name}` acts on the completions of the dataset, which GKD alone distils on. Use `GKDTrainer` (`hf-rb "
@@ -23,24 +26,22 @@ def only_gkd(name: str) -> str | None:
     )
 
 
+@cache
+def _fields_of_gkd() -> set[str]:
+    """Returns the flags of objectives that need the dataset's completions, and of what is mixed into a divergence."""
+    labelled = [entry.method for entry in methods("objective").values() if entry.method.completions == "dataset"]
+    mixed = [methods("trainer")[key].method for key in ("llm_neo", "loca")]
+    return {"teacher_cache", *(name for method in (*labelled, *mixed) for name in defaults_of(method))}
+
+
 def distillation_rules(config: Any) -> Iterator[str]:
     """Yields what is wrong with our fields of a [`DistillationConfig`]."""
-    yield from objective_rules(config, beta=1.0)
-    if config.objective == "hpd":
+    yield from objective_rules(config, beta=1.0, of_trl="jsd")
+    entry = methods("objective").get(config.objective)
+    if entry and entry.method.completions == "dataset":
         yield (
-            "`objective: hpd` trains on the completions of the dataset, and `DistillationTrainer` on the student's "
-            "own. Use `GKDTrainer` (`hf-rb gkd`) with `lmbda: 0.0`."
-        )
-    if config.gopd_tis_cap is not None and not config.use_vllm:
-        yield (
-            f"`gopd_tis_cap: {config.gopd_tis_cap}` needs a sampler that reports log-probabilities, and generation "
-            "by transformers samples from the model in training itself. Set `use_vllm: true`, or remove "
-            "`gopd_tis_cap`."
-        )
-    if config.gopd_full_vocab and config.gopd_teacher_column is not None:
-        yield (
-            "`gopd_full_vocab: true` compares the student with one teacher's logits, and `gopd_teacher_column` names "
-            "several teachers. Remove one of the two."
+            f"`objective: {config.objective}` trains on the completions of the dataset, and `DistillationTrainer` on "
+            "the student's own. Use `GKDTrainer` (`hf-rb gkd`) with `lmbda: 0.0`."
         )
     several = isinstance(config.teacher_model_name_or_path, dict)
     if config.teacher_model_name_or_path is not None and several != (config.gopd_teacher_column is not None):

@@ -2,8 +2,7 @@
 teachers.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +12,20 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainingArguments
 from trl import is_conversational
 
+from hf_rb.objectives.objective import Divergence
 from hf_rb.ops.backbone import name_of, width_of
 from hf_rb.ops.lm_head import TeacherLogits, lm_head_loss
 from hf_rb.ops.logit_source import LogitSource
+from hf_rb.ops.sequences import Sequences
 from hf_rb.teachers import LocalTeacher, ModelTeacher, build_teacher
 from hf_rb.trainers.common.configs import own_config
-from hf_rb.trainers.common.distilling import build_rule, compared_rows, init_kwargs_of, sampled_stats
+from hf_rb.trainers.common.distilling import (
+    build_objective,
+    compared_rows,
+    init_kwargs_of,
+    mixed_logits,
+    sampled_stats,
+)
 from hf_rb.trainers.common.generation import OwnDistributionMixin, SamplerLogProbs
 from hf_rb.trainers.common.gopd import RoutedTeacher, given_reference, make_reference, share_vocabulary, token_weights
 from hf_rb.trainers.common.metrics import check_finite, log_token_metrics
@@ -46,16 +53,8 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
     on-policy distillation by sampled tokens. A teacher whose chat template is another than the student's reads prompts
     in its own.
 
-    Also logged, over all trained tokens since the last log (`eval_` before them in evaluation), unless the loss is
-    TRL's own:
-
-    - `kept_fraction`, the share of tokens that are trained on
-    - with every other objective than `"gopd"`: `forward_kl`, `reverse_kl` (with `gopd_full_vocab`, from the mixture of
-      teacher and reference that the loss is about), and for `"akl"` `akl/weight` and `akl/head_size`
-    - with `"gopd"`: `gopd/advantage` with its extremes; `gopd/teacher_log_ratio`, whose mean estimates KL(student ‖
-      teacher), which the mean of the loss does not unless the scale is 1; with a reference `gopd/reward`, log(teacher
-      / reference), with its extremes, and `gopd/reference_log_ratio`, whose mean estimates KL(student ‖ reference);
-      with `gopd_tis_cap` `gopd/tis_weight`
+    `docs/methods.md` lists the numbers that are logged beside TRL's, over all trained tokens since the last log
+    (`eval_` before them in evaluation). Where the loss is TRL's own there are none.
 
     Args:
         model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, **kwargs:
@@ -77,6 +76,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
     args: DistillationConfig  # pyrefly: ignore[bad-override-mutable-attribute]
     teacher: Any  # a `ModelTeacher`, or a `RoutedTeacher` of several
     reference: Any  # a `ModelTeacher`, or `None`
+    objective: Any  # an `Objective`
 
     def __init__(
         self,
@@ -95,8 +95,9 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
     ):
         args = own_config(DistillationConfig, args, model, "Distillation")
         # All that can be wrong with them before a model is loaded.
+        self.objective = build_objective(args)
         given = _teacher(teacher, teacher_model, args)
-        reference_model = given_reference(args, reference_model)
+        reference_model = given_reference(args, self.objective, reference_model)
         super().__init__(
             model, None, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, **kwargs
         )
@@ -106,7 +107,6 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         self.reference_is_start = reference_model is None
         if self.reference is not None:
             self.reference.prepare(self)
-        self._rule = build_rule(args)
         self._student_logits = LogitSource()
         self._sampler = SamplerLogProbs(self.vllm_generation) if args.gopd_tis_cap is not None else None
         self._vocabulary = share_vocabulary(self)
@@ -116,7 +116,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
 
     @property
     def _methods(self) -> list[str]:
-        return [self.args.objective] if self.args.objective in ("akl", "gopd") else []
+        return [self.objective.method.key] if self.objective.method.paper else []
 
     # What a generation batch holds beside the parent's tensors
 
@@ -129,8 +129,10 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
             )
         if self._vocabulary is not None and width_of(self.model) > self._vocabulary:
             self._check_ids(output["completion_ids"], self._vocabulary)
-        if self.args.objective == "gopd":
-            self._add_gopd(output, inputs)
+        if self.objective.aggregation != "token-mean":
+            output["num_sequences_in_batch"] = self.accelerator.gather(loss_mask(output).any(1).sum()).sum()
+        if self.objective.method.completions == "student":
+            self._add_rollouts(output, inputs)
         return output
 
     def _check_ids(self, ids: torch.Tensor, vocabulary: int) -> None:
@@ -142,10 +144,8 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
                 f"such ids out, or cut the student to size first (`resize_token_embeddings({vocabulary})`)."
             )
 
-    def _add_gopd(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
+    def _add_rollouts(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         device = self.accelerator.device
-        sequences = loss_mask(output).any(1).sum()
-        output["num_sequences_in_batch"] = self.accelerator.gather(sequences).sum()
         names = [None] * len(inputs)
         if self.args.gopd_teacher_column is not None:
             names = [self._teacher_name(row) for row in inputs]
@@ -247,7 +247,7 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
             scored = lm_head_loss(
                 states,
                 head,
-                self._rule,
+                self.objective,
                 tokens,
                 teacher,
                 weights[mask].to(states.device),
@@ -262,12 +262,10 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
     def _token_weights(
         self, mask: torch.Tensor, inputs: Mapping[str, Any], num_items_in_batch: torch.Tensor | None
     ) -> torch.Tensor:
-        if self.args.objective != "gopd":
-            return token_weights(mask, "token-mean", num_items_in_batch)
         sequences = None  # in evaluation, a mean over the batch, as the parent's
-        if num_items_in_batch is not None:
+        if num_items_in_batch is not None and "num_sequences_in_batch" in inputs:
             sequences = inputs["num_sequences_in_batch"] / self.accelerator.num_processes
-        return token_weights(mask, self.args.gopd_aggregation, num_items_in_batch, sequences)
+        return token_weights(mask, self.objective.aggregation, num_items_in_batch, sequences)
 
     def _score(
         self, inputs: Mapping[str, Any], mask: torch.Tensor
@@ -276,21 +274,28 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         reference.
         """
         (seen, keep), (seen_by_reference, reference_keep) = self._seen(inputs, mask)
-        if self.args.objective != "gopd":
-            return {}, self.teacher.score(seen, keep)
-        scale = self.args.reward_scale
-        if self.args.gopd_full_vocab:
-            parts = _scaled(self.teacher.score(seen, keep), scale) if scale else []
-            if self.reference is not None:
-                parts += _scaled(self.reference.score(seen_by_reference, reference_keep), 1 - scale)
-            return {}, parts
-        labels = inputs["completion_ids"][mask]
-        tokens = {"labels": labels, "teacher_logp": self.teacher.log_probs(seen, keep, labels)}
+        tokens = {} if isinstance(self.objective, Divergence) else self._tokens(inputs, mask)
+        if not self.objective.sampled:
+            teacher = self.teacher.score(seen, keep)
+            if self.reference is None:
+                return tokens, teacher
+            reference = self.reference.score(seen_by_reference, reference_keep)
+            return tokens, mixed_logits(self.objective, teacher, reference)
+        labels = tokens["labels"]
+        tokens["teacher_logp"] = self.teacher.log_probs(seen, keep, labels)
         if self.reference is not None:
             tokens["reference_logp"] = self.reference.log_probs(seen_by_reference, reference_keep, labels)
+        return tokens, None
+
+    def _tokens(self, inputs: Mapping[str, Any], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns what an objective reads of each trained token beside the models."""
+        tokens = {"labels": inputs["completion_ids"][mask]}
+        if self.objective.draws:
+            draws = Sequences(whole_sequences(inputs, "prompt")).uniforms(self.args.seed, self.state.global_step)
+            tokens["uniforms"] = draws[:, -mask.shape[1] :][mask]
         if self._sampler is not None:
             tokens["sampler_logp"] = inputs["sampler_logp"][mask]
-        return tokens, None
+        return tokens
 
     def _seen(
         self, inputs: Mapping[str, Any], mask: torch.Tensor
@@ -321,11 +326,9 @@ class DistillationTrainer(OwnDistributionMixin, TrainerMixin, trl.DistillationTr
         teacher_rows, reference_rows = rows(self.teacher.logits(seen), seen_keep), None
         if self.reference is not None:
             reference_rows = rows(self.reference.logits(seen_by_reference), reference_keep)
-        tokens = {"labels": inputs["completion_ids"][mask]}
-        if self._sampler is not None:
-            tokens["sampler_logp"] = inputs["sampler_logp"][mask]
-        teacher_rows = compared_rows(self.args, teacher_rows, reference_rows, tokens)
-        return TokenStats(own["input_ids"], keep, sampled_stats(self._rule, student_rows, teacher_rows, tokens))
+        tokens = self._tokens(inputs, mask)
+        teacher_rows = compared_rows(self.objective, teacher_rows, reference_rows, tokens)
+        return TokenStats(own["input_ids"], keep, sampled_stats(self.objective, student_rows, teacher_rows, tokens))
 
 
 def _teacher(teacher: Any, model: Any, args: DistillationConfig) -> Any:
@@ -375,10 +378,6 @@ def whole_sequences(inputs: Mapping[str, Any], prompt: str) -> dict[str, torch.T
 def _keep(mask: torch.Tensor, length: int) -> torch.Tensor:
     """Returns which positions (B, length - 1) predict the trained tokens of `mask` (B, C), the last C of each row."""
     return pad(mask, (length - 1 - mask.shape[1], 0))
-
-
-def _scaled(parts: Iterable[TeacherLogits], factor: float) -> list[TeacherLogits]:
-    return [replace(part, factor=factor * part.factor) for part in parts]
 
 
 def _chat_tokenizer(teacher: ModelTeacher) -> PreTrainedTokenizerBase | None:

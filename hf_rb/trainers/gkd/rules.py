@@ -5,50 +5,22 @@
 from collections.abc import Iterator
 from typing import Any
 
-from hf_rb.trainers.common.rules import objective_rules
+from hf_rb.methods.registry import methods
+from hf_rb.trainers.common.rules import objective_rules, trainer_rules
 
 
 __all__ = ["cache_rules", "gkd_rules"]
-
-_DIVERGENCES = ("jsd", "forward_kl", "reverse_kl", "akl")
 
 
 def gkd_rules(config: Any) -> Iterator[str]:
     """Yields what is wrong with the fields of a [`GKDConfig`]."""
     yield from objective_rules(config, beta=0.5)
+    yield from trainer_rules(config)
     objective, lmbda = config.objective, config.lmbda
-    if objective == "hpd" and lmbda > 0:
-        yield (
-            f"`objective: hpd` needs `lmbda: 0.0`: it trains on the completions of the dataset; got `lmbda: {lmbda}`."
-        )
-    if objective == "gopd" and lmbda < 1:
-        yield (
-            "`objective: gopd` needs `lmbda: 1.0`: its advantage is defined on tokens that the student has drawn; got "
-            f"`lmbda: {lmbda}`."
-        )
-    if objective == "gopd" and config.gopd_tis_cap is not None:
-        yield (
-            f"`gopd_tis_cap: {config.gopd_tis_cap}` needs the sampler's log-probabilities, and the sampler of GKD is "
-            "the model in training itself. Remove it, or use `DistillationTrainer` with `use_vllm: true`."
-        )
-    if objective == "gopd" and config.gopd_teacher_column is not None:
-        yield (
-            "`gopd_teacher_column` needs the columns of the dataset, which GKD has turned into tokens. Use "
-            "`DistillationTrainer` (`hf-rb distillation`)."
-        )
-    mixed = {"kd_alpha": config.kd_alpha != 1, "loca_alpha": config.loca_alpha is not None}
-    for name in (name for name, is_set in mixed.items() if is_set):
-        value = getattr(config, name)
-        if lmbda > 0:
-            yield (
-                f"`{name}: {value}` needs `lmbda: 0.0`: it reads the labels of the dataset, which sampled "
-                f"completions do not have; got `lmbda: {lmbda}`."
-            )
-        if objective not in _DIVERGENCES:
-            yield (
-                f"`{name}: {value}` acts on a divergence from the teacher, and `objective: {objective}` is none. "
-                f"Choose one of {', '.join(_DIVERGENCES)}, or remove `{name}`."
-            )
+    entry = methods("objective").get(objective)
+    wanted = {"dataset": 0.0, "student": 1.0}.get(entry.method.completions, lmbda) if entry else lmbda
+    if entry and lmbda != wanted:
+        yield f"`objective: {objective}` needs `lmbda: {wanted}`: {entry.method.because}; got `lmbda: {lmbda}`."
     if lmbda == 0 and not config.seq_kd and config.temperature not in (0.9, 1.0):
         yield (
             f"`temperature: {config.temperature}` has no effect with `lmbda: 0.0`: it is that of sampling, nothing "
@@ -58,11 +30,6 @@ def gkd_rules(config: Any) -> Iterator[str]:
         yield (
             "`seq_kd: true` has no effect with `lmbda: 1.0`, where every completion is the student's. Set `lmbda` "
             "below 1, or remove `seq_kd`."
-        )
-    if config.seq_kd and config.loca_alpha is not None:
-        yield (
-            f"`loca_alpha: {config.loca_alpha}` corrects the teacher by the labels of the dataset, and with `seq_kd: "
-            "true` the labels are the teacher's own. Remove one of the two."
         )
     if config.teacher_cache is not None:
         yield from cache_rules(config)
@@ -87,11 +54,12 @@ def gkd_rules(config: Any) -> Iterator[str]:
 
 def cache_rules(config: Any) -> Iterator[str]:
     """Yields what a [`GKDConfig`] may not say with a cached teacher."""
-    if config.objective not in ("forward_kl", "akl"):
+    cached = [name for name, entry in methods("objective").items() if entry.method.cached]
+    if config.objective not in cached:
         yield (
             f"`teacher_cache` holds the teacher's most probable tokens, and `objective: {config.objective}` needs "
-            "all of them. Set `objective: forward_kl` or `objective: akl`, or give `teacher_model_name_or_path` "
-            "instead of the cache."
+            f"all of them. Set {' or '.join(f'`objective: {name}`' for name in cached)}, or give "
+            "`teacher_model_name_or_path` instead of the cache."
         )
     if config.lmbda > 0:
         yield (

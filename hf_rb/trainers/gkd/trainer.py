@@ -3,13 +3,13 @@
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
+from hf_rb.objectives.standard import JSD
 from hf_rb.ops.backbone import model_inputs, width_of
 from hf_rb.ops.generation import generation_config
 from hf_rb.ops.lm_head import CachedLogits, TeacherLogits, lm_head_loss
@@ -19,11 +19,11 @@ from hf_rb.ops.wide_head import wide_heads
 from hf_rb.teachers import CachedTeacher, Teacher, build_teacher
 from hf_rb.trainers.common.configs import own_config
 from hf_rb.trainers.common.distilling import (
-    build_rule,
+    build_objective,
     compared_rows,
-    dense_losses,
     dense_stats,
     init_kwargs_of,
+    mixed_logits,
     sampled_stats,
 )
 from hf_rb.trainers.common.gopd import given_reference, make_reference, share_vocabulary, token_weights
@@ -63,11 +63,8 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
       alone.
     - Teacher and student may differ in the padding of their vocabulary. Labels outside the shared ids are left out.
 
-    These are logged, over all tokens since the last log (`eval_` before them in evaluation, where `loss` is the
-    objective on the evaluation data): `forward_kl`, `reverse_kl`, `entropy` of the student, `ce`, its cross-entropy on
-    the labels, `kd`, the divergence before `kd_alpha` mixes it, `kept_fraction`, the share of tokens that are trained
-    on, and what belongs to the objective, as `akl/weight`, `loca/corrected_fraction`, `hpd/suppressed_fraction` or
-    `gopd/advantage`.
+    `docs/methods.md` lists the numbers that are logged, over all tokens since the last log. `eval_` stands before them
+    in evaluation, where `loss` is the objective on the evaluation data.
 
     Args:
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
@@ -88,6 +85,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
     args: GKDConfig  # pyrefly: ignore[bad-override-mutable-attribute]
     teacher: Any  # a `Teacher`; the objective decides what else it must be able to do
     reference: Any  # a `ModelTeacher`, or `None`
+    objective: Any  # an `Objective`
 
     def __init__(
         self,
@@ -104,13 +102,13 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         **kwargs: Any,
     ):
         args = own_config(GKDConfig, args, model, "GKD")
+        self.objective = build_objective(args)
         self.teacher = _teacher(args, teacher, teacher_model)
-        reference_model = given_reference(args, reference_model)
+        reference_model = given_reference(args, self.objective, reference_model)
         self._has_prompts_only = False
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         self._check_supported()
         self.lmbda, self.beta, self.seq_kd, self.temperature = args.lmbda, args.beta, args.seq_kd, args.temperature
-        self._rule = build_rule(args)
         self._forward_redirection = compat.ForwardRedirection()
         self._student_logits = LogitSource()
         self.generation_config = generation_config(self.model, self._tokenizer, args.max_new_tokens, args.temperature)
@@ -143,7 +141,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
     @property
     def _methods(self) -> list[str]:
         args, is_lora = self.args, hasattr(getattr(self, "model", None), "peft_config")
-        methods = [args.objective] if args.objective in ("akl", "hpd", "gopd") else []
+        methods = [self.objective.method.key] if self.objective.method.paper else []
         methods += ["loca"] if args.loca_alpha is not None else []
         return methods + (["llm_neo"] if args.objective == "forward_kl" and is_lora else [])
 
@@ -182,7 +180,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         labels = self._trained_labels(inputs)
         keep = labels[:, 1:] != -100
         tokens = {"labels": labels[:, 1:][keep]}
-        if self.args.objective == "hpd":
+        if self.objective.draws:
             draws = Sequences(inputs).uniforms(self.args.seed, self.state.global_step)
             tokens["uniforms"] = draws[:, 1:][keep]
         return labels, keep, tokens
@@ -195,7 +193,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
     def _counted_labels(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Returns labels (B, L-1) as many as what divides the loss: trained tokens, or completions that have any."""
         labels = self._trained_labels(inputs)[:, 1:]
-        if self.args.objective != "gopd" or self.args.gopd_aggregation == "token-mean":
+        if self.objective.aggregation == "token-mean":
             return labels
         is_label = labels != -100
         return labels.masked_fill(is_label.cumsum(-1) != 1, -100)
@@ -224,8 +222,8 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        # G-OPD is about sampled tokens, and prompts alone have no others.
-        if self.args.objective == "gopd" or self._has_prompts_only:
+        # Prompts alone have no other completions.
+        if self.objective.method.completions == "student" or self._has_prompts_only:
             inputs = self._with_completions(self._prepare_inputs(inputs), model)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
@@ -268,9 +266,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
 
     def _weights(self, keep: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Returns the factor of every trained token (N,) in the loss."""
-        if self.args.objective != "gopd":
-            return keep[keep] / items.to(keep.device)
-        return token_weights(keep, self.args.gopd_aggregation, tokens=items, sequences=items)[keep]
+        return token_weights(keep, self.objective.aggregation, tokens=items, sequences=items)[keep]
 
     def _chunked_loss(
         self,
@@ -290,7 +286,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
                 scored = lm_head_loss(
                     hidden[:, :-1][keep],
                     head,
-                    self._rule,
+                    self.objective,
                     tokens,
                     teacher,
                     self._weights(keep, items),
@@ -302,8 +298,8 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         self, inputs: Mapping[str, Any], keep: torch.Tensor, tokens: dict[str, torch.Tensor]
     ) -> list[TeacherLogits] | CachedLogits | None:
         """Returns what the loop takes as teacher, and adds to `tokens` what the rule needs of it."""
-        scale, labels = self.args.reward_scale, tokens["labels"]
-        if self.args.objective == "gopd" and not self.args.gopd_full_vocab:
+        labels = tokens["labels"]
+        if self.objective.sampled:
             tokens["teacher_logp"] = self.teacher.log_probs(inputs, keep, labels)
             if self.reference is not None:
                 tokens["reference_logp"] = self.reference.log_probs(inputs, keep, labels)
@@ -313,9 +309,7 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
             tokens["label_event"] = (teacher.ids == labels.unsqueeze(-1)).int().argmax(-1)
         if self.reference is None:
             return teacher
-        # Reverse KL to the mixture whose logits are these: at every state, what G-OPD's sampled loss estimates.
-        parts = [replace(part, factor=scale * part.factor) for part in teacher]
-        return parts + [replace(part, factor=(1 - scale) * part.factor) for part in self.reference.score(inputs, keep)]
+        return mixed_logits(self.objective, teacher, self.reference.score(inputs, keep))
 
     def _dense_loss(
         self,
@@ -327,8 +321,9 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
         items: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
         """Returns what [`_chunked_loss`] does, from all logits."""
-        args, shared = self.args, slice(self.teacher.vocabulary)
-        is_trl = args.objective == "jsd" and args.kd_alpha == 1 and args.loca_alpha is None  # its logits too are TRL's
+        objective, shared = self.objective, slice(self.teacher.vocabulary)
+        # Then the logits too are TRL's.
+        is_trl = type(objective) is JSD and objective.kd_alpha == 1 and objective.loca_alpha is None
         sources = [source for source in (self.teacher, self.reference) if hasattr(source, "model")]
         models: list[Any] = [self.accelerator.unwrap_model(model), *(source.model for source in sources)]
         with wide_heads(*([] if is_trl else models)):
@@ -340,15 +335,15 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
 
         rows, teacher_rows = logits[:, :-1][keep], teacher_logits[:, :-1][keep]
         reference_rows = None if reference_logits is None else reference_logits[:, :-1][keep]
-        teacher_rows = compared_rows(self.args, teacher_rows, reference_rows, tokens)
+        teacher_rows = compared_rows(self.objective, teacher_rows, reference_rows, tokens)
         if is_trl:
             loss = self.generalized_jsd_loss(
                 logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:], self.beta, num_items_in_batch=items
             )
         else:
-            losses = dense_losses(self._rule, rows, teacher_rows, tokens)
+            losses = objective.dense(rows, teacher_rows, tokens)
             loss = (self._weights(keep, items) * losses).sum()
-        return loss, dense_stats(self._rule, rows, teacher_rows, tokens), aux_loss
+        return loss, dense_stats(objective, rows, teacher_rows, tokens), aux_loss
 
     @property
     def has_token_stats(self) -> bool:
@@ -367,8 +362,10 @@ class GKDTrainer(TrainerMixin, SamplingGKD):
                 *([] if self.reference is None else [self.reference.logits(inputs)]),
             )
         )
-        teacher_rows = compared_rows(self.args, teacher_rows, reference_rows[0] if reference_rows else None, tokens)
-        return TokenStats(inputs["input_ids"], keep, sampled_stats(self._rule, rows, teacher_rows, tokens))
+        teacher_rows = compared_rows(
+            self.objective, teacher_rows, reference_rows[0] if reference_rows else None, tokens
+        )
+        return TokenStats(inputs["input_ids"], keep, sampled_stats(self.objective, rows, teacher_rows, tokens))
 
     def _log_tokens(
         self, inputs: Mapping[str, Any], labels: torch.Tensor, keep: torch.Tensor, stats: Mapping[str, torch.Tensor]

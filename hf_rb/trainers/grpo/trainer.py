@@ -12,8 +12,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_rb.advantages import ShapingContext, SrarShaper, build_shapers, check_shapers, run_pipeline
 from hf_rb.advantages.pipeline import Shaper
-from hf_rb.hub import METHODS
-from hf_rb.methods.registry import pipeline_line
+from hf_rb.methods.registry import catalog
 from hf_rb.ops.backbone import recorded_hidden
 from hf_rb.rl.answers import check_gold, require_math_verify, same_answer
 from hf_rb.rl.rewards import EXTRACTORS, GOLD_COLUMNS
@@ -23,7 +22,7 @@ from hf_rb.trainers.common.generation import OwnDistributionMixin
 from hf_rb.trainers.common.mixin import TrainerMixin
 from hf_rb.trainers.grpo import hidden_align
 from hf_rb.trainers.grpo.config import GRPOConfig
-from hf_rb.trainers.grpo.rules import grpo_warnings
+from hf_rb.trainers.grpo.rules import grpo_warnings, pipeline_line
 from hf_rb.trainers.grpo.shaping import ScoredGeneration, add_columns, columns_of, make_context, names_of_rewards
 
 
@@ -41,14 +40,8 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
     (https://huggingface.co/papers/2605.17333): of the wrong answers to a prompt, the common ones are pushed down
     harder than the rare ones. [`~hf_rb.advantages.Shaper`] says how to write a shaper.
 
-    Also logged (`eval_` before them in evaluation):
-
-    - of every shaper what it reports, and the `mean` and `std` of the advantages after it, the fraction that it
-      `changed` and the mean absolute change, `delta_abs`: `shaping/<name>/...`
-    - `shaping/answered`, the fraction of completions with an answer, where a shaper reads answers
-    - with `hidden_align_coef`: `hidden_align/cosine`, between the completions of a prompt, whose distance from 1 is
-      the loss; `hidden_align/cosine_across`, between those of different prompts; `hidden_align/aligned`, the fraction
-      of completions
+    `docs/methods.md` lists the numbers that are logged beside TRL's (`eval_` before them in evaluation): of every
+    shaper as `shaping/<key>/...`, and of Hidden-Align.
 
     With `log_completions` the table of completions has the columns `shaped_advantage` (the mean over the completion's
     tokens) and those of the shapers, beside `advantage`, TRL's own. Evaluation shapes too, unless it writes one
@@ -171,7 +164,8 @@ class GRPOTrainer(OwnDistributionMixin, TrainerMixin, trl.GRPOTrainer):
     @property
     def _methods(self) -> list[str]:
         names = [shaper.name for shaper in self.shapers] + ["hidden_align"] * bool(self.args.hidden_align_coef)
-        return [name for name in names if name in METHODS]
+        known = catalog()
+        return [name for name in names if name in known and known[name].paper]
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self._acts:

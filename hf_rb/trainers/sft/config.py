@@ -1,92 +1,34 @@
 """Configuration of [`SFTTrainer`]: TRL's, with ProFit's fields and a word on packing."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trl
 
+from hf_rb.objectives.profit import ProfitFlags
 from hf_rb.trainers.common.configs import ConfigMixin
 from hf_rb.trainers.common.distillation_arguments import PackingArguments
-from hf_rb.trainers.common.rules import packing_rules
-from hf_rb.trainers.sft.rules import profit_rules
-from hf_rb.utils.fields import described
+from hf_rb.trainers.common.rules import packing_rules, trainer_rules
+from hf_rb.utils.fields import documented
 
 
 __all__ = ["SFTConfig"]
 
 
+@documented
 @dataclass
-class SFTConfig(ConfigMixin, PackingArguments, trl.SFTConfig):
+class SFTConfig(ConfigMixin, PackingArguments, ProfitFlags, trl.SFTConfig):
     r"""
     Configuration class for the [`SFTTrainer`].
 
     Everything in [`~trl.SFTConfig`], and the fields below. Without `profit_threshold` the trainer is TRL's, but for
     models that mix packed sequences, see `allow_leaking_packing`.
 
-    Parameters:
-        profit_threshold (`float`, *optional*):
-            Switches ProFit (https://huggingface.co/papers/2601.09195) on: only labels to which the model in training
-            gives a probability above this threshold, in `[0, 1]`, enter the loss. The authors' code recommends `0.1`;
-            `0` keeps every label, `None` is off.
-        profit_mode (`str`, *optional*, defaults to `"higher"`):
-            Which labels are kept: `"higher"`, those above the threshold (the method), or one of the paper's ablations:
-            `"lower"`, those below it; `"middle"`, those between it and `profit_threshold_high`; `"random"`, each with
-            probability `1 - profit_threshold`, drawn from the seed, the step and the example, so that the draw does
-            not depend on how examples are batched.
-        profit_threshold_high (`float`, *optional*):
-            Upper threshold in `[0, 1]` of `profit_mode="middle"`.
-        profit_inclusive (`bool`, *optional*, defaults to `False`):
-            Whether a probability equal to a threshold is kept, as in the authors' code; the paper drops it.
-        profit_normalize (`str`, *optional*, defaults to `"all"`):
-            What the sum over kept labels is divided by. `"all"`: the number of labels, kept or not, in the whole batch
-            (over accumulation steps and processes), as in the authors' code. `"sequence"`: the number of labels of the
-            label's own sequence, and then the number of sequences in the whole batch, as in the paper's equation 5;
-            with packing, every packed document is a sequence, unless `packing_strategy="wrapped"` has lost where they
-            end: then every row is. `"kept"`: the number of kept labels (another method, with larger steps); needs one
-            process and no gradient accumulation.
-        allow_leaking_packing (`bool`, *optional*, defaults to `False`):
-            Whether to train a model that lets the sequences of a packed row see each other, as TRL does. By default
-            such a model is refused at the first packed batch, which is compared with one of its sequences alone.
-
     Raises:
         ValueError: A value out of its range, or fields that exclude one another; ProFit also refuses `loss_type="dft"`
             and `label_smoothing_factor > 0`.
     """
 
-    _rules = (profit_rules, packing_rules)
-
-    profit_threshold: float | None = field(
-        default=None,
-        metadata=described(
-            "Switches ProFit (https://huggingface.co/papers/2601.09195) on: only labels to which the model in "
-            "training gives a probability above this threshold enter the loss. The authors' code recommends 0.1; 0 "
-            "keeps every label.",
-            range="[0, 1]",
-        ),
-    )
-    profit_mode: str = field(
-        default="higher",
-        metadata=described(
-            "Which labels ProFit keeps: those above the threshold (`higher`, the method), below it (`lower`), "
-            "between it and `profit_threshold_high` (`middle`), or each with probability 1 - threshold (`random`).",
-            choices=["higher", "lower", "middle", "random"],
-        ),
-    )
-    profit_threshold_high: float | None = field(
-        default=None,
-        metadata=described("Upper threshold of `profit_mode: middle`.", range="[0, 1]"),
-    )
-    profit_inclusive: bool = field(
-        default=False,
-        metadata=described("Whether ProFit keeps a probability equal to a threshold, as in the authors' code."),
-    )
-    profit_normalize: str = field(
-        default="all",
-        metadata=described(
-            "What ProFit divides by: all labels of the batch (`all`), the labels of each sequence and then the "
-            "sequences (`sequence`), or the kept labels (`kept`; one process, no gradient accumulation).",
-            choices=["all", "sequence", "kept"],
-        ),
-    )
+    _rules = (trainer_rules, packing_rules)
 
     def __post_init__(self) -> None:
         super().__post_init__()

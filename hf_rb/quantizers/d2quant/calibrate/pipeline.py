@@ -126,7 +126,7 @@ def _unfinished(model: PreTrainedModel, config: D2QuantConfig, tokens: Tensor) -
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    options = {name: value for name, value in config.to_dict().items() if name not in config.written}
+    options = {name: value for name, value in config.to_dict().items() if name not in config.record.written}
     options |= {"hf_rb": __version__, "calibration tokens": token_fingerprint(tokens)}
     state = {"files": {"the model": digest.hexdigest()}, "options": options}
     folder = Path(config.resume_dir)

@@ -144,25 +144,10 @@ def quantize(
             H, `(in_features, in_features)`, from [`InputStatistics`]. Any positive multiple gives the same result.
         cross (`torch.Tensor`, *optional*):
             C, of the same shape and with the same multiple. Without it, or where it is zero, this is GPTQ.
-        bits (`int`):
-            Bits of a code: 2, 3 or 4; planes if `dual`: 2 or 3.
-        group_size (`int`, *optional*, defaults to `128`):
-            Neighbours in a row that share scales. A short last group is solved on its true length.
-        act_order (`str` or `None`, *optional*, defaults to `"gar"`):
-            `"gar"` takes groups, and columns within them, by falling H[j, j]; `None` takes them as they come.
-        percdamp (`float`, *optional*, defaults to `0.01`):
-            Share of the mean of H's diagonal that is added to it.
-        asym_alpha (`float`, *optional*, defaults to `0.25`):
-            Weight a of GPTAQ's term.
         dual (`bool`, *optional*, defaults to `False`):
-            Whether the levels are those of dual-scale quantization instead of affine grids.
-        dsq_iters (`int`, *optional*, defaults to `15`):
-            Rounds of its fit.
-        dsq_weighting (`str`, *optional*, defaults to `"none"`):
-            `"none"` fits it to all columns alike; `"hessian"` counts the squared error of column j by 1 / U[j, j]^2,
-            which is what the loop above makes of it.
-        clip_search (`bool`, *optional*, defaults to `True`):
-            Whether the range of an affine grid is searched.
+            Whether the levels are those of dual-scale quantization, with `bits` planes, instead of affine grids.
+        bits, group_size, act_order, percdamp, asym_alpha, dsq_iters, dsq_weighting, clip_search:
+            As in [`~hf_rb.D2QuantConfig`].
 
     Returns:
         `tuple`: [`AffineCodes`], or [`DualCodes`] if `dual`; and [`Stats`].

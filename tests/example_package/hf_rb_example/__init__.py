@@ -1,0 +1,1 @@
+"""Methods for hf_rb from another package."""
