@@ -4,7 +4,7 @@ allows. Standard library only: nothing is imported until a method is used.
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -160,28 +160,27 @@ def name_problem(kind: Kind, name: str, key: str | None = None) -> str | None:
 
 
 @cache
-def _sources() -> list[tuple[Path, str]]:
+def _sources() -> dict[str, str]:
+    """Returns the source of every module that may hold a record, by its full name."""
     root = Path(__file__).parents[1]
     files = sorted(file for folder in _FOLDERS for file in (root / folder).rglob("*.py"))
-    return [(file, file.read_text(encoding="utf-8")) for file in files]
+    names = (".".join((PACKAGE, *file.relative_to(root).with_suffix("").parts)) for file in files)
+    return {
+        name.removesuffix(".__init__"): file.read_text(encoding="utf-8")
+        for name, file in zip(names, files, strict=True)
+    }
 
 
 @cache
 def _built_in(kind: Kind) -> tuple[Entry, ...]:
     """Returns the methods of this package. A file that makes no record of this kind is not parsed."""
-    root, found, record = Path(__file__).parents[1], [], f"= {_CLASSES[kind].__name__}("
-    for file, text in _sources():
-        if record in text:
-            module = ".".join((PACKAGE, *file.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
-            found += [entry for entry in _records(module, PACKAGE) if entry.method.kind == kind]
+    found, record = [], f"= {_CLASSES[kind].__name__}("
+    for module in (one for one, text in _sources().items() if record in text):
+        named = ((name, static.record(module, name)) for name in static.record_names(module))
+        found += [
+            Entry(one, module, name, PACKAGE) for name, one in named if isinstance(one, Method) and one.kind == kind
+        ]
     return tuple(found)
-
-
-def _records(module: str, package: str) -> Iterator[Entry]:
-    for name in static.record_names(module):
-        method = static.record(module, name)
-        if isinstance(method, Method):
-            yield Entry(method, module, name, package)
 
 
 @cache

@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
-__all__ = ["evaluate", "is_torch_free", "parsed", "record", "record_names", "source_file"]
+__all__ = ["evaluate", "imported_module", "is_torch_free", "parsed", "record", "record_names", "source_file"]
 
 # Modules that are imported as they are: no torch, and classes that must be the same everywhere.
 _IMPORTED = (*sys.stdlib_module_names, "hf_rb.methods", "hf_rb.utils")
@@ -104,6 +104,13 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+def imported_module(node: ast.ImportFrom, package: str) -> str:
+    """Returns the full name of the module that an import in a package names."""
+    parts = package.split(".")
+    base = parts[: len(parts) - node.level + 1] if node.level else []
+    return ".".join([*base, *filter(None, [node.module])])
+
+
 class _Source:
     def __init__(self, module: str, path: Path):
         self.module, self.path = module, path
@@ -118,9 +125,7 @@ class _Source:
 
     def module_of(self, node: ast.ImportFrom) -> str:
         """Returns the full name of the module that an import names."""
-        parts = self.package.split(".")
-        base = parts[: len(parts) - node.level + 1] if node.level else []
-        return ".".join([*base, *filter(None, [node.module])])
+        return imported_module(node, self.package)
 
     def constants(self) -> Iterator[str]:
         """Yields the names that the module assigns."""
@@ -211,6 +216,6 @@ def _imported(source: _Source, node: ast.ImportFrom, names: set[str]) -> dict[st
 
 def _evaluated(module: str, name: str) -> Any:
     """Returns the value of a name of a module, or a module of that name in a package."""
-    if source_file(f"{module}.{name}") is None or name in _read(module).defined:
+    if name in _read(module).defined or source_file(f"{module}.{name}") is None:
         return evaluate(module, name)
     return SimpleNamespace(**{one: evaluate(f"{module}.{name}", one) for one in _read(f"{module}.{name}").constants()})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_rb.cli.schemas.entry import TYPE_NAMES, make_entry
-from hf_rb.methods.static import parsed, source_file
+from hf_rb.methods.static import imported_module, parsed, source_file
 
 
 __all__ = ["Missing", "class_fields"]
@@ -54,10 +54,7 @@ class _Module:
 
     def source_of(self, node: ast.ImportFrom) -> str:
         """Returns the full name of the module that an import names."""
-        if not node.level:
-            return str(node.module)
-        parts = self.package.split(".")
-        return ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
+        return imported_module(node, self.package)
 
     def module_of(self, node: ast.expr) -> str:
         """Returns the full name of the module that an expression such as `library.part` stands for here."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_rb.methods.recipes import KEYS, flatten, foreign
 from hf_rb.trainers.common.below import ConfigBelow
-from hf_rb.utils.fields import Rule, validate
+from hf_rb.utils.fields import Rule, default_of, validate
 
 
 __all__ = ["ConfigMixin", "own_config", "with_flags_of"]
@@ -89,13 +89,8 @@ def _library_class(kind: type) -> type | None:
 
 
 def _defaults(config_class: type[ConfigMixin]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for field in fields(config_class):
-        if field.default is not MISSING:
-            found[field.name] = field.default
-        elif field.default_factory is not MISSING:
-            found[field.name] = field.default_factory()
-    return found
+    known = {field.name: default_of(field) for field in fields(config_class)}
+    return {name: default for name, default in known.items() if default is not MISSING}
 
 
 def with_flags_of(config_class: type[Config], values: Mapping[str, Any]) -> type[Config]:

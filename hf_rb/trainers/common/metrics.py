@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_rb.methods.metrics import TOKEN_METRICS
-from hf_rb.methods.registry import catalog
+from hf_rb.methods.registry import methods
 from hf_rb.trainers.common.below import TrainerBelow
 
 
@@ -113,7 +113,7 @@ def log_token_metrics(trainer: Any, stats: Mapping[str, torch.Tensor], is_token:
     """
     count = torch.tensor(len(stats["loss"]), device=stats["loss"].device)
     trainer._add_metric("kept_fraction", count, is_token.sum().to(count.device))
-    for metric in (*TOKEN_METRICS, *trainer.objective.method.metrics, *catalog()["loca"].metrics):
+    for metric in (*TOKEN_METRICS, *trainer.objective.method.metrics, *methods("trainer")["loca"].method.metrics):
         stat = metric.stat or metric.name
         if stat in stats:
             trainer._add_metric(metric.name, stats[stat].sum(), count)
